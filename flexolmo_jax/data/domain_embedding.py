@@ -1,0 +1,78 @@
+"""The mean embedding of an owner's documents: the paper's initial router row (appendix A.2).
+
+The paper uses GritLM-7B; any embedding will do, as long as all owners and the anchor use the same.
+"""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+DOCUMENTS = 1000  # how many are embedded, as in the paper
+
+
+def domain_embedding(method: str, texts: Sequence[str], width: int) -> np.ndarray:
+    """The mean embedding of up to 1,000 documents, of the model's width.
+
+    Args:
+      method: "wordllama" (static vectors in the package of that name), or the path of a .npy file
+        that the owner made with an embedding model of choice: [D'] or [documents, D'].
+      texts: the documents; unused with a .npy file.
+      width: D. An embedding of another width is projected by a fixed random matrix, the same for
+        everyone, which keeps angles on average.
+
+    Returns:
+      float32 [D].
+
+    Raises:
+      ValueError: the package or file is missing, or its array has no such shape.
+    """
+    vectors = _wordllama(texts[:DOCUMENTS]) if method == "wordllama" else _from_file(method)
+    finite = vectors[np.isfinite(vectors).all(axis=1)]
+    if not len(finite):
+        raise ValueError(f"domain embedding {method}: no row of finite numbers")
+    mean = finite.mean(axis=0).astype(np.float32)
+    if len(mean) == width:
+        return mean
+    random = np.random.default_rng(20250709).standard_normal((len(mean), width))
+    return (mean @ random / np.sqrt(len(mean))).astype(np.float32)
+
+
+def _from_file(path: str) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"domain embedding: expected 'wordllama' or a .npy file, found {path!r} ({error})"
+        ) from error
+    if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(
+            f"{path}: expected floats of shape [D] or [documents, D], found {array.dtype} "
+            f"{list(array.shape)}"
+        )
+    return np.atleast_2d(array)
+
+
+def _wordllama(texts: Sequence[str]) -> np.ndarray:
+    """Unit-length mean word vectors, [documents, 256]; read from the installed package's files."""
+    from safetensors.numpy import load_file
+
+    package = importlib.util.find_spec("wordllama")
+    if package is None or package.origin is None:
+        raise ValueError(
+            "domain embedding 'wordllama' needs the package of that name: "
+            "pip install 'flexolmo_jax[embeddings]'"
+        )
+    folder = Path(package.origin).parent
+    table = load_file(folder / "weights/l2_supercat_256.safetensors")["embedding.weight"]
+    json_text = (folder / "tokenizers/l2_supercat_tokenizer_config.json").read_text()
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(json.loads(json_text)))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    means = [table[one.ids].astype(np.float32).mean(axis=0) for one in encoded if one.ids]
+    vectors = np.stack(means)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

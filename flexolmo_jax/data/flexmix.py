@@ -1,0 +1,92 @@
+"""The TFDS builder: any source of documents becomes windows in array_record files.
+
+No TensorFlow is involved: TFDS writes array_record itself and hands back random access.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from flexolmo_jax.config import DataConfig
+from flexolmo_jax.data.sources import Report, fingerprint, is_heldout, read_documents
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.windows import Window, tokenized, windows
+
+
+class SourceWindows(tfds.core.GeneratorBasedBuilder):
+    """Windows of one source, in a train split and a held-out split (by document)."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    name = "source_windows"
+
+    def __init__(self, source: str, data: DataConfig, tokenizer: Tokenizer, *, data_dir: Path):
+        self.source, self.data, self.tokenizer = source, data, tokenizer
+        self.report = Report()
+        what = [
+            fingerprint(source), data.length, data.text_field, data.group_field, data.heldout,
+            tokenizer.digest, tokenizer.separator,
+        ]  # fmt: skip
+        name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+        super().__init__(
+            config=tfds.core.BuilderConfig(name=name, version=self.VERSION),
+            data_dir=data_dir,
+            file_format="array_record",
+        )
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        row = tfds.features.Tensor(shape=(self.data.length + 1,), dtype=np.int32)
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict({"tokens": row, "segments": row}),
+            disable_shuffling=True,  # order is the loader's business, and a function of its seed
+        )
+
+    def _split_generators(self, dl_manager):
+        return {
+            "train": self._generate_examples(heldout=False),
+            "heldout": self._generate_examples(heldout=True),
+        }
+
+    def _generate_examples(self, heldout: bool):
+        for index, window in enumerate(self.windows(heldout=heldout)):
+            yield index, window._asdict()
+
+    def windows(self, *, heldout: bool) -> Iterator[Window]:
+        """The windows of one side of the split, straight from the source."""
+        documents = read_documents(
+            self.source,
+            text_field=self.data.text_field,
+            group_field=self.data.group_field,
+            report=Report() if heldout else self.report,
+        )
+        chosen = (d for d in documents if is_heldout(d, self.data.heldout) == heldout)
+        ids = tokenized(chosen, self.tokenizer)
+        return windows(ids, self.data.length, self.tokenizer.separator)
+
+
+def prepare(
+    source: str, data: DataConfig, tokenizer: Tokenizer, folder: Path
+) -> tuple[SourceWindows, Report]:
+    """Builds the windows of a source below `folder`, unless they are there already.
+
+    Raises:
+      ValueError: as `read_documents`; or nothing is left to train on after the held-out split.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    builder = SourceWindows(source, data, tokenizer, data_dir=folder)
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
+        builder.download_and_prepare()
+    if not builder.info.splits["train"].num_examples:
+        raise ValueError(
+            f"{source}: all documents are held out (heldout={data.heldout}); give more documents, "
+            "or hold out less"
+        )
+    return builder, builder.report

@@ -1,0 +1,219 @@
+"""Documents from anything an owner has: JSONL, Parquet, text files, a folder of them, TFDS.
+
+Also which documents are held out, which is a property of the text alone: every command that is
+told the same held-out share leaves out the same documents, in whatever order they come.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.parquet
+
+TEXT_CORPUS = Path(__file__).parent.parent / "corpus"
+TEXT_SUFFIXES = (".txt", ".md", ".text")
+SUFFIXES = (".jsonl", ".parquet", *TEXT_SUFFIXES)
+CORPUS = Path(__file__).parent.parent / "corpus"
+
+
+class Document(NamedTuple):
+    text: str
+    group: str  # documents of one group (a book, a patient) are held out together
+
+
+@dataclasses.dataclass
+class Report:
+    """What reading a source met: counts, and where the rows that could not be used are."""
+
+    documents: int = 0
+    duplicates: int = 0
+    bad_rows: list[str] = dataclasses.field(default_factory=list)  # "file:line: why"
+
+    def lines(self, most: int = 5) -> list[str]:
+        """What to tell the user; empty if all went well."""
+        out = [f"skipped {row}" for row in self.bad_rows[:most]]
+        if len(self.bad_rows) > most:
+            out.append(f"... {len(self.bad_rows)} bad rows were skipped in all")
+        return out
+
+
+def read_documents(
+    source: str | Path,
+    *,
+    text_field: str = "text",
+    group_field: str = "group",
+    report: Report | None = None,
+) -> Iterator[Document]:
+    """Reads every usable, distinct document of a source.
+
+    Args:
+      source: a .jsonl, .parquet or text file, a folder of such files (searched in depth, in the
+        order of their names), "corpus:NAME" of the texts that come with flexolmo_jax, or
+        "tfds:NAME[/CONFIG]" of a dataset that is already prepared.
+      text_field: the field of a row that holds the text.
+      group_field: the field of a row that names its group; rows without it stand alone.
+      report: is filled with counts and bad rows (unreadable, no text, empty).
+
+    Raises:
+      ValueError: the source is missing, of an unknown kind, or holds no usable document.
+    """
+    report = Report() if report is None else report
+    if str(source).startswith("tfds:"):
+        rows = _tfds_rows(str(source), text_field, group_field)
+    else:
+        rows = _file_rows(source, text_field, group_field)
+    seen: set[bytes] = set()
+    for where, row in rows:
+        if isinstance(row, str):
+            report.bad_rows.append(f"{where}: {row}")
+            continue
+        digest = hashlib.sha256(row.text.encode()).digest()
+        if digest in seen:
+            report.duplicates += 1
+            continue
+        seen.add(digest)
+        report.documents += 1
+        yield row
+    if not report.documents:
+        bad = f"; {len(report.bad_rows)} bad rows, the first: {report.bad_rows[0]}"
+        raise ValueError(
+            f"{source}: no usable document found (expected a field {text_field!r} with text)"
+            + (bad if report.bad_rows else "")
+        )
+
+
+def is_heldout(document: Document, share: float) -> bool:
+    """Whether a document belongs to the held-out `share`: a function of its group alone."""
+    digest = hashlib.sha256(document.group.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def fingerprint(source: str | Path) -> str:
+    """A short name that changes when the files of a source do (names, sizes, times)."""
+    digest = hashlib.sha256(str(source).encode())
+    if not str(source).startswith("tfds:"):
+        for file in _files(source):
+            stat = file.stat()
+            digest.update(f"{file}|{stat.st_size}|{stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _files(source: str | Path) -> list[Path]:
+    if str(source).startswith("corpus:"):
+        return [_bundled(str(source).removeprefix("corpus:"))]
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(
+            f"{path}: no such file or folder; expected one of {', '.join(SUFFIXES)}, "
+            "a folder of them, corpus:NAME, or tfds:NAME"
+        )
+    if path.is_file():
+        return [path]
+    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    if not files:
+        raise ValueError(f"{path}: the folder holds no file ending in {', '.join(SUFFIXES)}")
+    return files
+
+
+def _bundled(name: str) -> Path:
+    file = CORPUS / f"{name}.jsonl"
+    if not file.exists():
+        known = ", ".join(sorted(f.stem for f in CORPUS.glob("*.jsonl")))
+        raise ValueError(f"corpus:{name}: no such text comes with flexolmo_jax; there are {known}")
+    return file
+
+
+def _file_rows(source: str | Path, text_field: str, group_field: str):
+    """(where, Document or the reason why there is none) of each row."""
+    for file in _files(source):
+        if file.suffix == ".jsonl":
+            with open(file, "rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        row = _json_row(line, text_field, group_field)
+                        yield f"{file}:{number}", row
+        elif file.suffix == ".parquet":
+            yield from _parquet_rows(file, text_field, group_field)
+        elif file.suffix in TEXT_SUFFIXES:
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                yield str(file), f"not UTF-8 ({error.reason})"
+            else:
+                yield str(file), _document(text, None)
+        else:
+            raise ValueError(
+                f"{file}: cannot read files ending in {file.suffix!r}; "
+                f"expected one of {', '.join(SUFFIXES)}"
+            )
+
+
+def _json_row(line: bytes, text_field: str, group_field: str) -> Document | str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return f"not JSON ({error})"
+    if not isinstance(row, dict):
+        return f"expected an object, found {type(row).__name__}"
+    if text_field not in row:
+        return f"no field {text_field!r}"
+    return _document(row[text_field], row.get(group_field))
+
+
+def _parquet_rows(file: Path, text_field: str, group_field: str):
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+    except Exception as error:
+        raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
+    names = table.schema_arrow.names
+    if text_field not in names:
+        raise ValueError(f"{file}: no column {text_field!r}; found {', '.join(names)}")
+    columns = [text_field] + [group_field] * (group_field in names)
+    number = 0
+    for batch in table.iter_batches(columns=columns):
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{file}:{number}", _document(row[text_field], row.get(group_field))
+
+
+def _tfds_rows(source: str, text_field: str, group_field: str):
+    import tensorflow_datasets as tfds  # heavy, and needed for this kind of source only
+
+    name = source.removeprefix("tfds:")
+    try:
+        builder = tfds.builder(name)
+        splits = builder.as_data_source()
+    except Exception as error:
+        raise ValueError(
+            f"{source}: cannot be read as a prepared TFDS dataset with random access "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); prepare it first with "
+            f"`tfds build {name} --file_format=array_record`"
+        ) from error
+    for split, rows in splits.items():
+        for number in range(len(rows)):
+            row = rows[number]
+            where = f"{source}[{split}]:{number}"
+            if text_field not in row:
+                raise ValueError(f"{source}: no feature {text_field!r}; found {', '.join(row)}")
+            text, group = row[text_field], row.get(group_field)
+            try:
+                text = text.decode() if isinstance(text, bytes) else text
+            except UnicodeDecodeError as error:
+                yield where, f"not UTF-8 ({error.reason})"
+                continue
+            yield where, _document(text, group)
+
+
+def _document(text: object, group: object) -> Document | str:
+    if not isinstance(text, str):
+        return f"expected text, found {type(text).__name__}"
+    if not text.strip():
+        return "empty text"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "text that is not valid Unicode"
+    return Document(text, text if group is None else f"group:{group}")

@@ -1,0 +1,63 @@
+"""Documents to windows of fixed length: a stream of tokens, cut; no padding but in the last one."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from flexolmo_jax.data.sources import Document
+from flexolmo_jax.data.tokenizer import Tokenizer
+
+
+class Window(NamedTuple):
+    """S + 1 tokens: the first S are read, the last S are predicted.
+
+    A window starts with the token the one before ended with, so every token is predicted once.
+    """
+
+    tokens: np.ndarray  # int32 [S + 1]
+    segments: np.ndarray  # int32 [S + 1]: 1, 2, ... by document; 0 is padding
+
+
+def tokenized(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Ids of each document, opened by the separator."""
+    documents = iter(documents)
+    while batch := list(itertools.islice(documents, 512)):
+        yield from tokenizer.encode_documents([document.text for document in batch])
+
+
+def windows(
+    tokenized_documents: Iterable[list[int]], length: int, separator: int
+) -> Iterator[Window]:
+    """Cuts documents, laid end to end, into windows.
+
+    Args:
+      tokenized_documents: each opened by `separator`.
+      length: S, tokens that a window reads.
+      separator: also closes the stream, so that the end of the last document is predicted too.
+    """
+    tokens: list[int] = []
+    owners: list[int] = []  # the number of the document that each token is of
+    last = 0
+    for last, document in enumerate(tokenized_documents, 1):
+        tokens.extend(document)
+        owners.extend([last] * len(document))
+        while len(tokens) > length:
+            yield _window(tokens[: length + 1], owners[: length + 1])
+            del tokens[:length], owners[:length]
+    tokens.append(separator)
+    owners.append(last + 1)
+    if len(tokens) > length:
+        yield _window(tokens[: length + 1], owners[: length + 1])
+        del tokens[:length], owners[:length]
+    if len(tokens) > 1:
+        padding = length + 1 - len(tokens)
+        window = _window(tokens + [separator] * padding, owners + [last + 1] * padding)
+        window.segments[len(tokens) :] = 0
+        yield window
+
+
+def _window(tokens: list[int], owners: list[int]) -> Window:
+    segments = np.asarray(owners, np.int32)
+    return Window(np.asarray(tokens, np.int32), segments - segments[0] + 1)

@@ -1,0 +1,104 @@
+"""Bits per byte: how well a model predicts text, comparable across tokenizers."""
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.loader import Batch, stacked
+from flexolmo_jax.data.sources import Document, Report, is_heldout, read_documents
+from flexolmo_jax.data.windows import tokenized, windows
+from flexolmo_jax.model import FlexOlmo
+from flexolmo_jax.modeling.transformer import forward
+from flexolmo_jax.training.step import token_losses
+
+BATCH = 16
+
+
+class Score(NamedTuple):
+    """How a model predicts a source."""
+
+    bits_per_byte: float
+    documents: int
+    bytes: int  # of UTF-8
+
+
+def bits_per_byte(
+    model: FlexOlmo,
+    source: str,
+    *,
+    without: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+    heldout: float | None = None,
+    length: int | None = None,
+    text_field: str = "text",
+    report: Report | None = None,
+) -> Score:
+    """Total cost of the text, over its bytes; the ends of documents are not counted.
+
+    Args:
+      model: with a tokenizer.
+      source: as `read_documents` takes it.
+      without, only: experts to switch off, or the only ones to use.
+      heldout: score only the documents that training with this held-out share left out; None
+        scores all.
+      length: tokens a window; default: what the model was made for, at most 2,048.
+      text_field: the field of a row that holds the text.
+      report: is filled with counts and bad rows.
+
+    Raises:
+      ValueError: nothing to score; as `read_documents`; as `FlexOlmo.allowed`.
+    """
+    if model.tokenizer is None:
+        raise ValueError("this model came without a tokenizer.json, so text cannot be scored")
+    documents = read_documents(source, text_field=text_field, report=report)
+    chosen = [d for d in documents if heldout is None or is_heldout(d, heldout)]
+    if not chosen:
+        raise ValueError(f"{source}: no document is held out with a share of {heldout}")
+    return score(model, chosen, without=without, only=only, length=length)
+
+
+def score(
+    model: FlexOlmo,
+    documents: Iterable[Document],
+    *,
+    without: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+    length: int | None = None,
+) -> Score:
+    """As `bits_per_byte`, of documents at hand."""
+    documents = list(documents)
+    allowed = model.allowed(BATCH, without, only)
+    nats = 0.0
+    for batch in _batches(model, documents, length or min(model.config.max_length, 2048)):
+        nats += float(
+            _cost(model.backbone, model.experts, batch, allowed, _separator(model), model.config)
+        )
+    size = sum(len(document.text.encode()) for document in documents)
+    return Score(nats / math.log(2) / size, len(documents), size)
+
+
+def _batches(model: FlexOlmo, documents: list[Document], length: int) -> Iterator[Batch]:
+    assert model.tokenizer is not None
+    ids = tokenized(documents, model.tokenizer)
+    return stacked(windows(ids, length, model.tokenizer.separator), BATCH)
+
+
+def _separator(model: FlexOlmo) -> int:
+    assert model.tokenizer is not None
+    return model.tokenizer.separator
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _cost(backbone, experts, batch: Batch, allowed, separator, config: ModelConfig) -> jax.Array:
+    """Nats of all tokens of a batch that are text."""
+    out = forward(
+        backbone, (experts,), batch.tokens, config, segments=batch.segments, allowed=allowed
+    )
+    losses, _ = token_losses(backbone, out.hidden, batch)
+    is_text = batch.weights * (batch.targets != separator)
+    return jnp.sum(losses * is_text)

@@ -1,0 +1,109 @@
+"""The anchor on disk: a package of ours, or a Hugging Face directory as it was released."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from flexolmo_jax import tensors
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.federation.package import (
+    canonical_digest,
+    check_files,
+    read_manifest,
+    read_tensors,
+    write_package,
+)
+from flexolmo_jax.interop import huggingface
+from flexolmo_jax.modeling.transformer import Anchor, init_anchor
+
+PUBLIC_TEXT = "public.jsonl"
+TOKENIZER = "tokenizer.json"
+
+
+class LoadedAnchor(NamedTuple):
+    """An anchor in memory.
+
+    Attributes:
+      weights: the backbone and the public expert.
+      config: sizes; one expert.
+      tokenizer: None where a Hugging Face directory has none.
+      identity: digest of config, tokenizer and every tensor; what packages are made for.
+      public_text: documents that owners fit their router rows against; may be empty.
+    """
+
+    weights: Anchor
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    identity: str
+    public_text: list[str]
+
+
+def identity(config: ModelConfig, tokenizer: Tokenizer | None, described: dict[str, Any]) -> str:
+    """Digest of all that an expert depends on; the same weights have it wherever they lie."""
+    return canonical_digest(
+        {
+            "architecture": config.architecture(),
+            "tokenizer": tokenizer and tokenizer.digest,
+            "tensors": {name: entry["sha256"] for name, entry in described.items()},
+        }
+    )
+
+
+def write_anchor(
+    path: Path,
+    weights: Anchor,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    public_text: list[str],
+    facts: dict[str, Any],
+) -> None:
+    """Writes an anchor package; `facts` (licence, tokens seen, ...) go into its manifest."""
+    described = tensors.describe(tensors.named(weights))
+    manifest = {
+        "kind": "anchor",
+        "name": "public",
+        "identity": identity(config, tokenizer, described),
+        "model": dataclasses.asdict(config),
+        "tokenizer": {"digest": tokenizer.digest, "separator": tokenizer.separator_text},
+        **facts,
+    }
+    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in public_text)
+    files = {TOKENIZER: tokenizer.json, PUBLIC_TEXT: "".join(lines)}
+    write_package(path, manifest, weights, files)
+
+
+def read_anchor(path: Path) -> LoadedAnchor:
+    """Reads an anchor package, or a Hugging Face directory of an OLMo 2 model, in full.
+
+    Raises:
+      ValueError: it is missing, damaged, or not an anchor.
+    """
+    if huggingface.is_hugging_face(path):
+        return _from_hugging_face(path)
+    manifest = read_manifest(path, kind="anchor")
+    check_files(path, manifest)
+    config = ModelConfig.from_json(manifest["model"], str(path))
+    abstract = jax.eval_shape(lambda key: init_anchor(config, key), jax.random.key(0))
+    weights = read_tensors(path, manifest, abstract)
+    tokenizer = Tokenizer.load(path / TOKENIZER, manifest["tokenizer"]["separator"])
+    with open(path / PUBLIC_TEXT, encoding="utf-8") as lines:
+        public_text = [json.loads(line)["text"] for line in lines]
+    return LoadedAnchor(weights, config, tokenizer, manifest["identity"], public_text)
+
+
+def _from_hugging_face(path: Path) -> LoadedAnchor:
+    backbone, experts, config = huggingface.load(path)
+    if config.num_experts != 1:
+        raise ValueError(
+            f"{path}: expected a dense OLMo 2 model as the anchor, found {config.num_experts} "
+            "experts"
+        )
+    file = huggingface.tokenizer_file(path)
+    tokenizer = Tokenizer.load(file) if file else None
+    weights = Anchor(backbone, experts)
+    described = tensors.describe(tensors.named(weights))
+    return LoadedAnchor(weights, config, tokenizer, identity(config, tokenizer, described), [])

@@ -1,0 +1,278 @@
+"""Expert packages, and merged models: a manifest that names an anchor and packages.
+
+Merging writes one small file. Loading checks every digest and concatenates; leaving an expert
+out is not loading it.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
+from flexolmo_jax.federation.package import (
+    FORMAT,
+    NO_PRIVACY,
+    check_files,
+    check_name,
+    new_directory,
+    read_manifest,
+    read_tensors,
+    write_manifest,
+    write_package,
+)
+from flexolmo_jax.modeling.experts import Experts, join
+from flexolmo_jax.modeling.router import Router
+from flexolmo_jax.modeling.transformer import Backbone
+from flexolmo_jax.version import __version__
+
+
+class LoadedModel(NamedTuple):
+    """A model in memory, ready to run.
+
+    Attributes:
+      backbone, experts: the weights; the public expert is the first of the stack.
+      config: sizes; `num_experts` as loaded.
+      names: of the experts, in the order of the stack.
+      tokenizer: None where there is none.
+    """
+
+    backbone: Backbone
+    experts: Experts
+    config: ModelConfig
+    names: tuple[str, ...]
+    tokenizer: Tokenizer | None
+
+
+def write_expert(
+    path: Path, expert: Experts, name: str, anchor: LoadedAnchor, facts: dict[str, Any]
+) -> None:
+    """Writes an expert package: an expert axis of 1, and what it was made for.
+
+    Args:
+      path: where; must not exist.
+      expert: a stack of one.
+      name: what the expert is called in merged models.
+      anchor: the one it was trained beside.
+      facts: licence, contact, tokens seen, how the router rows were made.
+    """
+    manifest = {
+        "kind": "expert",
+        "name": check_name(name),
+        "anchor": anchor.identity,
+        "model": anchor.config.architecture(),
+        "tokenizer": anchor.tokenizer and anchor.tokenizer.digest,
+        "privacy": NO_PRIVACY,
+        **facts,
+    }
+    write_package(path, manifest, expert)
+
+
+def read_expert(path: Path, anchor: LoadedAnchor) -> Experts:
+    """Reads an expert package in full, if it was made for this anchor.
+
+    Raises:
+      ValueError: it is missing or damaged, or made for another config, tokenizer or anchor.
+    """
+    manifest = read_manifest(path, kind="expert")
+    check_made_for(manifest, path, anchor)
+    check_files(path, manifest)
+    config = anchor.config
+    abstract = jax.eval_shape(lambda key: Experts(config, 1, key), jax.random.key(0))
+    return read_tensors(path, manifest, abstract)
+
+
+def check_made_for(manifest: dict[str, Any], path: Path, anchor: LoadedAnchor) -> None:
+    """Raises ValueError, saying which, if a package is for another config, tokenizer or anchor."""
+    ours, theirs = anchor.config.architecture(), manifest["model"]
+    for field in sorted(ours.keys() | theirs.keys()):
+        if ours.get(field) != theirs.get(field):
+            raise ValueError(
+                f"{path}: made for another model config: expected {field}={ours.get(field)}, "
+                f"found {theirs.get(field)}"
+            )
+    digest = anchor.tokenizer and anchor.tokenizer.digest
+    if manifest["tokenizer"] != digest:
+        raise ValueError(
+            f"{path}: made for another tokenizer: expected sha256 {str(digest)[:12]}..., found "
+            f"{str(manifest['tokenizer'])[:12]}..."
+        )
+    if manifest["anchor"] != anchor.identity:
+        raise ValueError(
+            f"{path}: made for another anchor: expected {anchor.identity[:12]}..., found "
+            f"{manifest['anchor'][:12]}...; merge it with the anchor it was trained beside"
+        )
+
+
+def merge(
+    anchor: str | Path,
+    experts: Sequence[str | Path],
+    out: str | Path,
+    *,
+    active_experts: int | None = None,
+) -> None:
+    """Merges an anchor and expert packages into a model: checks all of them, trains nothing.
+
+    Args:
+      anchor: an anchor package or a Hugging Face directory.
+      experts: expert packages; their order is the order in the model.
+      out: the merged model: one manifest that names them by relative path and digest.
+      active_experts: how many a token may use; None for all.
+
+    Raises:
+      ValueError: a package is damaged or made for something else, or a name comes twice.
+    """
+    out = Path(out).absolute()
+    loaded = read_anchor(Path(anchor))
+    entries = [_entry(Path(path), out, loaded) for path in experts]
+    _check_names(entries)
+    if active_experts is not None and active_experts < 1:
+        raise ValueError(f"active_experts must be at least 1, found {active_experts}")
+    manifest = {
+        "format": FORMAT,
+        "made_by": f"flexolmo_jax {__version__}",
+        "kind": "merged",
+        "anchor": {"path": _relative(Path(anchor), out), "identity": loaded.identity},
+        "experts": entries,
+        "active_experts": active_experts,
+        "files": {},
+    }
+    with new_directory(out) as folder:
+        write_manifest(folder, manifest)
+
+
+def write_tuned(out: Path, model: Path, router: Router) -> None:
+    """Writes a merged model whose router rows were tuned together (stage 3).
+
+    Args:
+      out: where; must not exist.
+      model: the merged model that was tuned.
+      router: rows [L, E, D] and biases [L, E] of all its experts, the public one first.
+    """
+    manifest = read_manifest(model, kind="merged")
+    out = out.absolute()
+    for entry in [manifest["anchor"], *manifest["experts"]]:
+        entry["path"] = _relative(model / entry["path"], out)
+    write_package(out, manifest, router)
+
+
+def add_expert(model: str | Path, package: str | Path) -> bool:
+    """Adds a package to a merged model on disk. True if that undid a tuned router.
+
+    Raises:
+      ValueError: as `merge`; the model is as it was.
+    """
+    model = Path(model)
+    manifest = read_manifest(model, kind="merged")
+    anchor = _anchor_of(model, manifest)
+    entries = [*manifest["experts"], _entry(Path(package), model.absolute(), anchor)]
+    _check_names(entries)
+    return _replace_experts(model, manifest, entries)
+
+
+def remove_expert(model: str | Path, name: str) -> bool:
+    """Takes an expert out of a merged model on disk. True if that undid a tuned router.
+
+    A tuned router goes too, because its rows were fitted with the removed expert present; the
+    remaining experts are back to the rows of their owners.
+
+    Raises:
+      ValueError: there is no such expert; the model is as it was.
+    """
+    model = Path(model)
+    manifest = read_manifest(model, kind="merged")
+    names = [entry["name"] for entry in manifest["experts"]]
+    if name not in names:
+        raise ValueError(f"{model}: no expert named {name!r}; there are {', '.join(names)}")
+    entries = [entry for entry in manifest["experts"] if entry["name"] != name]
+    return _replace_experts(model, manifest, entries)
+
+
+def load_merged(path: Path) -> LoadedModel:
+    """Loads a merged model: checks every file, then concatenates along the expert axis.
+
+    Raises:
+      ValueError: a part is missing, damaged, or not the one that was merged.
+    """
+    manifest = read_manifest(path, kind="merged")
+    tuned = "tensors" in manifest
+    check_files(path, manifest, beside=() if tuned else ("params",))
+    anchor = _anchor_of(path, manifest)
+    stacks = [anchor.weights.public]
+    for entry in manifest["experts"]:
+        package = path / entry["path"]
+        if read_manifest(package, kind="expert")["digest"] != entry["digest"]:
+            raise ValueError(
+                f"{package}: not the package that was merged as {entry['name']!r} (its manifest "
+                "differs); take it out with `flexolmo experts remove` and add it again"
+            )
+        stacks.append(read_expert(package, anchor))
+    experts = join(*stacks)
+    if tuned:
+        experts.router = read_tensors(path, manifest, experts.router)
+    names = ("public", *(entry["name"] for entry in manifest["experts"]))
+    config = dataclasses.replace(
+        anchor.config, num_experts=len(names), active_experts=manifest["active_experts"]
+    )
+    return LoadedModel(anchor.weights.backbone, experts, config, names, anchor.tokenizer)
+
+
+def load_pair(path: Path, anchor: LoadedAnchor) -> LoadedModel:
+    """An owner's own two-expert model: the anchor and one package."""
+    expert = read_expert(path, anchor)
+    name = read_manifest(path)["name"]
+    config = dataclasses.replace(anchor.config, num_experts=2)
+    stack = join(anchor.weights.public, expert)
+    return LoadedModel(
+        anchor.weights.backbone, stack, config, ("public", name), anchor.tokenizer
+    )
+
+
+def _anchor_of(model: Path, manifest: dict[str, Any]) -> LoadedAnchor:
+    folder = model / manifest["anchor"]["path"]
+    anchor = read_anchor(folder)
+    if anchor.identity != manifest["anchor"]["identity"]:
+        raise ValueError(
+            f"{folder}: not the anchor that was merged: expected "
+            f"{manifest['anchor']['identity'][:12]}..., found {anchor.identity[:12]}..."
+        )
+    return anchor
+
+
+def _entry(package: Path, model: Path, anchor: LoadedAnchor) -> dict[str, str]:
+    manifest = read_manifest(package, kind="expert")
+    check_made_for(manifest, package, anchor)
+    check_files(package, manifest)
+    return {
+        "name": manifest["name"],
+        "path": _relative(package, model),
+        "digest": manifest["digest"],
+    }
+
+
+def _check_names(entries: list[dict[str, str]]) -> None:
+    names = [entry["name"] for entry in entries]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"two packages are named {name!r}; names must differ, so that each can be "
+                "switched off"
+            )
+
+
+def _replace_experts(model: Path, manifest: dict[str, Any], entries: list[dict]) -> bool:
+    undone = manifest.pop("tensors", None) is not None
+    write_manifest(model, {**manifest, "experts": entries, "files": {}})
+    shutil.rmtree(model / "params", ignore_errors=True)
+    return undone
+
+
+def _relative(path: Path, model: Path) -> str:
+    return os.path.relpath(path.absolute().resolve(), model.resolve())
+

@@ -1,0 +1,262 @@
+"""A loaded FlexOlmo: weights, the experts' names, a tokenizer; logits and generation.
+
+    model = flexolmo_jax.load("OUT/merged")
+    model.generate(["The theorem"], without=["math"])
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
+from flexolmo_jax.federation.merge import LoadedModel, load_merged, load_pair
+from flexolmo_jax.federation.package import read_manifest
+from flexolmo_jax.inference import decode
+from flexolmo_jax.inference.sampling import Sampling
+from flexolmo_jax.interop import huggingface
+from flexolmo_jax.modeling.experts import Experts, join
+from flexolmo_jax.modeling.transformer import Backbone, forward
+
+
+@dataclasses.dataclass(frozen=True)
+class FlexOlmo:
+    """A model in memory.
+
+    Attributes:
+      backbone, experts: the weights; experts in one stack, the public one first.
+      config: sizes, routing, dtype.
+      expert_names: in the order of the stack.
+      tokenizer: None where the model came without one; it then takes and gives ids only.
+    """
+
+    backbone: Backbone
+    experts: Experts
+    config: ModelConfig
+    expert_names: tuple[str, ...]
+    tokenizer: Tokenizer | None
+
+    def logits(
+        self,
+        tokens,
+        without: Sequence[str] = (),
+        only: Sequence[str] | None = None,
+        allowed=None,
+    ) -> jax.Array:
+        """Next-token logits.
+
+        Args:
+          tokens: int [B, S].
+          without: names of experts to switch off.
+          only: names of the only experts to use.
+          allowed: bool [E] or [B, E], for masks per sequence.
+
+        Returns:
+          float32 [B, S, V].
+
+        Raises:
+          ValueError: tokens outside the vocabulary, an unknown expert, or none left.
+        """
+        tokens = self._check_tokens(np.asarray(tokens))
+        mask = self.allowed(len(tokens), without, only, allowed)
+        return _logits(self.backbone, self.experts, tokens, mask, self.config)
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        without: Sequence[str] = (),
+        only: Sequence[str] | None = None,
+        allowed=None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> list[str] | list[list[int]]:
+        """Continues prompts, all in one batch.
+
+        Args:
+          prompts: texts, or lists of token ids.
+          max_new_tokens: at most so many tokens are made for each; fewer if a text ends.
+          without, only, allowed: which experts to use, as in `logits`.
+          temperature: 0 takes the likeliest token.
+          top_k, top_p: cut the tail of the distribution.
+          seed: of the random choices.
+
+        Returns:
+          the continuations, without the prompts: texts for texts, ids for ids.
+
+        Raises:
+          ValueError: as `logits`; a text without a tokenizer; an empty prompt; a bad option.
+        """
+        if isinstance(prompts, str) or not len(prompts):
+            raise ValueError(f"prompts must be a list with at least one prompt, found {prompts!r}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+        sampling = Sampling(temperature, top_k, top_p)
+        sampling.check()
+        are_texts = isinstance(prompts[0], str)
+        if are_texts:
+            tokenizer = self._need_tokenizer()
+            ids = [tokenizer.encode_prompt(text) for text in cast(Sequence[str], prompts)]
+        else:
+            ids = [list(map(int, prompt)) for prompt in cast(Sequence[Sequence[int]], prompts)]
+        for one in ids:
+            self._check_tokens(np.asarray([one]))
+        longest = max(map(len, ids)) + max_new_tokens
+        if longest > self.config.max_length:
+            warnings.warn(
+                f"prompt and output may reach {longest} tokens, more than the "
+                f"{self.config.max_length} that the model was made for",
+                stacklevel=2,
+            )
+        made = decode.generate(
+            self.backbone,
+            self.experts,
+            ids,
+            self.config,
+            max_new_tokens=max_new_tokens,
+            allowed=self.allowed(len(ids), without, only, allowed),
+            stop=self.tokenizer.separator if self.tokenizer else None,
+            sampling=sampling,
+            seed=seed,
+        )
+        return [self._need_tokenizer().decode(one) for one in made] if are_texts else made
+
+    def allowed(
+        self,
+        batch: int,
+        without: Sequence[str] = (),
+        only: Sequence[str] | None = None,
+        allowed=None,
+    ) -> np.ndarray:
+        """The mask that names or a given mask amount to: bool [B, E].
+
+        Raises:
+          ValueError: an unknown name, a mask of another shape, or a sequence without any expert.
+        """
+        count = len(self.expert_names)
+        mask = np.ones((batch, count), bool)
+        if allowed is not None:
+            given = np.asarray(allowed)
+            if given.dtype != bool or given.shape not in ((count,), (batch, count)):
+                raise ValueError(
+                    f"allowed must be bool [{count}] or [{batch}, {count}], found {given.dtype} "
+                    f"{list(given.shape)}"
+                )
+            mask &= given
+        names = [without] if isinstance(without, str) else list(without)
+        for index in self._indices(names):
+            mask[:, index] = False
+        if only is not None:
+            kept = self._indices([only] if isinstance(only, str) else list(only))
+            mask &= np.isin(np.arange(count), kept)
+        if not mask.any(axis=1).all():
+            raise ValueError(
+                f"all experts are switched off; leave at least one of "
+                f"{', '.join(self.expert_names)}"
+            )
+        return mask
+
+    def _indices(self, names: list[str]) -> list[int]:
+        for name in names:
+            if name not in self.expert_names:
+                raise ValueError(
+                    f"no expert named {name!r}; there are {', '.join(self.expert_names)}"
+                )
+        return [self.expert_names.index(name) for name in names]
+
+    def _check_tokens(self, tokens: np.ndarray) -> np.ndarray:
+        if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(
+                f"tokens must be integers of shape [B, S] with at least one token, found "
+                f"{tokens.dtype} {list(tokens.shape)}"
+            )
+        low, high = tokens.min(), tokens.max()
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"tokens must be in [0, {self.config.vocab_size}), the vocabulary; found "
+                f"{low if low < 0 else high}"
+            )
+        return tokens.astype(np.int32)
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this model came without a tokenizer.json; give token ids instead")
+        return self.tokenizer
+
+
+def load(
+    path: str | Path, *, anchor: str | Path | None = None, dtype: str | None = None
+) -> FlexOlmo:
+    """Loads a model, after checking every digest.
+
+    Args:
+      path: a merged model, an anchor, an expert package (loaded with its anchor as the owner's
+        two-expert model), or a Hugging Face directory (FlexOlmo or OLMo 2).
+      anchor: for an expert package: its anchor. Default: a folder named `anchor` beside the
+        package or up to two levels above it.
+      dtype: "float32" or "bfloat16", of weights and activations; default: as stored.
+
+    Raises:
+      ValueError: a part is missing, damaged, or made for something else.
+    """
+    path = Path(path)
+    if huggingface.is_hugging_face(path):
+        loaded = _hugging_face(path)
+    else:
+        kind = read_manifest(path)["kind"]
+        if kind == "merged":
+            loaded = load_merged(path)
+        elif kind == "anchor":
+            loaded = _alone(read_anchor(path))
+        else:
+            loaded = load_pair(path, read_anchor(_find_anchor(path, anchor)))
+    backbone, experts, config = loaded.backbone, loaded.experts, loaded.config
+    if dtype is not None:
+        config = config.replace(dtype=dtype)
+        backbone, experts = jax.tree.map(lambda x: x.astype(dtype), (backbone, experts))
+    return FlexOlmo(backbone, experts, config, loaded.names, loaded.tokenizer)
+
+
+def _alone(anchor: LoadedAnchor) -> LoadedModel:
+    weights = anchor.weights
+    return LoadedModel(
+        weights.backbone, join(weights.public), anchor.config, ("public",), anchor.tokenizer
+    )
+
+
+def _hugging_face(path: Path) -> LoadedModel:
+    backbone, experts, config = huggingface.load(path)
+    file = huggingface.tokenizer_file(path)
+    names = ("public", *(f"expert_{i}" for i in range(1, config.num_experts)))
+    return LoadedModel(backbone, experts, config, names, Tokenizer.load(file) if file else None)
+
+
+def _find_anchor(package: Path, given: str | Path | None) -> Path:
+    if given is not None:
+        return Path(given)
+    wanted = read_manifest(package)["anchor"]
+    for above in list(package.absolute().parents)[:3]:
+        folder = above / "anchor"
+        if (folder / "manifest.json").exists():
+            if read_manifest(folder, kind="anchor")["identity"] == wanted:
+                return folder
+    raise ValueError(
+        f"{package}: an expert package needs its anchor, and no folder named 'anchor' near it is "
+        f"the one it was made for ({wanted[:12]}...); say where it is (anchor=, --anchor)"
+    )
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _logits(backbone, experts, tokens, allowed, config: ModelConfig) -> jax.Array:
+    out = forward(backbone, (experts,), jnp.asarray(tokens), config, allowed=allowed)
+    return backbone.logits(out.hidden)

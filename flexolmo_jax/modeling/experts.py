@@ -1,0 +1,95 @@
+"""The experts: SwiGLU feed-forward networks with a router row each, in stacks that concatenate.
+
+A *stack* is an `Experts` module whose leaves have leading axes [L, E]. The anchor holds a stack of
+one (the public expert), every owner's package holds a stack of one, and `join` makes a merged
+model of them. Training hands the layer two stacks, the frozen one and the owner's, so that the
+gradient with respect to the second never touches the first.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.modeling.layers import Expert, normal
+from flexolmo_jax.modeling.router import Router, route
+
+
+class FeedForward(nnx.Module):
+    """down(silu(gate(x)) * up(x)), for each expert of the stack."""
+
+    def __init__(self, num_layers: int, num_experts: int, width: int, hidden: int, key: jax.Array):
+        kg, ku, kd = jax.random.split(key, 3)
+        lead = (num_layers, num_experts)
+        self.gate = Expert(normal(kg, *lead, width, hidden))  # [L, E, D, F]
+        self.up = Expert(normal(ku, *lead, width, hidden))  # [L, E, D, F]
+        self.down = Expert(normal(kd, *lead, hidden, width))  # [L, E, F, D]
+
+    def add(self, total: jax.Array, x: jax.Array, weights: jax.Array) -> jax.Array:
+        """total + sum over e of weights[e] * expert_e(x), one expert after the other.
+
+        The order is fixed, and an expert whose weight is 0 adds nothing, even where its own
+        weights are NaN; so leaving it in, masked, equals leaving it out, bit for bit.
+
+        Args:
+          total: [B, S, D].
+          x: [B, S, D].
+          weights: [E, B, S].
+        """
+
+        def one(total, expert):
+            gate, up, down, weight = expert
+            hidden = jax.nn.silu(x @ gate.astype(x.dtype)) * (x @ up.astype(x.dtype))
+            out = weight[..., None] * (hidden @ down.astype(x.dtype))
+            return total + jnp.where(weight[..., None] > 0, out, 0), None
+
+        stack = (self.gate[...], self.up[...], self.down[...], weights.astype(x.dtype))
+        return jax.lax.scan(one, total, stack)[0]
+
+
+class Experts(nnx.Module):
+    """A stack of experts: feed-forward networks and their router rows."""
+
+    def __init__(self, config: ModelConfig, num_experts: int, key: jax.Array):
+        layers = config.num_layers
+        self.feed_forward = FeedForward(layers, num_experts, config.width, config.ffn_width, key)
+        self.router = Router(layers, num_experts, config.width)
+
+
+def join(*stacks: Experts) -> Experts:
+    """Merges stacks along the expert axis: no training, no new numbers (paper, section 3.1)."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *stacks)
+
+
+def select(stack: Experts, indices: list[int]) -> Experts:
+    """The stack of the named experts only, in the order given."""
+    return jax.tree.map(lambda leaf: leaf[:, jnp.asarray(indices)], stack)
+
+
+@jax.named_scope("experts")
+def mix(
+    stacks: tuple[Experts, ...],
+    x: jax.Array,
+    allowed: jax.Array,
+    config: ModelConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """The mixture of all experts of all stacks, computed densely: the reference path.
+
+    Args:
+      stacks: one or more stacks (without the layer axis); experts are numbered through them.
+      x: [B, S, D].
+      allowed: bool [B, E].
+      config: says how many experts are active and whether their weights are renormalised.
+
+    Returns:
+      [B, S, D], and the router's logits, float32 [E, B, S].
+    """
+    logits = jnp.concatenate([stack.router(x) for stack in stacks])
+    active = config.active_experts or len(logits)
+    weights = route(logits, allowed, active, config.renormalize)
+    total, first = jnp.zeros_like(x), 0
+    for stack in stacks:
+        last = first + stack.router.bias.shape[0]
+        total = stack.feed_forward.add(total, x, weights[first:last])
+        first = last
+    return total, logits

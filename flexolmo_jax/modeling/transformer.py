@@ -1,0 +1,141 @@
+"""The whole network: shared backbone plus stacks of experts; forward pass and initialisation."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.modeling.attention import (
+    Attention,
+    KVCache,
+    segment_mask,
+    segment_positions,
+)
+from flexolmo_jax.modeling.experts import Experts, mix
+from flexolmo_jax.modeling.layers import RMSNorm, Shared, normal
+
+
+class Layer(nnx.Module):
+    """What all owners share of a layer: attention, and the norms on the two outputs."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        self.attention = Attention(config, key)
+        self.attention_norm = RMSNorm(config.num_layers, config.width)
+        self.experts_norm = RMSNorm(config.num_layers, config.width)
+
+    def attend(self, x, positions, mask, config, cache=None, at=0):
+        """x + norm(attention(x)); shapes as in `Attention`."""
+        out, cache = self.attention(x, positions, mask, config, cache, at)
+        return x + self.attention_norm(out, config.norm_eps), cache
+
+    def consult(self, x, stacks, allowed, config):
+        """x + norm(experts(x)), and the router's logits; shapes as in `mix`."""
+        out, logits = mix(stacks, x, allowed, config)
+        return x + self.experts_norm(out, config.norm_eps), logits
+
+
+class Backbone(nnx.Module):
+    """Everything but the experts: embedding, attention, norms, output head."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        ke, kl, kh = jax.random.split(key, 3)
+        self.embed = Shared(normal(ke, config.vocab_size, config.width))  # [V, D]
+        self.layers = Layer(config, kl)
+        self.norm = RMSNorm(None, config.width)
+        if not config.tie_embeddings:
+            self.head = Shared(normal(kh, config.width, config.vocab_size))  # [D, V]
+
+    @jax.named_scope("logits")
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] (normed) -> float32 [..., V]."""
+        head = self.head[...] if hasattr(self, "head") else self.embed[...].T
+        return jnp.matmul(
+            hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+
+
+class Anchor(NamedTuple):
+    """The public model: what is shared, and the public expert (a stack of one)."""
+
+    backbone: Backbone
+    public: Experts
+
+
+class Output(NamedTuple):
+    hidden: jax.Array  # [B, S, D], after the last norm
+    router_logits: jax.Array  # float32 [L, E, B, S]
+    cache: KVCache | None
+
+
+def init_anchor(config: ModelConfig, key: jax.Array) -> Anchor:
+    """A random anchor; use `jax.eval_shape` on it for the shapes of a model of any size."""
+    kb, ke = jax.random.split(key)
+    return Anchor(Backbone(config, kb), Experts(config, 1, ke))
+
+
+def abstract_model(config: ModelConfig) -> tuple[Backbone, Experts]:
+    """Shapes and dtypes of a model with `config.num_experts` experts; no memory is used."""
+
+    def build(key):
+        return Backbone(config, key), Experts(config, config.num_experts, key)
+
+    return jax.eval_shape(build, jax.random.key(0))
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Weights of the model, router biases aside (Hugging Face's gate has none)."""
+    backbone, experts = abstract_model(config)
+    biases = experts.router.bias.size
+    return sum(leaf.size for leaf in jax.tree.leaves((backbone, experts))) - biases
+
+
+def forward(
+    backbone: Backbone,
+    stacks: tuple[Experts, ...],
+    tokens: jax.Array,
+    config: ModelConfig,
+    *,
+    segments: jax.Array | None = None,
+    allowed: jax.Array | None = None,
+    cache: KVCache | None = None,
+    at: jax.Array | int = 0,
+    positions: jax.Array | None = None,
+    mask: jax.Array | None = None,
+) -> Output:
+    """Runs the network; scanned over layers.
+
+    Args:
+      backbone: the shared weights.
+      stacks: the experts, as one merged stack or as several (frozen and trained).
+      tokens: int32 [B, S].
+      config: sizes, dtype, and routing.
+      segments: int32 [B, S]: documents within a row; 0 is padding. Default: one document a row.
+      allowed: bool [E] or [B, E]: experts that may be used. Default: all.
+      cache, at: keys and values of earlier tokens, and where this call's go; then `positions`
+        (int32 [B, S]) and `mask` (bool [B, 1, S, S_max]) must be given too.
+    """
+    batch, length = tokens.shape
+    num_experts = sum(stack.router.bias.shape[1] for stack in stacks)
+    if allowed is None:
+        allowed = jnp.ones((num_experts,), bool)
+    allowed = jnp.broadcast_to(allowed, (batch, num_experts))
+    if segments is None:
+        segments = jnp.ones((batch, length), jnp.int32)
+    if positions is None:
+        positions = segment_positions(segments)
+    if mask is None:
+        mask = segment_mask(segments)
+
+    def layer_step(x, slices):
+        layer, stacks, cache = slices
+        x, cache = layer.attend(x, positions, mask, config, cache, at)
+        x, router_logits = layer.consult(x, stacks, allowed, config)
+        return x, (router_logits, cache)
+
+    if config.remat:
+        layer_step = jax.checkpoint(layer_step)
+    x = backbone.embed[...][tokens].astype(config.dtype)
+    x, (router_logits, cache) = jax.lax.scan(layer_step, x, (backbone.layers, stacks, cache))
+    return Output(backbone.norm(x, config.norm_eps), router_logits, cache)

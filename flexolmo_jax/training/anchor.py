@@ -1,0 +1,112 @@
+"""Stage 1: the public model, trained on public text by whoever hosts it."""
+
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexolmo_jax.config import AnchorTraining, DataConfig
+from flexolmo_jax.data.domain_embedding import domain_embedding
+from flexolmo_jax.data.flexmix import prepare
+from flexolmo_jax.data.sources import Document, is_heldout, read_documents
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.federation.anchor import write_anchor
+from flexolmo_jax.modeling.transformer import Anchor, init_anchor
+from flexolmo_jax.training.loop import console, open_run, train
+from flexolmo_jax.training.step import AnchorLoss
+
+
+def train_anchor(
+    config: AnchorTraining, *, data: str, out: Path, run: Path, resume: bool = False
+) -> None:
+    """Trains an anchor and writes its package.
+
+    Args:
+      config: the stage's config.
+      data: the public text, as `read_documents` takes it.
+      out: the anchor package; must not exist.
+      run: folder of the run: windows, checkpoints, metrics, plot.
+      resume: go on from the newest checkpoint in `run`.
+
+    Raises:
+      ValueError, FloatingPointError, Interrupted: as the parts say.
+    """
+    open_run(run, config, resume)
+    tokenizer = _tokenizer(config, data, run)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, more than model.vocab_size="
+            f"{config.model.vocab_size}; make the model's vocabulary at least as large"
+        )
+    source, report = prepare(data, config.data, tokenizer, run / "data")
+    for line in report.lines():
+        console.print(line, markup=False)
+    weights = jax.jit(init_anchor, static_argnums=0)(config.model, jax.random.key(config.seed))
+    loss = AnchorLoss(config.model, config.output_z_loss)
+    weights = train("anchor", config, loss, weights, None, source, run)
+
+    shuffled = _shuffled_training_documents(data, config.data)
+    if config.domain_embedding:
+        texts = [d.text for d in shuffled]
+        row = domain_embedding(config.domain_embedding, texts, config.model.width)
+        weights = _with_public_row(weights, row)
+    facts = {
+        "tokens_seen": config.steps * config.data.batch_size * config.data.length,
+        "domain_embedding": config.domain_embedding,
+        "licence": config.licence,
+        "contact": config.contact,
+    }
+    public_text = _sample(shuffled, tokenizer, config.public_tokens)
+    write_anchor(out, weights, config.model, tokenizer, public_text, facts)
+
+
+def _tokenizer(config: AnchorTraining, data: str, run: Path) -> Tokenizer:
+    """The one of the config; or a BPE trained on the public training documents, kept in `run`."""
+    if config.tokenizer:
+        return Tokenizer.load(config.tokenizer, config.separator)
+    file = run / "tokenizer.json"
+    if file.exists():
+        return Tokenizer.load(file, config.separator)
+    documents = _training_documents(data, config.data)
+    texts = (d.text for d in documents)
+    tokenizer = Tokenizer.train(texts, config.model.vocab_size, config.separator)
+    partial = file.with_suffix(".partial")
+    partial.write_text(tokenizer.json, encoding="utf-8")
+    partial.replace(file)
+    return tokenizer
+
+
+def _training_documents(data: str, config: DataConfig):
+    documents = read_documents(
+        data, text_field=config.text_field, group_field=config.group_field
+    )
+    return (d for d in documents if not is_heldout(d, config.heldout))
+
+
+def _shuffled_training_documents(data: str, config: DataConfig) -> list[Document]:
+    """At most 10,000, from the start of the source, in an order that does not follow it."""
+    documents = list(itertools.islice(_training_documents(data, config), 10_000))
+    return [documents[i] for i in np.random.default_rng(0).permutation(len(documents))]
+
+
+def _sample(documents: list[Document], tokenizer: Tokenizer, tokens: int) -> list[str]:
+    """Whole documents, in turn, until there are so many tokens; long ones are cut at 2,000 bytes
+    so that the sample is as broad as the text is."""
+    texts: list[str] = []
+    for document in documents:
+        if tokens <= 0:
+            break
+        text = document.text.encode()[:2000].decode(errors="ignore")
+        texts.append(text)
+        tokens -= len(tokenizer.encode_documents([text])[0])
+    return texts
+
+
+def _with_public_row(weights: Anchor, row: np.ndarray) -> Anchor:
+    """The anchor with the same public router row in every layer, as the paper has it (A.2)."""
+    weights.public.router.row[...] = jnp.broadcast_to(
+        jnp.asarray(row), weights.public.router.row.shape
+    )
+    return weights

@@ -1,0 +1,141 @@
+"""Stage 2: one owner's expert, trained by the owner alone, beside the frozen anchor."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from flexolmo_jax.config import ExpertTraining
+from flexolmo_jax.data.domain_embedding import DOCUMENTS, domain_embedding
+from flexolmo_jax.data.flexmix import SourceWindows, prepare
+from flexolmo_jax.data.loader import Batch, batches, stacked
+from flexolmo_jax.data.sources import Document, is_heldout, read_documents
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.windows import tokenized, windows
+from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
+from flexolmo_jax.federation.merge import write_expert
+from flexolmo_jax.federation.package import check_name
+from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.training.loop import console, open_run, train
+from flexolmo_jax.training.router_fit import fit_router
+from flexolmo_jax.training.step import ExpertAloneLoss, ExpertPairLoss, with_parts
+
+
+def train_expert(
+    config: ExpertTraining,
+    *,
+    anchor: Path,
+    data: str,
+    name: str,
+    out: Path,
+    run: Path,
+    public: str | None = None,
+    resume: bool = False,
+) -> None:
+    """Trains an expert and writes its package. Nothing else of the owner leaves the run folder.
+
+    Args:
+      config: the stage's config.
+      anchor: an anchor package, or a Hugging Face directory of an OLMo 2 model.
+      data: the owner's closed text, as `read_documents` takes it.
+      name: what the expert will be called.
+      out: the expert package; must not exist.
+      run: folder of the run, which holds closed text (as tokens): windows, checkpoints, metrics.
+      public: public text to fit the router rows against; default: what came with the anchor.
+      resume: go on from the newest checkpoint in `run`.
+
+    Raises:
+      ValueError, FloatingPointError, Interrupted: as the parts say.
+    """
+    check_name(name)
+    loaded = read_anchor(anchor)
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{anchor}: there is no tokenizer.json, which training needs")
+    public_text = _public_text(loaded, public, anchor) if config.gating == "alone" else []
+    open_run(run, config, resume)
+    source, report = prepare(data, config.data, tokenizer, run / "data")
+    for line in report.lines():
+        console.print(line, markup=False)
+
+    expert = jax.tree.map(jnp.copy, loaded.weights.public)
+    title = f"expert {name}"
+    if config.gating == "alone":
+        loss = ExpertAloneLoss(loaded.config, config.output_z_loss)
+        frozen = (loaded.weights, loaded.weights.public.router)
+        feed_forward = train(title, config, loss, expert.feed_forward, frozen, source, run)
+        expert = with_parts(loaded.weights.public, feed_forward, expert.router)
+        expert = fit_rows(expert, loaded, source, public_text, config)
+    else:
+        pair = dataclasses.replace(loaded.config, num_experts=2)
+        if config.domain_embedding:
+            expert = _with_initial_row(expert, config, data, loaded.config.width)
+        pair_loss = ExpertPairLoss(pair, config.output_z_loss, config.router_z_loss)
+        expert = train(title, config, pair_loss, expert, loaded.weights, source, run)
+    facts = {
+        "tokens_seen": config.steps * config.data.batch_size * config.data.length,
+        "gating": config.gating,
+        "domain_embedding": config.domain_embedding,
+        "licence": config.licence,
+        "contact": config.contact,
+    }
+    write_expert(out, expert, name, loaded, facts)
+
+
+def fit_rows(
+    expert: Experts,
+    anchor: LoadedAnchor,
+    source: SourceWindows,
+    public_text: Iterable[str],
+    config: ExpertTraining,
+) -> Experts:
+    """Fits the router rows of an expert to its own training text and to public text."""
+    own = some_batch(source, config.fit_tokens, config.seed)
+    assert anchor.tokenizer is not None
+    length = config.data.length
+    public = _public_batch(public_text, anchor.tokenizer, length, config.fit_tokens // length)
+    return fit_router(anchor.weights, expert, own, public, anchor.config, config.fit_ridge)
+
+
+def some_batch(source: SourceWindows, tokens: int, seed: int) -> Batch:
+    """Training windows of about so many tokens, drawn at random, as one batch."""
+    count = -(-tokens // (source.data.batch_size * source.data.length))
+    drawn = itertools.islice(batches(source, seed), count)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *drawn)
+
+
+def _public_text(anchor: LoadedAnchor, public: str | None, where: Path) -> Iterable[str]:
+    if public is not None:
+        return (d.text for d in read_documents(public))
+    if not anchor.public_text:
+        raise ValueError(
+            f"{where}: no public text came with this anchor, and the router rows are fitted "
+            "against it; name some with --public"
+        )
+    return anchor.public_text
+
+
+def _public_batch(
+    texts: Iterable[str], tokenizer: Tokenizer, length: int, count: int
+) -> Batch:
+    documents = (Document(text, text) for text in texts)
+    cut = windows(tokenized(documents, tokenizer), length, tokenizer.separator)
+    return next(stacked(itertools.islice(cut, count), count))
+
+
+def _with_initial_row(
+    expert: Experts, config: ExpertTraining, data: str, width: int
+) -> Experts:
+    """The paper's form: the mean document embedding as the row of every layer (A.2)."""
+    assert config.domain_embedding is not None
+    documents = read_documents(
+        data, text_field=config.data.text_field, group_field=config.data.group_field
+    )
+    own = (d.text for d in documents if not is_heldout(d, config.data.heldout))
+    texts = list(itertools.islice(own, DOCUMENTS))
+    row = domain_embedding(config.domain_embedding, texts, width)
+    expert.router.row[...] = jnp.broadcast_to(jnp.asarray(row), expert.router.row.shape)
+    return expert

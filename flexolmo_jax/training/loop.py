@@ -1,0 +1,195 @@
+"""The one training loop, for all three stages: batches, steps, metrics, checkpoints, resuming."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from flexolmo_jax.config import Training
+from flexolmo_jax.data.flexmix import SourceWindows
+from flexolmo_jax.data.loader import batches
+from flexolmo_jax.training.checkpoint import Checkpoints
+from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
+from flexolmo_jax.training.step import Loss, train_step
+
+console = Console(stderr=True)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved its state."""
+
+
+def open_run(folder: Path, training: Training, resume: bool) -> None:
+    """Makes a run folder, or checks that the one that is there is of the same run.
+
+    Raises:
+      ValueError: there is a run and `resume` was not asked for, or its config differs.
+    """
+    file = folder / "config.json"
+    wanted = json.loads(json.dumps(dataclasses.asdict(training)))
+    if file.exists() and not resume:
+        raise ValueError(
+            f"{folder}: a run is there already; continue it with --resume, or take it away"
+        )
+    if file.exists():
+        there = json.loads(file.read_text())
+        for name in sorted(wanted.keys() | there.keys()):
+            if wanted.get(name) != there.get(name):
+                raise ValueError(
+                    f"{folder}: cannot resume with another config: {name} was "
+                    f"{there.get(name)}, now {wanted.get(name)}"
+                )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "config.json.partial"
+    partial.write_text(json.dumps(wanted, indent=1))
+    partial.replace(file)
+
+
+def train(
+    title: str,
+    training: Training,
+    loss: Loss,
+    trainable: Any,
+    frozen: Any,
+    source: SourceWindows,
+    run: Path,
+) -> Any:
+    """Trains, from the newest checkpoint in `run` if there is one, to the last step.
+
+    Args:
+      title: shown beside the progress bar.
+      training: steps, optimizer, batch size, seed.
+      loss: of (trainable, frozen, batch).
+      trainable: the initial weights; given up to the training (its buffers are donated).
+      frozen: the weights that stay.
+      source: the windows to train on.
+      run: folder of checkpoints/, metrics.jsonl and loss.png.
+
+    Returns:
+      the trained weights.
+
+    Raises:
+      FloatingPointError: the loss became NaN or infinite; the text names the step, and the last
+        good checkpoint is kept.
+      Interrupted: SIGINT or SIGTERM came; the state is saved.
+    """
+    optimizer = make_optimizer(training.optimizer, training.steps)
+    schedule = make_schedule(training.optimizer, training.steps)
+    opt_state = jax.jit(optimizer.init)(trainable)
+    checkpoints = Checkpoints(run / "checkpoints")
+    start = checkpoints.latest() or 0
+    if start:
+        trainable, opt_state = checkpoints.load(start, (trainable, opt_state))
+        console.print(f"{title}: resuming after step {start}")
+    tokens_a_step = training.data.batch_size * training.data.length
+    metrics_file = run / "metrics.jsonl"
+    _forget_metrics_after(metrics_file, start)
+    pending: list[tuple[int, dict[str, jax.Array]]] = []
+
+    with _interruption() as interrupted, _progress(title, training.steps, start) as progress:
+        data = batches(source, training.seed, start)
+        since, since_step = time.monotonic(), start
+        for step in range(start + 1, training.steps + 1):
+            trainable, opt_state, metrics = train_step(
+                loss, optimizer, trainable, opt_state, frozen, next(data)
+            )
+            pending.append((step, metrics))
+            stopping = bool(interrupted)
+            saving = step % training.checkpoint_every == 0 or stopping or step == training.steps
+            if step % training.log_every == 0 or saving:
+                values = [(n, {k: float(v) for k, v in m.items()}) for n, m in pending]
+                for number, found in values:
+                    if not math.isfinite(found["loss"] + found["grad_norm"]):
+                        checkpoints.close()
+                        raise FloatingPointError(
+                            f"{title}: the loss or its gradient is not finite at step {number}; "
+                            f"the last good checkpoint is {checkpoints.latest()}. Lower the "
+                            "learning rate, or look at the data of that step"
+                        )
+                rate = (step - since_step) * tokens_a_step / (time.monotonic() - since)
+                since, since_step = time.monotonic(), step
+                row = {
+                    "step": step,
+                    **{k: sum(m[k] for _, m in values) / len(values) for k in values[0][1]},
+                    "learning_rate": float(schedule(step - 1)),
+                    "tokens": step * tokens_a_step,
+                    "tokens_per_second": round(rate, 1),
+                }
+                with open(metrics_file, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                progress(step, row["loss"], rate)
+                pending = []
+            if saving:
+                checkpoints.save(step, (trainable, opt_state))
+            if stopping and step < training.steps:
+                checkpoints.close()
+                raise Interrupted(f"{title}: stopped after step {step}; go on with --resume")
+    checkpoints.close()
+    _plot(metrics_file, run / "loss.png", title)
+    return trainable
+
+
+@contextlib.contextmanager
+def _interruption() -> Iterator[list[int]]:
+    """A list that is empty until SIGINT or SIGTERM comes."""
+    caught: list[int] = []
+    old = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread: no handlers there
+            old[number] = signal.signal(number, lambda n, _: caught.append(n))
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _progress(title: str, steps: int, start: int) -> Iterator[Callable[[int, float, float], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} steps"),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=steps, completed=start, rate="", loss="")
+
+        def update(step: int, loss: float, rate: float) -> None:
+            bar.update(task, completed=step, rate=f"{rate:,.0f} tokens/s", loss=f"loss {loss:.3f}")
+
+        yield update
+
+
+def _forget_metrics_after(file: Path, step: int) -> None:
+    """Drops rows that a killed run wrote after its last checkpoint; they will come again."""
+    if not file.exists():
+        return
+    rows = [line for line in file.read_text().splitlines() if line.endswith("}")]
+    kept = [line for line in rows if json.loads(line)["step"] <= step]
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    partial.replace(file)
+
+
+def _plot(metrics: Path, picture: Path, title: str) -> None:
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([r["tokens"] for r in rows], [r["loss"] for r in rows])
+    axes.set(title=title, xlabel="tokens", ylabel="loss (nats per token)")
+    figure.savefig(picture, dpi=120)

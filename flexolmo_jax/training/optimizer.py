@@ -1,0 +1,41 @@
+"""AdamW with linear warm-up and cosine decay, and what it does not decay."""
+
+import jax
+import optax
+
+from flexolmo_jax.config import OptimizerConfig
+
+NOT_DECAYED = ("scale", "bias", "embed")  # norms, router biases, embeddings (as OLMo 2)
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: 0 to its peak over the warm-up, then a cosine down to 0."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warmup_steps else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=max(steps, config.warmup_steps + 1),
+    )
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The transformation that every stage uses, on whatever tree it trains."""
+
+    def decays(tree):
+        def one(path, _):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            return not name.removesuffix(".value").endswith(NOT_DECAYED)
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            make_schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decays,
+        ),
+    )

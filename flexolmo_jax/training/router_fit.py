@@ -1,0 +1,105 @@
+"""An owner fits its own router rows: whitened logistic regression against public text.
+
+Not in the paper. Rows that are learned on the owner's text alone become detectors of a direction
+common to all text, and swamp each other after the merge; here each row separates the owner's
+tokens from public ones, so rows fitted apart are comparable: the public row is their common zero.
+Nothing of other owners is used.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.loader import Batch
+from flexolmo_jax.modeling.attention import segment_mask, segment_positions
+from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.modeling.transformer import Anchor
+
+SHRINKAGE = 1e-2  # of the public covariance towards a multiple of the identity
+
+
+def fit_router(
+    anchor: Anchor, expert: Experts, own: Batch, public: Batch, config: ModelConfig, ridge: float
+) -> Experts:
+    """Fits the rows and biases of one expert, layer by layer in its own two-expert model.
+
+    Args:
+      anchor: the frozen anchor.
+      expert: the owner's trained expert (a stack of one); its rows are replaced.
+      own: a batch of the owner's text.
+      public: a batch of public text.
+      config: of the anchor.
+      ridge: penalty on the squared length of the whitened row, relative to the mean loss.
+
+    Returns:
+      the expert with rows [L, 1, D] and biases [L, 1] <= 0, float32.
+    """
+    pair = dataclasses.replace(config, num_experts=2, remat=False)
+    tokens = jnp.concatenate([own.tokens, public.tokens])
+    segments = jnp.concatenate([own.segments, public.segments])
+    positions, mask = segment_positions(segments), segment_mask(segments)
+    real = np.asarray(segments).reshape(-1) > 0
+    is_own = np.repeat([True, False], [own.tokens.size, public.tokens.size])[real]
+    everyone = jnp.ones((len(tokens), 2), bool)
+
+    @jax.jit
+    def attend(x, layer):
+        return layer.attend(x, positions, mask, pair)[0]
+
+    @jax.jit
+    def consult(x, layer, stacks):
+        return layer.consult(x, stacks, everyone, pair)[0]
+
+    x = anchor.backbone.embed[...][tokens].astype(config.dtype)
+    rows, biases = [], []
+    for number in range(config.num_layers):
+        layer, public_slice, own_slice = jax.tree.map(
+            lambda leaf, number=number: leaf[number],
+            (anchor.backbone.layers, anchor.public, expert),
+        )
+        x = attend(x, layer)
+        inputs = np.asarray(x, np.float64).reshape(-1, config.width)[real]
+        row, bias = separate(inputs, is_own, ridge)
+        own_slice.router.row[...] = jnp.asarray(row[None], jnp.float32)
+        own_slice.router.bias[...] = jnp.asarray([bias], jnp.float32)
+        x = consult(x, layer, (public_slice, own_slice))
+        rows.append(own_slice.router.row[...])
+        biases.append(own_slice.router.bias[...])
+    # The logits are differences from the public expert's: add its row where it is not zero.
+    expert.router.row[...] = jnp.stack(rows) + anchor.public.router.row[...]
+    expert.router.bias[...] = jnp.stack(biases)
+    return expert
+
+
+def separate(inputs: np.ndarray, is_own: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
+    """The row r and bias b <= 0 with r.x + b the log odds that x is the owner's, classes balanced.
+
+    A positive intercept is folded into the row: v = S^-1 m / (m' S^-1 m), of the public mean m and
+    covariance S, has v.m = 1, so adding c*v to the row adds about c to every logit.
+
+    Args:
+      inputs: float64 [T, D], the inputs of a layer's experts.
+      is_own: bool [T].
+      ridge: as in `fit_router`.
+    """
+    public = inputs[~is_own]
+    mean = public.mean(axis=0)
+    covariance = np.cov(public, rowvar=False)
+    width = len(mean)
+    covariance += SHRINKAGE * np.trace(covariance) / width * np.eye(width)
+    factor = np.linalg.cholesky(covariance)  # S = L L'
+    white = np.linalg.solve(factor, (inputs - mean).T).T
+    model = LogisticRegression(
+        C=1.0 / (ridge * len(white)), class_weight="balanced", max_iter=1000
+    )
+    model.fit(white, is_own)
+    row = np.linalg.solve(factor.T, model.coef_[0])
+    bias = float(model.intercept_[0] - row @ mean)
+    if bias > 0:
+        direction = np.linalg.solve(covariance, mean)
+        row, bias = row + bias * direction / (mean @ direction), 0.0
+    return row, bias

@@ -1,0 +1,49 @@
+"""Stage 3, optional: the merged model's router rows tuned together, on proxies (paper, A.2).
+
+The proxies are public documents that each owner picked for likeness to its own (data/proxies.py);
+no owner's text is needed. Rows tuned so keep an indirect trace of every expert that was present,
+so taking an expert out of a tuned model also undoes the tuning.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from flexolmo_jax.config import RouterTraining
+from flexolmo_jax.data.flexmix import prepare
+from flexolmo_jax.federation.merge import load_merged, write_tuned
+from flexolmo_jax.training.loop import console, open_run, train
+from flexolmo_jax.training.step import RouterLoss, RouterRows
+
+
+def train_router(
+    config: RouterTraining, *, model: Path, data: str, out: Path, run: Path, resume: bool = False
+) -> None:
+    """Tunes router rows and writes a merged model that has them.
+
+    Args:
+      config: the stage's config.
+      model: a merged model.
+      data: the proxies of all owners and public text, as `read_documents` takes it (a folder).
+      out: the tuned merged model; must not exist.
+      run: folder of the run.
+      resume: go on from the newest checkpoint in `run`.
+
+    Raises:
+      ValueError, FloatingPointError, Interrupted: as the parts say.
+    """
+    loaded = load_merged(model)
+    if loaded.tokenizer is None:
+        raise ValueError(f"{model}: there is no tokenizer.json with its anchor")
+    open_run(run, config, resume)
+    source, report = prepare(data, config.data, loaded.tokenizer, run / "data")
+    for line in report.lines():
+        console.print(line, markup=False)
+    active = config.active_experts or loaded.config.active_experts
+    model_config = dataclasses.replace(loaded.config, active_experts=active)
+    loss = RouterLoss(model_config, config.output_z_loss, config.router_z_loss)
+    rows = RouterRows.of(loaded.experts.router)
+    frozen = (loaded.backbone, loaded.experts)
+    rows = train("router", config, loss, rows, frozen, source, run)
+    write_tuned(out, model, jax.device_get(rows.router(loaded.experts.router)))
