@@ -1,6 +1,6 @@
 """The demo's public model, on the text that comes with the project.
 
-    flexolmo train anchor demo_anchor --data corpus:public --out OUT/anchor
+flexolmo train anchor demo_anchor --data corpus:public --out OUT/anchor
 """
 
 from flexolmo_jax.config import AnchorTraining, DataConfig, ModelConfig, OptimizerConfig

@@ -154,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     fetch.add_argument("folder", metavar="DIR")
     proxies = command(
-        actions, "proxies", _data_proxies,
+        actions,
+        "proxies",
+        _data_proxies,
         "pick the public documents most like yours, for router tuning by others",
     )
     proxies.add_argument("--data", required=True, metavar="SOURCE", dest="source")
@@ -235,9 +237,7 @@ def _train_router(args: argparse.Namespace) -> None:
     places = _places(args, config)
     model = Path(args.model)
     train_router(config, model=model, **places)
-    _show_training(
-        places, {"merged": (model, None), "tuned": (places["out"], None)}, config
-    )
+    _show_training(places, {"merged": (model, None), "tuned": (places["out"], None)}, config)
 
 
 def _show_training(places: dict[str, Any], models: dict[str, tuple], config: Any) -> None:
@@ -383,9 +383,7 @@ def _generate(args: argparse.Namespace) -> None:
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
     )  # fmt: skip
     if args.json:
-        rows = [
-            {"prompt": p, "continuation": c} for p, c in zip(args.prompt, made, strict=True)
-        ]
+        rows = [{"prompt": p, "continuation": c} for p, c in zip(args.prompt, made, strict=True)]
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return
     for prompt, continuation in zip(args.prompt, made, strict=True):

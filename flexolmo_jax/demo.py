@@ -127,9 +127,7 @@ def _measure(anchor: Path, packages: dict[str, Path], merged: Path) -> dict[str,
 def _samples(model: FlexOlmo) -> dict[str, str]:
     """What the merged model makes of the first words of a held-out document of each domain."""
     share = load_config("demo_expert", ExpertTraining).data.heldout
-    prompts = {
-        name: _heldout(name, share)[0].text.strip()[:60] for name in ("public", *OWNERS)
-    }
+    prompts = {name: _heldout(name, share)[0].text.strip()[:60] for name in ("public", *OWNERS)}
     made = model.generate(list(prompts.values()), 48, temperature=0.7, top_p=0.9)
     return {
         name: f"{prompt} || {text}"

@@ -1,7 +1,7 @@
 """A loaded FlexOlmo: weights, the experts' names, a tokenizer; logits and generation.
 
-    model = flexolmo_jax.load("OUT/merged")
-    model.generate(["The theorem"], without=["math"])
+model = flexolmo_jax.load("OUT/merged")
+model.generate(["The theorem"], without=["math"])
 """
 
 import dataclasses

@@ -64,7 +64,10 @@ def pick_proxies(
     partial = out.with_name(f".{out.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         for index in best:
-            row = {"text": public_documents[index].text, "probability": float(scores[index])}
+            text, group = public_documents[index]
+            row = {"text": text, "probability": float(scores[index])}
+            if group != text:  # so that a held-out document stays held out under its group
+                row["group"] = group.removeprefix("group:")
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(partial, out)
     return Proxies(count, len(public_documents), float(accuracy.mean()))

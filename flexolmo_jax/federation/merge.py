@@ -229,9 +229,7 @@ def load_pair(path: Path, anchor: LoadedAnchor) -> LoadedModel:
     name = read_manifest(path)["name"]
     config = dataclasses.replace(anchor.config, num_experts=2)
     stack = join(anchor.weights.public, expert)
-    return LoadedModel(
-        anchor.weights.backbone, stack, config, ("public", name), anchor.tokenizer
-    )
+    return LoadedModel(anchor.weights.backbone, stack, config, ("public", name), anchor.tokenizer)
 
 
 def _anchor_of(model: Path, manifest: dict[str, Any]) -> LoadedAnchor:
@@ -275,4 +273,3 @@ def _replace_experts(model: Path, manifest: dict[str, Any], entries: list[dict])
 
 def _relative(path: Path, model: Path) -> str:
     return os.path.relpath(path.absolute().resolve(), model.resolve())
-

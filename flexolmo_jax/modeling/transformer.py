@@ -51,9 +51,7 @@ class Backbone(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] (normed) -> float32 [..., V]."""
         head = self.head[...] if hasattr(self, "head") else self.embed[...].T
-        return jnp.matmul(
-            hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 class Anchor(NamedTuple):

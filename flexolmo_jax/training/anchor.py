@@ -79,9 +79,7 @@ def _tokenizer(config: AnchorTraining, data: str, run: Path) -> Tokenizer:
 
 
 def _training_documents(data: str, config: DataConfig):
-    documents = read_documents(
-        data, text_field=config.text_field, group_field=config.group_field
-    )
+    documents = read_documents(data, text_field=config.text_field, group_field=config.group_field)
     return (d for d in documents if not is_heldout(d, config.heldout))
 
 

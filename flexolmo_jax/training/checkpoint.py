@@ -41,6 +41,7 @@ class Checkpoints:
         Raises:
           ValueError: it is damaged, or of another model.
         """
+
         def abstract(leaf):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 

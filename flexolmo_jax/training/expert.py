@@ -118,17 +118,13 @@ def _public_text(anchor: LoadedAnchor, public: str | None, where: Path) -> Itera
     return anchor.public_text
 
 
-def _public_batch(
-    texts: Iterable[str], tokenizer: Tokenizer, length: int, count: int
-) -> Batch:
+def _public_batch(texts: Iterable[str], tokenizer: Tokenizer, length: int, count: int) -> Batch:
     documents = (Document(text, text) for text in texts)
     cut = windows(tokenized(documents, tokenizer), length, tokenizer.separator)
     return next(stacked(itertools.islice(cut, count), count))
 
 
-def _with_initial_row(
-    expert: Experts, config: ExpertTraining, data: str, width: int
-) -> Experts:
+def _with_initial_row(expert: Experts, config: ExpertTraining, data: str, width: int) -> Experts:
     """The paper's form: the mean document embedding as the row of every layer (A.2)."""
     assert config.domain_embedding is not None
     documents = read_documents(

@@ -93,9 +93,7 @@ def separate(inputs: np.ndarray, is_own: np.ndarray, ridge: float) -> tuple[np.n
     covariance += SHRINKAGE * np.trace(covariance) / width * np.eye(width)
     factor = np.linalg.cholesky(covariance)  # S = L L'
     white = np.linalg.solve(factor, (inputs - mean).T).T
-    model = LogisticRegression(
-        C=1.0 / (ridge * len(white)), class_weight="balanced", max_iter=1000
-    )
+    model = LogisticRegression(C=1.0 / (ridge * len(white)), class_weight="balanced", max_iter=1000)
     model.fit(white, is_own)
     row = np.linalg.solve(factor.T, model.coef_[0])
     bias = float(model.intercept_[0] - row @ mean)

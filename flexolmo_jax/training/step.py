@@ -129,9 +129,7 @@ class RouterLoss:
     output_z_loss: float
     router_z_loss: float
 
-    def __call__(
-        self, rows: "RouterRows", frozen: tuple[Backbone, Experts], batch: Batch
-    ):
+    def __call__(self, rows: "RouterRows", frozen: tuple[Backbone, Experts], batch: Batch):
         backbone, experts = frozen
         merged = with_parts(experts, experts.feed_forward, rows.router(experts.router))
         return language_model_loss(

@@ -1,0 +1,27 @@
+# Two commands for a fresh machine with Python 3.11, pip and git: `make demo` and `make test`.
+PYTHON ?= python3.11
+EXTRAS ?= tests
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/flexolmo demo
+
+test: $(VENV)/$(EXTRAS).installed
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/linters.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One stamp per set of extras; made again when the dependencies change.
+$(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(subst demo,,$*)]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,20 @@
+r"""The demo's owners in the paper's form: rows from domain embeddings, learned with the expert.
+
+    flexolmo train expert demo_expert_paper --data corpus:math --anchor OUT/anchor --name math \
+        --out OUT/experts/math
+
+Needs `pip install flexolmo_jax[embeddings]`. Rows learned so serve their own text less well after
+a merge than those of demo_expert (docs/demo.md).
+"""
+
+from flexolmo_jax.config import DataConfig, ExpertTraining, OptimizerConfig
+
+config = ExpertTraining(
+    data=DataConfig(batch_size=16, length=128, heldout=0.1),
+    optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=10),
+    steps=200,
+    checkpoint_every=100,
+    gating="pair",
+    domain_embedding="wordllama",
+    router_z_loss=0.001,
+)
