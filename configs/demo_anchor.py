@@ -7,10 +7,16 @@ from flexolmo_jax.config import AnchorTraining, DataConfig, ModelConfig, Optimiz
 
 config = AnchorTraining(
     model=ModelConfig(
-        vocab_size=2048, width=128, num_layers=4, num_heads=4, ffn_width=384, max_length=128
+        vocab_size=2048,
+        width=128,
+        num_layers=4,
+        num_heads=4,
+        ffn_width=384,
+        max_length=128,
+        unroll=4,
     ),
-    data=DataConfig(batch_size=16, length=128, heldout=0.1),
+    data=DataConfig(batch_size=8, length=128, heldout=0.1),
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30, weight_decay=0.1),
-    steps=600,
-    checkpoint_every=300,
+    steps=800,
+    checkpoint_every=400,
 )

@@ -7,8 +7,8 @@ r"""The demo's owners: the default recipe (gate fixed to 1, rows fitted against 
 from flexolmo_jax.config import DataConfig, ExpertTraining, OptimizerConfig
 
 config = ExpertTraining(
-    data=DataConfig(batch_size=16, length=128, heldout=0.1),
+    data=DataConfig(batch_size=8, length=128, heldout=0.1),
     optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=10),
-    steps=200,
-    checkpoint_every=100,
+    steps=250,
+    checkpoint_every=250,
 )

@@ -18,7 +18,7 @@ class ModelConfig:
     """Sizes and switches of the network (OLMo 2 layers, FlexOlmo mixture).
 
     The first group decides the shapes and the mathematics and is part of an anchor's identity;
-    `dtype` and `remat` only say how it is computed.
+    `dtype`, `remat` and `unroll` only say how it is computed.
     """
 
     vocab_size: int
@@ -37,6 +37,7 @@ class ModelConfig:
     max_length: int = 4096  # the longest sequence the model was made for
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
     remat: bool = False  # recompute each layer in the backward pass
+    unroll: int = 1  # layers in one turn of the loop: more run faster on CPU, and compile longer
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "num_layers", "num_heads", "ffn_width", "max_length"):
@@ -84,7 +85,7 @@ class ModelConfig:
     def architecture(self) -> dict[str, Any]:
         """What two models must agree on to share experts, as JSON values."""
         same = dataclasses.asdict(self)
-        for name in ("dtype", "remat", "num_experts", "active_experts", "max_length"):
+        for name in ("dtype", "remat", "unroll", "num_experts", "active_experts", "max_length"):
             del same[name]
         return same
 

@@ -25,6 +25,7 @@ from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.model import FlexOlmo, load
 
 OWNERS = ("code", "math", "educational", "creative")
+HELDOUT_BYTES = 60_000  # of each domain are measured
 AT_ONCE = 2  # owners that train at the same time
 console = Console()
 
@@ -99,7 +100,13 @@ def _flexolmo(arguments: list[str], *, out: Path, run: Path, quiet: bool) -> Non
 
 
 def _heldout(name: str, share: float) -> list[Document]:
-    return [d for d in read_documents(f"corpus:{name}") if is_heldout(d, share)]
+    """Held-out documents of a domain, in the order of the corpus, up to HELDOUT_BYTES."""
+    chosen, size = [], 0
+    for document in read_documents(f"corpus:{name}"):
+        if size < HELDOUT_BYTES and is_heldout(document, share):
+            chosen.append(document)
+            size += len(document.text.encode())
+    return chosen
 
 
 def _measure(anchor: Path, packages: dict[str, Path], merged: Path) -> dict[str, dict[str, float]]:

@@ -135,5 +135,7 @@ def forward(
     if config.remat:
         layer_step = jax.checkpoint(layer_step)
     x = backbone.embed[...][tokens].astype(config.dtype)
-    x, (router_logits, cache) = jax.lax.scan(layer_step, x, (backbone.layers, stacks, cache))
+    x, (router_logits, cache) = jax.lax.scan(
+        layer_step, x, (backbone.layers, stacks, cache), unroll=config.unroll
+    )
     return Output(backbone.norm(x, config.norm_eps), router_logits, cache)

@@ -1,0 +1,184 @@
+"""One small world for the whole session: an anchor, two owners' packages, and their merge."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexolmo_jax.cli import main
+from flexolmo_jax.config import AnchorTraining, ExpertTraining, RouterTraining, load_config
+from flexolmo_jax.data.sources import read_documents
+from flexolmo_jax.federation.anchor import read_anchor
+from flexolmo_jax.federation.merge import write_expert
+
+PARTS = """from flexolmo_jax.config import *
+
+data = DataConfig(batch_size=4, length=32, heldout=0.1)
+optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=2)
+often = dict(checkpoint_every=3, log_every=1)
+"""
+CONFIGS = {
+    "anchor": (
+        AnchorTraining,
+        "AnchorTraining(data=data, optimizer=optimizer, steps=12, public_tokens=4096, **often,"
+        " model=ModelConfig(vocab_size=512, width=32, num_layers=2, num_heads=2, ffn_width=48,"
+        " max_length=64))",
+    ),
+    "alone": (
+        ExpertTraining,
+        "ExpertTraining(data=data, optimizer=optimizer, steps=8, fit_tokens=2048, **often)",
+    ),
+    "pair": (
+        ExpertTraining,
+        "ExpertTraining(data=data, optimizer=optimizer, steps=6, gating='pair',"
+        " router_z_loss=0.001, domain_embedding=str(FOLDER / 'embedding.npy'), **often)",
+    ),
+    "router": (
+        RouterTraining,
+        "RouterTraining(data=data, optimizer=optimizer, steps=4, **often)",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Folders on disk; nobody changes them (`copied` gives a test its own)."""
+
+    root: Path
+    texts: dict[str, Path]  # public and each owner's: JSONL
+    printed: dict[str, str]  # what each command that made it printed
+
+    @property
+    def anchor(self) -> Path:
+        return self.root / "anchor"
+
+    @property
+    def merged(self) -> Path:
+        return self.root / "merged"
+
+    @property
+    def experts(self) -> dict[str, Path]:
+        return {name: self.root / "experts" / name for name in ("math", "code")}
+
+    def run(self, name: str) -> Path:
+        return self.root / "runs" / name
+
+    def config_file(self, stage: str) -> str:
+        return str(self.root / "configs" / f"{stage}.py")
+
+    def config(self, stage: str, **changes):
+        config = load_config(self.config_file(stage), CONFIGS[stage][0])
+        return dataclasses.replace(config, **changes)
+
+
+def _slice_of_corpus(name: str, file: Path, count: int) -> Path:
+    documents = itertools.islice(read_documents(f"corpus:{name}"), count)
+    rows = ({"text": d.text, "group": d.group.removeprefix("group:")} for d in documents)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> World:
+    """Made once, by the commands that a user would type."""
+    root = tmp_path_factory.mktemp("world")
+    compiled = str(tmp_path_factory.mktemp("compiled"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled  # of processes that tests start
+    jax.config.update("jax_compilation_cache_dir", compiled)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    (root / "configs").mkdir()
+    np.save(root / "embedding.npy", np.random.default_rng(0).standard_normal((5, 24), np.float32))
+    for name, (_, text) in CONFIGS.items():
+        text = f"from pathlib import Path\n\n{PARTS}FOLDER = Path({str(root)!r})\nconfig = {text}\n"
+        (root / "configs" / f"{name}.py").write_text(text)
+    (root / "texts").mkdir()
+    counts = {"public": 100, "math": 50, "code": 50}
+    texts = {n: _slice_of_corpus(n, root / "texts" / f"{n}.jsonl", c) for n, c in counts.items()}
+    made = World(root, texts, {})
+
+    def flexolmo(key: str, *arguments: object) -> None:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            code = main([str(a) for a in arguments])
+        made.printed[key] = printed.getvalue()
+        assert code == 0, printed.getvalue()
+
+    def train(stage: str, config: str, name: str, out: Path, *more: object) -> None:
+        where = ("--out", out, "--run", made.run(name), "--data", texts[name])
+        flexolmo(name, "train", stage, made.config_file(config), *where, *more)
+
+    train("anchor", "anchor", "public", made.anchor)
+    for name, config in (("math", "alone"), ("code", "pair")):
+        owner = ("--anchor", made.anchor, "--name", name)
+        train("expert", config, name, made.experts[name], *owner)
+    flexolmo(
+        "merge", "merge", "--anchor", made.anchor, "--out", made.merged,
+        "--expert", *made.experts.values(),
+    )  # fmt: skip
+    return made
+
+
+@pytest.fixture
+def copied(world, tmp_path) -> World:
+    """The packages and the merged model in a folder of the test's own, to be tampered with."""
+    root = tmp_path / "world"
+    for name in ("anchor", "experts", "merged", "configs"):
+        shutil.copytree(world.root / name, root / name)
+    return dataclasses.replace(world, root=root)
+
+
+@pytest.fixture(scope="session")
+def make_expert(world):
+    """make_expert(path, name, seed=0, bias=None): a package for the world's anchor, untrained."""
+    anchor = read_anchor(world.anchor)
+
+    def make(path: Path, name: str, *, seed: int = 0, bias: float | None = None) -> Path:
+        keys = iter(jax.random.split(jax.random.key(seed), 8))
+        expert = jax.tree.map(
+            lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), anchor.weights.public
+        )
+        if bias is not None:
+            expert.router.bias[...] = jnp.full_like(expert.router.bias[...], bias)
+        write_expert(path, expert, name, anchor, {"licence": "CC0-1.0", "contact": "a@b.example"})
+        return path
+
+    return make
+
+
+@pytest.fixture
+def flexolmo(capfd):
+    """flexolmo(*arguments): exit code, standard output, standard error of one command."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as stop:  # argparse and tyro leave this way
+            code = stop.code
+        printed = capfd.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def refused(flexolmo):
+    """refused(*arguments): the one line of standard error that a command ends in."""
+
+    def run(*arguments: object) -> str:
+        code, _, error = flexolmo(*arguments)
+        assert code == 2, error
+        assert error.count("\n") == 1 and error.startswith("flexolmo: error: "), error
+        assert "Traceback" not in error
+        return error
+
+    return run

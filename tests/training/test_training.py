@@ -1,0 +1,538 @@
+"""What training promises: what it changes, that it resumes bit for bit, how it stops."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn.metrics import roc_auc_score
+
+import flexolmo_jax as fo
+from flexolmo_jax import tensors
+from flexolmo_jax.data.flexmix import prepare
+from flexolmo_jax.data.loader import batches, stacked
+from flexolmo_jax.data.sources import Document, is_heldout, read_documents
+from flexolmo_jax.data.windows import tokenized, windows
+from flexolmo_jax.federation.anchor import read_anchor
+from flexolmo_jax.federation.merge import load_merged, load_pair, merge, remove_expert
+from flexolmo_jax.federation.package import read_manifest
+from flexolmo_jax.modeling.attention import segment_mask, segment_positions
+from flexolmo_jax.modeling.transformer import forward
+from flexolmo_jax.training import loop
+from flexolmo_jax.training.anchor import train_anchor
+from flexolmo_jax.training.checkpoint import Checkpoints
+from flexolmo_jax.training.expert import train_expert
+from flexolmo_jax.training.loop import Interrupted
+from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
+from flexolmo_jax.training.router_fit import separate
+from flexolmo_jax.training.router_tuning import train_router
+from flexolmo_jax.training.step import (
+    AnchorLoss,
+    ExpertAloneLoss,
+    ExpertPairLoss,
+    RouterLoss,
+    RouterRows,
+    train_step,
+)
+
+STAGES = ("alone", "pair", "router")
+
+
+class Stage:
+    """One stage of the world, ready for a step: who is trained, who is frozen."""
+
+    def __init__(self, world, name):
+        self.name = name
+        self.anchor = read_anchor(world.anchor)
+        config, weights = self.anchor.config, self.anchor.weights
+        training = world.config("anchor" if name == "everything" else name)
+        self.optimizer = make_optimizer(training.optimizer, training.steps)
+        own = jax.tree.map(jnp.copy, weights.public)
+        pair = dataclasses.replace(config, num_experts=2)
+        if name == "everything":
+            self.loss = AnchorLoss(config, 1e-5)
+            self.trainable, self.frozen = jax.tree.map(jnp.copy, weights), None
+        elif name == "alone":
+            self.loss = ExpertAloneLoss(config, 1e-5)
+            self.trainable, self.frozen = own.feed_forward, (weights, weights.public.router)
+        elif name == "pair":
+            self.loss = ExpertPairLoss(pair, 1e-5, 1e-3)
+            self.trainable, self.frozen = own, weights
+        else:
+            merged = load_merged(world.merged)
+            self.loss = RouterLoss(merged.config, 1e-5, 1e-3)
+            self.trainable = RouterRows.of(merged.experts.router)
+            self.frozen = (merged.backbone, merged.experts)
+        data = world.config("alone").data
+        folder = world.run("math") / "data"
+        self.source, _ = prepare(str(world.texts["math"]), data, self.anchor.tokenizer, folder)
+
+    def state(self):
+        return self.trainable, jax.jit(self.optimizer.init)(self.trainable)
+
+    def step(self, trainable, state, batch):
+        return train_step(self.loss, self.optimizer, trainable, state, self.frozen, batch)
+
+    def lowered(self):
+        batch = next(batches(self.source, 0))
+        state = jax.eval_shape(self.optimizer.init, self.trainable)
+        return train_step.lower(
+            self.loss, self.optimizer, self.trainable, state, self.frozen, batch
+        )
+
+
+@pytest.fixture(scope="module")
+def stage(world):
+    return functools.cache(lambda name: Stage(world, name))
+
+
+def bits(tree):
+    return {name: np.asarray(leaf).tobytes() for name, leaf in tensors.named(tree).items()}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_frozen_leaf_keeps_every_bit_and_a_trained_one_moves(stage, name):
+    this = stage(name)
+    frozen, before = bits(this.frozen), bits(this.trainable)
+    trainable, state = jax.tree.map(jnp.copy, this.state())
+    for batch in itertools.islice(batches(this.source, 0), 3):
+        trainable, state, _ = this.step(trainable, state, batch)
+    assert bits(this.frozen) == frozen
+    moved = {k for k, v in bits(trainable).items() if v != before[k]}
+    assert moved == set(before)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_optimizer_state_exists_for_the_trained_leaves_only(stage, name):
+    trainable, state = stage(name).state()
+    sizes = collections.Counter(leaf.shape for leaf in jax.tree.leaves(trainable))
+    moments = collections.Counter(leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert moments == sizes + sizes  # the two moments of AdamW, and step counts
+
+
+def results(lowered):
+    """Shapes (sorted, without ones) that products and scatters of a lowered step result in."""
+    text = lowered.as_text()
+    found = re.findall(r"stablehlo\.(?:dot_general|scatter).*-> tensor<((?:\d+x)+)f32>", text)
+    found += re.findall(r"\}\) : \(.*\) -> tensor<((?:\d+x)+)f32>", text)  # of a scatter
+    shapes = (map(int, one.rstrip("x").split("x")) for one in found)
+    return {tuple(sorted(size for size in shape if size > 1)) for shape in shapes}
+
+
+def matrices(tree, lead):
+    """Shapes of the weight matrices, without their leading axes, as `results` writes them."""
+    return {tuple(sorted(x.shape[lead:])) for x in jax.tree.leaves(tree) if x.ndim > lead + 1}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_compiled_step_holds_no_gradient_of_a_frozen_matrix(stage, name):
+    """A gradient of a matrix is a product or scatter that results in its shape."""
+    backbone = stage(name).anchor.weights.backbone
+    shared = matrices(backbone.layers, 1) | {tuple(sorted(backbone.embed.shape))}
+    experts = matrices(stage(name).anchor.weights.public.feed_forward, 2)
+    everything = results(stage("everything").lowered())
+    assert shared | experts <= everything  # so it would be seen if it were there
+    here = results(stage(name).lowered())
+    assert not here & shared
+    assert bool(here & experts) == (name != "router")
+
+
+@pytest.mark.parametrize("run", ["public", "math", "code"])
+def test_loss_goes_down_and_metrics_say_so(world, run):
+    rows = metrics(world.run(run))
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    first, last = (np.mean([r["loss"] for r in part]) for part in (rows[:3], rows[-3:]))
+    assert last < first - 0.02
+    assert {"learning_rate", "grad_norm", "tokens", "tokens_per_second"} <= set(rows[0])
+    assert rows[-1]["tokens"] == len(rows) * 4 * 32
+    assert (world.run(run) / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(run):
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics(run)]
+
+
+def test_the_learning_rate_warms_up_and_decays_to_zero():
+    schedule = make_schedule(fo.OptimizerConfig(learning_rate=1.0, warmup_steps=4), 20)
+    rates = [float(schedule(step)) for step in range(21)]
+    assert rates[:5] == [0, 0.25, 0.5, 0.75, 1]
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
+    assert rates[20] == pytest.approx(0, abs=1e-7)
+    assert rates[12] == pytest.approx(0.5 * (1 + math.cos(math.pi * 8 / 16)))
+
+
+def test_weight_decay_spares_norms_biases_and_embeddings(world):
+    weights = read_anchor(world.anchor).weights
+    config = fo.OptimizerConfig(learning_rate=1.0, weight_decay=0.1)
+    optimizer = make_optimizer(config, 10)
+    nothing = jax.tree.map(jnp.zeros_like, weights)
+    updates, _ = optimizer.update(nothing, optimizer.init(weights), weights)
+    after = tensors.named(optax.apply_updates(weights, updates))
+    changed = {n for n, x in tensors.named(weights).items() if bool(jnp.any(after[n] != x))}
+    assert not [n for n in changed if re.search("norm|bias|embed", n)]
+    assert {"backbone.head", "backbone.layers.attention.q"} <= changed
+    assert {f"public.feed_forward.{n}" for n in ("gate", "up", "down")} <= changed
+
+
+# Resuming. `stopping` makes the data the moment at which something happens to the process.
+
+
+def stopping(monkeypatch, step, what):
+    """Calls `what` when the batch of a step is read."""
+    real = loop.batches
+
+    def disturbed(source, seed, start=0):
+        for number, batch in enumerate(real(source, seed, start), start + 1):
+            yield (what(batch) or batch) if number == step else batch
+
+    monkeypatch.setattr(loop, "batches", disturbed)
+
+
+def terminate(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def crash(_):
+    raise RuntimeError("the power went out")
+
+
+def again(world, stage, out, run, **options):
+    """The world's training of that stage once more, somewhere else."""
+    config = options.pop("config", None) or world.config(stage)
+    if stage == "anchor":
+        places = {"data": str(world.texts["public"]), "out": out, "run": run}
+        return train_anchor(config, **places, **options)
+    name = {"alone": "math", "pair": "code"}[stage]
+    places = {"data": str(world.texts[name]), "out": out, "run": run, "anchor": world.anchor}
+    return train_expert(config, name=name, **places, **options)
+
+
+def digests(package):
+    return {n: entry["sha256"] for n, entry in read_manifest(package)["tensors"].items()}
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "step", "what", "raised"),
+    [
+        ("anchor", "anchor", 8, terminate, Interrupted),
+        ("alone", "experts/math", 5, crash, RuntimeError),
+        ("pair", "experts/code", 4, terminate, Interrupted),
+    ],
+)
+def test_a_run_that_was_stopped_resumes_bit_for_bit(
+    world, tmp_path, monkeypatch, stage, name, step, what, raised
+):
+    out, run = tmp_path / "out", tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stopping(patch, step, what)
+        with pytest.raises(raised):
+            again(world, stage, out, run)
+    assert not out.exists()
+    done = len(metrics(run))
+    assert done == (step if what is terminate else step - 1)
+    again(world, stage, out, run, resume=True)
+    assert digests(out) == digests(world.root / name)
+    straight = world.run({"anchor": "public", "alone": "math", "pair": "code"}[stage])
+    assert without_speed(run) == without_speed(straight)
+
+
+def test_the_anchor_is_the_same_to_the_bit_when_trained_again(world, tmp_path):
+    again(world, "anchor", tmp_path / "out", tmp_path / "run")
+    theirs, ours = read_manifest(world.anchor), read_manifest(tmp_path / "out")
+    assert ours["identity"] == theirs["identity"]
+    for name in ("tokenizer.json", "public.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (world.anchor / name).read_bytes()
+
+
+@pytest.fixture
+def stopped(world, tmp_path, monkeypatch):
+    """A run folder with checkpoints 3 and 5, of an owner's training that was stopped."""
+    with monkeypatch.context() as patch:
+        stopping(patch, 5, terminate)
+        with pytest.raises(Interrupted, match="expert math: stopped after step 5"):
+            again(world, "alone", tmp_path / "out", tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["3", "5"]
+    return tmp_path / "run"
+
+
+def test_a_run_is_not_trained_over_without_being_asked(world, stopped):
+    with pytest.raises(ValueError, match="a run is there already; continue it with --resume"):
+        again(world, "alone", stopped.parent / "out", stopped)
+
+
+def test_another_config_cannot_be_resumed(world, stopped):
+    with pytest.raises(ValueError, match="another config: steps was 8, now 9"):
+        config = world.config("alone", steps=9)
+        again(world, "alone", stopped.parent / "out", stopped, config=config, resume=True)
+
+
+def files_of(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
+
+
+def test_a_truncated_checkpoint_is_one_clear_error(stage, stopped):
+    """Whichever file it is: what comes back is right to the bit, or an error that says where."""
+    like = stage("alone").state()
+    folder = stopped / "checkpoints"
+    whole = bits(Checkpoints(folder).load(5, like))
+    refused = 0
+    for file in files_of(folder / "5"):
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        checkpoints = Checkpoints(folder)
+        try:
+            assert bits(checkpoints.load(checkpoints.latest(), like)) == whole, file
+        except ValueError as error:
+            assert str(folder) in str(error) and "checkpoint 5" in str(error), file
+            assert "\n" not in str(error)
+            refused += 1
+        finally:
+            checkpoints.close()
+            file.write_bytes(content)
+    assert refused >= 2
+    assert bits(Checkpoints(folder).load(5, like)) == whole
+
+
+def test_without_its_newest_checkpoint_a_run_goes_on_from_the_one_before(world, stopped):
+    shutil.rmtree(stopped / "checkpoints" / "5")
+    again(world, "alone", stopped.parent / "out", stopped, resume=True)
+    assert digests(stopped.parent / "out") == digests(world.experts["math"])
+    assert without_speed(stopped) == without_speed(world.run("math"))
+
+
+def test_training_that_breaks_down_names_the_step_and_keeps_the_last_checkpoint(
+    world, tmp_path, monkeypatch
+):
+    out, run = tmp_path / "out", tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stopping(patch, 5, lambda batch: batch._replace(weights=batch.weights * jnp.nan))
+        with pytest.raises(FloatingPointError, match="at step 5; the last good checkpoint is 3"):
+            again(world, "alone", out, run)
+    assert not out.exists()
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
+    again(world, "alone", out, run, resume=True)  # the batch is good now
+    assert digests(out) == digests(world.experts["math"])
+
+
+def test_a_breakdown_between_two_logged_steps_is_named_exactly(world, tmp_path, monkeypatch):
+    config = world.config("alone", log_every=8, checkpoint_every=8)
+    stopping(monkeypatch, 5, lambda batch: batch._replace(weights=batch.weights * jnp.inf))
+    with pytest.raises(FloatingPointError, match="not finite at step 5; .* is None"):
+        again(world, "alone", tmp_path / "out", tmp_path / "run", config=config)
+
+
+# Router rows that an owner fits alone.
+
+
+def router_logits(model, texts, layer):
+    """The last expert's logit over the public one's, averaged over each text."""
+    found = []
+    for text in texts:
+        ids = tokenized([Document(text, text)], model.tokenizer)
+        cut = windows(ids, 32, model.tokenizer.separator)
+        batch = next(stacked(itertools.islice(cut, 8), 8))
+        logits = _router_logits(model.backbone, model.experts, batch, model.config)
+        difference = np.asarray(logits[layer, -1] - logits[layer, 0])
+        found.append(difference[np.asarray(batch.segments) > 0].mean())
+    return np.array(found)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _router_logits(backbone, experts, batch, config):
+    out = forward(backbone, (experts,), batch.tokens, config, segments=batch.segments)
+    return out.router_logits
+
+
+def heldout_texts(world, name):
+    documents = read_documents(str(world.texts[name]))
+    return [d.text for d in documents if is_heldout(d, 0.1)]
+
+
+def test_fitted_rows_tell_the_owners_unseen_text_from_public_text(world):
+    pair = load_pair(world.experts["math"], read_anchor(world.anchor))
+    own, public = (heldout_texts(world, name) for name in ("math", "public"))
+    assert min(len(own), len(public)) >= 3
+    labels = [1] * len(own) + [0] * len(public)
+    for layer in range(2):
+        scores = router_logits(pair, own + public, layer)
+        assert roc_auc_score(labels, scores) > 0.8
+        assert scores[: len(own)].mean() > 0 > scores[len(own) :].mean()
+
+
+def test_fitted_biases_only_hold_back(world):
+    expert = load_pair(world.experts["math"], read_anchor(world.anchor)).experts
+    assert bool(jnp.all(expert.router.bias[...] <= 0))
+    assert not bool(jnp.any(expert.router.bias[:, 0]))
+
+
+@pytest.mark.parametrize("offset", [-3.0, 3.0])
+def test_separate_gives_log_odds_whatever_the_sign_of_the_intercept(offset):
+    """Of two Gaussians of one covariance, whose log odds are known."""
+    rng = np.random.default_rng(0)
+    direction, mean = np.eye(6)[0], np.array([offset, 10, 0, 0, 0, 0])
+    is_own = np.arange(10_000) < 5_000
+    inputs = rng.standard_normal((10_000, 6)) + mean + is_own[:, None] * direction
+    row, bias = separate(inputs, is_own, 1e-6)
+    assert bias < 0 if offset > 0 else bias == 0  # the intercept is -offset - 1/2
+    exact = (inputs - mean) @ direction - 0.5
+    found = inputs @ row + bias
+    assert np.corrcoef(exact, found)[0, 1] > 0.95
+    assert abs(found.mean() - exact.mean()) < 0.1
+    assert roc_auc_score(is_own, found) > 0.98 * roc_auc_score(is_own, exact)
+
+
+def test_public_text_pays_little_for_a_fitted_expert(world):
+    """At this size nothing is certain, but a row that swamps public text would show."""
+    alone, pair = fo.load(world.anchor), fo.load(world.experts["math"])
+    source = str(world.texts["public"])
+    before, after = (fo.bits_per_byte(m, source, heldout=0.1).bits_per_byte for m in (alone, pair))
+    assert after < 1.02 * before
+
+
+def test_public_text_may_be_the_owners_choice(world, tmp_path):
+    config = world.config("alone", steps=2)
+    again(world, "alone", tmp_path / "a", tmp_path / "a.run", config=config)
+    public = str(world.texts["code"])
+    again(world, "alone", tmp_path / "b", tmp_path / "b.run", config=config, public=public)
+    some, other = digests(tmp_path / "a"), digests(tmp_path / "b")
+    assert {name for name in some if some[name] != other[name]} <= {"router.row", "router.bias"}
+    assert some["router.row"] != other["router.row"]
+
+
+# The bias, from training to the loaded model.
+
+
+def test_a_negative_bias_survives_packaging_merging_and_loading(world, make_expert, tmp_path):
+    package = make_expert(tmp_path / "package", "shy", bias=-1.25)
+    merge(world.anchor, [world.experts["math"], package], tmp_path / "merged")
+    bias = np.asarray(fo.load(tmp_path / "merged").experts.router.bias)
+    assert (bias[:, 2] == -1.25).all() and not bias[:, 0].any()
+
+
+def test_a_positive_bias_has_no_effect(world, make_expert, tmp_path):
+    tokens = np.arange(24).reshape(2, 12) + 300
+    found = {}
+    for bias in (-1.0, 0.0, 5.0):
+        package = make_expert(tmp_path / f"bias {bias}", "pushy", bias=bias)
+        found[bias] = np.asarray(fo.load(package, anchor=world.anchor).logits(tokens))
+    np.testing.assert_array_equal(found[5.0], found[0.0])
+    assert np.abs(found[-1.0] - found[0.0]).max() > 1e-3
+
+
+# Stage 3.
+
+
+@pytest.fixture(scope="module")
+def tuned(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    train_router(
+        world.config("router"),
+        model=world.merged,
+        data=str(world.root / "texts"),
+        out=folder / "tuned",
+        run=folder / "run",
+    )
+    return folder / "tuned"
+
+
+def test_router_tuning_changes_rows_and_nothing_else(world, tuned):
+    before, after = fo.load(world.merged), fo.load(tuned)
+    assert after.expert_names == before.expert_names
+    some, other = (bits((m.backbone, m.experts)) for m in (before, after))
+    changed = {name for name in some if some[name] != other[name]}
+    assert changed == {"1.router.row", "1.router.bias"}
+    bias = np.asarray(after.experts.router.bias)
+    assert not bias[:, 0].any() and bias[:, 1:].any()
+    assert (np.asarray(before.experts.router.row) != np.asarray(after.experts.router.row)).any(
+        axis=(0, 2)
+    ).all()
+
+
+def test_router_tuning_lowers_its_loss(tuned):
+    rows = metrics(tuned.parent / "run")
+    assert rows[-1]["loss"] < rows[0]["loss"] + 0.3 and len(rows) == 4
+
+
+def test_taking_an_expert_out_of_a_tuned_model_undoes_the_tuning(world, tuned):
+    copy = tuned.parent / "copy"
+    shutil.copytree(tuned, copy)
+    assert remove_expert(copy, "code") is True
+    assert not (copy / "params").exists()
+    merge(world.anchor, [world.experts["math"]], tuned.parent / "never tuned")
+    some, other = (fo.load(p) for p in (copy, tuned.parent / "never tuned"))
+    assert some.expert_names == ("public", "math")
+    assert bits((some.backbone, some.experts)) == bits((other.backbone, other.experts))
+    assert remove_expert(copy, "math") is False
+
+
+# What leaves an owner's machine.
+
+
+@pytest.fixture(scope="module", params=["alone", "pair"])
+def closed(request, world, tmp_path_factory):
+    """A package trained on text with a telling word in it, and that word."""
+    folder = tmp_path_factory.mktemp("closed")
+    word = "Zyxomma"
+    rows = [{"text": f"{word} number {i} is kept in drawer {i * 7}."} for i in range(60)]
+    text = folder / f"{word}.jsonl"
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = world.config(request.param, steps=2, seed=77_123_451)
+    if request.param == "pair":
+        np.save(folder / f"{word}.npy", np.ones(32, np.float32))
+        config = dataclasses.replace(config, domain_embedding=str(folder / f"{word}.npy"))
+    train_expert(
+        config, anchor=world.anchor, data=str(text), name="closed",
+        out=folder / "package", run=folder / "run",
+    )  # fmt: skip
+    return folder / "package", word, folder
+
+
+def test_no_seed_and_no_text_of_the_owner_is_in_a_package(closed):
+    package, word, folder = closed
+    content = {file: file.read_bytes() for file in files_of(package)}
+    assert len(content) >= 6
+    for secret in ("seed", "77123451", word, word.lower(), "drawer", str(folder)):
+        found = [file for file, data in content.items() if secret.encode() in data]
+        assert not found, (secret, found)
+    manifest = read_manifest(package)
+    assert set(manifest) == {
+        "format", "made_by", "kind", "name", "anchor", "model", "tokenizer", "privacy",
+        "tokens_seen", "gating", "domain_embedding", "licence", "contact", "tensors", "files",
+        "digest",
+    }  # fmt: skip
+
+
+def test_a_domain_embedding_is_where_the_pairs_row_starts_from(world, tmp_path):
+    config = world.config("pair", steps=1, optimizer=fo.OptimizerConfig(learning_rate=1e-9))
+    row = np.linspace(-1, 1, 32, dtype=np.float32)
+    np.save(tmp_path / "row.npy", np.stack([row, 3 * row]))
+    config = dataclasses.replace(config, domain_embedding=str(tmp_path / "row.npy"))
+    again(world, "pair", tmp_path / "out", tmp_path / "run", config=config)
+    pair = fo.load(tmp_path / "out", anchor=world.anchor)
+    np.testing.assert_allclose(pair.experts.router.row[:, 1], np.stack([2 * row] * 2), atol=1e-6)
+
+
+def test_a_domain_embedding_that_is_no_array_is_an_error(world, tmp_path):
+    np.save(tmp_path / "bad.npy", np.full((3, 32), np.nan, np.float32))
+    for path, message in (
+        ("missing.npy", "expected 'wordllama' or a .npy file"),
+        (str(tmp_path / "bad.npy"), "no row of finite numbers"),
+    ):
+        config = world.config("pair", domain_embedding=path)
+        with pytest.raises(ValueError, match=message):
+            again(world, "pair", tmp_path / "out", tmp_path / path.split("/")[-1], config=config)
