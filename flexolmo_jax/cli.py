@@ -18,12 +18,17 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 after an error, 130 when interrupted."""
     parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    args, rest = parser.parse_known_args([word for word in words if word != "--debug"])
+    args.debug = "--debug" in words
     if rest and args.command != "train":
         parser.error(f"unknown argument {rest[0]}; see flexolmo {args.command} --help")
     args.overrides = rest
     try:
-        args.run_command(args)
+        if args.command == "train" and args.resume and (Path(args.out) / "manifest.json").exists():
+            console.print(f"{args.out}: already done", markup=False)
+        else:
+            args.run_command(args)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
@@ -58,7 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     def command(
         adder, name: str, run, help: str, description: str | None = None
     ) -> argparse.ArgumentParser:
-        made = adder.add_parser(name, help=help, description=description or help)
+        # No abbreviations: what is not an option here may be a value of the config.
+        made = adder.add_parser(
+            name, help=help, description=description or help, allow_abbrev=False
+        )
         made.set_defaults(run_command=run)
         return made
 
@@ -132,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", required=True, metavar="NAME=SOURCE", action="extend", nargs="+",
         help="sources as for train",
     )  # fmt: skip
+    evaluate.add_argument("--text-field", default="text", help="default: %(default)s")
     evaluate.add_argument(
         "--heldout", type=float, metavar="SHARE",
         help="only the documents that training with this held-out share left out",
@@ -364,7 +373,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         report = Report()
         found = bits_per_byte(
             model, source, without=args.without, only=args.only, heldout=args.heldout,
-            report=report,
+            text_field=args.text_field, report=report,
         )  # fmt: skip
         for line in report.lines():
             print(line, file=sys.stderr)
@@ -393,7 +402,12 @@ def _generate(args: argparse.Namespace) -> None:
 def _data_fetch(args: argparse.Namespace) -> None:
     from flexolmo_jax.data.fetch import fetch
 
-    fetch(args.folder)
+    card = fetch(args.folder)
+    rows = [
+        {"domain": name, "documents": entry["documents"], "bytes": entry["bytes"]}
+        for name, entry in card["domains"].items()
+    ]
+    _show_rows(rows, as_json=False)
 
 
 def _data_proxies(args: argparse.Namespace) -> None:

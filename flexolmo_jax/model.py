@@ -17,7 +17,7 @@ import numpy as np
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
-from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
+from flexolmo_jax.federation.anchor import LoadedAnchor, hugging_face_tokenizer, read_anchor
 from flexolmo_jax.federation.merge import LoadedModel, load_merged, load_pair
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.inference import decode
@@ -211,7 +211,7 @@ def load(
     """
     path = Path(path)
     if huggingface.is_hugging_face(path):
-        loaded = _hugging_face(path)
+        loaded = _hugging_face(path, dtype)
     else:
         kind = read_manifest(path)["kind"]
         if kind == "merged":
@@ -234,11 +234,10 @@ def _alone(anchor: LoadedAnchor) -> LoadedModel:
     )
 
 
-def _hugging_face(path: Path) -> LoadedModel:
-    backbone, experts, config = huggingface.load(path)
-    file = huggingface.tokenizer_file(path)
+def _hugging_face(path: Path, dtype: str | None) -> LoadedModel:
+    backbone, experts, config = huggingface.load(path, dtype)
     names = ("public", *(f"expert_{i}" for i in range(1, config.num_experts)))
-    return LoadedModel(backbone, experts, config, names, Tokenizer.load(file) if file else None)
+    return LoadedModel(backbone, experts, config, names, hugging_face_tokenizer(path))
 
 
 def _find_anchor(package: Path, given: str | Path | None) -> Path:

@@ -43,15 +43,15 @@ def windows(
     for last, document in enumerate(tokenized_documents, 1):
         tokens.extend(document)
         owners.extend([last] * len(document))
-        while len(tokens) > length:
-            yield _window(tokens[: length + 1], owners[: length + 1])
-            del tokens[:length], owners[:length]
+        start = 0
+        while len(tokens) - start > length:
+            end = start + length + 1
+            yield _window(tokens[start:end], owners[start:end])
+            start += length
+        del tokens[:start], owners[:start]  # once a document: a book has many windows
     tokens.append(separator)
     owners.append(last + 1)
-    if len(tokens) > length:
-        yield _window(tokens[: length + 1], owners[: length + 1])
-        del tokens[:length], owners[:length]
-    if len(tokens) > 1:
+    if last and len(tokens) > 1:
         padding = length + 1 - len(tokens)
         window = _window(tokens + [separator] * padding, owners + [last + 1] * padding)
         window.segments[len(tokens) :] = 0

@@ -95,6 +95,12 @@ def read_anchor(path: Path) -> LoadedAnchor:
     return LoadedAnchor(weights, config, tokenizer, manifest["identity"], public_text)
 
 
+def hugging_face_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face directory, if it has a tokenizer.json."""
+    file = huggingface.tokenizer_file(path)
+    return Tokenizer.load(file, huggingface.separator(path)) if file else None
+
+
 def _from_hugging_face(path: Path) -> LoadedAnchor:
     backbone, experts, config = huggingface.load(path)
     if config.num_experts != 1:
@@ -102,8 +108,7 @@ def _from_hugging_face(path: Path) -> LoadedAnchor:
             f"{path}: expected a dense OLMo 2 model as the anchor, found {config.num_experts} "
             "experts"
         )
-    file = huggingface.tokenizer_file(path)
-    tokenizer = Tokenizer.load(file) if file else None
+    tokenizer = hugging_face_tokenizer(path)
     weights = Anchor(backbone, experts)
     described = tensors.describe(tensors.named(weights))
     return LoadedAnchor(weights, config, tokenizer, identity(config, tokenizer, described), [])

@@ -103,6 +103,15 @@ def is_hugging_face(path: str | Path) -> bool:
     return (Path(path) / "config.json").is_file() and any(Path(path).glob("*.safetensors"))
 
 
+def separator(path: str | Path) -> str:
+    """The token that ends a text, by the folder's tokenizer_config.json; default <|endoftext|>."""
+    file = Path(path) / "tokenizer_config.json"
+    token = json.loads(file.read_text()).get("eos_token") if file.is_file() else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token or "<|endoftext|>"
+
+
 def tokenizer_file(path: str | Path) -> Path | None:
     """The folder's tokenizer.json, if it has one."""
     file = Path(path) / "tokenizer.json"

@@ -70,7 +70,10 @@ class Notes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(TEXTS[:2]), "test": self._generate_examples(["", TEXTS[2]])}
+        return {
+            "train": self._generate_examples(TEXTS[:2]),
+            "test": self._generate_examples(["", TEXTS[2]]),
+        }
 
     def _generate_examples(self, made):
         for index, text in enumerate(made):
@@ -98,7 +101,9 @@ def read_group(text, group):
     """The group of a document that came from JSONL, which other sources must agree with."""
     from flexolmo_jax.data import sources
 
-    return sources._json_row(json.dumps({"text": text, "group": group}).encode(), "text", "group")[1]
+    return sources._json_row(json.dumps({"text": text, "group": group}).encode(), "text", "group")[
+        1
+    ]
 
 
 def test_tfds_errors_say_what_to_do(notes):

@@ -83,7 +83,9 @@ def own(world):
 
 
 def take(source, count, seed=0, start=0):
-    return [jax.tree.map(np.asarray, b) for b in itertools.islice(batches(source, seed, start), count)]
+    return [
+        jax.tree.map(np.asarray, b) for b in itertools.islice(batches(source, seed, start), count)
+    ]
 
 
 def assert_same(some, other):

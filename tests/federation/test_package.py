@@ -118,7 +118,9 @@ def test_an_extra_file_is_refused_by_name(copied, part, name):
 
 
 def test_a_damaged_tensor_is_named(copied):
-    (file,) = [f for f in files_of(copied.experts["math"]) if "gate" in str(f) and f.name[0].isdigit()]
+    (file,) = [
+        f for f in files_of(copied.experts["math"]) if "gate" in str(f) and f.name[0].isdigit()
+    ]
     content = bytearray(file.read_bytes())
     content[100] ^= 1
     file.write_bytes(bytes(content))
@@ -420,7 +422,8 @@ def full(*_, **__):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(packaging.tensors, "save"), (packaging.os, "rename"), (packaging.os, "fsync")]
+    ("owner", "name"),
+    [(packaging.tensors, "save"), (packaging.os, "rename"), (packaging.os, "fsync")],
 )
 def test_a_write_that_fails_leaves_nothing(tmp_path, make_expert, monkeypatch, owner, name):
     with monkeypatch.context() as patch:

@@ -27,7 +27,6 @@ from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.merge import load_merged, load_pair, merge, remove_expert
 from flexolmo_jax.federation.package import read_manifest
-from flexolmo_jax.modeling.attention import segment_mask, segment_positions
 from flexolmo_jax.modeling.transformer import forward
 from flexolmo_jax.training import loop
 from flexolmo_jax.training.anchor import train_anchor
@@ -458,9 +457,11 @@ def test_router_tuning_changes_rows_and_nothing_else(world, tuned):
     assert changed == {"1.router.row", "1.router.bias"}
     bias = np.asarray(after.experts.router.bias)
     assert not bias[:, 0].any() and bias[:, 1:].any()
-    assert (np.asarray(before.experts.router.row) != np.asarray(after.experts.router.row)).any(
-        axis=(0, 2)
-    ).all()
+    assert (
+        (np.asarray(before.experts.router.row) != np.asarray(after.experts.router.row))
+        .any(axis=(0, 2))
+        .all()
+    )
 
 
 def test_router_tuning_lowers_its_loss(tuned):

@@ -1,0 +1,545 @@
+"""The command line: what each command does, and that wrong input ends in one clear line."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import flexolmo_jax as fo
+from flexolmo_jax.federation.package import read_manifest
+
+COMMANDS = [
+    (), ("demo",), ("train",), ("train", "anchor"), ("train", "expert"), ("train", "router"),
+    ("merge",), ("experts",), ("experts", "list"), ("experts", "add"), ("experts", "remove"),
+    ("inspect",), ("evaluate",), ("generate",), ("data",), ("data", "fetch"), ("data", "proxies"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help(flexolmo, command):
+    code, out, _ = flexolmo(*command, "--help")
+    assert code == 0 and out.startswith(f"usage: {' '.join(('flexolmo', *command))} ")
+
+
+# What the commands do. The world was made by them.
+
+
+def test_training_shows_what_came_of_it(world):
+    for name, out in (("public", world.anchor), ("math", world.experts["math"])):
+        said = " ".join(world.printed[name].split())
+        assert "held-out documents" in said and "bits per byte" in said
+        assert "steps" in said and "tokens/s" in said
+        assert "metrics and loss.png are in" in said and out.name in said
+    assert "with math" in world.printed["math"]
+    assert "public + 2 experts" in world.printed["merge"]
+
+
+def test_a_run_folder_beside_the_result_is_the_default(world, flexolmo, tmp_path):
+    code, *_ = flexolmo(
+        "train", "expert", world.config_file("alone"), "--data", world.texts["math"],
+        "--anchor", world.anchor, "--name", "mine", "--out", tmp_path / "mine",
+        "--steps", "2", "--optimizer.learning-rate", "1e-3", "--data.batch-size", "2",
+        "--licence", "CC-BY-4.0",
+    )  # fmt: skip
+    assert code == 0
+    saved = json.loads((tmp_path / "mine.run" / "config.json").read_text())
+    assert (saved["steps"], saved["optimizer"]["learning_rate"]) == (2, 1e-3)
+    assert saved["data"]["batch_size"] == 2 and saved["data"]["length"] == 32
+    manifest = read_manifest(tmp_path / "mine")
+    assert (manifest["licence"], manifest["tokens_seen"]) == ("CC-BY-4.0", 2 * 2 * 32)
+
+
+def test_router_tuning(world, flexolmo, tmp_path):
+    for name in ("math", "code"):
+        code, out, _ = flexolmo(
+            "data", "proxies", "--data", world.texts[name], "--public", world.texts["public"],
+            "--out", tmp_path / "proxies" / f"{name}.jsonl", "--share", "0.3",
+        )  # fmt: skip
+        assert code == 0 and "30 of 100 public documents" in " ".join(out.split())
+    code, out, _ = flexolmo(
+        "train", "router", world.config_file("router"), "--model", world.merged,
+        "--data", tmp_path / "proxies", "--out", tmp_path / "tuned",
+    )  # fmt: skip
+    assert code == 0 and "tuned" in out
+    assert fo.load(tmp_path / "tuned").expert_names == ("public", "math", "code")
+    code, out, _ = flexolmo("experts", "remove", tmp_path / "tuned", "code")
+    assert code == 0 and "back to the owners' own rows" in " ".join(out.split())
+    assert fo.load(tmp_path / "tuned").expert_names == ("public", "math")
+
+
+def test_proxies_are_public_documents_the_likest_first(world, flexolmo, tmp_path):
+    file = tmp_path / "proxies.jsonl"
+    code, *_ = flexolmo(
+        "data", "proxies", "--data", world.texts["math"], "--public", world.texts["public"],
+        "--out", file,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert code == 0 and len(rows) == 5
+    public = {(row["text"], row["group"]) for row in map(json.loads, open(world.texts["public"]))}
+    assert all((row["text"], row["group"]) in public for row in rows)
+    probabilities = [row["probability"] for row in rows]
+    assert probabilities == sorted(probabilities, reverse=True)
+
+
+def test_experts_are_listed_added_and_removed(copied, flexolmo, make_expert, tmp_path):
+    third = make_expert(tmp_path / "third", "third")
+    assert flexolmo("experts", "add", copied.merged, third)[0] == 0
+    code, out, error = flexolmo("experts", "list", copied.merged, "--json")
+    rows = json.loads(out)
+    assert (code, error) == (0, "")
+    assert [row["name"] for row in rows] == ["math", "code", "third"]
+    assert (rows[2]["licence"], rows[2]["contact"]) == ("CC0-1.0", "a@b.example")
+    assert flexolmo("experts", "remove", copied.merged, "math", "third")[0] == 0
+    code, out, _ = flexolmo("experts", "list", copied.merged)
+    assert code == 0 and "code" in out and "math" not in out
+    assert flexolmo("experts", "remove", copied.merged, "code")[0] == 0
+    assert json.loads(flexolmo("experts", "list", copied.merged, "--json")[1]) == []
+    assert "no experts" in flexolmo("experts", "list", copied.merged)[1]
+
+
+def test_several_experts_are_removed_all_or_none(copied, refused):
+    assert "no expert named 'maths'" in refused("experts", "remove", copied.merged, "code", "maths")
+    assert fo.load(copied.merged).expert_names == ("public", "math", "code")
+
+
+def test_several_packages_are_added_all_or_none(copied, refused, make_expert, tmp_path):
+    third = make_expert(tmp_path / "third", "third")
+    refused("experts", "add", copied.merged, third, tmp_path / "missing")
+    assert fo.load(copied.merged).expert_names == ("public", "math", "code")
+
+
+@pytest.mark.parametrize("part", ["anchor", "experts/math", "merged"])
+def test_inspect(world, flexolmo, part):
+    code, out, error = flexolmo("inspect", world.root / part, "--json")
+    assert (code, error) == (0, "")
+    about = json.loads(out)
+    assert about["kind"] == {"anchor": "anchor", "experts/math": "expert", "merged": "merged"}[part]
+    code, out, _ = flexolmo("inspect", world.root / part)
+    assert code == 0 and about["digest"][:8] in "".join(out.split())
+    if part != "merged":
+        assert about["tensors"] and "feed_forward.gate" in out
+
+
+def test_inspecting_a_merged_model_looks_at_its_parts_too(copied, refused):
+    damage(copied.experts["math"])
+    assert "changed after the package was written" in refused("inspect", copied.merged)
+
+
+def test_evaluate(world, flexolmo):
+    source = world.texts["math"]
+    arguments = ("evaluate", "--model", world.merged, "--data", f"math={source}")
+    code, out, error = flexolmo(*arguments, "--heldout", "0.1", "--json")
+    assert (code, error) == (0, "")
+    (row,) = json.loads(out)
+    expected = fo.bits_per_byte(fo.load(world.merged), str(source), heldout=0.1)
+    assert row == {"data": "math", **expected._asdict(), "bad_rows": 0}
+    code, out, _ = flexolmo(*arguments, f"code={world.texts['code']}", "--heldout", "0.1")
+    assert code == 0 and f"{expected.bits_per_byte:.4f}" in out and "code" in out
+    code, out, _ = flexolmo(*arguments, "--heldout", "0.1", "--json", "--without", "math", "code")
+    alone = fo.bits_per_byte(fo.load(world.anchor), str(source), heldout=0.1)
+    assert json.loads(out)[0]["bits_per_byte"] == alone.bits_per_byte
+
+
+def test_evaluate_tells_of_bad_rows(world, flexolmo, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a good row"}\nnot json\n')
+    code, out, error = flexolmo(
+        "evaluate", "--model", world.anchor, "--data", f"x={tmp_path}/rows.jsonl", "--json"
+    )
+    assert code == 0 and json.loads(out)[0]["bad_rows"] == 1
+    assert error.startswith(f"skipped {tmp_path}/rows.jsonl:2: not JSON")
+
+
+def test_generate(world, flexolmo):
+    arguments = ("generate", "--model", world.merged, "--max-new-tokens", "8")
+    code, out, error = flexolmo(*arguments, "--prompt", "The theorem", "A river", "--json")
+    assert (code, error) == (0, "")
+    made = fo.load(world.merged).generate(["The theorem", "A river"], 8)
+    assert json.loads(out) == [
+        {"prompt": "The theorem", "continuation": made[0]},
+        {"prompt": "A river", "continuation": made[1]},
+    ]
+    code, out, _ = flexolmo(*arguments, "--prompt", "The theorem")
+    assert code == 0 and out == f"The theorem{made[0]}\n"
+    code, out, _ = flexolmo(*arguments, "--prompt", "The theorem", "--only", "public")
+    assert out == f"The theorem{fo.load(world.anchor).generate(['The theorem'], 8)[0]}\n"
+    options = ("--temperature", "1", "--top-k", "50", "--top-p", "0.9", "--seed", "3")
+    assert flexolmo(*arguments, "--prompt", "A", *options)[0] == 0
+
+
+def test_an_expert_package_is_a_model_of_two(world, flexolmo):
+    code, out, _ = flexolmo(
+        "generate", "--model", world.experts["math"], "--anchor", world.anchor,
+        "--prompt", "The", "--max-new-tokens", "4",
+    )  # fmt: skip
+    assert code == 0 and out.startswith("The")
+
+
+# Wrong input: one line, exit code 2.
+
+
+def damage(package: Path) -> Path:
+    """Flips a bit in the middle of the largest file."""
+    file = max(package.rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(bytes(content))
+    return file
+
+
+def expert(world, out, *more, name="mine", data="math", config="alone", run=None):
+    """The arguments of an expert's training."""
+    run = ("--run", run) if run else ()
+    return (
+        "train", "expert", world.config_file(config), "--data", world.texts.get(data, data),
+        "--anchor", world.anchor, "--name", name, "--out", out, *run, *more,
+    )  # fmt: skip
+
+
+def test_a_package_made_for_another_anchor(world, refused, flexolmo, tmp_path):
+    code, *_ = flexolmo(
+        "train", "anchor", world.config_file("anchor"), "--data", world.texts["code"],
+        "--out", tmp_path / "other", "--steps", "1",
+    )  # fmt: skip
+    assert code == 0
+    said = refused(
+        "merge", "--anchor", tmp_path / "other", "--expert", world.experts["math"],
+        "--out", tmp_path / "merged",
+    )  # fmt: skip
+    assert f"{world.experts['math']}: made for another tokenizer" in said
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_flipped_byte_in_a_package(copied, refused, tmp_path):
+    file = damage(copied.experts["math"])
+    for command in (
+        ("generate", "--model", copied.merged, "--prompt", "x"),
+        ("evaluate", "--model", copied.merged, "--data", "x=corpus:math"),
+        ("inspect", copied.experts["math"]),
+        (
+            "merge", "--anchor", copied.anchor, "--expert", copied.experts["math"],
+            "--out", tmp_path / "new",
+        ),
+    ):  # fmt: skip
+        said = refused(*command)
+        assert str(file.name) in said and "changed after the package was written" in said
+
+
+def test_a_missing_tensor(copied, refused):
+    shutil.rmtree(next((copied.experts["math"] / "params").rglob("feed_forward.up")))
+    said = refused("generate", "--model", copied.merged, "--prompt", "x")
+    assert "(tensor feed_forward.up): missing from the package" in said
+
+
+def test_a_truncated_checkpoint(world, flexolmo, refused, tmp_path):
+    out, run = tmp_path / "mine", tmp_path / "run"
+    assert flexolmo(*expert(world, out, run=run))[0] == 0
+    shutil.rmtree(out)
+    step = run / "checkpoints" / "8"
+    file = max(step.rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+    said = refused(*expert(world, out, "--resume", run=run))
+    assert "checkpoint 8 cannot be read" in said and "delete its folder" in said
+    shutil.rmtree(step)
+    assert flexolmo(*expert(world, out, "--resume", run=run))[0] == 0
+
+
+def test_two_packages_of_one_name(world, copied, refused, tmp_path):
+    said = refused(
+        "merge", "--anchor", world.anchor, "--out", tmp_path / "merged",
+        "--expert", world.experts["math"], copied.experts["math"],
+    )  # fmt: skip
+    assert "two packages are named 'math'" in said
+    said = refused("experts", "add", copied.merged, copied.experts["math"])
+    assert "two packages are named 'math'" in said
+
+
+def test_tokens_outside_the_vocabulary(world, tmp_path):
+    with pytest.raises(ValueError, match=r"tokens must be in \[0, 512\)"):
+        fo.load(world.merged).logits([[512]])
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(world, refused, tmp_path):
+    said = refused(
+        "train", "anchor", world.config_file("anchor"), "--data", world.texts["public"],
+        "--out", tmp_path / "a", "--tokenizer", world.anchor / "tokenizer.json",
+        "--model.vocab-size", "300",
+    )  # fmt: skip
+    assert "the tokenizer has 512 ids, more than model.vocab_size=300" in said
+
+
+def test_an_unknown_expert(world, refused):
+    for switch in ("--without", "--only"):
+        said = refused("generate", "--model", world.merged, "--prompt", "x", switch, "maths")
+        assert "no expert named 'maths'; there are public, math, code" in said
+
+
+def test_all_experts_switched_off(world, refused):
+    everyone = ("--without", "public", "math", "code")
+    for command in (("generate", "--prompt", "x"), ("evaluate", "--data", "x=corpus:math")):
+        said = refused(*command, "--model", world.merged, *everyone)
+        assert "all experts are switched off; leave at least one of public, math, code" in said
+
+
+def test_an_empty_corpus(world, refused, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "folder").mkdir()
+    for source, message in (
+        (tmp_path / "empty.jsonl", "no usable document found"),
+        (tmp_path / "folder", "the folder holds no file ending in"),
+        (tmp_path / "missing.txt", "no such file or folder"),
+    ):
+        run = tmp_path / f"run of {source.name}"
+        assert message in refused(*expert(world, tmp_path / "mine", data=source, run=run))
+        said = refused("evaluate", "--model", world.anchor, "--data", f"x={source}")
+        assert message in said
+    assert not (tmp_path / "mine").exists()
+
+
+def test_the_command_can_be_given_again_with_the_right_source(world, flexolmo, refused, tmp_path):
+    """What a wrong source leaves behind is no run that has to be resumed or taken away."""
+    refused(*expert(world, tmp_path / "mine", data=tmp_path / "typo.jsonl"))
+    assert flexolmo(*expert(world, tmp_path / "mine", "--steps", "2"))[0] == 0
+
+
+def test_a_run_is_resumed_with_the_same_text_and_anchor_only(world, refused, flexolmo, tmp_path):
+    run = tmp_path / "run"
+    assert flexolmo(*expert(world, tmp_path / "mine", "--steps", "2", run=run))[0] == 0
+    again = ("--steps", "2", "--resume")
+    said = refused(*expert(world, tmp_path / "other", *again, data="code", run=run))
+    assert "cannot resume" in said and "code.jsonl" in said
+
+
+def test_heads_that_do_not_divide_the_width(world, refused, tmp_path):
+    text = Path(world.config_file("anchor")).read_text()
+    (tmp_path / "bad.py").write_text(text.replace("num_heads=2", "num_heads=3"))
+    for config, more in (
+        (tmp_path / "bad.py", ()),
+        (world.config_file("anchor"), ("--model.num-heads", "3")),
+    ):
+        said = refused(
+            "train", "anchor", config, "--data", "corpus:public", "--out", tmp_path / "a", *more
+        )
+        assert "num_heads must divide width, found width=32 and num_heads=3" in said
+
+
+@pytest.mark.parametrize(
+    "override",
+    [("--stepss", "5"), ("--steps", "many"), ("--steps",), ("--data.lenght", "5"), ("x",)],
+)
+def test_a_bad_override_is_exit_2(world, flexolmo, tmp_path, override):
+    code, _, error = flexolmo(*expert(world, tmp_path / "mine", *override))
+    assert code == 2 and error and "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_override_that_a_config_refuses_is_one_line(world, refused, tmp_path):
+    assert "steps must be positive, found -5" in refused(
+        *expert(world, tmp_path / "m", "--steps", "-5")
+    )
+
+
+def test_other_wrong_input(world, refused, tmp_path):
+    out = tmp_path / "out"
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "x").write_text("x")
+    cases = [
+        (expert(world, full), "already there"),
+        (expert(world, out, name="a/b"), "cannot be an expert's name"),
+        (expert(world, out, config="pair", data=tmp_path / "none.txt"), "no such file"),
+        (("merge", "--anchor", out, "--expert", out, "--out", full), "no such folder"),
+        (("generate", "--model", out, "--prompt", "x"), "no such folder"),
+        (("generate", "--model", full, "--prompt", "x"), "no manifest.json there"),
+        (("inspect", full), "no manifest.json there"),
+        (("evaluate", "--model", world.anchor, "--data", "corpus:math"), "expected NAME=SOURCE"),
+        (("experts", "remove", world.merged, "maths"), "no expert named 'maths'"),
+        (("experts", "list", world.anchor), "expected a package of kind merged, found anchor"),
+        (("generate", "--model", world.anchor, "--prompt", "x", "--top-p", "2"), "top_p must be"),
+        (("train", "anchor", "nothing", "--out", out), "no config at nothing"),
+        (("train", "anchor", "demo_expert", "--out", out), "found ExpertTraining"),
+        (("train", "anchor", "demo_anchor", "--out", out), "no text to train on"),
+        (
+            ("data", "proxies", "--data", "corpus:x", "--public", "corpus:public", "--out", out),
+            "corpus:x",
+        ),
+    ]
+    for command, message in cases:
+        assert message in refused(*command), command
+    assert not out.exists()
+
+
+def test_too_few_tokens_to_fit_rows_on(world, refused, tmp_path):
+    said = refused(*expert(world, tmp_path / "mine", "--fit-tokens", "1"))
+    assert "fit_tokens" in said
+
+
+def test_a_merged_model_says_how_many_experts_a_token_may_use(world, flexolmo, refused, tmp_path):
+    merge = ("merge", "--anchor", world.anchor, "--expert", *world.experts.values())
+    assert flexolmo(*merge, "--out", tmp_path / "one", "--active", "1")[0] == 0
+    assert fo.load(tmp_path / "one").config.active_experts == 1
+    said = refused(*merge, "--out", tmp_path / "none", "--active", "0")
+    assert "active_experts must be at least 1" in said
+
+
+def test_debug_shows_the_traceback(world, flexolmo):
+    wrong = ("generate", "--model", world.root / "nothing", "--prompt", "x")
+    for command in (("--debug", *wrong), (*wrong, "--debug")):
+        code, _, error = flexolmo(*command)
+        assert code == 2 and "Traceback" in error and "no such folder" in error
+
+
+def test_an_unknown_argument_is_exit_2(world, flexolmo):
+    code, _, error = flexolmo("inspect", world.anchor, "--jsn")
+    assert code == 2 and "unrecognized" in error or "unknown argument --jsn" in error
+
+
+# A full disk.
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """fill(free) -> a folder on a disk with so many bytes left; None where none can be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    try:
+        mounted = os.geteuid() == 0 and not subprocess.run(command, capture_output=True).returncode
+    except OSError:
+        mounted = False
+    if not mounted:
+        yield None
+        return
+
+    def fill(free: int) -> Path:
+        room = shutil.disk_usage(folder).free
+        (folder / "filler").write_bytes(bytes(room - free))
+        return folder
+
+    yield fill
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def limited(arguments, size):
+    """Runs a command in a process that may write no file larger than `size`."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return subprocess.run(
+        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, arguments)],
+        capture_output=True, text=True, preexec_fn=limit,
+    )  # fmt: skip
+
+
+def is_clear(error, message):
+    """Whether what was said ends in one line; a progress bar may stand before it."""
+    *before, last = error.strip().splitlines()
+    assert "Traceback" not in error and not any("rror" in line for line in before), error
+    assert last.startswith("flexolmo: error: ") and message in last, error
+    return True
+
+
+@pytest.mark.parametrize("free", [0, 40_000])
+def test_a_full_disk_while_an_expert_is_written(world, tmp_path, tiny_disk, flexolmo, free):
+    run = tmp_path / "run"
+    if tiny_disk is None:
+        done = limited(expert(world, tmp_path / "disk" / "mine", "--steps", "2", run=run), 10_000)
+        assert done.returncode == 2 and is_clear(done.stderr, "arge")
+        assert not (tmp_path / "disk" / "mine").exists()
+        return
+    disk = tiny_disk(free)
+    code, _, error = flexolmo(*expert(world, disk / "mine", "--steps", "2", run=run))
+    assert code == 2 and is_clear(error, "the disk is full")
+    assert [p.name for p in disk.iterdir()] == ["filler"]
+    (disk / "filler").unlink()
+    assert flexolmo(*expert(world, disk / "mine", "--steps", "2", "--resume", run=run))[0] == 0
+    assert fo.load(disk / "mine", anchor=world.anchor).expert_names == ("public", "mine")
+
+
+@pytest.mark.parametrize("free", [0, 16_000, 300_000])
+def test_a_full_disk_while_training(world, tmp_path, tiny_disk, flexolmo, free):
+    """First the windows do not fit, then the checkpoints."""
+    if tiny_disk is None:
+        done = limited(expert(world, tmp_path / "mine", run=tmp_path / "disk" / "run"), 10_000)
+        assert done.returncode == 2 and is_clear(done.stderr, "arge")
+        return
+    disk = tiny_disk(free)
+    arguments = expert(world, tmp_path / "mine", run=disk / "run")
+    code, _, error = flexolmo(*arguments)
+    assert code == 2 and is_clear(error, "the disk is full")
+    assert not (tmp_path / "mine").exists()
+    (disk / "filler").unlink()
+    assert flexolmo(*arguments, "--resume")[0] == 0
+    theirs, ours = (read_manifest(p)["tensors"] for p in (world.experts["math"], tmp_path / "mine"))
+    assert ours == theirs
+
+
+def test_a_full_disk_while_merging(copied, tmp_path, tiny_disk, refused):
+    if tiny_disk is None:
+        done = limited(("experts", "remove", copied.merged, "math"), 100)
+        assert done.returncode == 2 and is_clear(done.stderr, "arge")
+        assert fo.load(copied.merged).expert_names == ("public", "math", "code")
+        return
+    disk = tiny_disk(8_000_000 // 2)
+    shutil.move(copied.merged, disk / "merged")
+    before = (disk / "merged" / "manifest.json").read_bytes()
+    tiny_disk(0)
+    said = refused(
+        "merge",
+        "--anchor",
+        copied.anchor,
+        "--expert",
+        copied.experts["math"],
+        "--out",
+        disk / "new",
+    )
+    assert "the disk is full (no space left on device): make room" in said
+    assert sorted(p.name for p in disk.iterdir()) == ["filler", "merged"]
+    assert (disk / "merged" / "manifest.json").read_bytes() == before
+
+
+# Processes that are stopped from outside.
+
+
+def started(arguments):
+    """A command in a process of its own, once it has taken its first steps."""
+    run = Path(arguments[arguments.index("--run") + 1])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, arguments)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any((run / "checkpoints").glob("[0-9]*")):
+            return process
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_is_stopped_goes_on_where_it_was(world, flexolmo, tmp_path, number):
+    long = ("--steps", "3000", "--checkpoint-every", "20", "--log-every", "1")
+    arguments = expert(world, tmp_path / "mine", *long, run=tmp_path / "run")
+    process = started(arguments)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert not (tmp_path / "mine").exists()
+    done = max(
+        int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*") if p.name.isdigit()
+    )
+    assert 20 <= done < 3000
+    if number == signal.SIGTERM:
+        assert process.returncode == 130
+        assert f"stopped after step {done}; go on with --resume" in error
+    else:
+        assert process.returncode == -signal.SIGKILL
+        assert done % 20 == 0
+    assert "Traceback" not in error
