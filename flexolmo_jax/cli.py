@@ -1,6 +1,7 @@
 """The command `flexolmo`: parses, calls, prints. Errors are one line and exit code 2."""
 
 import argparse
+import ctypes
 import json
 import sys
 import traceback
@@ -21,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     args, rest = parser.parse_known_args([word for word in words if word != "--debug"])
     args.debug = "--debug" in words
+    if args.command == "train":
+        _keep_freed_memory()
     if rest and args.command != "train":
         parser.error(f"unknown argument {rest[0]}; see flexolmo {args.command} --help")
     args.overrides = rest
@@ -40,6 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"flexolmo: error: {_one_line(error)}", file=sys.stderr)
         return INTERRUPTED if isinstance(error, Interrupted) else 2
     return 0
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to hold on to large buffers; must come before any thread starts.
+
+    By default every large buffer goes back to the system when a training step on CPU ends, and
+    the next step gets it anew, cleared page by page.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # as in malloc.h
+        mallopt(arena_max, 2)
+        mallopt(mmap_threshold, 2**31 - 1)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def _one_line(error: Exception) -> str:
@@ -251,15 +268,11 @@ def _train_router(args: argparse.Namespace) -> None:
 
 def _show_training(places: dict[str, Any], models: dict[str, tuple], config: Any) -> None:
     """The result in a table: what it says of documents that no training saw."""
-    from flexolmo_jax.data.sources import is_heldout, read_documents
-    from flexolmo_jax.evaluation.domains import score
+    from flexolmo_jax.evaluation.domains import heldout_documents, score
     from flexolmo_jax.model import load
 
     data = config.data
-    documents = read_documents(
-        places["data"], text_field=data.text_field, group_field=data.group_field
-    )
-    heldout = [d for d in documents if is_heldout(d, data.heldout)][:200]
+    heldout = heldout_documents(places["data"], data)
     if heldout:
         table = Table(title=f"{len(heldout)} held-out documents")
         table.add_column("model")

@@ -181,7 +181,8 @@ class ExpertTraining(Training):
     gating: Literal["alone", "pair"] = "alone"
     router_z_loss: float = 0.0  # with gating="pair"
     domain_embedding: str | None = None  # with "pair": "wordllama", or a .npy of [D] or [N, D]
-    fit_tokens: int = 16_384  # with "alone": tokens of each side that the rows are fitted on
+    fit_tokens: int = 32_768  # with "alone": tokens of each side that the rows are fitted on
+    fit_prior: float = 0.3  # with "alone": share of text taken to be the owner's; less is humbler
     fit_ridge: float = 1e-3  # with "alone": ridge penalty of the whitened rows
 
     def __post_init__(self):
@@ -190,6 +191,9 @@ class ExpertTraining(Training):
             self.gating in ("alone", "pair"),
             f"gating must be 'alone' or 'pair', found {self.gating!r}",
         )
+        _require(0 < self.fit_prior < 1, f"fit_prior must be in (0, 1), found {self.fit_prior}")
+        _require(self.fit_tokens > 0, f"fit_tokens must be positive, found {self.fit_tokens}")
+        _require(self.fit_ridge > 0, f"fit_ridge must be positive, found {self.fit_ridge}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,15 +17,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from flexolmo_jax.config import AnchorTraining, ExpertTraining, load_config
-from flexolmo_jax.data.sources import Document, is_heldout, read_documents
-from flexolmo_jax.evaluation.domains import score
+from flexolmo_jax.config import ExpertTraining, load_config
+from flexolmo_jax.evaluation.domains import heldout_documents, score
 from flexolmo_jax.evaluation.report import heat_map
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.model import FlexOlmo, load
 
 OWNERS = ("code", "math", "educational", "creative")
-HELDOUT_BYTES = 60_000  # of each domain are measured
 AT_ONCE = 2  # owners that train at the same time
 console = Console()
 
@@ -99,21 +97,10 @@ def _flexolmo(arguments: list[str], *, out: Path, run: Path, quiet: bool) -> Non
         raise RuntimeError(f"flexolmo {' '.join(arguments)} failed: {done.stderr or 'see above'}")
 
 
-def _heldout(name: str, share: float) -> list[Document]:
-    """Held-out documents of a domain, in the order of the corpus, up to HELDOUT_BYTES."""
-    chosen, size = [], 0
-    for document in read_documents(f"corpus:{name}"):
-        if size < HELDOUT_BYTES and is_heldout(document, share):
-            chosen.append(document)
-            size += len(document.text.encode())
-    return chosen
-
-
 def _measure(anchor: Path, packages: dict[str, Path], merged: Path) -> dict[str, dict[str, float]]:
     """bits_per_byte[MODEL][DOMAIN] on the held-out documents of every domain."""
-    share = load_config("demo_expert", ExpertTraining).data.heldout
-    assert share == load_config("demo_anchor", AnchorTraining).data.heldout
-    texts = {name: _heldout(name, share) for name in ("public", *packages)}
+    data = load_config("demo_expert", ExpertTraining).data
+    texts = {name: heldout_documents(f"corpus:{name}", data) for name in ("public", *packages)}
 
     def row(model: FlexOlmo, without: tuple[str, ...] = ()) -> dict[str, float]:
         return {
@@ -133,8 +120,11 @@ def _measure(anchor: Path, packages: dict[str, Path], merged: Path) -> dict[str,
 
 def _samples(model: FlexOlmo) -> dict[str, str]:
     """What the merged model makes of the first words of a held-out document of each domain."""
-    share = load_config("demo_expert", ExpertTraining).data.heldout
-    prompts = {name: _heldout(name, share)[0].text.strip()[:60] for name in ("public", *OWNERS)}
+    data = load_config("demo_expert", ExpertTraining).data
+    prompts = {
+        name: heldout_documents(f"corpus:{name}", data)[0].text.strip()[:60]
+        for name in ("public", *OWNERS)
+    }
     made = model.generate(list(prompts.values()), 48, temperature=0.7, top_p=0.9)
     return {
         name: f"{prompt} || {text}"

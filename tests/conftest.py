@@ -18,7 +18,8 @@ from flexolmo_jax.cli import main
 from flexolmo_jax.config import AnchorTraining, ExpertTraining, RouterTraining, load_config
 from flexolmo_jax.data.sources import read_documents
 from flexolmo_jax.federation.anchor import read_anchor
-from flexolmo_jax.federation.merge import write_expert
+from flexolmo_jax.federation.merge import merge, write_expert
+from flexolmo_jax.model import FlexOlmo, load
 
 PARTS = """from flexolmo_jax.config import *
 
@@ -88,13 +89,41 @@ def _slice_of_corpus(name: str, file: Path, count: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory) -> World:
+def compiled(tmp_path_factory) -> str:
+    """A folder of compiled programs, for this process and those that tests start."""
+    folder = os.environ.setdefault(
+        "JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled"))
+    )
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return folder
+
+
+@contextlib.contextmanager
+def compiling_quickly():
+    """Where compiling takes longer than running; it halves the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+
+    def switch(on: bool) -> None:
+        jax.config.update("jax_disable_most_optimizations", on)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(on))
+
+    switch(True)
+    yield
+    switch(before)
+
+
+@pytest.fixture(scope="module")
+def quick(compiled):
+    with compiling_quickly():
+        yield
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, compiled) -> World:
     """Made once, by the commands that a user would type."""
     root = tmp_path_factory.mktemp("world")
-    compiled = str(tmp_path_factory.mktemp("compiled"))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled  # of processes that tests start
-    jax.config.update("jax_compilation_cache_dir", compiled)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     (root / "configs").mkdir()
     np.save(root / "embedding.npy", np.random.default_rng(0).standard_normal((5, 24), np.float32))
     for name, (_, text) in CONFIGS.items():
@@ -116,14 +145,15 @@ def world(tmp_path_factory) -> World:
         where = ("--out", out, "--run", made.run(name), "--data", texts[name])
         flexolmo(name, "train", stage, made.config_file(config), *where, *more)
 
-    train("anchor", "anchor", "public", made.anchor)
-    for name, config in (("math", "alone"), ("code", "pair")):
-        owner = ("--anchor", made.anchor, "--name", name)
-        train("expert", config, name, made.experts[name], *owner)
-    flexolmo(
-        "merge", "merge", "--anchor", made.anchor, "--out", made.merged,
-        "--expert", *made.experts.values(),
-    )  # fmt: skip
+    with compiling_quickly():
+        train("anchor", "anchor", "public", made.anchor)
+        for name, config in (("math", "alone"), ("code", "pair")):
+            owner = ("--anchor", made.anchor, "--name", name)
+            train("expert", config, name, made.experts[name], *owner)
+        flexolmo(
+            "merge", "merge", "--anchor", made.anchor, "--out", made.merged,
+            "--expert", *made.experts.values(),
+        )  # fmt: skip
     return made
 
 
@@ -152,6 +182,15 @@ def make_expert(world):
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def model(world, make_expert, tmp_path_factory) -> FlexOlmo:
+    """Merged of the public expert, two trained ones, and one that is made up."""
+    folder = tmp_path_factory.mktemp("model")
+    packages = [*world.experts.values(), make_expert(folder / "loud", "loud", seed=5)]
+    merge(world.anchor, packages, folder / "merged")
+    return load(folder / "merged")
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ import pytest
 import flexolmo_jax as fo
 from flexolmo_jax.federation.package import read_manifest
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 COMMANDS = [
     (), ("demo",), ("train",), ("train", "anchor"), ("train", "expert"), ("train", "router"),
     ("merge",), ("experts",), ("experts", "list"), ("experts", "add"), ("experts", "remove"),
@@ -508,6 +510,11 @@ def test_a_full_disk_while_merging(copied, tmp_path, tiny_disk, refused):
 # Processes that are stopped from outside.
 
 
+def saved(run):
+    """The steps of the checkpoints that are complete."""
+    return [int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit()]
+
+
 def started(arguments):
     """A command in a process of its own, once it has taken its first steps."""
     run = Path(arguments[arguments.index("--run") + 1])
@@ -517,7 +524,7 @@ def started(arguments):
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if any((run / "checkpoints").glob("[0-9]*")):
+        if saved(run):
             return process
         time.sleep(0.02)
     process.kill()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import DataConfig, ModelConfig
 from flexolmo_jax.data.loader import Batch, stacked
 from flexolmo_jax.data.sources import Document, Report, is_heldout, read_documents
 from flexolmo_jax.data.windows import tokenized, windows
@@ -62,6 +62,26 @@ def bits_per_byte(
     return score(model, chosen, without=without, only=only, length=length)
 
 
+def heldout_documents(source: str, data: DataConfig, most_bytes: int = 40_000) -> list[Document]:
+    """Documents that training with `data` left out, in the order of the source.
+
+    Args:
+      source: as `read_documents` takes it.
+      data: says which documents are held out.
+      most_bytes: once there is so much text, no further document is taken.
+    """
+    chosen: list[Document] = []
+    size = 0
+    documents = read_documents(source, text_field=data.text_field, group_field=data.group_field)
+    for document in documents:
+        if size >= most_bytes:
+            break
+        if is_heldout(document, data.heldout):
+            chosen.append(document)
+            size += len(document.text.encode())
+    return chosen
+
+
 def score(
     model: FlexOlmo,
     documents: Iterable[Document],
@@ -72,6 +92,8 @@ def score(
 ) -> Score:
     """As `bits_per_byte`, of documents at hand."""
     documents = list(documents)
+    if not documents:
+        raise ValueError("there is no document to score")
     allowed = model.allowed(BATCH, without, only)
     nats = 0.0
     for batch in _batches(model, documents, length or min(model.config.max_length, 2048)):

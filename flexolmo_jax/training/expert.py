@@ -97,7 +97,15 @@ def fit_rows(
     assert anchor.tokenizer is not None
     length = config.data.length
     public = _public_batch(public_text, anchor.tokenizer, length, config.fit_tokens // length)
-    return fit_router(anchor.weights, expert, own, public, anchor.config, config.fit_ridge)
+    return fit_router(
+        anchor.weights,
+        expert,
+        own,
+        public,
+        anchor.config,
+        ridge=config.fit_ridge,
+        prior=config.fit_prior,
+    )
 
 
 def some_batch(source: SourceWindows, tokens: int, seed: int) -> Batch:

@@ -23,7 +23,14 @@ SHRINKAGE = 1e-2  # of the public covariance towards a multiple of the identity
 
 
 def fit_router(
-    anchor: Anchor, expert: Experts, own: Batch, public: Batch, config: ModelConfig, ridge: float
+    anchor: Anchor,
+    expert: Experts,
+    own: Batch,
+    public: Batch,
+    config: ModelConfig,
+    *,
+    ridge: float,
+    prior: float,
 ) -> Experts:
     """Fits the rows and biases of one expert, layer by layer in its own two-expert model.
 
@@ -34,6 +41,7 @@ def fit_router(
       public: a batch of public text.
       config: of the anchor.
       ridge: penalty on the squared length of the whitened row, relative to the mean loss.
+      prior: share of all text that is taken to be the owner's; 0.5 weighs both sides alike.
 
     Returns:
       the expert with rows [L, 1, D] and biases [L, 1] <= 0, float32.
@@ -63,7 +71,7 @@ def fit_router(
         )
         x = attend(x, layer)
         inputs = np.asarray(x, np.float64).reshape(-1, config.width)[real]
-        row, bias = separate(inputs, is_own, ridge)
+        row, bias = separate(inputs, is_own, ridge=ridge, prior=prior)
         own_slice.router.row[...] = jnp.asarray(row[None], jnp.float32)
         own_slice.router.bias[...] = jnp.asarray([bias], jnp.float32)
         x = consult(x, layer, (public_slice, own_slice))
@@ -75,8 +83,10 @@ def fit_router(
     return expert
 
 
-def separate(inputs: np.ndarray, is_own: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
-    """The row r and bias b <= 0 with r.x + b the log odds that x is the owner's, classes balanced.
+def separate(
+    inputs: np.ndarray, is_own: np.ndarray, *, ridge: float, prior: float
+) -> tuple[np.ndarray, float]:
+    """The row r and bias b <= 0 with r.x + b the log odds that x is the owner's.
 
     A positive intercept is folded into the row: v = S^-1 m / (m' S^-1 m), of the public mean m and
     covariance S, has v.m = 1, so adding c*v to the row adds about c to every logit.
@@ -84,7 +94,7 @@ def separate(inputs: np.ndarray, is_own: np.ndarray, ridge: float) -> tuple[np.n
     Args:
       inputs: float64 [T, D], the inputs of a layer's experts.
       is_own: bool [T].
-      ridge: as in `fit_router`.
+      ridge, prior: as in `fit_router`.
     """
     public = inputs[~is_own]
     mean = public.mean(axis=0)
@@ -93,7 +103,9 @@ def separate(inputs: np.ndarray, is_own: np.ndarray, ridge: float) -> tuple[np.n
     covariance += SHRINKAGE * np.trace(covariance) / width * np.eye(width)
     factor = np.linalg.cholesky(covariance)  # S = L L'
     white = np.linalg.solve(factor, (inputs - mean).T).T
-    model = LogisticRegression(C=1.0 / (ridge * len(white)), class_weight="balanced", max_iter=1000)
+    share = is_own.mean()
+    weights = {True: prior / share, False: (1 - prior) / (1 - share)}
+    model = LogisticRegression(C=1.0 / (ridge * len(white)), class_weight=weights, max_iter=1000)
     model.fit(white, is_own)
     row = np.linalg.solve(factor.T, model.coef_[0])
     bias = float(model.intercept_[0] - row @ mean)
