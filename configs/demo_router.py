@@ -1,7 +1,7 @@
 r"""Router tuning at the demo's size, on proxies that owners picked from public text.
 
-    flexolmo data proxies --data corpus:math --public corpus:public --out PROXIES/math.jsonl
-    flexolmo train router demo_router --model OUT/merged --data PROXIES --out OUT/tuned
+flexolmo data proxies --data corpus:math --public corpus:public --out PROXIES/math.jsonl
+flexolmo train router demo_router --model OUT/merged --data PROXIES --out OUT/tuned
 """
 
 from flexolmo_jax.config import DataConfig, OptimizerConfig, RouterTraining

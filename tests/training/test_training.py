@@ -379,7 +379,8 @@ def test_fitted_rows_tell_the_owners_unseen_text_from_public_text(world):
     for layer in range(2):
         scores = router_logits(pair, own + public, layer)
         assert roc_auc_score(labels, scores) > 0.8
-        assert scores[: len(own)].mean() > 0 > scores[len(own) :].mean()
+        even = math.log(0.3 / 0.7)  # fit_prior: where own and public text are alike
+        assert scores[: len(own)].mean() > even > scores[len(own) :].mean()
 
 
 def test_fitted_biases_only_hold_back(world):
@@ -395,9 +396,9 @@ def test_separate_gives_log_odds_whatever_the_sign_of_the_intercept(offset):
     direction, mean = np.eye(6)[0], np.array([offset, 10, 0, 0, 0, 0])
     is_own = np.arange(10_000) < 5_000
     inputs = rng.standard_normal((10_000, 6)) + mean + is_own[:, None] * direction
-    row, bias = separate(inputs, is_own, 1e-6)
-    assert bias < 0 if offset > 0 else bias == 0  # the intercept is -offset - 1/2
-    exact = (inputs - mean) @ direction - 0.5
+    row, bias = separate(inputs, is_own, ridge=1e-6, prior=0.3)
+    assert bias < 0 if offset > 0 else bias == 0
+    exact = (inputs - mean) @ direction - 0.5 + math.log(0.3 / 0.7)
     found = inputs @ row + bias
     assert np.corrcoef(exact, found)[0, 1] > 0.95
     assert abs(found.mean() - exact.mean()) < 0.1
