@@ -1,0 +1,57 @@
+"""Floating-point operations that a stage needs: matrix products only, nothing computed twice.
+
+Needed means: no product with a frozen weight's gradient, no input gradient that nothing uses, no
+attention to later tokens, no expert that a token did not choose. What a program spends beyond that
+is its own affair, and shows up as a lower share of the machine's rate.
+"""
+
+from flexolmo_jax.config import ModelConfig
+
+
+def forward_flops(config: ModelConfig, length: int, active: int) -> float:
+    """FLOPs a token of a forward pass over sequences of `length` tokens (one document each).
+
+    Args:
+      config: sizes.
+      length: S; a token attends to (S + 1) / 2 tokens on average.
+      active: experts that a token uses (A).
+    """
+    layer = _projections(config) + _scores(config, length) + active * _expert(config)
+    return config.num_layers * layer + _head(config)
+
+
+def anchor_step_flops(config: ModelConfig, length: int) -> float:
+    """FLOPs a token of a training step of everything, one expert: forward, and twice that back."""
+    return 3 * forward_flops(config, length, active=1)
+
+
+def expert_step_flops(config: ModelConfig, length: int) -> float:
+    """FLOPs a token of a training step of one expert beside the frozen anchor, two experts active.
+
+    Backward goes through every frozen product once (for its input), through attention scores twice
+    (both factors are activations), and through the owner's expert twice (input and weight). In the
+    first layer nothing before the experts needs a gradient; of the owner's expert there, only the
+    weights and the input of `down`.
+    """
+    layers, expert = config.num_layers, _expert(config)
+    back = _projections(config) + 2 * _scores(config, length) + expert + 2 * expert
+    first = expert + expert / 3
+    forward = forward_flops(config, length, active=2)
+    return forward + (layers - 1) * back + first + _head(config)
+
+
+def _projections(config: ModelConfig) -> float:
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads
+    return 2.0 * config.width * heads * config.head_width
+
+
+def _scores(config: ModelConfig, length: int) -> float:
+    return 4.0 * config.num_heads * config.head_width * (length + 1) / 2
+
+
+def _expert(config: ModelConfig) -> float:
+    return 6.0 * config.width * config.ffn_width
+
+
+def _head(config: ModelConfig) -> float:
+    return 2.0 * config.width * config.vocab_size
