@@ -18,7 +18,7 @@ model = ModelConfig(
     ffn_width=11_008,
     num_experts=2,
     dtype="bfloat16",
-    remat=True,
+    remat="layer",
 )
 config = ExpertTraining(
     data=DataConfig(batch_size=1024, length=4096),

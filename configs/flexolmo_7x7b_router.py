@@ -16,7 +16,7 @@ model = ModelConfig(
     ffn_width=11_008,
     num_experts=7,
     dtype="bfloat16",
-    remat=True,
+    remat="layer",
 )
 config = RouterTraining(
     data=DataConfig(batch_size=128, length=4096),

@@ -17,7 +17,7 @@ model = ModelConfig(
     num_experts=8,
     active_experts=4,
     dtype="bfloat16",
-    remat=True,
+    remat="layer",
 )
 config = RouterTraining(
     data=DataConfig(batch_size=128, length=4096),

@@ -18,7 +18,7 @@ model = ModelConfig(
     rope_theta=500_000.0,
     norm_eps=1e-6,
     dtype="bfloat16",
-    remat=True,
+    remat="layer",
 )
 config = AnchorTraining(
     model=model,

@@ -1,10 +1,13 @@
 """The command `flexolmo`: parses, calls, prints. Errors are one line and exit code 2."""
 
 import argparse
+import contextlib
 import ctypes
+import io
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and args.command != "train":
         parser.error(f"unknown argument {rest[0]}; see flexolmo {args.command} --help")
     args.overrides = rest
+    warnings.showwarning = _show_warning
     try:
         if args.command == "train" and args.resume and (Path(args.out) / "manifest.json").exists():
             console.print(f"{args.out}: already done", markup=False)
@@ -43,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"flexolmo: error: {_one_line(error)}", file=sys.stderr)
         return INTERRUPTED if isinstance(error, Interrupted) else 2
     return 0
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    if category is UserWarning:  # ours to the user; others are for developers
+        print(f"flexolmo: warning: {message}", file=sys.stderr)
 
 
 def _keep_freed_memory() -> None:
@@ -212,7 +221,16 @@ def _config(args: argparse.Namespace, kind: type) -> Any:
 
     config = load_config(args.config, kind)
     prog = f"flexolmo train {args.stage} {args.config}"
-    return tyro.cli(kind, prog=prog, default=config, args=args.overrides)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=prog, default=config, args=args.overrides)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    framed = (line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines())
+    message = " ".join(" ".join(framed).split())
+    raise ValueError(message.split(" For full helptext")[0] or "a value of the config is wrong")
 
 
 def _places(args: argparse.Namespace, config: Any) -> dict[str, Any]:
@@ -322,15 +340,13 @@ def _show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
 def _experts_add(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import add_expert
 
-    undone = [add_expert(args.model, package) for package in args.packages]
-    _tell_undone(any(undone))
+    _tell_undone(add_expert(args.model, *args.packages))
 
 
 def _experts_remove(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import remove_expert
 
-    undone = [remove_expert(args.model, name) for name in args.names]
-    _tell_undone(any(undone))
+    _tell_undone(remove_expert(args.model, *args.names))
 
 
 def _tell_undone(undone: bool) -> None:
@@ -342,11 +358,15 @@ def _tell_undone(undone: bool) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from flexolmo_jax.federation.merge import check_merged
     from flexolmo_jax.federation.package import check_files, read_manifest
 
     path = Path(args.path)
     manifest = read_manifest(path)
-    check_files(path, manifest, beside=() if "tensors" in manifest else ("params",))
+    if manifest["kind"] == "merged":
+        check_merged(path)
+    else:
+        check_files(path, manifest)
     described = manifest.pop("tensors", {})
     files = manifest.pop("files")
     if args.json:

@@ -3,9 +3,11 @@
 import dataclasses
 import runpy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
+
+COMPUTE = ("dtype", "attention", "loss_chunk", "remat", "unroll")  # fields that change no number
 
 
 def _require(ok: bool, message: str) -> None:
@@ -17,8 +19,8 @@ def _require(ok: bool, message: str) -> None:
 class ModelConfig:
     """Sizes and switches of the network (OLMo 2 layers, FlexOlmo mixture).
 
-    The first group decides the shapes and the mathematics and is part of an anchor's identity;
-    `dtype`, `remat` and `unroll` only say how it is computed.
+    The first group decides the shapes and the mathematics and is part of an anchor's identity; the
+    second, from `dtype` on, only says how it is computed.
     """
 
     vocab_size: int
@@ -26,8 +28,8 @@ class ModelConfig:
     num_layers: int  # L
     num_heads: int  # N
     ffn_width: int  # F
-    num_kv_heads: int = 0  # K; 0 means as many as num_heads
-    head_width: int = 0  # H; 0 means width / num_heads
+    num_kv_heads: int | None = None  # None: as many as num_heads; read it as `kv_heads`
+    head_width: int | None = None  # None: width / num_heads; read it as `head_size`
     num_experts: int = 1  # E; the anchor alone is a model of one expert
     active_experts: int | None = None  # A; None means all
     renormalize: bool = False  # scale the weights of the active experts to sum to 1
@@ -36,40 +38,51 @@ class ModelConfig:
     tie_embeddings: bool = False
     max_length: int = 4096  # the longest sequence the model was made for
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
-    remat: bool = False  # recompute each layer in the backward pass
+    attention: Literal["auto", "blocked", "splash", "cudnn"] = "auto"  # modeling/attend.py
+    loss_chunk: int = 128  # positions of each sequence whose logits are held at a time
+    remat: Literal["none", "products", "layer"] = "none"  # what the backward pass computes again:
+    # nothing; all but matrix products; or each whole layer
     unroll: int = 1  # layers in one turn of the loop: more run faster on CPU, and compile longer
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "num_layers", "num_heads", "ffn_width", "max_length"):
             found = getattr(self, name)
             _require(found > 0, f"{name} must be positive, found {found}")
-        if not self.head_width:
-            _require(
-                self.width % self.num_heads == 0,
-                f"num_heads must divide width, found width={self.width} and "
-                f"num_heads={self.num_heads}: choose another number of heads, or set head_width",
-            )
-            object.__setattr__(self, "head_width", self.width // self.num_heads)
-        if not self.num_kv_heads:
-            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        for name in ("num_kv_heads", "head_width"):
+            found = getattr(self, name)
+            _require(found is None or found > 0, f"{name} must be positive, found {found}")
         _require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"num_kv_heads must divide num_heads, found num_heads={self.num_heads} and "
-            f"num_kv_heads={self.num_kv_heads}",
+            self.head_width is not None or self.width % self.num_heads == 0,
+            f"num_heads must divide width, found width={self.width} and "
+            f"num_heads={self.num_heads}: choose another number of heads, or set head_width",
         )
         _require(
-            self.head_width % 2 == 0,
-            f"head_width must be even for rotary positions, found {self.head_width}",
+            self.num_heads % self.kv_heads == 0,
+            f"num_kv_heads must divide num_heads, found num_heads={self.num_heads} and "
+            f"num_kv_heads={self.kv_heads}",
+        )
+        _require(
+            self.head_size % 2 == 0,
+            f"head_width must be even for rotary positions, found {self.head_size}",
         )
         _require(self.num_experts >= 1, f"num_experts must be at least 1, found {self.num_experts}")
         _require(
             self.active_experts is None or self.active_experts >= 1,
             f"active_experts must be at least 1, found {self.active_experts}",
         )
-        _require(
-            self.dtype in ("float32", "bfloat16"),
-            f"dtype must be float32 or bfloat16, found {self.dtype!r}",
-        )
+        for name in ("dtype", "attention", "remat"):
+            known, found = get_args(self.__annotations__[name]), getattr(self, name)
+            _require(found in known, f"{name} must be one of {', '.join(known)}, found {found!r}")
+
+    @property
+    def kv_heads(self) -> int:
+        """K, the number of key and value heads."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """H, the width of a head."""
+        return self.width // self.num_heads if self.head_width is None else self.head_width
 
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str) -> "ModelConfig":
@@ -85,7 +98,8 @@ class ModelConfig:
     def architecture(self) -> dict[str, Any]:
         """What two models must agree on to share experts, as JSON values."""
         same = dataclasses.asdict(self)
-        for name in ("dtype", "remat", "unroll", "num_experts", "active_experts", "max_length"):
+        same |= {"num_kv_heads": self.kv_heads, "head_width": self.head_size}
+        for name in (*COMPUTE, "num_experts", "active_experts", "max_length"):
             del same[name]
         return same
 
@@ -192,7 +206,10 @@ class ExpertTraining(Training):
             f"gating must be 'alone' or 'pair', found {self.gating!r}",
         )
         _require(0 < self.fit_prior < 1, f"fit_prior must be in (0, 1), found {self.fit_prior}")
-        _require(self.fit_tokens > 0, f"fit_tokens must be positive, found {self.fit_tokens}")
+        _require(
+            self.gating != "alone" or self.fit_tokens >= self.data.length,
+            f"fit_tokens must be at least data.length={self.data.length}, found {self.fit_tokens}",
+        )
         _require(self.fit_ridge > 0, f"fit_ridge must be positive, found {self.fit_ridge}")
 
 
@@ -215,9 +232,9 @@ def load_config(path: str | Path, kind: type[Training]) -> Any:
       ValueError: the file is missing, fails, or holds a config of another stage.
     """
     file = Path(path)
-    if not file.exists():
-        file = CONFIGS / f"{Path(path).stem}.py"
-    if not file.exists():
+    if not file.is_file() and file.name == str(path):
+        file = CONFIGS / f"{file.stem}.py"
+    if not file.is_file():
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem != "__init__"))
         raise ValueError(f"no config at {path}; give a Python file, or one of: {known}")
     try:

@@ -41,12 +41,12 @@ def expert_step_flops(config: ModelConfig, length: int) -> float:
 
 
 def _projections(config: ModelConfig) -> float:
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads
-    return 2.0 * config.width * heads * config.head_width
+    heads = 2 * config.num_heads + 2 * config.kv_heads
+    return 2.0 * config.width * heads * config.head_size
 
 
 def _scores(config: ModelConfig, length: int) -> float:
-    return 4.0 * config.num_heads * config.head_width * (length + 1) / 2
+    return 4.0 * config.num_heads * config.head_size * (length + 1) / 2
 
 
 def _expert(config: ModelConfig) -> float:

@@ -111,6 +111,7 @@ class FlexOlmo:
             ids = [list(map(int, prompt)) for prompt in cast(Sequence[Sequence[int]], prompts)]
         for one in ids:
             self._check_tokens(np.asarray([one]))
+        mask = self.allowed(len(ids), without, only, allowed)
         longest = max(map(len, ids)) + max_new_tokens
         if longest > self.config.max_length:
             warnings.warn(
@@ -124,7 +125,7 @@ class FlexOlmo:
             ids,
             self.config,
             max_new_tokens=max_new_tokens,
-            allowed=self.allowed(len(ids), without, only, allowed),
+            allowed=mask,
             stop=self.tokenizer.separator if self.tokenizer else None,
             sampling=sampling,
             seed=seed,

@@ -1,6 +1,5 @@
 """Configs check themselves; the presets have the sizes and values of the reference."""
 
-import dataclasses
 import runpy
 
 import pytest
@@ -24,7 +23,7 @@ PRESETS = sorted(file.stem for file in CONFIGS.glob("*.py") if file.stem != "__i
         ({"num_layers": -1}, "num_layers must be positive, found -1"),
         ({"num_experts": 0}, "num_experts must be at least 1"),
         ({"active_experts": 0}, "active_experts must be at least 1"),
-        ({"dtype": "float16"}, "dtype must be float32 or bfloat16, found 'float16'"),
+        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, found 'float16'"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused(wrong, message):
@@ -34,9 +33,9 @@ def test_a_model_that_cannot_be_is_refused(wrong, message):
 
 def test_sizes_that_follow_from_others_follow():
     config = fo.ModelConfig(**SIZES)
-    assert (config.head_width, config.num_kv_heads) == (4, 4)
+    assert (config.head_size, config.kv_heads) == (4, 4)
     wider = config.replace(width=32, num_heads=2)
-    assert (wider.head_width, wider.num_kv_heads) == (16, 2)
+    assert (wider.head_size, wider.kv_heads) == (16, 2)
 
 
 DATA = {"batch_size": 2, "length": 8}
@@ -75,7 +74,7 @@ def test_a_training_that_cannot_be_is_refused(kind, values, message):
 
 def test_the_architecture_is_what_experts_must_share():
     base = fo.ModelConfig(**SIZES)
-    for same in ({"dtype": "bfloat16"}, {"remat": True}, {"num_experts": 4}, {"max_length": 9}):
+    for same in ({"dtype": "bfloat16"}, {"remat": "layer"}, {"num_experts": 4}, {"max_length": 9}):
         assert base.replace(**same).architecture() == base.architecture()
     for other in ({"width": 32}, {"rope_theta": 1e4}, {"renormalize": True}, {"vocab_size": 51}):
         assert base.replace(**other).architecture() != base.architecture()
@@ -129,7 +128,7 @@ def test_full_size_models_are_of_one_architecture():
     assert [model.active_experts for model in models].count(4) == 1
     sizes = {"width": 4096, "num_layers": 32, "num_heads": 32, "head_width": 128}
     sizes |= {"ffn_width": 11_008, "vocab_size": 100_352, "rope_theta": 500_000.0, "norm_eps": 1e-6}
-    found = dataclasses.asdict(models[0])
+    found = models[0].architecture()
     assert {key: found[key] for key in sizes} == sizes
 
 

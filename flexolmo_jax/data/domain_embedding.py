@@ -41,6 +41,11 @@ def domain_embedding(method: str, texts: Sequence[str], width: int) -> np.ndarra
     return (mean @ random / np.sqrt(len(mean))).astype(np.float32)
 
 
+def source_name(method: str | None) -> str | None:
+    """What may be told of where an embedding is from: not the name of an owner's file."""
+    return method if method in (None, "wordllama") else "array"
+
+
 def _from_file(path: str) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)

@@ -6,6 +6,7 @@ No TensorFlow is involved: TFDS writes array_record itself and hands back random
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -49,10 +50,19 @@ class SourceWindows(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        return {
-            "train": self._generate_examples(heldout=False),
-            "heldout": self._generate_examples(heldout=True),
-        }
+        """The splits that hold anything; TFDS does not write empty ones."""
+        splits = {}
+        for name, heldout in (("train", False), ("heldout", True)):
+            examples = self._generate_examples(heldout)
+            first = next(examples, None)
+            if first is not None:
+                splits[name] = itertools.chain([first], examples)
+        if "train" not in splits:
+            raise ValueError(
+                f"{self.source}: all documents are held out (heldout={self.data.heldout}); give "
+                "more documents, or hold out less"
+            )
+        return splits
 
     def _generate_examples(self, heldout: bool):
         for index, window in enumerate(self.windows(heldout=heldout)):
@@ -84,9 +94,4 @@ def prepare(
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
         builder.download_and_prepare()
-    if not builder.info.splits["train"].num_examples:
-        raise ValueError(
-            f"{source}: all documents are held out (heldout={data.heldout}); give more documents, "
-            "or hold out less"
-        )
     return builder, builder.report

@@ -61,6 +61,7 @@ def pick_proxies(
     scores = classifier.predict_proba([d.text for d in public_documents])[:, 1]
     count = max(1, round(share * len(public_documents)))
     best = sorted(range(len(scores)), key=lambda i: -scores[i])[:count]
+    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         for index in best:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import pyarrow.parquet
 
-TEXT_CORPUS = Path(__file__).parent.parent / "corpus"
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 SUFFIXES = (".jsonl", ".parquet", *TEXT_SUFFIXES)
 CORPUS = Path(__file__).parent.parent / "corpus"
@@ -78,10 +77,10 @@ def read_documents(
         report.documents += 1
         yield row
     if not report.documents:
-        bad = f"; {len(report.bad_rows)} bad rows, the first: {report.bad_rows[0]}"
+        bad = report.bad_rows
         raise ValueError(
             f"{source}: no usable document found (expected a field {text_field!r} with text)"
-            + (bad if report.bad_rows else "")
+            + (f"; {len(bad)} bad rows, the first: {bad[0]}" if bad else "")
         )
 
 
@@ -89,6 +88,11 @@ def is_heldout(document: Document, share: float) -> bool:
     """Whether a document belongs to the held-out `share`: a function of its group alone."""
     digest = hashlib.sha256(document.group.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def named_source(source: str | Path) -> str:
+    """A source by name and state, for the record of a run."""
+    return f"{source} ({fingerprint(source)})"
 
 
 def fingerprint(source: str | Path) -> str:
@@ -198,9 +202,9 @@ def _tfds_rows(source: str, text_field: str, group_field: str):
             where = f"{source}[{split}]:{number}"
             if text_field not in row:
                 raise ValueError(f"{source}: no feature {text_field!r}; found {', '.join(row)}")
-            text, group = row[text_field], row.get(group_field)
+            both = row[text_field], row.get(group_field)
             try:
-                text = text.decode() if isinstance(text, bytes) else text
+                text, group = (x.decode() if isinstance(x, bytes) else x for x in both)
             except UnicodeDecodeError as error:
                 yield where, f"not UTF-8 ({error.reason})"
                 continue

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from flexolmo_jax.config import DataConfig, ModelConfig
 from flexolmo_jax.data.loader import Batch, stacked
@@ -14,7 +13,7 @@ from flexolmo_jax.data.sources import Document, Report, is_heldout, read_documen
 from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.modeling.transformer import forward
-from flexolmo_jax.training.step import token_losses
+from flexolmo_jax.training.cross_entropy import cross_entropy
 
 BATCH = 16
 
@@ -121,6 +120,6 @@ def _cost(backbone, experts, batch: Batch, allowed, separator, config: ModelConf
     out = forward(
         backbone, (experts,), batch.tokens, config, segments=batch.segments, allowed=allowed
     )
-    losses, _ = token_losses(backbone, out.hidden, batch)
     is_text = batch.weights * (batch.targets != separator)
-    return jnp.sum(losses * is_text)
+    head = backbone.head_matrix()
+    return cross_entropy(out.hidden, head, batch.targets, is_text, chunk=config.loss_chunk)[1]

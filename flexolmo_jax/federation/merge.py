@@ -27,6 +27,7 @@ from flexolmo_jax.federation.package import (
     write_manifest,
     write_package,
 )
+from flexolmo_jax.interop import huggingface
 from flexolmo_jax.modeling.experts import Experts, join
 from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.modeling.transformer import Backbone
@@ -162,8 +163,8 @@ def write_tuned(out: Path, model: Path, router: Router) -> None:
     write_package(out, manifest, router)
 
 
-def add_expert(model: str | Path, package: str | Path) -> bool:
-    """Adds a package to a merged model on disk. True if that undid a tuned router.
+def add_expert(model: str | Path, *packages: str | Path) -> bool:
+    """Adds packages to a merged model on disk, all or none. True if that undid a tuned router.
 
     Raises:
       ValueError: as `merge`; the model is as it was.
@@ -171,15 +172,16 @@ def add_expert(model: str | Path, package: str | Path) -> bool:
     model = Path(model)
     manifest = read_manifest(model, kind="merged")
     anchor = _anchor_of(model, manifest)
-    entries = [*manifest["experts"], _entry(Path(package), model.absolute(), anchor)]
+    added = [_entry(Path(package), model.absolute(), anchor) for package in packages]
+    entries = [*manifest["experts"], *added]
     _check_names(entries)
     return _replace_experts(model, manifest, entries)
 
 
-def remove_expert(model: str | Path, name: str) -> bool:
-    """Takes an expert out of a merged model on disk. True if that undid a tuned router.
+def remove_expert(model: str | Path, *names: str) -> bool:
+    """Takes experts out of a merged model on disk, all or none. True if a tuned router is undone.
 
-    A tuned router goes too, because its rows were fitted with the removed expert present; the
+    A tuned router goes too, because its rows were fitted with the removed experts present; the
     remaining experts are back to the rows of their owners.
 
     Raises:
@@ -187,11 +189,27 @@ def remove_expert(model: str | Path, name: str) -> bool:
     """
     model = Path(model)
     manifest = read_manifest(model, kind="merged")
-    names = [entry["name"] for entry in manifest["experts"]]
-    if name not in names:
-        raise ValueError(f"{model}: no expert named {name!r}; there are {', '.join(names)}")
-    entries = [entry for entry in manifest["experts"] if entry["name"] != name]
+    there = [entry["name"] for entry in manifest["experts"]]
+    for name in names:
+        if name not in there:
+            raise ValueError(f"{model}: no expert named {name!r}; there are {', '.join(there)}")
+    entries = [entry for entry in manifest["experts"] if entry["name"] not in names]
     return _replace_experts(model, manifest, entries)
+
+
+def check_merged(path: Path) -> None:
+    """Checks every file of a merged model, of its anchor and of its packages; reads no weights.
+
+    Raises:
+      ValueError: a part is missing, damaged, or not the one that was merged.
+    """
+    manifest = read_manifest(path, kind="merged")
+    _check_own_files(path, manifest)
+    anchor = path / manifest["anchor"]["path"]
+    if not huggingface.is_hugging_face(anchor):
+        check_files(anchor, read_manifest(anchor, kind="anchor"))
+    for entry in manifest["experts"]:
+        check_files(path / entry["path"], _merged_package(path, entry))
 
 
 def load_merged(path: Path) -> LoadedModel:
@@ -201,26 +219,37 @@ def load_merged(path: Path) -> LoadedModel:
       ValueError: a part is missing, damaged, or not the one that was merged.
     """
     manifest = read_manifest(path, kind="merged")
-    tuned = "tensors" in manifest
-    check_files(path, manifest, beside=() if tuned else ("params",))
+    _check_own_files(path, manifest)
     anchor = _anchor_of(path, manifest)
     stacks = [anchor.weights.public]
     for entry in manifest["experts"]:
-        package = path / entry["path"]
-        if read_manifest(package, kind="expert")["digest"] != entry["digest"]:
-            raise ValueError(
-                f"{package}: not the package that was merged as {entry['name']!r} (its manifest "
-                "differs); take it out with `flexolmo experts remove` and add it again"
-            )
-        stacks.append(read_expert(package, anchor))
+        _merged_package(path, entry)
+        stacks.append(read_expert(path / entry["path"], anchor))
     experts = join(*stacks)
-    if tuned:
+    if "tensors" in manifest:
         experts.router = read_tensors(path, manifest, experts.router)
     names = ("public", *(entry["name"] for entry in manifest["experts"]))
     config = dataclasses.replace(
         anchor.config, num_experts=len(names), active_experts=manifest["active_experts"]
     )
     return LoadedModel(anchor.weights.backbone, experts, config, names, anchor.tokenizer)
+
+
+def _check_own_files(model: Path, manifest: dict[str, Any]) -> None:
+    """Where no router was tuned, a folder `params` is what an undone one left on a killed run."""
+    check_files(model, manifest, beside=() if "tensors" in manifest else ("params",))
+
+
+def _merged_package(model: Path, entry: dict[str, str]) -> dict[str, Any]:
+    """The manifest of a package, if it is the one that was merged."""
+    package = model / entry["path"]
+    manifest = read_manifest(package, kind="expert")
+    if manifest["digest"] != entry["digest"]:
+        raise ValueError(
+            f"{package}: not the package that was merged as {entry['name']!r} (its manifest "
+            "differs); take it out with `flexolmo experts remove` and add it again"
+        )
+    return manifest
 
 
 def load_pair(path: Path, anchor: LoadedAnchor) -> LoadedModel:

@@ -87,9 +87,9 @@ def read_manifest(folder: Path, *, kind: str | None = None) -> dict[str, Any]:
         raise ValueError(f"{folder}: no {MANIFEST} there, so this is not a flexolmo_jax package")
     try:
         text = file.read_text(encoding="utf-8")
-        manifest = json.loads(text)
+        manifest = dict(json.loads(text))
         digest = manifest.pop("digest")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: damaged, not a manifest ({error})") from error
     if canonical_digest(manifest) != digest or _dump({**manifest, "digest": digest}) != text:
         raise ValueError(
@@ -156,8 +156,11 @@ def new_directory(path: Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path}: already there; choose another --out, or take it away first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in path.parent.glob(f".{path.name}.*.partial"):
-        shutil.rmtree(left_over, ignore_errors=True)
+    # What a killed write left. Its name is matched in full: `.a.b.ID` is not one of `a`.
+    left_over = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{32}\.partial")
+    for beside in path.parent.iterdir():
+        if left_over.fullmatch(beside.name):
+            shutil.rmtree(beside, ignore_errors=True)
     partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     partial.mkdir()
     try:

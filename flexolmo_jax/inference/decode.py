@@ -75,15 +75,22 @@ def _generate(
     slots = jnp.arange(length + room)
     is_text = slots >= padding[:, None]  # [B, P + room]
 
-    def run(tokens, cache, at):
-        index = at + jnp.arange(tokens.shape[1])
-        mask = (is_text[:, None, :] & (slots <= index[:, None]))[:, None]
-        positions = jnp.maximum(index - padding[:, None], 0)
+    def prefill(cache):
+        segments = is_text[:, :length].astype(jnp.int32)
+        positions = jnp.maximum(slots[:length] - padding[:, None], 0)
         out = forward(
             backbone, (experts,), tokens, config,
-            allowed=allowed, cache=cache, at=at, positions=positions, mask=mask,
+            segments=segments, positions=positions, allowed=allowed, cache=cache,
         )  # fmt: skip
         return backbone.logits(out.hidden[:, -1]), out.cache
+
+    def advance(token, cache, at):
+        out = forward(
+            backbone, (experts,), token[:, None], config,
+            positions=(at - padding)[:, None], allowed=allowed, cache=cache, at=at,
+            visible=is_text & (slots <= at),
+        )  # fmt: skip
+        return backbone.logits(out.hidden[:, 0]), out.cache
 
     def choose(logits, step, done):
         token = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
@@ -97,11 +104,11 @@ def _generate(
         step, logits, done, cache, made = carry
         token = choose(logits, step, done)
         made = jax.lax.dynamic_update_slice_in_dim(made, token[:, None], step, axis=1)
-        logits, cache = run(jnp.maximum(token, 0)[:, None], cache, length + step)
+        logits, cache = advance(jnp.maximum(token, 0), cache, length + step)
         return step + 1, logits, done | (token == stop), cache, made
 
     cache = KVCache.empty(config, batch, length + room, jnp.dtype(config.dtype))
-    logits, cache = run(tokens, cache, 0)
+    logits, cache = prefill(cache)
     made = jnp.zeros((batch, room), jnp.int32)
     count, _, _, _, made = jax.lax.while_loop(more, one, (0, logits, done, cache, made))
     return made, count

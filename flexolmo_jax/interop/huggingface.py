@@ -168,8 +168,8 @@ def load_config(path: str | Path) -> ModelConfig:
         "num_layers": field("num_hidden_layers", int),
         "num_heads": field("num_attention_heads", int),
         "ffn_width": field("intermediate_size", int),
-        "num_kv_heads": field("num_key_value_heads", int, 0),
-        "head_width": field("head_dim", int, 0),
+        "num_kv_heads": field("num_key_value_heads", int, 0) or None,
+        "head_width": field("head_dim", int, 0) or None,
         "rope_theta": field("rope_theta", float),
         "norm_eps": field("rms_norm_eps", float),
         "tie_embeddings": field("tie_word_embeddings", bool, False),
@@ -281,7 +281,7 @@ def _experts_table(config: ModelConfig, names: Iterable[str]) -> dict[str, _Sour
 def _sizes(config: ModelConfig) -> dict[str, int]:
     """The letters of `_Source.axes`."""
     c = config
-    heads = {"N": c.num_heads, "K": c.num_kv_heads, "H": c.head_width}
+    heads = {"N": c.num_heads, "K": c.kv_heads, "H": c.head_size}
     return heads | {"V": c.vocab_size, "D": c.width, "F": c.ffn_width, "E": c.num_experts, "2": 2}
 
 

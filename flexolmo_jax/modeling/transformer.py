@@ -10,11 +10,15 @@ from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.attention import (
     Attention,
     KVCache,
-    segment_mask,
     segment_positions,
 )
 from flexolmo_jax.modeling.experts import Experts, mix
 from flexolmo_jax.modeling.layers import RMSNorm, Shared, normal
+
+REMAT = {  # what is kept for the backward pass
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "layer": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Layer(nnx.Module):
@@ -25,9 +29,9 @@ class Layer(nnx.Module):
         self.attention_norm = RMSNorm(config.num_layers, config.width)
         self.experts_norm = RMSNorm(config.num_layers, config.width)
 
-    def attend(self, x, positions, mask, config, cache=None, at=0):
+    def attend(self, x, positions, segments, config, cache=None, at=0, visible=None):
         """x + norm(attention(x)); shapes as in `Attention`."""
-        out, cache = self.attention(x, positions, mask, config, cache, at)
+        out, cache = self.attention(x, positions, segments, config, cache, at, visible)
         return x + self.attention_norm(out, config.norm_eps), cache
 
     def consult(self, x, stacks, allowed, config):
@@ -50,8 +54,12 @@ class Backbone(nnx.Module):
     @jax.named_scope("logits")
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] (normed) -> float32 [..., V]."""
-        head = self.head[...] if hasattr(self, "head") else self.embed[...].T
-        return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        head = self.head_matrix().astype(hidden.dtype)
+        return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+
+    def head_matrix(self) -> jax.Array:
+        """[D, V]: the output head, or the embedding where they are tied."""
+        return self.head[...] if hasattr(self, "head") else self.embed[...].T
 
 
 class Anchor(NamedTuple):
@@ -100,7 +108,7 @@ def forward(
     cache: KVCache | None = None,
     at: jax.Array | int = 0,
     positions: jax.Array | None = None,
-    mask: jax.Array | None = None,
+    visible: jax.Array | None = None,
 ) -> Output:
     """Runs the network; scanned over layers.
 
@@ -111,8 +119,10 @@ def forward(
       config: sizes, dtype, and routing.
       segments: int32 [B, S]: documents within a row; 0 is padding. Default: one document a row.
       allowed: bool [E] or [B, E]: experts that may be used. Default: all.
-      cache, at: keys and values of earlier tokens, and where this call's go; then `positions`
-        (int32 [B, S]) and `mask` (bool [B, 1, S, S_max]) must be given too.
+      cache, at: keys and values of earlier tokens, and where this call's go.
+      positions: int32 [B, S], of each token in its document; default: from `segments`.
+      visible: bool [B, S_max], with a cache and S = 1: what the new token may look at. Without
+        it, this call's tokens look at each other only (prefill).
     """
     batch, length = tokens.shape
     num_experts = sum(stack.router.bias.shape[1] for stack in stacks)
@@ -123,17 +133,15 @@ def forward(
         segments = jnp.ones((batch, length), jnp.int32)
     if positions is None:
         positions = segment_positions(segments)
-    if mask is None:
-        mask = segment_mask(segments)
 
     def layer_step(x, slices):
         layer, stacks, cache = slices
-        x, cache = layer.attend(x, positions, mask, config, cache, at)
+        x, cache = layer.attend(x, positions, segments, config, cache, at, visible)
         x, router_logits = layer.consult(x, stacks, allowed, config)
         return x, (router_logits, cache)
 
-    if config.remat:
-        layer_step = jax.checkpoint(layer_step)
+    if config.remat != "none":
+        layer_step = jax.checkpoint(layer_step, policy=REMAT[config.remat])
     x = backbone.embed[...][tokens].astype(config.dtype)
     x, (router_logits, cache) = jax.lax.scan(
         layer_step, x, (backbone.layers, stacks, cache), unroll=config.unroll

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax.config import AnchorTraining, DataConfig
-from flexolmo_jax.data.domain_embedding import domain_embedding
+from flexolmo_jax.data.domain_embedding import domain_embedding, source_name
 from flexolmo_jax.data.flexmix import prepare
-from flexolmo_jax.data.sources import Document, is_heldout, read_documents
+from flexolmo_jax.data.sources import Document, is_heldout, named_source, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.anchor import write_anchor
 from flexolmo_jax.modeling.transformer import Anchor, init_anchor
-from flexolmo_jax.training.loop import console, open_run, train
+from flexolmo_jax.training.loop import RUN_FILE, check_run, console, describe_run, record_run, train
 from flexolmo_jax.training.step import AnchorLoss
 
 
@@ -33,7 +33,8 @@ def train_anchor(
     Raises:
       ValueError, FloatingPointError, Interrupted: as the parts say.
     """
-    open_run(run, config, resume)
+    wanted = describe_run(config, source=named_source(data))
+    check_run(run, wanted, resume)
     tokenizer = _tokenizer(config, data, run)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -43,6 +44,7 @@ def train_anchor(
     source, report = prepare(data, config.data, tokenizer, run / "data")
     for line in report.lines():
         console.print(line, markup=False)
+    record_run(run, wanted)
     weights = jax.jit(init_anchor, static_argnums=0)(config.model, jax.random.key(config.seed))
     loss = AnchorLoss(config.model, config.output_z_loss)
     weights = train("anchor", config, loss, weights, None, source, run)
@@ -54,7 +56,7 @@ def train_anchor(
         weights = _with_public_row(weights, row)
     facts = {
         "tokens_seen": config.steps * config.data.batch_size * config.data.length,
-        "domain_embedding": config.domain_embedding,
+        "domain_embedding": source_name(config.domain_embedding),
         "licence": config.licence,
         "contact": config.contact,
     }
@@ -67,11 +69,12 @@ def _tokenizer(config: AnchorTraining, data: str, run: Path) -> Tokenizer:
     if config.tokenizer:
         return Tokenizer.load(config.tokenizer, config.separator)
     file = run / "tokenizer.json"
-    if file.exists():
+    if file.exists() and (run / RUN_FILE).exists():  # else it is of a run that never started
         return Tokenizer.load(file, config.separator)
     documents = _training_documents(data, config.data)
     texts = (d.text for d in documents)
     tokenizer = Tokenizer.train(texts, config.model.vocab_size, config.separator)
+    run.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(tokenizer.json, encoding="utf-8")
     partial.replace(file)

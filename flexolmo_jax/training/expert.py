@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from flexolmo_jax.config import ExpertTraining
-from flexolmo_jax.data.domain_embedding import DOCUMENTS, domain_embedding
+from flexolmo_jax.data.domain_embedding import DOCUMENTS, domain_embedding, source_name
 from flexolmo_jax.data.flexmix import SourceWindows, prepare
 from flexolmo_jax.data.loader import Batch, batches, stacked
-from flexolmo_jax.data.sources import Document, is_heldout, read_documents
+from flexolmo_jax.data.sources import Document, is_heldout, named_source, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
 from flexolmo_jax.federation.merge import write_expert
 from flexolmo_jax.federation.package import check_name
 from flexolmo_jax.modeling.experts import Experts
-from flexolmo_jax.training.loop import console, open_run, train
+from flexolmo_jax.training.loop import check_run, console, describe_run, record_run, train
 from flexolmo_jax.training.router_fit import fit_router
 from flexolmo_jax.training.step import ExpertAloneLoss, ExpertPairLoss, with_parts
 
@@ -56,10 +56,12 @@ def train_expert(
     if tokenizer is None:
         raise ValueError(f"{anchor}: there is no tokenizer.json, which training needs")
     public_text = _public_text(loaded, public, anchor) if config.gating == "alone" else []
-    open_run(run, config, resume)
+    wanted = describe_run(config, source=named_source(data), anchor=loaded.identity)
+    check_run(run, wanted, resume)
     source, report = prepare(data, config.data, tokenizer, run / "data")
     for line in report.lines():
         console.print(line, markup=False)
+    record_run(run, wanted)
 
     expert = jax.tree.map(jnp.copy, loaded.weights.public)
     title = f"expert {name}"
@@ -78,7 +80,7 @@ def train_expert(
     facts = {
         "tokens_seen": config.steps * config.data.batch_size * config.data.length,
         "gating": config.gating,
-        "domain_embedding": config.domain_embedding,
+        "domain_embedding": source_name(config.domain_embedding),
         "licence": config.licence,
         "contact": config.contact,
     }
@@ -129,7 +131,10 @@ def _public_text(anchor: LoadedAnchor, public: str | None, where: Path) -> Itera
 def _public_batch(texts: Iterable[str], tokenizer: Tokenizer, length: int, count: int) -> Batch:
     documents = (Document(text, text) for text in texts)
     cut = windows(tokenized(documents, tokenizer), length, tokenizer.separator)
-    return next(stacked(itertools.islice(cut, count), count))
+    batch = next(stacked(itertools.islice(cut, count), count), None)
+    if batch is None:
+        raise ValueError("the public text to fit router rows against is empty; name some more")
+    return batch
 
 
 def _with_initial_row(expert: Experts, config: ExpertTraining, data: str, width: int) -> Experts:

@@ -22,6 +22,7 @@ from flexolmo_jax.training.checkpoint import Checkpoints
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
 from flexolmo_jax.training.step import Loss, train_step
 
+RUN_FILE = "config.json"
 console = Console(stderr=True)
 
 
@@ -29,31 +30,39 @@ class Interrupted(Exception):
     """The run was asked to stop, and has saved its state."""
 
 
-def open_run(folder: Path, training: Training, resume: bool) -> None:
-    """Makes a run folder, or checks that the one that is there is of the same run.
+def describe_run(training: Training, **made_from: str) -> dict[str, Any]:
+    """What a run is, as JSON values: its config, and the digests of what it starts from."""
+    return json.loads(json.dumps({**dataclasses.asdict(training), **made_from}))
+
+
+def check_run(folder: Path, wanted: dict[str, Any], resume: bool) -> None:
+    """Checks that a run may start, or go on, in a folder.
 
     Raises:
-      ValueError: there is a run and `resume` was not asked for, or its config differs.
+      ValueError: there is a run and `resume` was not asked for, or it is another one.
     """
-    file = folder / "config.json"
-    wanted = json.loads(json.dumps(dataclasses.asdict(training)))
-    if file.exists() and not resume:
+    file = folder / RUN_FILE
+    if not file.exists():
+        return
+    if not resume:
         raise ValueError(
             f"{folder}: a run is there already; continue it with --resume, or take it away"
         )
-    if file.exists():
-        there = json.loads(file.read_text())
-        for name in sorted(wanted.keys() | there.keys()):
-            if wanted.get(name) != there.get(name):
-                raise ValueError(
-                    f"{folder}: cannot resume with another config: {name} was "
-                    f"{there.get(name)}, now {wanted.get(name)}"
-                )
-        return
+    there = json.loads(file.read_text())
+    for name in sorted(wanted.keys() | there.keys()):
+        if wanted.get(name) != there.get(name):
+            raise ValueError(
+                f"{folder}: cannot resume with another {name}: it was {there.get(name)}, now "
+                f"{wanted.get(name)}"
+            )
+
+
+def record_run(folder: Path, wanted: dict[str, Any]) -> None:
+    """Writes down what a run is; from then on it has to be resumed, or taken away."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "config.json.partial"
+    partial = folder / f"{RUN_FILE}.partial"
     partial.write_text(json.dumps(wanted, indent=1))
-    partial.replace(file)
+    partial.replace(folder / RUN_FILE)
 
 
 def train(

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.loader import Batch
-from flexolmo_jax.modeling.attention import segment_mask, segment_positions
+from flexolmo_jax.modeling.attention import segment_positions
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Anchor
 
@@ -46,17 +46,17 @@ def fit_router(
     Returns:
       the expert with rows [L, 1, D] and biases [L, 1] <= 0, float32.
     """
-    pair = dataclasses.replace(config, num_experts=2, remat=False)
+    pair = dataclasses.replace(config, num_experts=2, remat="none")
     tokens = jnp.concatenate([own.tokens, public.tokens])
     segments = jnp.concatenate([own.segments, public.segments])
-    positions, mask = segment_positions(segments), segment_mask(segments)
+    positions = segment_positions(segments)
     real = np.asarray(segments).reshape(-1) > 0
     is_own = np.repeat([True, False], [own.tokens.size, public.tokens.size])[real]
     everyone = jnp.ones((len(tokens), 2), bool)
 
     @jax.jit
     def attend(x, layer):
-        return layer.attend(x, positions, mask, pair)[0]
+        return layer.attend(x, positions, segments, pair)[0]
 
     @jax.jit
     def consult(x, layer, stacks):

@@ -12,8 +12,10 @@ import jax
 
 from flexolmo_jax.config import RouterTraining
 from flexolmo_jax.data.flexmix import prepare
+from flexolmo_jax.data.sources import named_source
 from flexolmo_jax.federation.merge import load_merged, write_tuned
-from flexolmo_jax.training.loop import console, open_run, train
+from flexolmo_jax.federation.package import read_manifest
+from flexolmo_jax.training.loop import check_run, console, describe_run, record_run, train
 from flexolmo_jax.training.step import RouterLoss, RouterRows
 
 
@@ -36,10 +38,13 @@ def train_router(
     loaded = load_merged(model)
     if loaded.tokenizer is None:
         raise ValueError(f"{model}: there is no tokenizer.json with its anchor")
-    open_run(run, config, resume)
+    made_from = {"source": named_source(data), "model": read_manifest(model)["digest"]}
+    wanted = describe_run(config, **made_from)
+    check_run(run, wanted, resume)
     source, report = prepare(data, config.data, loaded.tokenizer, run / "data")
     for line in report.lines():
         console.print(line, markup=False)
+    record_run(run, wanted)
     active = config.active_experts or loaded.config.active_experts
     model_config = dataclasses.replace(loaded.config, active_experts=active)
     loss = RouterLoss(model_config, config.output_z_loss, config.router_z_loss)

@@ -18,6 +18,7 @@ from flexolmo_jax.data.loader import Batch
 from flexolmo_jax.modeling.experts import Experts, FeedForward
 from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.modeling.transformer import Anchor, Backbone, forward
+from flexolmo_jax.training.cross_entropy import cross_entropy
 
 # loss(trainable, frozen, batch) -> (value that is minimised, metrics)
 Loss = Callable[[Any, Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]
@@ -38,18 +39,6 @@ def train_step(loss: Loss, optimizer, trainable, opt_state, frozen, batch: Batch
     return optax.apply_updates(trainable, updates), opt_state, metrics
 
 
-def token_losses(
-    backbone: Backbone, hidden: jax.Array, batch: Batch
-) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy in nats and logsumexp of each token: float32 [B, S] each."""
-    logits = backbone.logits(hidden)
-    log_total = jax.nn.logsumexp(logits, axis=-1)
-    # A masked sum, not a gather: its gradient is elementwise, where a gather's is a scatter.
-    is_target = jnp.arange(logits.shape[-1]) == batch.targets[..., None]
-    target = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-    return log_total - target, log_total
-
-
 def language_model_loss(
     backbone: Backbone,
     stacks: tuple[Experts, ...],
@@ -64,14 +53,19 @@ def language_model_loss(
       what is minimised, and {"loss": cross-entropy in nats per token}.
     """
     out = forward(backbone, stacks, batch.tokens, config, segments=batch.segments)
-    losses, log_total = token_losses(backbone, out.hidden, batch)
     count = jnp.maximum(jnp.sum(batch.weights), 1.0)
-    loss = jnp.sum(losses * batch.weights) / count
-    total = loss + output_z_loss * jnp.sum(log_total**2 * batch.weights) / count
+    total, nats = cross_entropy(
+        out.hidden,
+        backbone.head_matrix(),
+        batch.targets,
+        batch.weights / count,
+        z_loss=output_z_loss,
+        chunk=config.loss_chunk,
+    )
     if router_z_loss:
         z = jax.nn.logsumexp(out.router_logits, axis=1)  # [L, B, S]
         total += router_z_loss * jnp.sum(jnp.mean(z**2, axis=0) * batch.weights) / count
-    return total, {"loss": loss}
+    return total, {"loss": nats}
 
 
 @dataclasses.dataclass(frozen=True)

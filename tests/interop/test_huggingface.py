@@ -160,7 +160,7 @@ def test_configs_of_both_versions_of_transformers(folder):
     edit_config(folder, model_type="olmo2", max_position_embeddings=None, head_dim=6)
     found = huggingface.load_config(folder)
     assert (found.num_experts, found.rope_theta, found.norm_eps) == (1, 1e4, 1e-5)
-    assert (found.max_length, found.head_width) == (2048, 6)
+    assert (found.max_length, found.head_size) == (2048, 6)
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def test_a_run_is_not_trained_over_without_being_asked(world, stopped):
 
 
 def test_another_config_cannot_be_resumed(world, stopped):
-    with pytest.raises(ValueError, match="another config: steps was 8, now 9"):
+    with pytest.raises(ValueError, match="another steps: it was 8, now 9"):
         config = world.config("alone", steps=9)
         again(world, "alone", stopped.parent / "out", stopped, config=config, resume=True)
 

@@ -1,0 +1,56 @@
+"""The sizes at which both sides are measured."""
+
+import dataclasses
+from typing import NamedTuple
+
+from flexolmo_jax.config import ModelConfig
+
+
+class Size(NamedTuple):
+    """A model, and the work that is given to it."""
+
+    config: ModelConfig  # of the anchor: one expert
+    batch: int  # sequences in a training step or a forward pass
+    length: int  # tokens a sequence
+    prompt: int  # tokens of a prompt
+    new_tokens: int  # that are generated
+    tokens: int  # that the MoE layer alone is given
+    gemm: int  # edge of the square matrices that the machine's rate is measured with
+    experts: int = 8  # of the merged model
+    active: int = 4
+
+    def merged(self) -> ModelConfig:
+        """The merged model: E experts, of which A are active."""
+        return self.config.replace(num_experts=self.experts, active_experts=self.active)
+
+    def pair(self) -> ModelConfig:
+        """What an owner trains in: the public expert and the owner's, both active."""
+        return self.config.replace(num_experts=2)
+
+
+SMALL = ModelConfig(
+    vocab_size=8192, width=512, num_layers=8, num_heads=8, ffn_width=1408, max_length=512
+)
+LARGE = SMALL.replace(width=1024, num_heads=16, ffn_width=2816)
+SMOKE = SMALL.replace(vocab_size=256, width=64, num_layers=2, num_heads=2, ffn_width=96)
+BILLION = ModelConfig(
+    vocab_size=100_352,
+    width=2048,
+    num_layers=16,
+    num_heads=16,
+    ffn_width=5632,
+    max_length=4096,
+    dtype="bfloat16",
+    remat="layer",
+)
+
+SUITES = {
+    "smoke": {"smoke": Size(SMOKE, 2, 32, 8, 8, 128, 256)},
+    "cpu": {
+        "50M": Size(SMALL, 4, 512, 64, 128, 2048, 2048),
+        "190M": Size(LARGE, 4, 512, 64, 128, 2048, 2048),
+    },
+    "gpu": {"1B": Size(BILLION, 4, 4096, 512, 256, 16_384, 8192)},
+    "tpu": {"1B": Size(dataclasses.replace(BILLION), 8, 4096, 512, 256, 16_384, 8192)},
+}
+LAYERS = ((2, 2), (7, 5), (8, 4), (16, 2), (64, 4))  # (E, A) of the MoE layer alone
