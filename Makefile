@@ -4,13 +4,16 @@ EXTRAS ?= tests
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/flexolmo demo
 
 test: $(VENV)/$(EXTRAS).installed
 	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/reference.installed
+	$(BIN)/python -m benchmarks
 
 lint: $(VENV)/linters.installed
 	$(BIN)/ruff check .

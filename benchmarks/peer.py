@@ -1,11 +1,11 @@
 """The peer's side: `transformers` FlexOlmo on PyTorch, set up as well as we know how.
 
-Its experts have several implementations; `IMPLEMENTATIONS` are tried, and the fastest is compared.
-An owner's training gets expert weights that can be frozen one by one, which its packed parameters
-do not allow: gradients of the frozen expert would otherwise be computed and thrown away.
+Its experts have several implementations; the benchmark runs two and compares with the faster one
+("batched_mm" was five times slower on CPU). An owner's training gets expert weights that can be
+frozen one by one, which its packed parameters do not allow: gradients of the frozen expert would
+otherwise be computed and thrown away.
 """
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -14,8 +14,6 @@ from transformers.models.flex_olmo import modeling_flex_olmo
 
 from benchmarks.sizes import Size
 from flexolmo_jax.config import ModelConfig
-
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
 class OneByOne(torch.nn.Module):
@@ -133,10 +131,3 @@ def _step(model, size: Size, trained: Callable[[str], bool]) -> Callable[[], Non
         optimizer.step()
 
     return run
-
-
-def timed(run: Callable[[], None]) -> float:
-    """Seconds of one run."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import resource
 import statistics
-import sys
 import time
 from multiprocessing.connection import Connection
 from typing import NamedTuple
@@ -20,7 +19,6 @@ class Measured(NamedTuple):
     seconds: list[float]  # of each timed run
     first: float  # seconds to build and run for the first time; compiling is most of it
     peak_bytes: int  # resident memory of the process, at its largest
-    facts: dict[str, float]  # what the case itself reports
 
     @property
     def median(self) -> float:
@@ -45,9 +43,9 @@ class Side:
 
     def end(self) -> Measured:
         self.connection.send("end")
-        peak, facts = self._answer()
+        peak = self._answer()
         self.process.join()
-        return Measured(self.seconds, self.first, peak, facts)
+        return Measured(self.seconds, self.first, peak)
 
     def _answer(self):
         try:
@@ -86,9 +84,8 @@ def _serve(connection: Connection, module: str, case: str, size: Size, option: s
             run()
             connection.send(time.perf_counter() - start)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        connection.send((peak, getattr(run, "facts", {})))
+        connection.send(peak)
     except Exception as error:
         connection.send(error)
         raise
-    sys.stdout.flush()
     os._exit(0)  # neither library needs to be taken down in order

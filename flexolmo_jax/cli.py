@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args([word for word in words if word != "--debug"])
     args.debug = "--debug" in words
     if args.command == "train":
-        _keep_freed_memory()
+        keep_freed_memory()
     if rest and args.command != "train":
         parser.error(f"unknown argument {rest[0]}; see flexolmo {args.command} --help")
     args.overrides = rest
@@ -54,7 +54,7 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
         print(f"flexolmo: warning: {message}", file=sys.stderr)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tells glibc to hold on to large buffers; must come before any thread starts.
 
     By default every large buffer goes back to the system when a training step on CPU ends, and

@@ -7,7 +7,14 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
-COMPUTE = ("dtype", "attention", "loss_chunk", "remat", "unroll")  # fields that change no number
+COMPUTE = (
+    "dtype",
+    "expert_compute",
+    "attention",
+    "loss_chunk",
+    "remat",
+    "unroll",
+)  # fields that change no number
 
 
 def _require(ok: bool, message: str) -> None:
@@ -38,6 +45,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     max_length: int = 4096  # the longest sequence the model was made for
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
+    expert_compute: Literal["dense", "grouped"] = "dense"  # all experts, or routed rows only
     attention: Literal["auto", "blocked", "splash", "cudnn"] = "auto"  # modeling/attend.py
     loss_chunk: int = 128  # positions of each sequence whose logits are held at a time
     remat: Literal["none", "products", "layer"] = "none"  # what the backward pass computes again:
@@ -70,7 +78,7 @@ class ModelConfig:
             self.active_experts is None or self.active_experts >= 1,
             f"active_experts must be at least 1, found {self.active_experts}",
         )
-        for name in ("dtype", "attention", "remat"):
+        for name in ("dtype", "expert_compute", "attention", "remat"):
             known, found = get_args(self.__annotations__[name]), getattr(self, name)
             _require(found in known, f"{name} must be one of {', '.join(known)}, found {found!r}")
 

@@ -22,6 +22,7 @@ from flexolmo_jax.federation.merge import LoadedModel, load_merged, load_pair
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.inference import decode
 from flexolmo_jax.inference.sampling import Sampling
+from flexolmo_jax.inference.unstacked import Unstacked, unstack
 from flexolmo_jax.interop import huggingface
 from flexolmo_jax.modeling.experts import Experts, join
 from flexolmo_jax.modeling.transformer import Backbone, forward
@@ -43,6 +44,7 @@ class FlexOlmo:
     config: ModelConfig
     expert_names: tuple[str, ...]
     tokenizer: Tokenizer | None
+    _kept: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def logits(
         self,
@@ -122,6 +124,7 @@ class FlexOlmo:
         made = decode.generate(
             self.backbone,
             self.experts,
+            self._unstacked(len(ids)),
             ids,
             self.config,
             max_new_tokens=max_new_tokens,
@@ -131,6 +134,17 @@ class FlexOlmo:
             seed=seed,
         )
         return [self._need_tokenizer().decode(one) for one in made] if are_texts else made
+
+    def _unstacked(self, batch: int) -> Unstacked | None:
+        """For decoding on CPU: a copy of the weights, made at the first generation and kept."""
+        if jax.default_backend() != "cpu":
+            return None
+        turned = batch == 1
+        if self._kept.get("turned") is not turned:
+            self._kept.clear()
+            weights = unstack(self.backbone, self.experts, turned)
+            self._kept.update(turned=turned, weights=weights)
+        return self._kept["weights"]
 
     def allowed(
         self,

@@ -9,6 +9,7 @@ import numpy as np
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.inference.sampling import Sampling, sample
+from flexolmo_jax.inference.unstacked import Unstacked, turn_back
 from flexolmo_jax.modeling.attention import KVCache
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Backbone, forward
@@ -19,6 +20,7 @@ BUCKET = 64  # prompt and output lengths are rounded up to it, so that few shape
 def generate(
     backbone: Backbone,
     experts: Experts,
+    unstacked: Unstacked | None,
     prompts: Sequence[Sequence[int]],
     config: ModelConfig,
     *,
@@ -32,6 +34,7 @@ def generate(
 
     Args:
       backbone, experts: the weights.
+      unstacked: the same one by one, turned for a batch of one; None runs over the stacks.
       prompts: ids, at least one each; of any lengths.
       config: of the model.
       max_new_tokens: at most so many are made for each.
@@ -53,7 +56,7 @@ def generate(
     rows = np.concatenate([allowed, np.ones((batch - len(prompts), allowed.shape[1]), bool)])
     done = np.arange(batch) >= len(prompts)
     out, count = _generate(
-        backbone, experts, tokens, padding, rows, done, jax.random.key(seed),
+        backbone, experts, unstacked, tokens, padding, rows, done, jax.random.key(seed),
         -1 if stop is None else stop, max_new_tokens,
         config=config, room=_round_up(max_new_tokens), sampling=sampling,
     )  # fmt: skip
@@ -67,30 +70,38 @@ def _round_up(length: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("config", "room", "sampling"))
 def _generate(
-    backbone, experts, tokens, padding, allowed, done, key, stop, limit, *, config, room, sampling
-):
+    backbone, experts, unstacked, tokens, padding, allowed, done, key, stop, limit,
+    *, config, room, sampling,
+):  # fmt: skip
     """tokens int32 [B, P], left-padded -> (int32 [B, room], how many columns were filled)."""
     batch, length = tokens.shape
+    if unstacked is None:
+        layers, head = None, backbone.head_matrix()
+    else:
+        layers, head = turn_back(unstacked) if batch == 1 else unstacked
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     slots = jnp.arange(length + room)
     is_text = slots >= padding[:, None]  # [B, P + room]
+
+    def next_logits(hidden):
+        return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def prefill(cache):
         segments = is_text[:, :length].astype(jnp.int32)
         positions = jnp.maximum(slots[:length] - padding[:, None], 0)
         out = forward(
             backbone, (experts,), tokens, config,
-            segments=segments, positions=positions, allowed=allowed, cache=cache,
+            segments=segments, positions=positions, allowed=allowed, cache=cache, layers=layers,
         )  # fmt: skip
-        return backbone.logits(out.hidden[:, -1]), out.cache
+        return next_logits(out.hidden[:, -1]), out.cache
 
     def advance(token, cache, at):
         out = forward(
             backbone, (experts,), token[:, None], config,
             positions=(at - padding)[:, None], allowed=allowed, cache=cache, at=at,
-            visible=is_text & (slots <= at),
+            visible=is_text & (slots <= at), layers=layers,
         )  # fmt: skip
-        return backbone.logits(out.hidden[:, 0]), out.cache
+        return next_logits(out.hidden[:, 0]), out.cache
 
     def choose(logits, step, done):
         token = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
@@ -108,6 +119,8 @@ def _generate(
         return step + 1, logits, done | (token == stop), cache, made
 
     cache = KVCache.empty(config, batch, length + room, jnp.dtype(config.dtype))
+    if layers is not None:
+        cache = tuple(KVCache(k, v) for k, v in zip(*cache, strict=True))
     logits, cache = prefill(cache)
     made = jnp.zeros((batch, room), jnp.int32)
     count, _, _, _, made = jax.lax.while_loop(more, one, (0, logits, done, cache, made))

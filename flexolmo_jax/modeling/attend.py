@@ -112,9 +112,9 @@ def _forward_one(one):
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         out = _dot("gst,th->gsh", weights.astype(v.dtype), v[:seen]) / total
-        return out.astype(q.dtype), top + jnp.log(total)
+        return (out.astype(q.dtype), top + jnp.log(total)), ()
 
-    return _over_blocks(block, (q,))
+    return _over_blocks(block, (q,))[0]
 
 
 def _backward_one(one):
@@ -131,11 +131,11 @@ def _backward_one(one):
         dk = _dot("gst,gsh->th", d_scores, q) * scale
         return (dq.astype(q.dtype),), (dk, dv)
 
-    (dq,), (dk, dv) = _over_blocks(block, (q, log_total, inner, d_out), sums=True)
+    (dq,), (dk, dv) = _over_blocks(block, (q, log_total, inner, d_out))
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-def _over_blocks(block, rows, sums: bool = False):
+def _over_blocks(block, rows: tuple) -> tuple[tuple, tuple]:
     """Runs `block(start, *rows of the block, seen)` for all blocks of queries.
 
     A short sequence is unrolled: each block reads the keys up to its own end, at static shapes. A
@@ -143,29 +143,27 @@ def _over_blocks(block, rows, sums: bool = False):
     is in memory: the unrolled program would hold those of all blocks.
 
     Args:
-      block: returns rows; or (rows, addends over the first `seen` keys) with `sums`.
+      block: returns rows [G, block, ...], and addends over the first `seen` keys [seen, ...].
       rows: arrays [G, S, ...] that are cut into blocks.
-      sums: whether there are addends.
+
+    Returns:
+      the rows of all blocks [G, S, ...], and the sums of the addends [S, ...].
     """
     length = rows[0].shape[1]
     if length > LONG and length % SMALLEST_BLOCK == 0:
-        return _looped(block, rows, sums)
+        return _looped(block, rows)
     size = max(SMALLEST_BLOCK, -(-length // (BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK)
     outs, totals = [], None
     for start in range(0, length, size):
-        stop = min(start + size, length)
-        out = block(start, *(x[:, start:stop] for x in rows), seen=stop)
-        if sums:
-            out, addends = out
-            if totals is None:
-                totals = [jnp.zeros((length, *x.shape[1:]), x.dtype) for x in addends]
-            totals = [t.at[:stop].add(x) for t, x in zip(totals, addends, strict=True)]
+        seen = min(start + size, length)
+        out, addends = block(start, *(x[:, start:seen] for x in rows), seen=seen)
         outs.append(out)
-    outs = tuple(jnp.concatenate(parts, axis=1) for parts in zip(*outs, strict=True))
-    return (outs, totals) if sums else outs
+        totals = totals or tuple(jnp.zeros((length, *x.shape[1:]), x.dtype) for x in addends)
+        totals = tuple(t.at[:seen].add(x) for t, x in zip(totals, addends, strict=True))
+    return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*outs, strict=True)), totals or ()
 
 
-def _looped(block, rows, sums: bool):
+def _looped(block, rows: tuple) -> tuple[tuple, tuple]:
     length = rows[0].shape[1]
     size = max(n for n in (64, 128, 256, 512) if length % n == 0)
 
@@ -175,21 +173,15 @@ def _looped(block, rows, sums: bool):
     def join(x):
         return x.swapaxes(0, 1).reshape(x.shape[1], length, *x.shape[3:])
 
-    starts = jnp.arange(0, length, size)
-    parts = tuple(split(x) for x in rows)
-    if not sums:
-        outs = jax.lax.map(lambda one: block(one[0], *one[1], seen=length), (starts, parts))
-        return tuple(join(x) for x in outs)
-
     def step(totals, one):
-        out, addends = block(one[0], *one[1], seen=length)
-        return tuple(t + x for t, x in zip(totals, addends, strict=True)), out
+        start, parts = one
+        out, addends = block(start, *parts, seen=length)
+        return jax.tree.map(jnp.add, totals, addends), out
 
-    first = jax.eval_shape(
-        lambda: block(0, *(x[0] for x in parts), seen=length)[1],
-    )
-    zeros = tuple(jnp.zeros(x.shape, x.dtype) for x in first)
-    totals, outs = jax.lax.scan(step, zeros, (starts, parts))
+    parts = tuple(split(x) for x in rows)
+    like = jax.eval_shape(lambda: block(0, *(x[0] for x in parts), seen=length)[1])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    totals, outs = jax.lax.scan(step, zeros, (jnp.arange(0, length, size), parts))
     return tuple(join(x) for x in outs), totals
 
 

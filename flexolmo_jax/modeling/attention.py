@@ -8,18 +8,18 @@ from flax import nnx
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.attend import self_attention
-from flexolmo_jax.modeling.layers import RMSNorm, Shared, normal, rotate
+from flexolmo_jax.modeling.layers import RMSNorm, Shared, dot, normal, rotate
 
 
 class KVCache(NamedTuple):
     """Keys and values of earlier tokens; stacked over layers outside of the scan."""
 
-    keys: jax.Array  # [L, B, S_max, K, H]
-    values: jax.Array  # [L, B, S_max, K, H]
+    keys: jax.Array  # [L, B, K, S_max, H]
+    values: jax.Array  # [L, B, K, S_max, H]
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, length: int, dtype) -> "KVCache":
-        shape = (config.num_layers, batch, length, config.kv_heads, config.head_size)
+        shape = (config.num_layers, batch, config.kv_heads, length, config.head_size)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
@@ -54,7 +54,7 @@ class Attention(nnx.Module):
           positions: int32 [B, S], the place of each token in its document.
           segments: int32 [B, S], the document of each token; 0 is padding.
           config: the model's sizes.
-          cache: this layer's keys and values, [B, S_max, K, H] each.
+          cache: this layer's keys and values, [B, K, S_max, H] each.
           at: where in the cache this call's S tokens go.
           visible: bool [B, S_max]: what in the cache the token may look at (S = 1). Without it,
             this call's tokens look at each other only, even if there is a cache to fill.
@@ -62,23 +62,48 @@ class Attention(nnx.Module):
         Returns:
           [B, S, D], and the cache with this call's keys and values written into it.
         """
-        q = jnp.einsum("BSD,DNH->BSNH", x, self.q[...].astype(x.dtype))
-        k = jnp.einsum("BSD,DKH->BSKH", x, self.k[...].astype(x.dtype))
-        v = jnp.einsum("BSD,DKH->BSKH", x, self.v[...].astype(x.dtype))
-        q = rotate(self.q_norm(q, config.norm_eps), positions, config.rope_theta)
-        k = rotate(self.k_norm(k, config.norm_eps), positions, config.rope_theta)
+        c = config
+        q = _heads(x, self.q[...], c.num_heads, c.head_size)
+        k = _heads(x, self.k[...], c.kv_heads, c.head_size)
+        v = _heads(x, self.v[...], c.kv_heads, c.head_size)
+        q = rotate(self.q_norm(q, c.norm_eps), positions, c.rope_theta)
+        k = rotate(self.k_norm(k, c.norm_eps), positions, c.rope_theta)
         if cache is not None:
-            new = zip(cache, (k, v), strict=True)
+            new = (n.swapaxes(1, 2).astype(cache.keys.dtype) for n in (k, v))
             cache = KVCache(
-                *(jax.lax.dynamic_update_slice_in_dim(c, n.astype(c.dtype), at, 1) for c, n in new)
+                *(
+                    jax.lax.dynamic_update_slice_in_dim(old, n, at, 2)
+                    for old, n in zip(cache, new, strict=True)
+                )
             )
         if visible is None:
-            out = self_attention(q, k, v, segments, config.attention)
+            out = self_attention(q, k, v, segments, c.attention)
         else:
             assert cache is not None
-            keys, values = (c.astype(q.dtype) for c in cache)
-            out = jax.nn.dot_product_attention(q, keys, values, mask=visible[:, None, None])
-        return jnp.einsum("BSNH,NHD->BSD", out, self.o[...].astype(x.dtype)), cache
+            out = _look_back(q, cache, visible)
+        o = self.o[...]
+        if o.ndim == 2:
+            return dot(out.reshape(*x.shape[:2], -1), o), cache
+        return jnp.einsum("BSNH,NHD->BSD", out, o.astype(x.dtype)), cache
+
+
+def _heads(x: jax.Array, weight: jax.Array, heads: int, head_size: int) -> jax.Array:
+    """[B, S, D] times [D, heads, H], or [D, heads * H] in decoding -> [B, S, heads, H]."""
+    if weight.ndim == 2:
+        return dot(x, weight).reshape(*x.shape[:2], heads, head_size)
+    return jnp.einsum("BSD,DNH->BSNH", x, weight.astype(x.dtype))
+
+
+def _look_back(q: jax.Array, cache: KVCache, visible: jax.Array) -> jax.Array:
+    """Attention of one new token, q [B, 1, N, H], to a cache [B, K, S_max, H]."""
+    keys, values = (x.astype(q.dtype) for x in cache)
+    batch, _, heads, width = q.shape
+    q = q.reshape(batch, keys.shape[1], -1, width)  # [B, K, N / K, H]
+    q = q * width**-0.5
+    scores = jnp.einsum("BKGH,BKSH->BKGS", q, keys, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30))
+    out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(q.dtype), values)
+    return out.reshape(batch, 1, heads, width)
 
 
 def segment_positions(segments: jax.Array) -> jax.Array:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.modeling.layers import Expert, normal
+from flexolmo_jax.modeling.grouped import grouped_swiglu
+from flexolmo_jax.modeling.layers import Expert, dot, normal
 from flexolmo_jax.modeling.router import Router, route
 
 
@@ -21,24 +22,24 @@ def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax
 
     Its own gradient keeps two arrays of [..., F] instead of the five that JAX would keep.
     """
-    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+    return dot(jax.nn.silu(dot(x, gate)) * dot(x, up), down)
 
 
 def _swiglu_forward(x, gate, up, down):
     trained = any(weight.perturbed for weight in (gate, up, down))
     x, gate, up, down = x.value, gate.value, up.value, down.value
-    g, u = x @ gate, x @ up
-    return (jax.nn.silu(g) * u) @ down, (x if trained else None, g, u, gate, up, down)
+    g, u = dot(x, gate), dot(x, up)
+    return dot(jax.nn.silu(g) * u, down), (x if trained else None, g, u, gate, up, down)
 
 
 def _swiglu_backward(kept, d_out):
     x, g, u, gate, up, down = kept
     on = jax.nn.sigmoid(g)
     silu = g * on
-    d_hidden = d_out @ down.T
+    d_hidden = dot(d_out, down.T)
     d_g = d_hidden * u * (on + silu * (1 - on))
     d_u = d_hidden * silu
-    d_x = d_g @ gate.T + d_u @ up.T
+    d_x = dot(d_g, gate.T) + dot(d_u, up.T)
     if x is None:  # the weights are frozen
         return d_x, None, None, None
     return d_x, _outer(x, d_g), _outer(x, d_u), _outer(silu * u, d_out)
@@ -62,7 +63,9 @@ class FeedForward(nnx.Module):
         self.up = Expert(normal(ku, *lead, width, hidden))  # [L, E, D, F]
         self.down = Expert(normal(kd, *lead, hidden, width))  # [L, E, F, D]
 
-    def add(self, total: jax.Array, x: jax.Array, weights: jax.Array) -> jax.Array:
+    def add(
+        self, total: jax.Array, x: jax.Array, weights: jax.Array, skip: bool = False
+    ) -> jax.Array:
         """total + sum over e of weights[e] * expert_e(x), one expert after the other.
 
         The order is fixed, and an expert whose weight is 0 adds nothing, even where its own
@@ -72,15 +75,29 @@ class FeedForward(nnx.Module):
           total: [B, S, D].
           x: [B, S, D].
           weights: [E, B, S].
+          skip: leave out experts whose weights are all 0, instead of adding nothing.
         """
 
-        def one(total, expert):
+        def consult(total, expert):
             gate, up, down, weight = expert
             out = weight[..., None] * swiglu(x, *(w.astype(x.dtype) for w in (gate, up, down)))
-            return total + jnp.where(weight[..., None] > 0, out, 0), None
+            return total + jnp.where(weight[..., None] > 0, out, 0)
+
+        def one(total, expert):
+            if not skip:
+                return consult(total, expert), None
+            used = jnp.any(expert[-1] > 0)
+            return jax.lax.cond(used, consult, lambda total, _: total, total, expert), None
 
         stack = (self.gate[...], self.up[...], self.down[...], weights.astype(x.dtype))
         return jax.lax.scan(one, total, stack)[0]
+
+    def grouped(self, x: jax.Array, weights: jax.Array, active: int) -> jax.Array:
+        """The sum in `add`, over routed rows only; equal up to rounding. Shapes as there."""
+        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        rows = x.reshape(-1, x.shape[-1])
+        out = grouped_swiglu(rows, weights.reshape(len(weights), -1), gate, up, down, active)
+        return out.reshape(x.shape)
 
 
 class Experts(nnx.Module):
@@ -108,14 +125,19 @@ def mix(
     x: jax.Array,
     allowed: jax.Array,
     config: ModelConfig,
+    skip: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The mixture of all experts of all stacks, computed densely: the reference path.
+    """The mixture of all experts of all stacks.
+
+    `config.expert_compute` says how: "dense" computes every expert for every token and is the
+    reference; "grouped" computes an expert where its weight is not 0 (modeling/grouped.py).
 
     Args:
       stacks: one or more stacks (without the layer axis); experts are numbered through them.
       x: [B, S, D].
       allowed: bool [B, E].
       config: says how many experts are active and whether their weights are renormalised.
+      skip: do not read experts that no token uses; not for training.
 
     Returns:
       [B, S, D], and the router's logits, float32 [E, B, S].
@@ -126,6 +148,9 @@ def mix(
     total, first = jnp.zeros_like(x), 0
     for stack in stacks:
         last = first + stack.router.bias.shape[0]
-        total = stack.feed_forward.add(total, x, weights[first:last])
+        if config.expert_compute == "grouped":
+            total += stack.feed_forward.grouped(x, weights[first:last], active)
+        else:
+            total = stack.feed_forward.add(total, x, weights[first:last], skip)
         first = last
     return total, logits

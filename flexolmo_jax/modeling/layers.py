@@ -27,6 +27,12 @@ def normal(key: jax.Array, *shape: int, std: float = 0.02) -> jax.Array:
     return std * jax.random.truncated_normal(key, -3.0, 3.0, shape)
 
 
+def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x @ weight, [..., A] times [A, B], summed in float32; of x's dtype."""
+    weight = weight.astype(x.dtype)
+    return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale, over as many trailing axes as `scale` has; float32 inside."""
 

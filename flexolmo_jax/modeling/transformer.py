@@ -34,9 +34,9 @@ class Layer(nnx.Module):
         out, cache = self.attention(x, positions, segments, config, cache, at, visible)
         return x + self.attention_norm(out, config.norm_eps), cache
 
-    def consult(self, x, stacks, allowed, config):
+    def consult(self, x, stacks, allowed, config, skip=False):
         """x + norm(experts(x)), and the router's logits; shapes as in `mix`."""
-        out, logits = mix(stacks, x, allowed, config)
+        out, logits = mix(stacks, x, allowed, config, skip)
         return x + self.experts_norm(out, config.norm_eps), logits
 
 
@@ -72,7 +72,7 @@ class Anchor(NamedTuple):
 class Output(NamedTuple):
     hidden: jax.Array  # [B, S, D], after the last norm
     router_logits: jax.Array  # float32 [L, E, B, S]
-    cache: KVCache | None
+    cache: KVCache | tuple[KVCache, ...] | None
 
 
 def init_anchor(config: ModelConfig, key: jax.Array) -> Anchor:
@@ -90,6 +90,10 @@ def abstract_model(config: ModelConfig) -> tuple[Backbone, Experts]:
     return jax.eval_shape(build, jax.random.key(0))
 
 
+# Of each layer, what is shared and its experts, each a stack of one (inference/unstacked.py).
+Layers = tuple[tuple[Layer, tuple[Experts, ...]], ...]
+
+
 def num_parameters(config: ModelConfig) -> int:
     """Weights of the model, router biases aside (Hugging Face's gate has none)."""
     backbone, experts = abstract_model(config)
@@ -105,12 +109,13 @@ def forward(
     *,
     segments: jax.Array | None = None,
     allowed: jax.Array | None = None,
-    cache: KVCache | None = None,
+    cache: KVCache | tuple[KVCache, ...] | None = None,
     at: jax.Array | int = 0,
     positions: jax.Array | None = None,
     visible: jax.Array | None = None,
+    layers: Layers | None = None,
 ) -> Output:
-    """Runs the network; scanned over layers.
+    """Runs the network: scanned over layers, or one by one where `layers` are given.
 
     Args:
       backbone: the shared weights.
@@ -123,6 +128,8 @@ def forward(
       positions: int32 [B, S], of each token in its document; default: from `segments`.
       visible: bool [B, S_max], with a cache and S = 1: what the new token may look at. Without
         it, this call's tokens look at each other only (prefill).
+      layers: read instead of the stacks (inference/unstacked.py); then `cache` is one for each
+        layer, and an expert that no token uses is not read at all.
     """
     batch, length = tokens.shape
     num_experts = sum(stack.router.bias.shape[1] for stack in stacks)
@@ -140,9 +147,18 @@ def forward(
         x, router_logits = layer.consult(x, stacks, allowed, config)
         return x, (router_logits, cache)
 
+    x = backbone.embed[...][tokens].astype(config.dtype)
+    if layers is not None:
+        caches, router = [], []
+        for (layer, experts), one in zip(layers, cache or [None] * len(layers), strict=True):
+            x, one = layer.attend(x, positions, segments, config, one, at, visible)
+            x, logits = layer.consult(x, experts, allowed, config, skip=True)
+            caches.append(one)
+            router.append(logits)
+        hidden = backbone.norm(x, config.norm_eps)
+        return Output(hidden, jnp.stack(router), tuple(caches) if cache else None)
     if config.remat != "none":
         layer_step = jax.checkpoint(layer_step, policy=REMAT[config.remat])
-    x = backbone.embed[...][tokens].astype(config.dtype)
     x, (router_logits, cache) = jax.lax.scan(
         layer_step, x, (backbone.layers, stacks, cache), unroll=config.unroll
     )
