@@ -81,6 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     suite = SUITES[args.suite]
     chosen = {name: suite[name] for name in args.sizes or suite}
+    about = _about(args)
     results: dict[str, dict[str, dict[str, Measured]]] = {}
     with Progress() as bar:
         task = bar.add_task("", total=len(chosen) * len(args.only))
@@ -93,17 +94,18 @@ def main() -> None:
                 labels = [label for label, *_ in contestants]
                 results.setdefault(name, {})[case] = dict(zip(labels, measured, strict=True))
                 bar.advance(task)
-    out = Path(args.out)
+                _write(Path(args.out), about, results, chosen)  # an interruption loses one case
+    print(Path(args.out).with_suffix(".md").read_text())
+
+
+def _write(out: Path, about: dict[str, str], results: dict, sizes: dict[str, Size]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    about = _about(args)
     raw = {
         size: {case: {k: m._asdict() for k, m in one.items()} for case, one in cases.items()}
         for size, cases in results.items()
     }
     out.with_suffix(".json").write_text(json.dumps({**about, "results": raw}, indent=1))
-    page = _page(about, results, chosen)
-    out.with_suffix(".md").write_text(page)
-    print(page)
+    out.with_suffix(".md").write_text(_page(about, results, sizes))
 
 
 def _about(args: argparse.Namespace) -> dict[str, str]:

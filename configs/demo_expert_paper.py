@@ -3,8 +3,7 @@ r"""The demo's owners in the paper's form: rows from domain embeddings, learned 
     flexolmo train expert demo_expert_paper --data corpus:math --anchor OUT/anchor --name math \
         --out OUT/experts/math
 
-Needs `pip install flexolmo_jax[embeddings]`. Rows learned so serve their own text less well after
-a merge than those of demo_expert (docs/demo.md).
+Needs `pip install flexolmo_jax[embeddings]`.
 """
 
 from flexolmo_jax.config import DataConfig, ExpertTraining, OptimizerConfig

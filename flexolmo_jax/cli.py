@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "train" and args.resume and (Path(args.out) / "manifest.json").exists():
             console.print(f"{args.out}: already done", markup=False)
         else:
-            args.run_command(args)
+            with _profile(getattr(args, "profile", None)):
+                args.run_command(args)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
@@ -47,6 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"flexolmo: error: {_one_line(error)}", file=sys.stderr)
         return INTERRUPTED if isinstance(error, Interrupted) else 2
     return 0
+
+
+def _profile(folder: str | None) -> contextlib.AbstractContextManager:
+    """Writes a trace of the command to a folder, if one is given."""
+    if folder is None:
+        return contextlib.nullcontext()
+    import jax
+
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # Python's own calls would fill the trace
+    return jax.profiler.trace(folder, profiler_options=options)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
@@ -126,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
             help="windows, checkpoints and metrics; keep it to yourself (default: OUT.run)",
         )  # fmt: skip
         one.add_argument("--resume", action="store_true", help="go on where a run stopped")
+        _profile_argument(one)
         if stage == "expert":
             one.add_argument("--anchor", required=True, metavar="DIR", help="the frozen anchor")
             one.add_argument("--name", required=True, help="what the expert will be called")
@@ -201,7 +214,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _profile_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile", metavar="DIR",
+        help="write a trace for TensorBoard or Perfetto; give little work (--steps 20)",
+    )  # fmt: skip
+
+
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    _profile_argument(parser)
     parser.add_argument("--model", required=True, metavar="DIR", help="anything `load` takes")
     parser.add_argument("--anchor", metavar="DIR", help="for an expert package: its anchor")
     parser.add_argument(

@@ -175,6 +175,14 @@ def test_generate(world, flexolmo):
     assert flexolmo(*arguments, "--prompt", "A", *options)[0] == 0
 
 
+def test_a_profile_is_one_flag_away(world, flexolmo, tmp_path):
+    code, *_ = flexolmo(
+        "generate", "--model", world.anchor, "--prompt", "The", "--max-new-tokens", "2",
+        "--profile", tmp_path / "trace",
+    )  # fmt: skip
+    assert code == 0 and list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
 def test_an_expert_package_is_a_model_of_two(world, flexolmo):
     code, out, _ = flexolmo(
         "generate", "--model", world.experts["math"], "--anchor", world.anchor,

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.interop import huggingface
+from flexolmo_jax.model import load
 from flexolmo_jax.modeling.transformer import forward
 from flexolmo_jax.tensors import named
 
@@ -101,6 +102,22 @@ def test_logits_are_those_of_transformers(number, torch_models, tmp_path):
         save_file(packed, tmp_path / WEIGHTS)  # with a tied model's lm_head a second time
         again = huggingface.load(tmp_path)
         jax.tree.map(np.testing.assert_array_equal, again[:2], (backbone, experts))
+
+
+@needs_torch
+@pytest.mark.parametrize("batch", [1, 3])
+def test_greedy_decoding_is_that_of_transformers(batch, torch_models, tmp_path):
+    """Token for token, 64 of them, prompts of different lengths."""
+    model = torch_models["random_model"]("flex_olmo", 7, num_experts=4, num_experts_per_tok=2)
+    model.save_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, model.config.vocab_size, n).tolist() for n in (5, 9, 2)[:batch]]
+    found = load(tmp_path).generate(prompts, 64)
+    model.generation_config.eos_token_id = None  # ours has no tokenizer here, so no end either
+    for prompt, ids in zip(prompts, found, strict=True):
+        text = model.dummy_inputs["input_ids"].new_tensor([prompt])
+        expected = model.generate(text, max_new_tokens=64, do_sample=False)[0, len(prompt) :]
+        assert ids == expected.tolist()
 
 
 @pytest.fixture
