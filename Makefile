@@ -23,7 +23,7 @@ lint: $(VENV)/linters.installed
 # One stamp per set of extras; made again when the dependencies change.
 $(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[$(subst demo,,$*)]"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".$(if $(filter demo,$*),,[$*])"
 	touch $@
 
 clean:

@@ -66,7 +66,10 @@ def _splash(q, k, v, segments):
         )
     mask = splash_attention.CausalMask((length, length))
     kernel = splash_attention.make_splash_mha(
-        splash_attention.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=1
+        splash_attention.MultiHeadMask([mask] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=jax.default_backend() == "cpu",  # slow, but the same kernel: for tests
     )
     repeat = heads // k.shape[2]
     q, k, v = (x.swapaxes(1, 2) for x in (q * head**-0.5, k, v))

@@ -49,6 +49,19 @@ def test_blocked_equals_plain(seed, batch, length, heads):
         np.testing.assert_allclose(ours / scale, theirs / scale, atol=1e-5)
 
 
+def test_the_tpu_kernel_equals_plain():
+    """Interpreted on CPU; two documents and grouped heads."""
+    rng = np.random.default_rng(0)
+    q, d_out = (rng.standard_normal((1, 128, 2, 128), np.float32) for _ in range(2))
+    k, v = (rng.standard_normal((1, 128, 1, 128), np.float32) for _ in range(2))
+    segments = jnp.asarray(np.arange(128)[None] // 70 + 1, jnp.int32)
+    expected = both(plain, q, k, v, segments, d_out)
+    found = both(lambda *a: self_attention(*a, "splash"), q, k, v, segments, d_out)
+    for ours, theirs in zip(found, expected, strict=True):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours / scale, theirs / scale, atol=1e-5)
+
+
 def test_no_scores_of_a_long_sequence_are_held():
     """The program's temporary memory grows with the length, not with its square."""
 
