@@ -5,8 +5,6 @@ import runpy
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import jax.numpy as jnp
-
 COMPUTE = (
     "dtype",
     "expert_compute",
@@ -254,11 +252,6 @@ def load_config(path: str | Path, kind: type[Training]) -> Any:
         found = "none" if config is None else type(config).__name__
         raise ValueError(f"{file}: expected `config` to be {kind.__name__}, found {found}")
     return config
-
-
-def dtype_of(config: ModelConfig) -> jnp.dtype:
-    """The dtype of activations as JAX knows it."""
-    return jnp.dtype(config.dtype)
 
 
 CONFIGS = Path(__file__).parent / "configs"
