@@ -13,8 +13,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 from rich.progress import Progress
@@ -81,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     suite = SUITES[args.suite]
     chosen = {name: suite[name] for name in args.sizes or suite}
-    about = _about(args)
+    about = _about()
     results: dict[str, dict[str, dict[str, Measured]]] = {}
     with Progress() as bar:
         task = bar.add_task("", total=len(chosen) * len(args.only))
@@ -108,14 +110,14 @@ def _write(out: Path, about: dict[str, str], results: dict, sizes: dict[str, Siz
     out.with_suffix(".md").write_text(_page(about, results, sizes))
 
 
-def _about(args: argparse.Namespace) -> dict[str, str]:
+def _about() -> dict[str, str]:
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], capture_output=True, text=True)
         return done.stdout.strip() or "unknown"
 
     packages = ("jax", "jaxlib", "torch", "transformers")
     return {
-        "command": f"python -m benchmarks --suite {args.suite} --rounds {args.rounds}",
+        "command": f"python -m benchmarks {shlex.join(sys.argv[1:])}",
         "date": str(datetime.date.today()),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "versions": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages),
