@@ -230,7 +230,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         help="experts to switch off",
     )  # fmt: skip
     parser.add_argument("--only", metavar="NAME", action="extend", nargs="+")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"))
     parser.add_argument("--json", action="store_true")
 
 
@@ -441,10 +441,17 @@ def _generate(args: argparse.Namespace) -> None:
     from flexolmo_jax.model import load
 
     model = load(args.model, anchor=args.anchor, dtype=args.dtype)
-    made = model.generate(
-        args.prompt, args.max_new_tokens, without=args.without, only=args.only,
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-    )  # fmt: skip
+    options = {name: getattr(args, name) for name in ("without", "only", "temperature", "seed")}
+    options |= {"top_k": args.top_k, "top_p": args.top_p}
+    if len(args.prompt) == 1 and not args.json:
+        pieces = model.stream(args.prompt[0], args.max_new_tokens, **options)
+        first = next(pieces, "")  # a wrong option shows before any output
+        print(args.prompt[0], first, sep="", end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return
+    made = model.generate(args.prompt, args.max_new_tokens, **options)
     if args.json:
         rows = [{"prompt": p, "continuation": c} for p, c in zip(args.prompt, made, strict=True)]
         print(json.dumps(rows, indent=1, ensure_ascii=False))

@@ -1,7 +1,8 @@
 """Generation: one prefill, then one compiled loop over new tokens with a KV cache."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,23 @@ import numpy as np
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.inference.sampling import Sampling, sample
-from flexolmo_jax.inference.unstacked import Unstacked, turn_back
+from flexolmo_jax.inference.unstacked import Unstacked
 from flexolmo_jax.modeling.attention import KVCache
 from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.modeling.layers import dot
 from flexolmo_jax.modeling.transformer import Backbone, forward
 
 BUCKET = 64  # prompt and output lengths are rounded up to it, so that few shapes are compiled
+
+
+class State(NamedTuple):
+    """Where a generation stands; given up to each call that goes on with it."""
+
+    step: jax.Array  # int32: tokens made so far
+    logits: jax.Array  # float32 [B, V], of the next token
+    done: jax.Array  # bool [B]
+    cache: KVCache | tuple[KVCache, ...]
+    made: jax.Array  # int32 [B, room]
 
 
 def generate(
@@ -29,12 +41,13 @@ def generate(
     stop: int | None,
     sampling: Sampling,
     seed: int,
-) -> list[list[int]]:
+    every: int | None = None,
+) -> Iterator[list[list[int]]]:
     """Continues prompts.
 
     Args:
       backbone, experts: the weights.
-      unstacked: the same one by one, turned for a batch of one; None runs over the stacks.
+      unstacked: the same one by one; None runs over the stacks.
       prompts: ids, at least one each; of any lengths.
       config: of the model.
       max_new_tokens: at most so many are made for each.
@@ -42,9 +55,10 @@ def generate(
       stop: the id that ends a sequence, if any; it is not part of the result.
       sampling: how tokens are chosen.
       seed: of the random choices.
+      every: hand over what there is after every so many tokens; None: once, at the end.
 
-    Returns:
-      the new ids of each prompt.
+    Yields:
+      the new ids of each prompt, all since the beginning.
     """
     batch = 1 << (len(prompts) - 1).bit_length()
     length = _round_up(max(len(prompt) for prompt in prompts))
@@ -53,75 +67,87 @@ def generate(
     for row, prompt in enumerate(prompts):
         padding[row] = length - len(prompt)
         tokens[row, padding[row] :] = prompt
-    rows = np.concatenate([allowed, np.ones((batch - len(prompts), allowed.shape[1]), bool)])
+    mask = np.concatenate([allowed, np.ones((batch - len(prompts), allowed.shape[1]), bool)])
     done = np.arange(batch) >= len(prompts)
-    out, count = _generate(
-        backbone, experts, unstacked, tokens, padding, rows, done, jax.random.key(seed),
-        -1 if stop is None else stop, max_new_tokens,
-        config=config, room=_round_up(max_new_tokens), sampling=sampling,
-    )  # fmt: skip
-    made = np.asarray(out)[: len(prompts), : int(count)].tolist()
-    return [ids[: ids.index(stop)] if stop in ids else ids for ids in made]
+    weights = (backbone, experts, unstacked)
+    room = _round_up(max_new_tokens)
+    state = _prefill(weights, tokens, padding, mask, done, config=config, room=room)
+    last = -1 if stop is None else stop
+    limit = 0
+    while limit < max_new_tokens:
+        limit = min(limit + (every or max_new_tokens), max_new_tokens)
+        state = _go_on(
+            weights, state, padding, mask, jax.random.key(seed), last, limit,
+            config=config, sampling=sampling,
+        )  # fmt: skip
+        made = np.asarray(state.made)[: len(prompts), : int(state.step)].tolist()
+        yield [ids[: ids.index(stop)] if stop in ids else ids for ids in made]
+        if np.asarray(state.done).all():
+            return
 
 
 def _round_up(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
-@functools.partial(jax.jit, static_argnames=("config", "room", "sampling"))
-def _generate(
-    backbone, experts, unstacked, tokens, padding, allowed, done, key, stop, limit,
-    *, config, room, sampling,
-):  # fmt: skip
-    """tokens int32 [B, P], left-padded -> (int32 [B, room], how many columns were filled)."""
+def _visible(padding: jax.Array, slots: int) -> jax.Array:
+    """bool [B, slots]: which slots of the cache hold, or will hold, text."""
+    return jnp.arange(slots) >= padding[:, None]
+
+
+def _next_logits(weights, hidden: jax.Array) -> jax.Array:
+    """[B, D] -> float32 [B, V]."""
+    backbone, _, unstacked = weights
+    return dot(hidden, unstacked.head if unstacked else backbone.head_matrix(), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "room"))
+def _prefill(weights, tokens, padding, allowed, done, *, config, room) -> State:
+    """Reads the prompts, tokens int32 [B, P], left-padded; has room for `room` new tokens."""
+    backbone, experts, unstacked = weights
     batch, length = tokens.shape
-    if unstacked is None:
-        layers, head = None, backbone.head_matrix()
-    else:
-        layers, head = turn_back(unstacked) if batch == 1 else unstacked
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    slots = jnp.arange(length + room)
-    is_text = slots >= padding[:, None]  # [B, P + room]
-
-    def next_logits(hidden):
-        return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-
-    def prefill(cache):
-        segments = is_text[:, :length].astype(jnp.int32)
-        positions = jnp.maximum(slots[:length] - padding[:, None], 0)
-        out = forward(
-            backbone, (experts,), tokens, config,
-            segments=segments, positions=positions, allowed=allowed, cache=cache, layers=layers,
-        )  # fmt: skip
-        return next_logits(out.hidden[:, -1]), out.cache
-
-    def advance(token, cache, at):
-        out = forward(
-            backbone, (experts,), token[:, None], config,
-            positions=(at - padding)[:, None], allowed=allowed, cache=cache, at=at,
-            visible=is_text & (slots <= at), layers=layers,
-        )  # fmt: skip
-        return next_logits(out.hidden[:, 0]), out.cache
-
-    def choose(logits, step, done):
-        token = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
-        return jnp.where(done, stop, token)
-
-    def more(carry):
-        step, _, done, _, _ = carry
-        return (step < limit) & ~jnp.all(done)
-
-    def one(carry):
-        step, logits, done, cache, made = carry
-        token = choose(logits, step, done)
-        made = jax.lax.dynamic_update_slice_in_dim(made, token[:, None], step, axis=1)
-        logits, cache = advance(jnp.maximum(token, 0), cache, length + step)
-        return step + 1, logits, done | (token == stop), cache, made
-
-    cache = KVCache.empty(config, batch, length + room, jnp.dtype(config.dtype))
-    if layers is not None:
-        cache = tuple(KVCache(k, v) for k, v in zip(*cache, strict=True))
-    logits, cache = prefill(cache)
+    empty = KVCache.empty(config, batch, length + room, jnp.dtype(config.dtype))
+    cache: KVCache | tuple[KVCache, ...] = empty
+    if unstacked is not None:
+        cache = tuple(KVCache(k, v) for k, v in zip(*empty, strict=True))
+    out = forward(
+        backbone, (experts,), tokens, config,
+        segments=_visible(padding, length).astype(jnp.int32),
+        positions=jnp.maximum(jnp.arange(length) - padding[:, None], 0),
+        allowed=allowed, cache=cache, layers=unstacked and unstacked.layers,
+    )  # fmt: skip
     made = jnp.zeros((batch, room), jnp.int32)
-    count, _, _, _, made = jax.lax.while_loop(more, one, (0, logits, done, cache, made))
-    return made, count
+    logits = _next_logits(weights, out.hidden[:, -1])
+    assert out.cache is not None
+    return State(jnp.int32(0), logits, done, out.cache, made)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="state")
+def _go_on(weights, state, padding, allowed, key, stop, limit, *, config, sampling) -> State:
+    """Makes tokens until there are `limit` or all sequences have ended."""
+    backbone, experts, unstacked = weights
+    layers = unstacked and unstacked.layers
+    caches = state.cache if layers is not None else (state.cache,)
+    slots = caches[0].keys.shape[-2]
+    length = slots - state.made.shape[1]  # of the prompts
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(padding)))
+    is_text = _visible(padding, slots)
+
+    def more(state):
+        return (state.step < limit) & ~jnp.all(state.done)
+
+    def one(state):
+        step, logits, done, cache, made = state
+        token = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
+        token = jnp.where(done, stop, token)
+        made = jax.lax.dynamic_update_slice_in_dim(made, token[:, None], step, axis=1)
+        at = length + step
+        out = forward(
+            backbone, (experts,), jnp.maximum(token, 0)[:, None], config,
+            positions=(at - padding)[:, None], allowed=allowed, cache=cache, at=at,
+            visible=is_text & (jnp.arange(slots) <= at), layers=layers,
+        )  # fmt: skip
+        logits = _next_logits(weights, out.hidden[:, 0])
+        return State(step + 1, logits, done | (token == stop), out.cache, made)
+
+    return jax.lax.while_loop(more, one, state)

@@ -1,34 +1,36 @@
 """Weights in the form that decoding on CPU reads fastest: every matrix an array of its own.
 
-Decoding reads each weight once a token, so memory bandwidth is its limit. A matrix taken out of a
-stack would be copied first, since XLA's products there take no part of an array. For a batch of
-one, XLA's product streams a matrix at full bandwidth where the summed axis is the last in memory
-(and, in bfloat16, where it is not, at a twentieth of it); for larger batches it is the first axis.
+A matrix taken out of a stack would be copied first, since XLA's products there take no part of an
+array. For a batch of one, XLA's product streams a matrix at full bandwidth where the summed axis is
+the last in memory (and, in bfloat16, where it is not, at a twentieth of it); for larger batches it
+is the first axis.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.modeling.stored import Stored, rounded, store
 from flexolmo_jax.modeling.transformer import Backbone, Layers
 
 
 class Unstacked(NamedTuple):
-    """A copy of the weights, layer by layer and expert by expert."""
+    """A copy of the weights, layer by layer and expert by expert; matrices are `Stored`."""
 
     layers: Layers
-    head: jax.Array  # [D, V]
+    head: jax.Array | Stored  # [D, V]
 
 
-def unstack(backbone: Backbone, experts: Experts, turned: bool) -> Unstacked:
+def unstack(backbone: Backbone, experts: Experts, turned: bool, int8: bool = False) -> Unstacked:
     """Copies the weights out of their stacks.
 
     Args:
       backbone, experts: the model.
-      turned: matrices with their summed axes last in memory, for a batch of one; `turn_back` makes
-        them whole inside of a program.
+      turned: matrices with their summed axes last in memory, for a batch of one.
+      int8: matrices as 8-bit integers, a scale for each output channel.
     """
 
     def take(tree, index):
@@ -42,8 +44,26 @@ def unstack(backbone: Backbone, experts: Experts, turned: bool) -> Unstacked:
         )
         for number in range(num_layers)
     )
-    made = _flat(Unstacked(layers, jnp.array(backbone.head_matrix())))
-    return jax.jit(_turn)(made) if turned else made
+    weights = Unstacked(layers, jnp.array(backbone.head_matrix()))
+    change = jax.jit(functools.partial(store, turned=turned, int8=int8))
+    return _on_matrices(change, _flat(weights))
+
+
+def round_to_int8(backbone: Backbone, experts: Experts) -> tuple[Backbone, Experts]:
+    """The stacks with the numbers that `unstack(..., int8=True)` stores.
+
+    Norms, router rows and the embedding stay as they are (a head that is tied to it too, here).
+    """
+
+    def change(path, leaf):
+        name = _name(path)
+        if name.endswith(("attention.q", "attention.k", "attention.v")):  # [L, D, N, H]
+            return rounded(leaf.reshape(*leaf.shape[:2], -1)).reshape(leaf.shape)
+        if name.endswith("attention.o"):  # [L, N, H, D]
+            return rounded(leaf.reshape(len(leaf), -1, leaf.shape[-1])).reshape(leaf.shape)
+        return rounded(leaf) if "feed_forward" in name or name.endswith("head") else leaf
+
+    return jax.jit(functools.partial(jax.tree_util.tree_map_with_path, change))((backbone, experts))
 
 
 def _flat(weights: Unstacked) -> Unstacked:
@@ -58,21 +78,15 @@ def _flat(weights: Unstacked) -> Unstacked:
     return jax.tree_util.tree_map_with_path(flat, weights)
 
 
-def _turn(weights: Unstacked) -> Unstacked:
-    """Matrices transposed; its own inverse."""
+def _on_matrices(change, weights: Unstacked) -> Unstacked:
+    """Applies `change` to what products read: projections, experts and the head."""
 
-    def turn(path, leaf):
-        is_matrix = "feed_forward" in _name(path) or (
-            leaf.ndim == 2 and "router" not in _name(path)
-        )
-        return leaf.mT if is_matrix and "norm" not in _name(path) else leaf
+    def one(path, leaf):
+        name = _name(path)
+        is_matrix = "feed_forward" in name or (leaf.ndim == 2 and "router" not in name)
+        return change(leaf) if is_matrix and "norm" not in name else leaf
 
-    return jax.tree_util.tree_map_with_path(turn, weights)
-
-
-def turn_back(weights: Unstacked) -> Unstacked:
-    """Shapes as in the modules; XLA takes the turn into its products, and moves nothing."""
-    return _turn(weights)
+    return jax.tree_util.tree_map_with_path(one, weights)
 
 
 def _name(path: tuple) -> str:

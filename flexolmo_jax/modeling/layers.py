@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flexolmo_jax.modeling.stored import Stored
+
 
 class Shared(nnx.Variable):
     """A weight that all owners share, and that nobody trains after the public stage."""
@@ -27,10 +29,12 @@ def normal(key: jax.Array, *shape: int, std: float = 0.02) -> jax.Array:
     return std * jax.random.truncated_normal(key, -3.0, 3.0, shape)
 
 
-def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x @ weight, [..., A] times [A, B], summed in float32; of x's dtype."""
-    weight = weight.astype(x.dtype)
-    return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+def dot(x: jax.Array, weight: jax.Array | Stored, dtype=None) -> jax.Array:
+    """x @ weight, [..., A] times [A, B], summed in float32; of x's dtype, or another."""
+    if isinstance(weight, Stored):
+        return weight.matmul(x).astype(dtype or x.dtype)
+    product = jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    return product.astype(dtype or x.dtype)
 
 
 class RMSNorm(nnx.Module):

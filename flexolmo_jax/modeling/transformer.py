@@ -13,7 +13,7 @@ from flexolmo_jax.modeling.attention import (
     segment_positions,
 )
 from flexolmo_jax.modeling.experts import Experts, mix
-from flexolmo_jax.modeling.layers import RMSNorm, Shared, normal
+from flexolmo_jax.modeling.layers import RMSNorm, Shared, dot, normal
 
 REMAT = {  # what is kept for the backward pass
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -54,8 +54,7 @@ class Backbone(nnx.Module):
     @jax.named_scope("logits")
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] (normed) -> float32 [..., V]."""
-        head = self.head_matrix().astype(hidden.dtype)
-        return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        return dot(hidden, self.head_matrix(), jnp.float32)
 
     def head_matrix(self) -> jax.Array:
         """[D, V]: the output head, or the embedding where they are tied."""

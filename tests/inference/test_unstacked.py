@@ -1,32 +1,79 @@
-"""Decoding from unstacked weights against decoding over the stacks."""
+"""Decoding from unstacked weights against decoding over the stacks; int8 weights."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from flexolmo_jax.inference.unstacked import turn_back, unstack
+from flexolmo_jax.inference.unstacked import round_to_int8, unstack
+from flexolmo_jax.modeling.stored import rounded, store
 from flexolmo_jax.modeling.transformer import forward
 
 TOKENS = np.array([[5, 3, 8, 1], [7, 7, 2, 9]], np.int32)
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_unstacked_weights_give_the_same_logits(model, turned):
-    allowed = np.array([[True, False, True, True], [True, True, False, True]])
-    expected = model.logits(TOKENS, allowed=allowed)
+def logits(model, weights, allowed):
+    """Over unstacked weights."""
 
     @jax.jit
-    def logits(weights):
-        layers, head = turn_back(weights) if turned else weights
+    def run(weights):
         out = forward(
-            model.backbone, (model.experts,), TOKENS, model.config, allowed=allowed, layers=layers
+            model.backbone,
+            (model.experts,),
+            TOKENS,
+            model.config,
+            allowed=allowed,
+            layers=weights.layers,
         )
-        return out.hidden @ head
+        return weights.head.matmul(out.hidden)
 
-    found = logits(unstack(model.backbone, model.experts, turned))
+    return run(weights)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("int8", [False, True])
+def test_unstacked_weights_give_the_same_logits(model, turned, int8):
+    if int8:
+        backbone, experts = round_to_int8(model.backbone, model.experts)
+        model = dataclasses.replace(model, backbone=backbone, experts=experts)
+    allowed = np.array([[True, False, True, True], [True, True, False, True]])
+    expected = model.logits(TOKENS, allowed=allowed)
+    found = logits(model, unstack(model.backbone, model.experts, turned, int8), allowed)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
+
+
+@settings(deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
+    turned=st.booleans(),
+    scale=st.sampled_from([0.0, 1e-6, 1.0, 1e4]),
+    seed=st.integers(0, 99),
+)
+def test_int8_is_off_by_half_a_step_at_most(shape, turned, scale, seed):
+    rng = np.random.default_rng(seed)
+    weight = jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((shape[0], 2, shape[1])), jnp.float32)
+    near = rounded(weight)
+    step = np.abs(weight).max(axis=-2, keepdims=True) / 127
+    assert (np.abs(near - weight) <= 0.5001 * step).all()
+    stored = store(near, turned, int8=True)  # rounded numbers are stored as they are
+    assert stored.values.dtype == jnp.int8
+    found = jax.vmap(lambda x, one: one.matmul(x))(x, stored)
+    np.testing.assert_allclose(found, x @ near, rtol=1e-5, atol=1e-5 * scale * shape[1])
+
+
+def test_int8_keeps_what_the_model_says(model):
+    """Of a rounded model, logits and generation are those of the same numbers."""
+    backbone, experts = round_to_int8(model.backbone, model.experts)
+    floats = dataclasses.replace(model, backbone=backbone, experts=experts)
+    ints = dataclasses.replace(floats, int8=True)
+    for prompts in (["The theorem"], ["The theorem", "A river"]):
+        assert ints.generate(prompts, 16) == floats.generate(prompts, 16)
 
 
 def test_a_skipped_expert_may_be_nan(model):
