@@ -1,19 +1,34 @@
 """Our side of each case."""
 
 import functools
+import itertools
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from benchmarks.sizes import Size
 from flexolmo_jax.cli import keep_freed_memory
 from flexolmo_jax.config import ModelConfig, OptimizerConfig
 from flexolmo_jax.data.loader import Batch
-from flexolmo_jax.model import FlexOlmo
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.federation.anchor import read_anchor, write_anchor
+from flexolmo_jax.federation.merge import merge, write_expert
+from flexolmo_jax.inference.unstacked import round_to_int8
+from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.modeling.experts import Experts, mix
-from flexolmo_jax.modeling.transformer import Anchor, Backbone, forward, init_anchor
+from flexolmo_jax.modeling.transformer import (
+    Anchor,
+    Backbone,
+    abstract_model,
+    forward,
+    init_anchor,
+)
+from flexolmo_jax.training.cross_entropy import cross_entropy
 from flexolmo_jax.training.optimizer import make_optimizer
 from flexolmo_jax.training.step import (
     AnchorLoss,
@@ -28,10 +43,11 @@ def build(case: str, size: Size, option: str) -> Callable[[], None]:
     """One run of a case, ready to be timed.
 
     Args:
-      case: as in `benchmarks/__main__.py`.
+      case: as in `benchmarks/cases.py`.
       size: of the model and the work.
-      option: of "moe_E_A" and "merged_forward" the expert compute, of "decode_B" the dtype; else
-        unused.
+      option: of "moe_E_A" and "merged_forward" the expert compute, of "decode_B" the dtype, of
+        "masks_B" whether experts are off, of "remat" the policy, of the last three what is done;
+        else unused.
 
     Raises:
       ValueError: there is no such case.
@@ -41,11 +57,15 @@ def build(case: str, size: Size, option: str) -> Callable[[], None]:
         a, b = (jnp.asarray(_normal(size.gemm, size.gemm)) for _ in range(2))
         multiply = jax.jit(jnp.matmul)
         return lambda: jax.block_until_ready(multiply(a, b))
+    if case == "stream":
+        matrix, vector = (jnp.asarray(_normal(n, size.stream)) for n in (size.stream, 1))
+        read = jax.jit(lambda matrix, vector: jnp.einsum("bd,fd->bf", vector, matrix))
+        return lambda: jax.block_until_ready(read(matrix, vector))
     if case == "anchor_step":
         config = _unrolled(size.config)
         return _step(AnchorLoss(config, 1e-5), _anchor(config), None, size)
-    if case == "expert_step":  # the paper's form: a softmax over two experts
-        config = _unrolled(size.pair())
+    if case in ("expert_step", "remat"):  # the paper's form: a softmax over two experts
+        config = _unrolled(size.pair()).replace(remat=option or size.config.remat)
         anchor = _anchor(config)
         expert = jax.tree.map(jnp.copy, anchor.public)
         return _step(ExpertPairLoss(config, 1e-5, 0.0), expert, anchor, size)
@@ -65,13 +85,14 @@ def build(case: str, size: Size, option: str) -> Callable[[], None]:
             return backbone.logits(forward(backbone, (experts,), tokens, config).hidden)
 
         return lambda: jax.block_until_ready(logits(backbone, experts, tokens, config))
-    if case.startswith("decode_"):
-        config = size.merged().replace(dtype=option)
-        model = FlexOlmo(*_merged(config), config, tuple(map(str, range(config.num_experts))), None)
-        prompts = np.asarray(_tokens(size, int(case.split("_")[1]), size.prompt)).tolist()
-        return lambda: model.generate(prompts, size.new_tokens)
+    if case.startswith(("decode_", "masks_")):
+        return _decode(int(case.split("_")[1]), size, option)
     if case.startswith("moe_"):
         return _layer(*map(int, case.split("_")[1:]), size, option)
+    if case == "loss_100352":
+        return _loss(size, option)
+    if case in ("load", "merge"):
+        return _files(size, option)
     raise ValueError(f"no case {case!r} on our side")
 
 
@@ -94,13 +115,73 @@ def _layer(experts: int, active: int, size: Size, compute: str) -> Callable[[], 
     return lambda: jax.block_until_ready(gradients(stack, x))
 
 
+def _decode(batch: int, size: Size, option: str) -> Callable[[], None]:
+    int8 = option == "int8"
+    dtype = option if option in ("float32", "bfloat16") else "float32"
+    config = size.merged().replace(dtype=dtype)
+    weights = _merged(config)
+    weights = round_to_int8(*weights) if int8 else weights
+    model = FlexOlmo(*weights, config, tuple(map(str, range(size.experts))), None, int8)
+    prompts = np.asarray(_tokens(size, batch, size.prompt)).tolist()
+    allowed = np.ones((batch, size.experts), bool)
+    if option == "off":  # in each sequence, in turn, one or two
+        rows = np.arange(batch)
+        allowed[rows, 1 + rows % (size.experts - 1)] = False
+        allowed[rows, 1 + rows * 2 % (size.experts - 1)] = False
+    return lambda: model.generate(prompts, size.new_tokens, allowed=allowed)
+
+
+def _loss(size: Size, option: str) -> Callable[[], None]:
+    """Loss and its gradient to the hidden states, at the full size's vocabulary."""
+    vocabulary, shape = 100_352, (size.batch, size.length)
+    hidden = jnp.asarray(_normal(*shape, size.config.width))
+    head = jnp.asarray(_normal(size.config.width, vocabulary))
+    targets = jax.random.randint(jax.random.key(2), shape, 0, vocabulary)
+
+    def loss(hidden, head):
+        if option == "chunks":
+            return cross_entropy(hidden, head, targets, jnp.ones(shape))[0]
+        logits = hidden @ head
+        return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    return lambda: jax.block_until_ready(gradient(hidden, head))
+
+
+def _files(size: Size, what: str) -> Callable[[], None]:
+    """Loads or merges real packages, or reads their bytes."""
+    folder = Path(tempfile.mkdtemp())
+    tokenizer = Tokenizer.train(["Some words, that do for a tokenizer."], 260)
+    anchor = _anchor(size.config)
+    write_anchor(folder / "anchor", anchor, size.config, tokenizer, ["Some words."], {})
+    read = read_anchor(folder / "anchor")
+    experts = [folder / f"expert{i}" for i in range(1, size.experts)]
+    for path in experts:
+        write_expert(path, anchor.public, path.name, read, {})
+    merge(folder / "anchor", experts, folder / "model", active_experts=size.active)
+    if what == "load":
+        return lambda: jax.block_until_ready((load(folder / "model").experts,))
+    if what == "merge":
+        numbers = itertools.count()
+        return lambda: merge(folder / "anchor", experts, folder / f"merged{next(numbers)}")
+
+    def plain():
+        for file in folder.rglob("*"):
+            if file.is_file():
+                file.read_bytes()
+
+    return plain
+
+
 def _unrolled(config: ModelConfig) -> ModelConfig:
     """What one would set on the machine at hand: small models run faster unrolled on CPU."""
     return config.replace(unroll=config.num_layers) if jax.default_backend() == "cpu" else config
 
 
 def _normal(*shape: int) -> np.ndarray:
-    return 0.02 * np.random.default_rng(0).standard_normal(shape, np.float32)
+    values = np.random.default_rng(0).standard_normal(shape, np.float32)
+    values *= 0.02
+    return values
 
 
 def _tokens(size: Size, batch: int, length: int) -> jax.Array:
@@ -112,13 +193,14 @@ def _anchor(config: ModelConfig) -> Anchor:
 
 
 def _merged(config: ModelConfig) -> tuple[Backbone, Experts]:
-    def build(key):
-        return Backbone(config, key), Experts(config, config.num_experts, key)
+    """Filled by NumPy: jitted initialisation would leave as much again in the process."""
 
-    backbone, experts = jax.jit(build)(jax.random.key(0))
-    experts.router.row[...] = jnp.asarray(_normal(*experts.router.row.shape))
-    dtype = jnp.dtype(config.dtype)
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), (backbone, experts))
+    def fill(path, leaf):
+        is_norm = "norm" in jax.tree_util.keystr(path)
+        values = np.ones(leaf.shape, np.float32) if is_norm else _normal(*leaf.shape)
+        return jnp.asarray(values, config.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract_model(config))
 
 
 def _step(loss: Loss, trainable, frozen, size: Size) -> Callable[[], None]:

@@ -6,6 +6,7 @@ frozen one by one, which its packed parameters do not allow: gradients of the fr
 otherwise be computed and thrown away.
 """
 
+import tempfile
 from collections.abc import Callable
 
 import torch
@@ -37,6 +38,15 @@ def build(case: str, size: Size, implementation: str) -> Callable[[], None]:
     if case == "gemm":
         a, b = (torch.randn(size.gemm, size.gemm) for _ in range(2))
         return lambda: torch.mm(a, b)
+    if case == "stream":
+        matrix, vector = torch.randn(size.stream, size.stream), torch.randn(size.stream)
+        return lambda: torch.mv(matrix, vector)
+    if case == "loss_100352":
+        return _loss(size)
+    if case == "load":
+        folder = tempfile.mkdtemp()
+        _flex_olmo(size.merged(), implementation).save_pretrained(folder)
+        return lambda: FlexOlmoForCausalLM.from_pretrained(folder)
     if case == "anchor_step":
         return _step(_olmo2(size.config), size, lambda name: True)
     if case == "expert_step":
@@ -77,6 +87,18 @@ def build(case: str, size: Size, implementation: str) -> Callable[[], None]:
 
         return run
     raise ValueError(f"no case {case!r} on the peer's side")
+
+
+def _loss(size: Size) -> Callable[[], None]:
+    hidden = torch.randn(size.batch * size.length, size.config.width, requires_grad=True)
+    head = torch.randn(100_352, size.config.width)
+    targets = torch.randint(0, 100_352, (len(hidden),))
+
+    def run():
+        hidden.grad = None
+        torch.nn.functional.cross_entropy(hidden @ head.T, targets).backward()
+
+    return run
 
 
 def _config(config: ModelConfig) -> FlexOlmoConfig:

@@ -1,6 +1,5 @@
 """The sizes at which both sides are measured."""
 
-import dataclasses
 from typing import NamedTuple
 
 from flexolmo_jax.config import ModelConfig
@@ -16,6 +15,7 @@ class Size(NamedTuple):
     new_tokens: int  # that are generated
     tokens: int  # that the MoE layer alone is given
     gemm: int  # edge of the square matrices that the machine's rate is measured with
+    stream: int  # edge of the square matrix that is read for its bandwidth
     experts: int = 8  # of the merged model
     active: int = 4
 
@@ -45,12 +45,12 @@ BILLION = ModelConfig(
 )
 
 SUITES = {
-    "smoke": {"smoke": Size(SMOKE, 2, 32, 8, 8, 128, 256)},
+    "smoke": {"smoke": Size(SMOKE, 2, 32, 8, 8, 128, 256, 256)},
     "cpu": {
-        "50M": Size(SMALL, 4, 512, 64, 128, 2048, 2048),
-        "190M": Size(LARGE, 4, 512, 64, 128, 2048, 2048),
+        "50M": Size(SMALL, 4, 512, 64, 128, 2048, 2048, 8192),
+        "190M": Size(LARGE, 4, 512, 64, 128, 2048, 2048, 8192),
     },
-    "gpu": {"1B": Size(BILLION, 4, 4096, 512, 256, 16_384, 8192)},
-    "tpu": {"1B": Size(dataclasses.replace(BILLION), 8, 4096, 512, 256, 16_384, 8192)},
+    "gpu": {"1B": Size(BILLION, 4, 4096, 512, 256, 16_384, 8192, 16_384)},
+    "tpu": {"1B": Size(BILLION, 8, 4096, 512, 256, 16_384, 8192, 16_384)},
 }
 LAYERS = ((2, 2), (7, 5), (8, 4), (16, 2), (64, 4))  # (E, A) of the MoE layer alone

@@ -1,36 +1,26 @@
 """Each side runs in a process of its own; the two take turns, so that both see the same machine."""
 
+import importlib
 import multiprocessing
 import os
 import resource
-import statistics
+import tempfile
 import time
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import Any
 
+from benchmarks.cases import Side
 from benchmarks.sizes import Size
 
 CONTEXT = multiprocessing.get_context("spawn")
 
 
-class Measured(NamedTuple):
-    """What one side needed for one case."""
+class Running:
+    """A process that holds one side of a case, and runs it when told to."""
 
-    seconds: list[float]  # of each timed run
-    first: float  # seconds to build and run for the first time; compiling is most of it
-    peak_bytes: int  # resident memory of the process, at its largest
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-
-class Side:
-    """A process that holds one case of one side, and runs it when told to."""
-
-    def __init__(self, module: str, case: str, size: Size, option: str):
+    def __init__(self, side: Side, size: Size):
         self.connection, theirs = CONTEXT.Pipe()
-        arguments = (theirs, module, case, size, option)
+        arguments = (theirs, side, size)
         self.process = CONTEXT.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
@@ -41,11 +31,11 @@ class Side:
         self.connection.send("run")
         self.seconds.append(self._answer())
 
-    def end(self) -> Measured:
+    def end(self) -> dict[str, Any]:
         self.connection.send("end")
         peak = self._answer()
         self.process.join()
-        return Measured(self.seconds, self.first, peak)
+        return {"seconds": self.seconds, "first": self.first, "peak_bytes": peak}
 
     def _answer(self):
         try:
@@ -57,25 +47,32 @@ class Side:
         return answer
 
 
-def compare(sides: list[tuple[str, str]], case: str, size: Size, rounds: int) -> list[Measured]:
+def compare(sides: list[Side], size: Size, rounds: int) -> dict[str, dict[str, Any]]:
     """Runs all sides in turn: A B A B ...
 
     Args:
-      sides: (module with `build`, option) of each.
-      case, size: what is run.
+      sides: of one case.
+      size: of the model and the work.
       rounds: timed runs of each side.
+
+    Returns:
+      for each label: seconds of each timed run; seconds to build and run for the first time;
+      resident memory of the process, at its largest, in bytes.
     """
-    running = [Side(module, case, size, option) for module, option in sides]
-    for _ in range(rounds):
-        for side in running:
-            side.run()
-    return [side.end() for side in running]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TMPDIR"] = folder  # of what the sides write
+        running = [Running(side, size) for side in sides]
+        for _ in range(rounds):
+            for one in running:
+                one.run()
+        return {side.label: one.end() for side, one in zip(sides, running, strict=True)}
 
 
-def _serve(connection: Connection, module: str, case: str, size: Size, option: str) -> None:
+def _serve(connection: Connection, side: Side, size: Size) -> None:
     try:
         start = time.perf_counter()
-        run = __import__(module, fromlist=["build"]).build(case, size, option)
+        build = importlib.import_module(side.module).build
+        run = build(side.case, size, side.option)
         run()
         connection.send(time.perf_counter() - start)
         run()
