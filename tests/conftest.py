@@ -50,6 +50,13 @@ CONFIGS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_file():
+    """Each compiled program holds memory maps, of which Linux gives a process 65530 in all."""
+    yield
+    jax.clear_caches()
+
+
 @dataclasses.dataclass(frozen=True)
 class World:
     """Folders on disk; nobody changes them (`copied` gives a test its own)."""

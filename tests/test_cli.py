@@ -171,6 +171,9 @@ def test_generate(world, flexolmo):
     assert code == 0 and out == f"The theorem{made[0]}\n"
     code, out, _ = flexolmo(*arguments, "--prompt", "The theorem", "--only", "public")
     assert out == f"The theorem{fo.load(world.anchor).generate(['The theorem'], 8)[0]}\n"
+    code, out, _ = flexolmo(*arguments, "--prompt", "The theorem", "--dtype", "int8")
+    rounded = fo.load(world.merged, dtype="int8")
+    assert code == 0 and out == f"The theorem{rounded.generate(['The theorem'], 8)[0]}\n"
     options = ("--temperature", "1", "--top-k", "50", "--top-p", "0.9", "--seed", "3")
     assert flexolmo(*arguments, "--prompt", "A", *options)[0] == 0
 
