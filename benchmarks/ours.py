@@ -82,7 +82,7 @@ def build(case: str, size: Size, option: str) -> Callable[[], None]:
 
         @functools.partial(jax.jit, static_argnames="config")
         def logits(backbone, experts, tokens, config: ModelConfig):
-            return backbone.logits(forward(backbone, (experts,), tokens, config).hidden)
+            return backbone.logits(forward(backbone, (experts,), tokens, config).hidden, config)
 
         return lambda: jax.block_until_ready(logits(backbone, experts, tokens, config))
     if case.startswith(("decode_", "masks_")):

@@ -159,10 +159,14 @@ class Training:
     output_z_loss: float = 1e-5  # weight of mean(logsumexp(logits)^2)
     checkpoint_every: int = 1000  # steps
     log_every: int = 10  # steps
+    expert_parallel: int = 1  # devices that a merged model's experts are spread over
+    parts: int = 1  # each device's share of a batch is worked on in so many; less memory
 
     def __post_init__(self):
         _require(self.steps > 0, f"steps must be positive, found {self.steps}")
-        _require(self.log_every > 0, f"log_every must be positive, found {self.log_every}")
+        for name in ("log_every", "expert_parallel", "parts"):
+            found = getattr(self, name)
+            _require(found > 0, f"{name} must be positive, found {found}")
         _require(
             self.checkpoint_every > 0,
             f"checkpoint_every must be positive, found {self.checkpoint_every}",

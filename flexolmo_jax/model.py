@@ -13,7 +13,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.anchor import LoadedAnchor, hugging_face_tokenizer, read_anchor
@@ -23,7 +25,7 @@ from flexolmo_jax.inference import decode
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.inference.unstacked import Unstacked, round_to_int8, unstack
 from flexolmo_jax.interop import huggingface
-from flexolmo_jax.modeling.experts import Experts, join
+from flexolmo_jax.modeling.experts import Experts, fill_up, join
 from flexolmo_jax.modeling.transformer import Backbone, forward
 
 
@@ -37,6 +39,8 @@ class FlexOlmo:
       expert_names: in the order of the stack.
       tokenizer: None where the model came without one; it then takes and gives ids only.
       int8: the matrices hold 8-bit numbers, and generation stores them as such.
+      mesh: of the devices that the weights are on, or None for one. Batches are divided among
+        them, and `experts` may then end with empty ones.
     """
 
     backbone: Backbone
@@ -45,6 +49,7 @@ class FlexOlmo:
     expert_names: tuple[str, ...]
     tokenizer: Tokenizer | None
     int8: bool = False
+    mesh: Mesh | None = None
     _kept: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def logits(
@@ -70,7 +75,19 @@ class FlexOlmo:
         """
         tokens = self._check_tokens(np.asarray(tokens))
         mask = self.allowed(len(tokens), without, only, allowed)
-        return _logits(self.backbone, self.experts, tokens, mask, self.config)
+        rows = sharding.place_rows(self.filled_up((tokens, mask)), self.mesh)
+        with sharding.within(self.mesh):
+            logits = _logits(self.backbone, self.experts, *rows, self.config, self.mesh)
+        if self.mesh is not None and len(logits) > len(tokens):  # an uneven cut cannot stay
+            logits = jax.device_put(logits, jax.NamedSharding(self.mesh, sharding.P()))
+        return logits[: len(tokens)]
+
+    def filled_up(self, rows):
+        """Arrays [B, ...] with copies of the last row, until they can go to the mesh."""
+        ways = 1 if self.mesh is None else self.mesh.size
+        return jax.tree.map(
+            lambda x: np.concatenate([x, np.repeat(x[-1:], -len(x) % ways, axis=0)]), rows
+        )
 
     def generate(
         self,
@@ -190,16 +207,17 @@ class FlexOlmo:
             sampling=sampling,
             seed=seed,
             every=every,
+            mesh=self.mesh,
         )
 
     def _unstacked(self, batch: int) -> Unstacked | None:
-        """For decoding on CPU: a copy of the weights, made at the first generation and kept."""
-        if jax.default_backend() != "cpu":
+        """For decoding on a CPU: a copy of the weights, made at the first generation and kept."""
+        if jax.default_backend() != "cpu" or self.mesh is not None:
             return None
         turned = batch == 1
         if self._kept.get("turned") is not turned:
             self._kept.clear()
-            weights = unstack(self.backbone, self.experts, turned, self.int8)
+            weights = unstack(self.backbone, self.experts, self.config, turned, self.int8)
             self._kept.update(turned=turned, weights=weights)
         return self._kept["weights"]
 
@@ -236,7 +254,8 @@ class FlexOlmo:
                 f"all experts are switched off; leave at least one of "
                 f"{', '.join(self.expert_names)}"
             )
-        return mask
+        empty = self.experts.router.bias.shape[1] - count
+        return np.pad(mask, ((0, 0), (0, empty)))
 
     def _indices(self, names: list[str]) -> list[int]:
         for name in names:
@@ -267,7 +286,11 @@ class FlexOlmo:
 
 
 def load(
-    path: str | Path, *, anchor: str | Path | None = None, dtype: str | None = None
+    path: str | Path,
+    *,
+    anchor: str | Path | None = None,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
 ) -> FlexOlmo:
     """Loads a model, after checking every digest.
 
@@ -279,9 +302,11 @@ def load(
       dtype: "float32" or "bfloat16", of weights and activations; default: as stored. "int8" rounds
         the matrices to 8 bits with a scale for each output channel, which generation on CPU reads
         several times faster; activations are float32.
+      mesh: spreads the model over several devices (`make_mesh`).
 
     Raises:
-      ValueError: a part is missing, damaged, or made for something else; int8 on GPU or TPU.
+      ValueError: a part is missing, damaged, or made for something else; int8 on GPU or TPU, or
+        on several devices; sizes that the devices do not divide.
     """
     path = Path(path)
     if huggingface.is_hugging_face(path):
@@ -296,14 +321,17 @@ def load(
             loaded = load_pair(path, read_anchor(_find_anchor(path, anchor)))
     backbone, experts, config = loaded.backbone, loaded.experts, loaded.config
     int8 = dtype == "int8"
-    if int8 and jax.default_backend() != "cpu":
-        raise ValueError("int8 weights are for CPU; on GPU and TPU use bfloat16")
+    if int8 and (jax.default_backend() != "cpu" or mesh is not None):
+        raise ValueError("int8 weights are for one CPU; on GPU, TPU or a mesh use bfloat16")
     if dtype is not None:
         config = config.replace(dtype="float32" if int8 else dtype)
         backbone, experts = jax.tree.map(lambda x: x.astype(config.dtype), (backbone, experts))
     if int8:
         backbone, experts = round_to_int8(backbone, experts)
-    return FlexOlmo(backbone, experts, config, loaded.names, loaded.tokenizer, int8)
+    if mesh is not None:
+        experts = fill_up(experts, mesh.shape[sharding.EXPERT])
+        backbone, experts = sharding.place((backbone, experts), mesh)
+    return FlexOlmo(backbone, experts, config, loaded.names, loaded.tokenizer, int8, mesh)
 
 
 def _alone(anchor: LoadedAnchor) -> LoadedModel:
@@ -334,7 +362,12 @@ def _find_anchor(package: Path, given: str | Path | None) -> Path:
     )
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _logits(backbone, experts, tokens, allowed, config: ModelConfig) -> jax.Array:
-    out = forward(backbone, (experts,), jnp.asarray(tokens), config, allowed=allowed)
-    return backbone.logits(out.hidden)
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _logits(backbone, experts, tokens, allowed, config: ModelConfig, mesh) -> jax.Array:
+    def local(backbone, experts, tokens, allowed):
+        out = forward(backbone, (experts,), jnp.asarray(tokens), config, allowed=allowed)
+        return backbone.logits(out.hidden, config)
+
+    rows = sharding.ROWS
+    where = mesh and (*sharding.specs((backbone, experts), mesh), rows, rows)
+    return sharding.spread(local, mesh, where, rows)(backbone, experts, tokens, allowed)

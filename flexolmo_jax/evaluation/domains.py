@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 
+from flexolmo_jax import sharding
 from flexolmo_jax.config import DataConfig, ModelConfig
 from flexolmo_jax.data.loader import Batch, stacked
 from flexolmo_jax.data.sources import Document, Report, is_heldout, read_documents
@@ -93,20 +94,24 @@ def score(
     documents = list(documents)
     if not documents:
         raise ValueError("there is no document to score")
-    allowed = model.allowed(BATCH, without, only)
+    size = BATCH if model.mesh is None else -(-BATCH // model.mesh.size) * model.mesh.size
+    allowed = model.allowed(size, without, only)
     nats = 0.0
-    for batch in _batches(model, documents, length or min(model.config.max_length, 2048)):
-        nats += float(
-            _cost(model.backbone, model.experts, batch, allowed, _separator(model), model.config)
-        )
-    size = sum(len(document.text.encode()) for document in documents)
-    return Score(nats / math.log(2) / size, len(documents), size)
+    for batch in _batches(model, documents, length or min(model.config.max_length, 2048), size):
+        rows = sharding.place_rows((batch, allowed), model.mesh)
+        separator = _separator(model)
+        with sharding.within(model.mesh):
+            nats += float(
+                _cost(model.backbone, model.experts, *rows, separator, model.config, model.mesh)
+            )
+    num_bytes = sum(len(document.text.encode()) for document in documents)
+    return Score(nats / math.log(2) / num_bytes, len(documents), num_bytes)
 
 
-def _batches(model: FlexOlmo, documents: list[Document], length: int) -> Iterator[Batch]:
+def _batches(model: FlexOlmo, documents: list[Document], length: int, size: int) -> Iterator[Batch]:
     assert model.tokenizer is not None
     ids = tokenized(documents, model.tokenizer)
-    return stacked(windows(ids, length, model.tokenizer.separator), BATCH)
+    return stacked(windows(ids, length, model.tokenizer.separator), size)
 
 
 def _separator(model: FlexOlmo) -> int:
@@ -114,12 +119,20 @@ def _separator(model: FlexOlmo) -> int:
     return model.tokenizer.separator
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _cost(backbone, experts, batch: Batch, allowed, separator, config: ModelConfig) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _cost(backbone, experts, batch: Batch, allowed, separator, config: ModelConfig, mesh):
     """Nats of all tokens of a batch that are text."""
-    out = forward(
-        backbone, (experts,), batch.tokens, config, segments=batch.segments, allowed=allowed
-    )
-    is_text = batch.weights * (batch.targets != separator)
-    head = backbone.head_matrix()
-    return cross_entropy(out.hidden, head, batch.targets, is_text, chunk=config.loss_chunk)[1]
+
+    def local(backbone, experts, batch, allowed, separator):
+        out = forward(
+            backbone, (experts,), batch.tokens, config, segments=batch.segments, allowed=allowed
+        )
+        is_text = batch.weights * (batch.targets != separator)
+        head = backbone.head_matrix(config)
+        nats = cross_entropy(out.hidden, head, batch.targets, is_text, chunk=config.loss_chunk)[1]
+        return sharding.total(nats)
+
+    rows = sharding.ROWS
+    where = mesh and (*sharding.specs((backbone, experts), mesh), rows, rows, sharding.P())
+    cost = sharding.spread(local, mesh, where, sharding.P())
+    return cost(backbone, experts, batch, allowed, separator)

@@ -7,7 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.inference.sampling import Sampling, sample
 from flexolmo_jax.inference.unstacked import Unstacked
@@ -29,6 +32,10 @@ class State(NamedTuple):
     made: jax.Array  # int32 [B, room]
 
 
+ROWS = sharding.ROWS
+STATE = State(P(), ROWS, ROWS, P(None, *ROWS), ROWS)  # type: ignore[arg-type]
+
+
 def generate(
     backbone: Backbone,
     experts: Experts,
@@ -42,6 +49,7 @@ def generate(
     sampling: Sampling,
     seed: int,
     every: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[list[list[int]]]:
     """Continues prompts.
 
@@ -56,11 +64,13 @@ def generate(
       sampling: how tokens are chosen.
       seed: of the random choices.
       every: hand over what there is after every so many tokens; None: once, at the end.
+      mesh: where the weights are, if on several devices; the prompts are divided among them.
 
     Yields:
       the new ids of each prompt, all since the beginning.
     """
     batch = 1 << (len(prompts) - 1).bit_length()
+    batch = batch if mesh is None else -(-batch // mesh.size) * mesh.size
     length = _round_up(max(len(prompt) for prompt in prompts))
     tokens = np.zeros((batch, length), np.int32)
     padding = np.full((batch,), length - 1, np.int32)  # rows that only fill the batch: one token
@@ -71,18 +81,23 @@ def generate(
     done = np.arange(batch) >= len(prompts)
     weights = (backbone, experts, unstacked)
     room = _round_up(max_new_tokens)
-    state = _prefill(weights, tokens, padding, mask, done, config=config, room=room)
+    rows = sharding.place_rows((tokens, padding, mask, done), mesh)
+    with sharding.within(mesh):
+        state = _prefill(weights, *rows, config=config, room=room, mesh=mesh)
+    _, padding, mask, _ = rows
     last = -1 if stop is None else stop
     limit = 0
     while limit < max_new_tokens:
         limit = min(limit + (every or max_new_tokens), max_new_tokens)
-        state = _go_on(
-            weights, state, padding, mask, jax.random.key(seed), last, limit,
-            config=config, sampling=sampling,
-        )  # fmt: skip
-        made = np.asarray(state.made)[: len(prompts), : int(state.step)].tolist()
+        key = jax.random.key(seed)
+        with sharding.within(mesh):
+            state = _go_on(
+                weights, state, padding, mask, key, last, limit,
+                config=config, sampling=sampling, mesh=mesh,
+            )  # fmt: skip
+        made = sharding.on_host(state.made)[: len(prompts), : int(state.step)].tolist()
         yield [ids[: ids.index(stop)] if stop in ids else ids for ids in made]
-        if np.asarray(state.done).all():
+        if sharding.on_host(state.done).all():
             return
 
 
@@ -95,15 +110,26 @@ def _visible(padding: jax.Array, slots: int) -> jax.Array:
     return jnp.arange(slots) >= padding[:, None]
 
 
-def _next_logits(weights, hidden: jax.Array) -> jax.Array:
+def _next_logits(weights, hidden: jax.Array, config: ModelConfig) -> jax.Array:
     """[B, D] -> float32 [B, V]."""
     backbone, _, unstacked = weights
-    return dot(hidden, unstacked.head if unstacked else backbone.head_matrix(), jnp.float32)
+    head = unstacked.head if unstacked else backbone.head_matrix(config)
+    return dot(hidden, head, jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "room"))
-def _prefill(weights, tokens, padding, allowed, done, *, config, room) -> State:
+@functools.partial(jax.jit, static_argnames=("config", "room", "mesh"))
+def _prefill(weights, tokens, padding, allowed, done, *, config, room, mesh) -> State:
     """Reads the prompts, tokens int32 [B, P], left-padded; has room for `room` new tokens."""
+    read = functools.partial(_read, config=config, room=room)
+    where = (_specs(weights, mesh), ROWS, ROWS, ROWS, ROWS)
+    return sharding.spread(read, mesh, where, STATE)(weights, tokens, padding, allowed, done)
+
+
+def _specs(weights, mesh: Mesh | None):
+    return None if mesh is None else jax.tree.map(lambda x: jax.typeof(x).sharding.spec, weights)
+
+
+def _read(weights, tokens, padding, allowed, done, *, config, room) -> State:
     backbone, experts, unstacked = weights
     batch, length = tokens.shape
     empty = KVCache.empty(config, batch, length + room, jnp.dtype(config.dtype))
@@ -117,24 +143,33 @@ def _prefill(weights, tokens, padding, allowed, done, *, config, room) -> State:
         allowed=allowed, cache=cache, layers=unstacked and unstacked.layers,
     )  # fmt: skip
     made = jnp.zeros((batch, room), jnp.int32)
-    logits = _next_logits(weights, out.hidden[:, -1])
+    logits = _next_logits(weights, out.hidden[:, -1], config)
     assert out.cache is not None
     return State(jnp.int32(0), logits, done, out.cache, made)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames="state")
-def _go_on(weights, state, padding, allowed, key, stop, limit, *, config, sampling) -> State:
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "mesh"), donate_argnames="state")
+def _go_on(weights, state, padding, allowed, key, stop, limit, *, config, sampling, mesh) -> State:
     """Makes tokens until there are `limit` or all sequences have ended."""
+    make = functools.partial(_make, config=config, sampling=sampling)
+    where = (_specs(weights, mesh), STATE, ROWS, ROWS, P(), P(), P())
+    return sharding.spread(make, mesh, where, STATE)(
+        weights, state, padding, allowed, key, stop, limit
+    )
+
+
+def _make(weights, state, padding, allowed, key, stop, limit, *, config, sampling) -> State:
     backbone, experts, unstacked = weights
     layers = unstacked and unstacked.layers
     caches = state.cache if layers is not None else (state.cache,)
     slots = caches[0].keys.shape[-2]
     length = slots - state.made.shape[1]  # of the prompts
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(padding)))
+    rows = sharding.first_row(len(padding)) + jnp.arange(len(padding))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
     is_text = _visible(padding, slots)
 
     def more(state):
-        return (state.step < limit) & ~jnp.all(state.done)
+        return (state.step < limit) & (sharding.total(jnp.sum(~state.done)) > 0)
 
     def one(state):
         step, logits, done, cache, made = state
@@ -147,7 +182,7 @@ def _go_on(weights, state, padding, allowed, key, stop, limit, *, config, sampli
             positions=(at - padding)[:, None], allowed=allowed, cache=cache, at=at,
             visible=is_text & (jnp.arange(slots) <= at), layers=layers,
         )  # fmt: skip
-        logits = _next_logits(weights, out.hidden[:, 0])
+        logits = _next_logits(weights, out.hidden[:, 0], config)
         return State(step + 1, logits, done | (token == stop), out.cache, made)
 
     return jax.lax.while_loop(more, one, state)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.stored import Stored, rounded, store
 from flexolmo_jax.modeling.transformer import Backbone, Layers
@@ -24,11 +25,13 @@ class Unstacked(NamedTuple):
     head: jax.Array | Stored  # [D, V]
 
 
-def unstack(backbone: Backbone, experts: Experts, turned: bool, int8: bool = False) -> Unstacked:
+def unstack(
+    backbone: Backbone, experts: Experts, config: ModelConfig, turned: bool, int8: bool = False
+) -> Unstacked:
     """Copies the weights out of their stacks.
 
     Args:
-      backbone, experts: the model.
+      backbone, experts, config: the model.
       turned: matrices with their summed axes last in memory, for a batch of one.
       int8: matrices as 8-bit integers, a scale for each output channel.
     """
@@ -44,7 +47,7 @@ def unstack(backbone: Backbone, experts: Experts, turned: bool, int8: bool = Fal
         )
         for number in range(num_layers)
     )
-    weights = Unstacked(layers, jnp.array(backbone.head_matrix()))
+    weights = Unstacked(layers, jnp.array(backbone.head_matrix(config)))
     change = jax.jit(functools.partial(store, turned=turned, int8=int8))
     return _on_matrices(change, _flat(weights))
 

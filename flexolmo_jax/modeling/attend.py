@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from flexolmo_jax import sharding
+
 BLOCKS = 8  # of queries; a block looks at the keys up to its own end only
 SMALLEST_BLOCK = 64
 LONG = 1024  # tokens; longer sequences are a loop over blocks
@@ -35,7 +37,7 @@ def self_attention(
       ValueError: the implementation cannot compute these shapes or dtypes.
     """
     if implementation == "auto":
-        implementation = _made_for(jax.default_backend(), q)
+        implementation = _made_for(sharding.platform(), q)
     if implementation == "splash":
         return _splash(q, k, v, segments)
     if implementation == "cudnn":
@@ -69,7 +71,7 @@ def _splash(q, k, v, segments):
         splash_attention.MultiHeadMask([mask] * heads),
         head_shards=1,
         q_seq_shards=1,
-        interpret=jax.default_backend() == "cpu",  # slow, but the same kernel: for tests
+        interpret=sharding.platform() == "cpu",  # slow, but the same kernel: for tests
     )
     repeat = heads // k.shape[2]
     q, k, v = (x.swapaxes(1, 2) for x in (q * head**-0.5, k, v))

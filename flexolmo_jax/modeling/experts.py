@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.grouped import grouped_swiglu
 from flexolmo_jax.modeling.layers import Expert, dot, normal
@@ -119,6 +120,23 @@ def select(stack: Experts, indices: list[int]) -> Experts:
     return jax.tree.map(lambda leaf: leaf[:, jnp.asarray(indices)], stack)
 
 
+def fill_up(stack: Experts, multiple: int) -> Experts:
+    """The stack with empty experts after its own, until `multiple` divides their number.
+
+    Their weights are 0 and their router bias is -inf, so that no token ever chooses them.
+    """
+    count = stack.router.bias.shape[1]
+    missing = -count % multiple
+
+    def fill(leaf, value=0.0):
+        widths = ((0, 0), (0, missing), *((0, 0),) * (leaf.ndim - 2))
+        return jnp.pad(leaf, widths, constant_values=value)
+
+    filled = jax.tree.map(fill, stack)
+    filled.router.bias[...] = fill(stack.router.bias[...], -jnp.inf)
+    return filled
+
+
 @jax.named_scope("experts")
 def mix(
     stacks: tuple[Experts, ...],
@@ -148,9 +166,15 @@ def mix(
     total, first = jnp.zeros_like(x), 0
     for stack in stacks:
         last = first + stack.router.bias.shape[0]
+        own, feed_forward = weights[first:last], stack.feed_forward
+        is_away = sharding.some_are_away(stack)
+        tokens, own = sharding.to_experts(x, own) if is_away else (x, own)
         if config.expert_compute == "grouped":
-            total += stack.feed_forward.grouped(x, weights[first:last], active)
+            out = feed_forward.grouped(tokens, own, min(active, len(own)))
         else:
-            total = stack.feed_forward.add(total, x, weights[first:last], skip)
+            out = feed_forward.add(jnp.zeros_like(tokens) if is_away else total, tokens, own, skip)
+        if is_away:
+            out = sharding.from_experts(out)
+        total = total + out if is_away or config.expert_compute == "grouped" else out
         first = last
     return total, logits

@@ -10,6 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from flexolmo_jax import sharding
+
 BLOCK = 256  # rows of an expert that are worked on at a time
 STEP = 32  # the last block of an expert is as many rows as it needs, rounded up to this
 
@@ -71,7 +73,7 @@ _put_back.defvjp(
 
 def _products(rows, gate, up, down, sizes):
     """swiglu of sorted rows [R, D] by their experts; rows of nobody come out as anything."""
-    if jax.default_backend() == "cpu":
+    if sharding.platform() == "cpu":
         return _blocks(rows, gate, up, down, sizes)
     ragged = functools.partial(jax.lax.ragged_dot, group_sizes=sizes.astype(jnp.int32))
     return ragged(jax.nn.silu(ragged(rows, gate)) * ragged(rows, up), down)

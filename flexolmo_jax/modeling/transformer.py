@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.attention import (
     Attention,
@@ -15,7 +16,8 @@ from flexolmo_jax.modeling.attention import (
 from flexolmo_jax.modeling.experts import Experts, mix
 from flexolmo_jax.modeling.layers import RMSNorm, Shared, dot, normal
 
-REMAT = {  # what is kept for the backward pass
+REMAT = {  # what is kept for the backward pass; never matrices gathered from other devices
+    "none": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "layer": jax.checkpoint_policies.nothing_saveable,
 }
@@ -52,13 +54,15 @@ class Backbone(nnx.Module):
             self.head = Shared(normal(kh, config.width, config.vocab_size))  # [D, V]
 
     @jax.named_scope("logits")
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, config: ModelConfig) -> jax.Array:
         """[..., D] (normed) -> float32 [..., V]."""
-        return dot(hidden, self.head_matrix(), jnp.float32)
+        return dot(hidden, self.head_matrix(config), jnp.float32)
 
-    def head_matrix(self) -> jax.Array:
+    def head_matrix(self, config: ModelConfig) -> jax.Array:
         """[D, V]: the output head, or the embedding where they are tied."""
-        return self.head[...] if hasattr(self, "head") else self.embed[...].T
+        if hasattr(self, "head"):
+            return sharding.whole("head", self.head[...], config)
+        return sharding.whole("embed", self.embed[...], config).T
 
 
 class Anchor(NamedTuple):
@@ -142,11 +146,13 @@ def forward(
 
     def layer_step(x, slices):
         layer, stacks, cache = slices
+        layer = sharding.gather(layer, config)
+        stacks = tuple(sharding.gather_experts(stack, config) for stack in stacks)
         x, cache = layer.attend(x, positions, segments, config, cache, at, visible)
         x, router_logits = layer.consult(x, stacks, allowed, config)
         return x, (router_logits, cache)
 
-    x = backbone.embed[...][tokens].astype(config.dtype)
+    x = sharding.look_up(backbone.embed[...], tokens, config)
     if layers is not None:
         caches, router = [], []
         for (layer, experts), one in zip(layers, cache or [None] * len(layers), strict=True):
@@ -156,7 +162,7 @@ def forward(
             router.append(logits)
         hidden = backbone.norm(x, config.norm_eps)
         return Output(hidden, jnp.stack(router), tuple(caches) if cache else None)
-    if config.remat != "none":
+    if config.remat != "none" or sharding.is_spread():
         layer_step = jax.checkpoint(layer_step, policy=REMAT[config.remat])
     x, (router_logits, cache) = jax.lax.scan(
         layer_step, x, (backbone.layers, stacks, cache), unroll=config.unroll

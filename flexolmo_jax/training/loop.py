@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from flexolmo_jax import sharding
 from flexolmo_jax.config import Training
 from flexolmo_jax.data.flexmix import SourceWindows
 from flexolmo_jax.data.loader import batches
@@ -31,8 +34,14 @@ class Interrupted(Exception):
 
 
 def describe_run(training: Training, **made_from: str) -> dict[str, Any]:
-    """What a run is, as JSON values: its config, and the digests of what it starts from."""
-    return json.loads(json.dumps({**dataclasses.asdict(training), **made_from}))
+    """What a run is, as JSON values: its config, and the digests of what it starts from.
+
+    How it is divided among devices is left out: a run may go on with more or fewer of them.
+    """
+    values = {**dataclasses.asdict(training), **made_from}
+    for name in ("expert_parallel", "parts"):
+        del values[name]
+    return json.loads(json.dumps(values))
 
 
 def check_run(folder: Path, wanted: dict[str, Any], resume: bool) -> None:
@@ -86,16 +95,20 @@ def train(
       run: folder of checkpoints/, metrics.jsonl and loss.png.
 
     Returns:
-      the trained weights.
+      the trained weights, on one device.
 
     Raises:
+      ValueError: the batch cannot be divided among the devices.
       FloatingPointError: the loss became NaN or infinite; the text names the step, and the last
         good checkpoint is kept.
       Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
+    mesh = mesh_of(training)
+    trainable, frozen = sharding.place((trainable, frozen), mesh)
     optimizer = make_optimizer(training.optimizer, training.steps)
     schedule = make_schedule(training.optimizer, training.steps)
-    opt_state = jax.jit(optimizer.init)(trainable)
+    with sharding.within(mesh):
+        opt_state = jax.jit(optimizer.init)(trainable)
     checkpoints = Checkpoints(run / "checkpoints")
     start = checkpoints.latest() or 0
     if start:
@@ -110,9 +123,12 @@ def train(
         data = batches(source, training.seed, start)
         since, since_step = time.monotonic(), start
         for step in range(start + 1, training.steps + 1):
-            trainable, opt_state, metrics = train_step(
-                loss, optimizer, trainable, opt_state, frozen, next(data)
-            )
+            batch = sharding.place_rows(next(data), mesh)
+            with sharding.within(mesh):
+                trainable, opt_state, metrics = train_step(
+                    loss, optimizer, trainable, opt_state, frozen, batch,
+                    mesh=mesh, parts=training.parts,
+                )  # fmt: skip
             pending.append((step, metrics))
             stopping = bool(interrupted)
             saving = step % training.checkpoint_every == 0 or stopping or step == training.steps
@@ -146,7 +162,22 @@ def train(
                 raise Interrupted(f"{title}: stopped after step {step}; go on with --resume")
     checkpoints.close()
     _plot(metrics_file, run / "loss.png", title)
-    return trainable
+    return trainable if mesh is None else jax.tree.map(jnp.asarray, sharding.on_host(trainable))
+
+
+def mesh_of(training: Training) -> Mesh | None:
+    """The mesh of all devices, or None where there is one.
+
+    Raises:
+      ValueError: they do not divide the batch, or its share is not so many parts.
+    """
+    count, batch = jax.device_count(), training.data.batch_size
+    if batch % (count * training.parts):
+        raise ValueError(
+            f"data.batch_size={batch} sequences cannot be divided among {count} devices, "
+            f"{training.parts} parts each; make it a multiple of {count * training.parts}"
+        )
+    return sharding.make_mesh(training.expert_parallel) if count > 1 else None
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from flexolmo_jax.data.flexmix import prepare
 from flexolmo_jax.data.sources import named_source
 from flexolmo_jax.federation.merge import load_merged, write_tuned
 from flexolmo_jax.federation.package import read_manifest
+from flexolmo_jax.modeling.experts import fill_up
 from flexolmo_jax.training.loop import check_run, console, describe_run, record_run, train
 from flexolmo_jax.training.step import RouterLoss, RouterRows
 
@@ -48,7 +49,9 @@ def train_router(
     active = config.active_experts or loaded.config.active_experts
     model_config = dataclasses.replace(loaded.config, active_experts=active)
     loss = RouterLoss(model_config, config.output_z_loss, config.router_z_loss)
-    rows = RouterRows.of(loaded.experts.router)
-    frozen = (loaded.backbone, loaded.experts)
-    rows = train("router", config, loss, rows, frozen, source, run)
+    filled = fill_up(loaded.experts, config.expert_parallel)
+    rows = RouterRows.of(filled.router)
+    rows = train("router", config, loss, rows, (loaded.backbone, filled), source, run)
+    # Without the empty experts.
+    rows = RouterRows(rows.row[:, : len(loaded.names)], rows.bias[:, : len(loaded.names) - 1])
     write_tuned(out, model, jax.device_get(rows.router(loaded.experts.router)))

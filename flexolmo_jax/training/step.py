@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.loader import Batch
 from flexolmo_jax.modeling.experts import Experts, FeedForward
@@ -20,20 +21,32 @@ from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.modeling.transformer import Anchor, Backbone, forward
 from flexolmo_jax.training.cross_entropy import cross_entropy
 
-# loss(trainable, frozen, batch) -> (value that is minimised, metrics)
+# loss(trainable, frozen, batch) -> (value that is minimised, metrics), sums over the tokens by
+# their weights: `train_step` hands over weights that sum to 1.
 Loss = Callable[[Any, Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @functools.partial(
-    jax.jit, static_argnames=("loss", "optimizer"), donate_argnames=("trainable", "opt_state")
+    jax.jit,
+    static_argnames=("loss", "optimizer", "mesh", "parts"),
+    donate_argnames=("trainable", "opt_state"),
 )
-def train_step(loss: Loss, optimizer, trainable, opt_state, frozen, batch: Batch):
+def train_step(
+    loss: Loss, optimizer, trainable, opt_state, frozen, batch: Batch, *, mesh=None, parts: int = 1
+):
     """One update of `trainable`.
+
+    Args:
+      loss, optimizer: what is done.
+      trainable, opt_state, frozen, batch: with a mesh, placed on it (sharding.py).
+      mesh: of several devices, or None.
+      parts: each device works on its sequences in so many parts; memory goes down with them.
 
     Returns:
       (trainable, opt_state, metrics): float32 scalars, among them loss and grad_norm.
     """
-    (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
+    batch = batch._replace(weights=batch.weights / jnp.maximum(jnp.sum(batch.weights), 1.0))
+    metrics, grads = sharding.gradients(loss, mesh, trainable, frozen, batch, parts)
     updates, opt_state = optimizer.update(grads, opt_state, trainable)
     metrics["grad_norm"] = optax.global_norm(grads)
     return optax.apply_updates(trainable, updates), opt_state, metrics
@@ -47,24 +60,24 @@ def language_model_loss(
     output_z_loss: float,
     router_z_loss: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy over the tokens of a batch, plus z-losses.
+    """Cross-entropy plus z-losses, weighted sums over the tokens of a batch.
 
     Returns:
-      what is minimised, and {"loss": cross-entropy in nats per token}.
+      what is minimised, and {"loss": cross-entropy in nats}; means over tokens where the batch's
+      weights sum to 1.
     """
     out = forward(backbone, stacks, batch.tokens, config, segments=batch.segments)
-    count = jnp.maximum(jnp.sum(batch.weights), 1.0)
     total, nats = cross_entropy(
         out.hidden,
-        backbone.head_matrix(),
+        backbone.head_matrix(config),
         batch.targets,
-        batch.weights / count,
+        batch.weights,
         z_loss=output_z_loss,
         chunk=config.loss_chunk,
     )
     if router_z_loss:
         z = jax.nn.logsumexp(out.router_logits, axis=1)  # [L, B, S]
-        total += router_z_loss * jnp.sum(jnp.mean(z**2, axis=0) * batch.weights) / count
+        total += router_z_loss * jnp.sum(jnp.mean(z**2, axis=0) * batch.weights)
     return total, {"loss": nats}
 
 

@@ -42,7 +42,9 @@ def test_unstacked_weights_give_the_same_logits(model, turned, int8):
         model = dataclasses.replace(model, backbone=backbone, experts=experts)
     allowed = np.array([[True, False, True, True], [True, True, False, True]])
     expected = model.logits(TOKENS, allowed=allowed)
-    found = logits(model, unstack(model.backbone, model.experts, turned, int8), allowed)
+    found = logits(
+        model, unstack(model.backbone, model.experts, model.config, turned, int8), allowed
+    )
     scale = np.abs(expected).max()
     np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
 

@@ -28,7 +28,7 @@ def test_logits_are_those_of_transformers(folder):
     @jax.jit
     def logits(backbone, experts, tokens, segments):
         out = forward(backbone, (experts,), tokens, config, segments=segments)
-        return backbone.logits(out.hidden)
+        return backbone.logits(out.hidden, config)
 
     found = logits(backbone, experts, expected["tokens"], real.astype(np.int32))
     largest = np.abs(expected["logits"][real]).max()

@@ -35,7 +35,8 @@ needs_torch = pytest.mark.skipif(
     jax.jit, static_argnames="config", compiler_options={"xla_backend_optimization_level": 0}
 )
 def logits(backbone, experts, tokens, segments, config):
-    return backbone.logits(forward(backbone, (experts,), tokens, config, segments=segments).hidden)
+    out = forward(backbone, (experts,), tokens, config, segments=segments)
+    return backbone.logits(out.hidden, config)
 
 
 def flex(**fields):

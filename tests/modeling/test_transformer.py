@@ -46,7 +46,7 @@ def random_tokens(config, seed=0, shape=(BATCH, LENGTH)):
 def run(backbone, stacks, tokens, config, segments=None, allowed=None):
     """Logits [B, S, V] and router logits [L, E, B, S]."""
     out = forward(backbone, stacks, tokens, config, segments=segments, allowed=allowed)
-    return backbone.logits(out.hidden), out.router_logits
+    return backbone.logits(out.hidden, config), out.router_logits
 
 
 def mask(num_experts, *kept):
@@ -198,7 +198,7 @@ def test_packed_documents_see_only_themselves():
 def split_loss(second, first, backbone, tokens, config):
     """Cross-entropy of the next token, and a little of the router's logits."""
     out = forward(backbone, (first, second), tokens, config)
-    scores = jax.nn.log_softmax(backbone.logits(out.hidden)[:, :-1])
+    scores = jax.nn.log_softmax(backbone.logits(out.hidden, config)[:, :-1])
     taken = jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)
     return -taken.mean() + 1e-3 * (out.router_logits**2).mean()
 

@@ -1,0 +1,296 @@
+"""One mesh, where each tensor lies on it, and everything that moves between its devices.
+
+What runs on several devices runs inside one `jax.shard_map` (`spread`). Code in there sees its own
+device's sequences and its own cut of each matrix, and is otherwise the code that one device runs:
+the functions below that move something do nothing where there is no mesh. So the compiled program
+communicates where this file says, and nowhere else.
+
+- Sequences are divided among all devices.
+- Every matrix is cut among all devices, and gathered one layer at a time, in the dtype of the
+  activations; the gradient of a gather leaves each device the sum for its own cut.
+- Experts of a stack that the axis `expert` divides stay on their devices: tokens travel to them
+  (all-gather) and their answers back (reduce-scatter).
+- Norms and router rows are small; every device has them.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flexolmo_jax.config import ModelConfig
+
+DATA, EXPERT = AXES = ("data", "expert")
+ROWS = P(AXES)  # of a batch
+CUT = {  # the axis of each matrix that is cut: the model width, for `down` the hidden width
+    "embed": -1, "head": -2, "q": -3, "k": -3, "v": -3, "o": -1, "gate": -2, "up": -2, "down": -2,
+}  # fmt: skip
+OF_EXPERTS = ("gate", "up", "down")  # [L, E, ...]
+GATHERED = "gathered"  # name of gathered matrices, which are not kept for the backward pass
+
+
+def make_mesh(expert_parallel: int = 1, devices: Any = None) -> Mesh:
+    """The mesh of all devices: axes `data` and `expert`.
+
+    Args:
+      expert_parallel: size of the axis `expert`; it must divide the number of devices.
+      devices: default: all there are, of all processes.
+
+    Raises:
+      ValueError: it does not divide them.
+    """
+    count = len(jax.devices() if devices is None else devices)
+    if expert_parallel < 1 or count % expert_parallel:
+        raise ValueError(
+            f"expert_parallel must divide the number of devices, {count}; found {expert_parallel}"
+        )
+    shape = (count // expert_parallel, expert_parallel)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 2, devices=devices)
+
+
+def specs(tree: Any, mesh: Mesh, over: tuple[str, ...] = AXES) -> Any:
+    """The `PartitionSpec` of each leaf of modules, optimizer states and the like, by its name.
+
+    Args:
+      tree: of arrays, or of shapes.
+      mesh: where it goes.
+      over: the axes that matrices are cut over; () leaves them whole (for serving), but for
+        experts on the axis `expert`.
+
+    Raises:
+      ValueError: a matrix cannot be cut evenly.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, x: _spec(path, x, mesh, over), tree)
+
+
+def shardings(tree: Any, mesh: Mesh, over: tuple[str, ...] = AXES) -> Any:
+    """As `specs`, on the mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh, over))
+
+
+def _spec(path: tuple, leaf: Any, mesh: Mesh, over: tuple[str, ...]) -> P:
+    name = _name(path)
+    if name not in CUT:
+        return P()
+    parts: list[Any] = [None] * leaf.ndim
+    if name in OF_EXPERTS and _stay(leaf.shape[-3], mesh):
+        parts[-3] = EXPERT
+        over = tuple(axis for axis in over if axis != EXPERT)
+    size, ways = leaf.shape[CUT[name]], math.prod(mesh.shape[axis] for axis in over)
+    if size % ways:
+        raise ValueError(
+            f"{name} {list(leaf.shape)} cannot be cut evenly among {ways} devices along its "
+            f"{size}; use a number of devices that divides it"
+        )
+    if over:
+        parts[CUT[name]] = over
+    return P(*parts)
+
+
+def _name(path: tuple) -> str:
+    """The last part of a leaf's name: "gate" of feed_forward.gate."""
+    text = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    return text.rsplit(".", 1)[-1]
+
+
+def _stay(num_experts: int, mesh: Mesh) -> bool:
+    ways = mesh.shape[EXPERT]
+    return ways > 1 and num_experts % ways == 0
+
+
+def place(tree: Any, mesh: Mesh | None, over: tuple[str, ...] = AXES) -> Any:
+    """Puts a tree, the same in all processes, on its devices."""
+    return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh, over))
+
+
+def place_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Puts arrays [B, ...], the same in all processes, on the devices of their rows.
+
+    Raises:
+      ValueError: the devices do not divide B.
+    """
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+
+    def one(x):
+        if len(x) % mesh.size:
+            raise ValueError(
+                f"a batch of {len(x)} sequences cannot be divided among {mesh.size} devices; "
+                f"make data.batch_size a multiple of {mesh.size}"
+            )
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, ROWS), x.__getitem__)
+
+    return jax.tree.map(one, tree)
+
+
+def within(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """The context in which programs for a mesh are compiled and called."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def on_host(tree: Any) -> Any:
+    """The whole of each leaf as NumPy, one leaf at a time; every process must take part."""
+
+    def one(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            x = jax.device_put(x, NamedSharding(x.sharding.mesh, P()))
+            return np.asarray(x.addressable_data(0))
+        return np.asarray(x)
+
+    return jax.tree.map(one, tree)
+
+
+def spread(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable:
+    """f, run by every device on its own part; f itself where there is no mesh."""
+    if mesh is None:
+        return f
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def gradients(
+    loss: Callable, mesh: Mesh | None, trainable: Any, frozen: Any, batch: Any, parts: int = 1
+) -> tuple[dict[str, jax.Array], Any]:
+    """Metrics of a loss, and its gradient with respect to `trainable`.
+
+    Args:
+      loss: (trainable, frozen, batch) -> (value, metrics), both sums over the batch's sequences.
+      mesh: of the arguments.
+      trainable, frozen: placed as `specs` says.
+      batch: placed as `ROWS`.
+      parts: each device works on its sequences in so many parts, one after the other.
+    """
+
+    def local(trainable, frozen, batch):
+        def one(batch):
+            (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
+            return metrics, grads
+
+        if parts == 1:
+            sums = one(batch)
+        else:
+            split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, jnp.float32),
+                jax.eval_shape(one, jax.tree.map(lambda x: x[0], split)),
+            )
+
+            def add(sums, part):
+                return jax.tree.map(jnp.add, sums, one(part)), None
+
+            sums = jax.lax.scan(add, zeros, split)[0]
+        metrics, grads = sums
+        return total(metrics), _whole_sums(grads)
+
+    if mesh is None:
+        return local(trainable, frozen, batch)
+    cut = specs(trainable, mesh)
+    return spread(local, mesh, (cut, specs(frozen, mesh), ROWS), (P(), cut))(
+        trainable, frozen, batch
+    )
+
+
+def _whole_sums(grads: Any) -> Any:
+    """Gradients of what every device has are summed; those of cut matrices have been."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, grad: grad if _name(path) in CUT else total(grad), grads
+    )
+
+
+# What follows is called inside of `spread`.
+
+
+def is_spread() -> bool:
+    """Whether this is traced inside of `spread`."""
+    return AXES == jax.sharding.get_abstract_mesh().manual_axes
+
+
+def platform() -> str:
+    """What the program is compiled for: cpu, gpu or tpu; also where that is not at hand."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def total(tree: Any) -> Any:
+    """The sum over all devices."""
+    return jax.lax.psum(tree, AXES) if is_spread() else tree
+
+
+def first_row(rows: int) -> jax.Array | int:
+    """The number, in the whole batch, of this device's first sequence."""
+    return jax.lax.axis_index(AXES) * rows if is_spread() else 0
+
+
+def gather(module: Any, config: ModelConfig, stay: bool = False) -> Any:
+    """A module whose matrices are whole.
+
+    Args:
+      module: of one layer; not an `Experts` (see `gather_experts`).
+      config: the sizes, and the dtype in which matrices travel.
+      stay: the experts in it stay on their devices.
+    """
+    if not is_spread():
+        return module
+
+    def one(path, leaf):
+        return leaf if _name(path) not in CUT else whole(_name(path), leaf, config, stay)
+
+    return jax.tree_util.tree_map_with_path(one, module)
+
+
+def whole(name: str, leaf: jax.Array, config: ModelConfig, stay: bool = False) -> jax.Array:
+    """A matrix by its name, put together from all devices' cuts."""
+    if not is_spread():
+        return leaf
+    size, here = config.ffn_width if name == "down" else config.width, leaf.shape[CUT[name]]
+    if here == size:
+        return leaf
+    axes: tuple[str, ...] = AXES
+    if stay:
+        axes = (DATA,)
+    elif size // here != jax.lax.axis_size(AXES):
+        axes = (EXPERT,)
+    axis = leaf.ndim + CUT[name]
+    leaf = jax.lax.all_gather(leaf.astype(config.dtype), axes, axis=axis, tiled=True)
+    return checkpoint_name(leaf, GATHERED)
+
+
+def gather_experts(stack: Any, config: ModelConfig) -> Any:
+    """A stack whose matrices are whole; of the experts that stay, each device has its own."""
+    return gather(stack, config, stay=some_are_away(stack))
+
+
+def some_are_away(stack: Any) -> bool:
+    """Whether other devices have some of a stack's experts (of one layer, router rows whole)."""
+    return is_spread() and stack.feed_forward.gate.shape[0] < stack.router.bias.shape[0]
+
+
+def look_up(embed: jax.Array, tokens: jax.Array, config: ModelConfig) -> jax.Array:
+    """embed[tokens] in the dtype of the activations, [V, D] and [B, S] -> [B, S, D].
+
+    Each device looks up its own cut of the width, for all sequences, and sends it to theirs: what
+    travels are activations, and the gradient never has the size of the table.
+    """
+    if not is_spread() or embed.shape[-1] == config.width:
+        return embed[tokens].astype(config.dtype)
+    everyone = jax.lax.all_gather(tokens, AXES, tiled=True)
+    slices = embed[everyone].astype(config.dtype)
+    return jax.lax.all_to_all(slices, AXES, split_axis=0, concat_axis=2, tiled=True)
+
+
+def to_experts(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What this device's experts need: [B, S, D], [E, B, S] -> all sequences', own experts'."""
+    x = jax.lax.all_gather(x, EXPERT, tiled=True)
+    return x, jax.lax.all_to_all(weights, EXPERT, split_axis=0, concat_axis=1, tiled=True)
+
+
+def from_experts(out: jax.Array) -> jax.Array:
+    """The sum of all experts' answers, for this device's sequences."""
+    return jax.lax.psum_scatter(out, EXPERT, tiled=True)

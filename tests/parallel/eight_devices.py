@@ -1,0 +1,240 @@
+"""Several devices against one: losses, gradients, logits, generation; and what the program moves.
+
+Run by tests/test_parallel.py in a process of its own, which has eight virtual devices.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+from flexolmo_jax import sharding, tensors  # noqa: E402
+from flexolmo_jax.config import ModelConfig  # noqa: E402
+from flexolmo_jax.data.loader import Batch  # noqa: E402
+from flexolmo_jax.model import FlexOlmo  # noqa: E402
+from flexolmo_jax.modeling.experts import fill_up, select  # noqa: E402
+from flexolmo_jax.modeling.transformer import Anchor, abstract_model  # noqa: E402
+from flexolmo_jax.training.step import (  # noqa: E402
+    AnchorLoss,
+    ExpertAloneLoss,
+    ExpertPairLoss,
+    RouterLoss,
+    RouterRows,
+    train_step,
+)
+
+CONFIG = ModelConfig(
+    vocab_size=96, width=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_width=48, num_experts=7
+)
+SHAPES = {"8x1": 1, "4x2": 2, "2x4": 4, "1x8": 8}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def mesh(request):
+    assert jax.device_count() == 8
+    return sharding.make_mesh(SHAPES[request.param])
+
+
+def weights(config):
+    """A backbone and a stack, with nothing left at 0 or 1."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        drawn = 0.2 * rng.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(
+            1 + drawn if "norm" in name else -abs(drawn) if "bias" in name else drawn
+        )
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_model(config))
+
+
+def some_batch(rows=16, length=24):
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, CONFIG.vocab_size, (rows, length + 1)).astype(np.int32)
+    segments = np.cumsum(rng.random((rows, length + 1)) < 0.1, axis=1).astype(np.int32) + 1
+    segments[3, 10:] = 0  # padding, so that devices differ in how much text they have
+    segments[11:] = 0
+    return Batch.of(tokens, segments)
+
+
+def stage(name, config, multiple=1):
+    """A loss, what it trains, and what is frozen."""
+    backbone, experts = weights(config)
+    anchor = Anchor(backbone, select(experts, [0]))
+    own = select(experts, [1])
+    pair = config.replace(num_experts=2, active_experts=None)
+    if name == "anchor":
+        return AnchorLoss(pair, 1e-4), anchor, None
+    if name == "alone":
+        return ExpertAloneLoss(pair, 1e-4), own.feed_forward, (anchor, own.router)
+    if name == "pair":
+        return ExpertPairLoss(pair, 1e-4, 1e-3), own, anchor
+    filled = fill_up(experts, multiple)
+    return RouterLoss(config, 1e-4, 1e-3), RouterRows.of(filled.router), (backbone, filled)
+
+
+def gradients(loss, trainable, frozen, mesh=None, parts=1):
+    batch = some_batch()
+    batch = batch._replace(weights=batch.weights / jnp.sum(batch.weights))
+    trainable, frozen = sharding.place((trainable, frozen), mesh)
+    batch = sharding.place_rows(batch, mesh)
+    run = jax.jit(sharding.gradients, static_argnums=(0, 1, 5))
+    with sharding.within(mesh):
+        return sharding.on_host(run(loss, mesh, trainable, frozen, batch, parts))
+
+
+def assert_close(found, expected):
+    found, expected = tensors.named(found), tensors.named(expected)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        value = np.asarray(value)
+        other = found[name][tuple(slice(size) for size in value.shape)]
+        np.testing.assert_allclose(
+            other, value, rtol=0, atol=1e-5 * (np.abs(value).max() + 1e-6), err_msg=name
+        )
+
+
+@functools.cache
+def alone(name, config):
+    return gradients(*stage(name, config))
+
+
+STAGES = ["anchor", "alone", "pair", "router"]
+VARIANTS = {
+    2: {"remat": "layer", "tie_embeddings": True},
+    4: {"remat": "products", "expert_compute": "grouped", "active_experts": 3},
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_losses_and_gradients_are_those_of_one_device(mesh, name):
+    found = gradients(*stage(name, CONFIG, mesh.shape["expert"]), mesh=mesh)
+    assert_close(found, alone(name, CONFIG))
+
+
+@pytest.mark.parametrize("expert_parallel", VARIANTS)
+@pytest.mark.parametrize("name", STAGES)
+def test_so_they_are_recomputed_grouped_and_in_parts(name, expert_parallel):
+    mesh = sharding.make_mesh(expert_parallel)
+    config, parts = CONFIG.replace(**VARIANTS[expert_parallel]), 2
+    found = gradients(*stage(name, config, mesh.shape["expert"]), mesh=mesh, parts=parts)
+    assert_close(found, alone(name, config))
+
+
+@pytest.fixture(scope="module", params=[None, 3], ids=["all", "three"])
+def models(request, mesh):
+    config = CONFIG.replace(active_experts=request.param)
+    backbone, experts = weights(config)
+    names = tuple("abcdefg")
+    plain = FlexOlmo(backbone, experts, config, names, None)
+    placed = sharding.place((backbone, fill_up(experts, mesh.shape["expert"])), mesh)
+    return plain, FlexOlmo(*placed, config, names, None, mesh=mesh)
+
+
+PROMPTS = [[1, 2, 3], [4], list(range(5, 25)), [7, 7], [9]]
+
+
+@pytest.mark.parametrize("without", [[], ["a", "f"]])
+def test_logits_and_generation_are_those_of_one_device(models, without):
+    plain, spread = models
+    tokens = np.arange(60).reshape(5, 12)
+    expected = np.asarray(plain.logits(tokens, without=without))
+    found = np.asarray(spread.logits(tokens, without=without))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    for options in ({}, {"temperature": 1.0, "top_k": 20, "seed": 3}):
+        assert spread.generate(PROMPTS, 8, without=without, **options) == plain.generate(
+            PROMPTS, 8, without=without, **options
+        )
+
+
+def test_masks_of_each_sequence_go_where_their_sequence_goes(models):
+    plain, spread = models
+    allowed = np.random.default_rng(0).random((5, 7)) < 0.5
+    allowed[:, 2] = True
+    assert spread.generate(PROMPTS, 8, allowed=allowed) == plain.generate(
+        PROMPTS, 8, allowed=allowed
+    )
+
+
+COLLECTIVE = re.compile(
+    r"= \(?(\w+)\[([\d,]*)\][^=]*? (all-gather|all-reduce|reduce-scatter|all-to-all"
+    r"|collective-permute|collective-broadcast|ragged-all-to-all)(?:-start)?\("
+)
+EXPECTED = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_compiled_step_moves_one_layers_matrices_at_a_time(mesh, name):
+    config = CONFIG.replace(num_layers=5, width=64, ffn_width=160, vocab_size=192)
+    config = config.replace(remat="layer")
+    loss, trainable, frozen = stage(name, config, mesh.shape["expert"])
+    trainable, frozen = sharding.place((trainable, frozen), mesh)
+    optimizer = optax.adamw(1e-3)
+    batch = sharding.place_rows(some_batch(length=16), mesh)
+    with sharding.within(mesh):
+        state = jax.jit(optimizer.init)(trainable)
+        step = train_step.lower(loss, optimizer, trainable, state, frozen, batch, mesh=mesh)
+        found = COLLECTIVE.findall(step.compile().as_text())
+    assert found and {kind for *_, kind in found} <= EXPECTED
+    stacked = len(tensors.named(frozen)) and config.num_layers
+    largest = max(
+        config.num_experts * config.width * config.ffn_width, config.vocab_size * config.width
+    )
+    for dtype, shape, kind in found:
+        dims = [int(size) for size in shape.split(",") if size]
+        if kind == "all-reduce":  # norms, router rows, sums: never a matrix
+            continue
+        assert np.prod(dims) <= (largest + 8 * config.width * config.ffn_width), (kind, shape)
+        assert dtype in ("f32", "s32"), dtype
+        assert not (stacked and dims[:1] == [stacked] and len(dims) > 3), (kind, shape)
+    reduced = [int(np.prod([int(n) for n in s.split(",") if n])) for _, s, k in found
+               if k == "all-reduce"]  # fmt: skip
+    small = 5 * 8 * config.width  # router rows of all layers
+    assert all(size <= small for size in reduced), reduced
+    held = sum(
+        shard.data.nbytes for leaf in jax.tree.leaves((trainable, frozen))
+        for shard in leaf.addressable_shards[:1]
+    )  # fmt: skip
+    everything = sum(leaf.nbytes for leaf in jax.tree.leaves((trainable, frozen)))
+    assert held < everything / 6  # an eighth, and the small ones
+
+
+def test_an_optimizer_step_keeps_everything_in_its_place(mesh):
+    loss, trainable, frozen = stage("pair", CONFIG)
+    optimizer = optax.adamw(1e-3)
+    expected = jax.tree.map(jnp.copy, trainable)
+    expected, *_ = train_step(
+        loss, optimizer, expected, optimizer.init(expected), frozen, some_batch()
+    )
+    trainable, frozen = sharding.place((trainable, frozen), mesh)
+    batch = sharding.place_rows(some_batch(), mesh)
+    with sharding.within(mesh):
+        state = jax.jit(optimizer.init)(trainable)
+        before = jax.tree.map(lambda leaf: leaf.sharding, (trainable, state))
+        trainable, state, _ = train_step(
+            loss, optimizer, trainable, state, frozen, batch, mesh=mesh
+        )
+    after = jax.tree.map(lambda leaf: leaf.sharding, (trainable, state))
+    for one, other, leaf in zip(
+        *map(jax.tree.leaves, (before, after)), jax.tree.leaves((trainable, state)), strict=True
+    ):
+        assert one.is_equivalent_to(other, leaf.ndim)
+    assert_close(sharding.on_host(trainable), jax.device_get(expected))
+
+
+def test_what_cannot_be_divided_is_said():
+    mesh = sharding.make_mesh(2)
+    with pytest.raises(ValueError, match="expert_parallel must divide the number of devices, 8"):
+        sharding.make_mesh(3)
+    with pytest.raises(ValueError, match="a multiple of 8"):
+        sharding.place_rows(some_batch(rows=12), mesh)
+    odd = weights(CONFIG.replace(width=36, num_heads=2, num_kv_heads=2))
+    with pytest.raises(ValueError, match="cannot be cut evenly among 8 devices along its 36"):
+        sharding.place(odd, mesh)
