@@ -19,6 +19,7 @@ class Running:
     """A process that holds one side of a case, and runs it when told to."""
 
     def __init__(self, side: Side, size: Size):
+        self.side = side
         self.connection, theirs = CONTEXT.Pipe()
         arguments = (theirs, side, size)
         self.process = CONTEXT.Process(target=_serve, args=arguments, daemon=True)
@@ -28,7 +29,12 @@ class Running:
         self.seconds: list[float] = []
 
     def run(self) -> None:
-        self.connection.send("run")
+        try:
+            self.connection.send("run")
+        except BrokenPipeError:
+            raise RuntimeError(
+                f"the process of {self.side.label} has ended; did the sides' memory suffice?"
+            ) from None
         self.seconds.append(self._answer())
 
     def end(self) -> dict[str, Any]:
@@ -41,7 +47,7 @@ class Running:
         try:
             answer = self.connection.recv()
         except EOFError:
-            raise RuntimeError("a benchmark process ended; see above") from None
+            raise RuntimeError(f"a benchmark process ended: {self.side.label}; see above") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -74,8 +80,9 @@ def _serve(connection: Connection, side: Side, size: Size) -> None:
         build = importlib.import_module(side.module).build
         run = build(side.case, size, side.option)
         run()
-        connection.send(time.perf_counter() - start)
-        run()
+        first = time.perf_counter() - start
+        run()  # before it says so, or it would go on beside the others' timed runs
+        connection.send(first)
         while connection.recv() == "run":
             start = time.perf_counter()
             run()

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.debug = "--debug" in words
     if args.command == "train":
         keep_freed_memory()
-    if rest and args.command != "train":
+    if rest and args.command not in ("train", "plan"):
         parser.error(f"unknown argument {rest[0]}; see flexolmo {args.command} --help")
     args.overrides = rest
     warnings.showwarning = _show_warning
@@ -149,6 +149,20 @@ def _parser() -> argparse.ArgumentParser:
         if stage == "router":
             one.add_argument("--model", required=True, metavar="DIR", help="a merged model")
 
+    plan = command(
+        commands, "plan", _plan, "will it fit, and how fast can it be, on TPUs not at hand",
+        "Compiles a config's real step ahead of time and says what it costs each chip. " + note,
+    )  # fmt: skip
+    plan.add_argument("config", help="as for train; a file for experts or routers sets `model` too")
+    plan.add_argument(
+        "--topology", required=True, metavar="KIND:SHAPE", help="as v5p:4x4x4, v5e:16x16, v6e:8x8"
+    )
+    plan.add_argument(
+        "--stage", choices=("anchor", "expert", "router", "forward", "decode"),
+        help="default: the config's own; forward and decode only use its model",
+    )  # fmt: skip
+    plan.add_argument("--json", action="store_true")
+
     merge = command(commands, "merge", _merge, "join an anchor and expert packages; no training")
     merge.add_argument("--anchor", required=True, metavar="DIR")
     merge.add_argument(
@@ -241,11 +255,11 @@ def _config(args: argparse.Namespace, kind: type) -> Any:
     from flexolmo_jax.config import load_config
 
     config = load_config(args.config, kind)
-    prog = f"flexolmo train {args.stage} {args.config}"
+    prog = " ".join(filter(None, ("flexolmo", args.command, args.stage, args.config)))
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=prog, default=config, args=args.overrides)
+            return tyro.cli(type(config), prog=prog, default=config, args=args.overrides)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -322,6 +336,22 @@ def _show_training(places: dict[str, Any], models: dict[str, tuple], config: Any
         console.print(table)
     where = f"wrote {places['out']}; metrics and loss.png are in {places['run']}"
     console.print(where, markup=False)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from flexolmo_jax.config import Training
+    from flexolmo_jax.planning.plan import make_plan, model_of, stage_of
+
+    config = _config(args, Training)
+    stage = stage_of(config, args.stage)
+    plan = make_plan(config, model_of(args.config, config), stage, args.topology)
+    if args.json:
+        print(json.dumps(plan.values(), indent=1))
+        return
+    table = Table("of one chip", "", title=f"{args.config}: {stage} on {args.topology}")
+    for row in plan.rows():
+        table.add_row(*row)
+    console.print(table)
 
 
 def _merge(args: argparse.Namespace) -> None:

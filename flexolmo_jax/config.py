@@ -161,6 +161,8 @@ class Training:
     log_every: int = 10  # steps
     expert_parallel: int = 1  # devices that a merged model's experts are spread over
     parts: int = 1  # each device's share of a batch is worked on in so many; less memory
+    remat: Literal["none", "products", "layer"] | None = None  # None: as the model has it
+    expert_compute: Literal["dense", "grouped"] | None = None  # None: as the model has it
 
     def __post_init__(self):
         _require(self.steps > 0, f"steps must be positive, found {self.steps}")
@@ -171,6 +173,18 @@ class Training:
             self.checkpoint_every > 0,
             f"checkpoint_every must be positive, found {self.checkpoint_every}",
         )
+        for name in ("remat", "expert_compute"):
+            known = get_args(ModelConfig.__annotations__[name])
+            found = getattr(self, name)
+            _require(
+                found is None or found in known,
+                f"{name} must be one of {', '.join(known)}, found {found!r}",
+            )
+
+    def computing(self, model: ModelConfig) -> ModelConfig:
+        """The model as this training computes it: the same numbers, up to rounding."""
+        wanted = {"remat": self.remat, "expert_compute": self.expert_compute}
+        return model.replace(**{name: value for name, value in wanted.items() if value})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

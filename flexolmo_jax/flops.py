@@ -40,6 +40,32 @@ def expert_step_flops(config: ModelConfig, length: int) -> float:
     return forward + (layers - 1) * back + first + _head(config)
 
 
+def expert_alone_step_flops(config: ModelConfig, length: int) -> float:
+    """FLOPs a token of a training step of one expert that answers alone, as in the pair's."""
+    layers, expert = config.num_layers, _expert(config)
+    back = _projections(config) + 2 * _scores(config, length) + 2 * expert
+    first = expert + expert / 3
+    return forward_flops(config, length, active=1) + (layers - 1) * back + first + _head(config)
+
+
+def router_step_flops(config: ModelConfig, length: int, active: int) -> float:
+    """FLOPs a token of a training step of the router rows alone.
+
+    Backward goes through every product once, for its input (through attention scores twice); the
+    first layer's inputs need no gradient.
+    """
+    back = _projections(config) + 2 * _scores(config, length) + active * _expert(config)
+    forward = forward_flops(config, length, active)
+    return forward + (config.num_layers - 1) * back + _head(config)
+
+
+def decode_flops(config: ModelConfig, length: int, active: int) -> float:
+    """FLOPs of one more token of a sequence, with `length` tokens in the cache."""
+    attention = 4.0 * config.num_heads * config.head_size * length
+    layer = _projections(config) + attention + active * _expert(config)
+    return config.num_layers * layer + _head(config)
+
+
 def _projections(config: ModelConfig) -> float:
     heads = 2 * config.num_heads + 2 * config.kv_heads
     return 2.0 * config.width * heads * config.head_size

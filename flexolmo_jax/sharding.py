@@ -107,7 +107,17 @@ def _stay(num_experts: int, mesh: Mesh) -> bool:
 
 def place(tree: Any, mesh: Mesh | None, over: tuple[str, ...] = AXES) -> Any:
     """Puts a tree, the same in all processes, on its devices."""
-    return tree if mesh is None else jax.device_put(tree, shardings(tree, mesh, over))
+    if mesh is None:
+        return tree
+    where = shardings(tree, mesh, over)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, where)
+
+    def one(x, where):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, where, x.__getitem__)
+
+    return jax.tree.map(one, tree, where)
 
 
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:

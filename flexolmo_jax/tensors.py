@@ -52,9 +52,17 @@ _STORAGE = ocp.options.ArrayOptions(
 )
 
 
+def _this_process() -> ocp.options.MultiprocessingOptions:
+    """Packages are written and read by one process, on its own."""
+    this = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    )
+
+
 def save(path: Path, tensors: dict[str, Any]) -> None:
     """Writes tensors with Orbax into the new folder `path`."""
-    with ocp.Context(array_options=_STORAGE):
+    with ocp.Context(array_options=_STORAGE, multiprocessing_options=_this_process()):
         ocp.save(path.absolute(), tensors)
     done = path / "commit_success.txt"
     if done.exists():  # Orbax puts the folder's path into it, which is the owner's business
@@ -72,17 +80,19 @@ def load(path: Path, tensors: dict[str, Any]) -> dict[str, jax.Array]:
       ValueError: other names or shapes are stored; the text lists them.
     """
     try:
-        stored = ocp.metadata(path.absolute()).metadata
+        with ocp.Context(multiprocessing_options=_this_process()):
+            stored = ocp.metadata(path.absolute()).metadata
         found = {name: tuple(x.shape) for name, x in stored.items()}
         expected = {name: tuple(x.shape) for name, x in tensors.items()}
         if found != expected:
             raise ValueError(f"{path}: {_difference(expected, found)}")
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = {
             name: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), sharding=here)
             for name, x in tensors.items()
         }
-        return ocp.load(path.absolute(), abstract)
+        with ocp.Context(multiprocessing_options=_this_process()):
+            return ocp.load(path.absolute(), abstract)
     except (OSError, KeyError) as error:
         raise ValueError(f"{path}: the tensors cannot be read ({error})") from error
 

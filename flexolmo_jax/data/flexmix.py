@@ -9,16 +9,17 @@ import io
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from flexolmo_jax.config import DataConfig
-from flexolmo_jax.data.sources import Report, fingerprint, is_heldout, read_documents
+from flexolmo_jax.data.sources import Document, Report, fingerprint, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import Window, tokenized, windows
+from flexolmo_jax.distributed import in_turn
 
 
 class SourceWindows(tfds.core.GeneratorBasedBuilder):
@@ -70,21 +71,38 @@ class SourceWindows(tfds.core.GeneratorBasedBuilder):
 
     def windows(self, *, heldout: bool) -> Iterator[Window]:
         """The windows of one side of the split, straight from the source."""
+        chosen = self._documents(heldout, Report() if heldout else self.report)
+        ids = tokenized(chosen, self.tokenizer)
+        return windows(ids, self.data.length, self.tokenizer.separator)
+
+    def _documents(self, heldout: bool, report: Report) -> Iterator[Document]:
         documents = read_documents(
             self.source,
             text_field=self.data.text_field,
             group_field=self.data.group_field,
-            report=Report() if heldout else self.report,
+            report=report,
         )
-        chosen = (d for d in documents if is_heldout(d, self.data.heldout) == heldout)
-        ids = tokenized(chosen, self.tokenizer)
-        return windows(ids, self.data.length, self.tokenizer.separator)
+        return (d for d in documents if is_heldout(d, self.data.heldout) == heldout)
+
+    def documents_of(self, numbers: Sequence[int]) -> list[str]:
+        """Where the documents of some training windows are, as "file:row"; reads the source."""
+        length = self.data.length
+        found, start = [], 0
+        chosen, again = itertools.tee(self._documents(False, Report()))
+        for document, ids in zip(chosen, tokenized(again, self.tokenizer), strict=True):
+            end = start + len(ids)  # window n reads and predicts n * length to (n + 1) * length
+            if any(start <= (n + 1) * length and n * length < end for n in numbers):
+                found.append(document.where)
+            start = end
+        return found
 
 
 def prepare(
     source: str, data: DataConfig, tokenizer: Tokenizer, folder: Path
 ) -> tuple[SourceWindows, Report]:
     """Builds the windows of a source below `folder`, unless they are there already.
+
+    Of several processes, the first builds them.
 
     Raises:
       ValueError: as `read_documents`; or nothing is left to train on after the held-out split.
@@ -93,5 +111,5 @@ def prepare(
     builder = SourceWindows(source, data, tokenizer, data_dir=folder)
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
-        builder.download_and_prepare()
+        in_turn(builder.download_and_prepare)
     return builder, builder.report

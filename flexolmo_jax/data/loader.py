@@ -33,12 +33,20 @@ class Batch(NamedTuple):
 
 def batches(source: SourceWindows, seed: int, start: int = 0) -> Iterator[Batch]:
     """Endless training batches from number `start` on, each epoch in another order."""
-    size = source.data.batch_size
-    order = grain.MapDataset.source(source.as_data_source("train")).shuffle(seed).repeat()
-    order = order.batch(size)[start:]
+    order = _order(grain.MapDataset.source(source.as_data_source("train")), source, seed)[start:]
     read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     for batch in order.to_iter_dataset(read):
         yield Batch.of(batch["tokens"], batch["segments"])
+
+
+def window_numbers(source: SourceWindows, seed: int, step: int) -> list[int]:
+    """Which of a source's windows the batch of a step (from 1) holds."""
+    windows = grain.MapDataset.range(len(source.as_data_source("train")))
+    return _order(windows, source, seed)[step - 1].tolist()
+
+
+def _order(windows: grain.MapDataset, source: SourceWindows, seed: int) -> grain.MapDataset:
+    return windows.shuffle(seed).repeat().batch(source.data.batch_size)
 
 
 def stacked(some_windows: Iterator[Window], size: int) -> Iterator[Batch]:

@@ -21,6 +21,7 @@ CORPUS = Path(__file__).parent.parent / "corpus"
 class Document(NamedTuple):
     text: str
     group: str  # documents of one group (a book, a patient) are held out together
+    where: str = ""  # file:row
 
 
 @dataclasses.dataclass
@@ -75,7 +76,7 @@ def read_documents(
             continue
         seen.add(digest)
         report.documents += 1
-        yield row
+        yield row._replace(where=where)
     if not report.documents:
         bad = report.bad_rows
         raise ValueError(

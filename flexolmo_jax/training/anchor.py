@@ -12,6 +12,7 @@ from flexolmo_jax.data.domain_embedding import domain_embedding, source_name
 from flexolmo_jax.data.flexmix import prepare
 from flexolmo_jax.data.sources import Document, is_heldout, named_source, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.distributed import by_first, in_turn
 from flexolmo_jax.federation.anchor import write_anchor
 from flexolmo_jax.modeling.transformer import Anchor, init_anchor
 from flexolmo_jax.training.loop import RUN_FILE, check_run, console, describe_run, record_run, train
@@ -35,7 +36,7 @@ def train_anchor(
     """
     wanted = describe_run(config, source=named_source(data))
     check_run(run, wanted, resume)
-    tokenizer = _tokenizer(config, data, run)
+    tokenizer = in_turn(lambda: _tokenizer(config, data, run))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, more than model.vocab_size="
@@ -46,9 +47,14 @@ def train_anchor(
         console.print(line, markup=False)
     record_run(run, wanted)
     weights = jax.jit(init_anchor, static_argnums=0)(config.model, jax.random.key(config.seed))
-    loss = AnchorLoss(config.model, config.output_z_loss)
+    loss = AnchorLoss(config.computing(config.model), config.output_z_loss)
     weights = train("anchor", config, loss, weights, None, source, run)
+    by_first(lambda: _write(config, data, out, weights, tokenizer))
 
+
+def _write(
+    config: AnchorTraining, data: str, out: Path, weights: Anchor, tokenizer: Tokenizer
+) -> None:
     shuffled = _shuffled_training_documents(data, config.data)
     if config.domain_embedding:
         texts = [d.text for d in shuffled]

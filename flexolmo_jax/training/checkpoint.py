@@ -1,8 +1,10 @@
 """Training checkpoints: what is trained, the optimizer and the step; resumed bit for bit.
 
-The step is the position in the data too, since batch i is a function of (seed, i).
+The step is the position in the data and in every random sequence too: batch i is a function of
+(seed, i).
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from flexolmo_jax import tensors
+from flexolmo_jax.distributed import agree, is_first
 
 
 class Checkpoints:
@@ -17,6 +20,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
+        self._open()
+
+    def _open(self) -> None:
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -35,8 +41,43 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
+    def load_newest(self, like: Any) -> tuple[int, Any]:
+        """The newest checkpoint that can be read: its step, and the state; (0, like) if none is.
+
+        One that cannot be read is put into the folder `damaged` beside, with a warning.
+
+        Args:
+          like: the state to fill, placed where it shall be.
+
+        Raises:
+          ValueError: there are checkpoints, and none can be read.
+        """
+        while (step := self.latest()) is not None:
+            try:
+                state, damage = self.load(step, like), None
+            except ValueError as error:
+                state, damage = like, error
+            if agree(damage is None):
+                return step, state
+            damage = damage or ValueError(f"another process could not read checkpoint {step}")
+            if len(self._checkpointer.checkpoints) == 1:
+                raise ValueError(f"{damage}; there is no other, so the run must be started anew")
+            self._put_aside(step)
+            warnings.warn(f"{damage}; going on from checkpoint {self.latest()}", stacklevel=2)
+        return 0, like
+
+    def _put_aside(self, step: int) -> None:
+        self._checkpointer.close()
+        if is_first():
+            aside = self.folder.with_name("damaged")
+            aside.mkdir(exist_ok=True)
+            number = len(list(aside.iterdir()))
+            (self.folder / str(step)).rename(aside / f"{step}.{number}")
+        agree(True)  # nobody looks before it is done
+        self._open()
+
     def load(self, step: int, like: Any) -> Any:
-        """Reads checkpoint `step` into the structure of `like`.
+        """Reads checkpoint `step` into the structure of `like`, on its devices.
 
         Raises:
           ValueError: it is damaged, or of another model.
@@ -52,8 +93,7 @@ class Checkpoints:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"{self.folder}: checkpoint {step} cannot be read, it is damaged or of another "
-                f"run ({type(error).__name__}: {reason}); delete its folder to go on from an "
-                "earlier one"
+                f"run ({type(error).__name__}: {reason})"
             ) from error
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from flexolmo_jax.data.loader import Batch, batches, stacked
 from flexolmo_jax.data.sources import Document, is_heldout, named_source, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import tokenized, windows
+from flexolmo_jax.distributed import by_first
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
 from flexolmo_jax.federation.merge import write_expert
 from flexolmo_jax.federation.package import check_name
@@ -63,20 +64,6 @@ def train_expert(
         console.print(line, markup=False)
     record_run(run, wanted)
 
-    expert = jax.tree.map(jnp.copy, loaded.weights.public)
-    title = f"expert {name}"
-    if config.gating == "alone":
-        loss = ExpertAloneLoss(loaded.config, config.output_z_loss)
-        frozen = (loaded.weights, loaded.weights.public.router)
-        feed_forward = train(title, config, loss, expert.feed_forward, frozen, source, run)
-        expert = with_parts(loaded.weights.public, feed_forward, expert.router)
-        expert = fit_rows(expert, loaded, source, public_text, config)
-    else:
-        pair = dataclasses.replace(loaded.config, num_experts=2)
-        if config.domain_embedding:
-            expert = _with_initial_row(expert, config, data, loaded.config.width)
-        pair_loss = ExpertPairLoss(pair, config.output_z_loss, config.router_z_loss)
-        expert = train(title, config, pair_loss, expert, loaded.weights, source, run)
     facts = {
         "tokens_seen": config.steps * config.data.batch_size * config.data.length,
         "gating": config.gating,
@@ -84,7 +71,27 @@ def train_expert(
         "licence": config.licence,
         "contact": config.contact,
     }
-    write_expert(out, expert, name, loaded, facts)
+    expert = jax.tree.map(jnp.copy, loaded.weights.public)
+    model = config.computing(loaded.config)
+    title = f"expert {name}"
+    if config.gating == "alone":
+        loss = ExpertAloneLoss(model, config.output_z_loss)
+        frozen = (loaded.weights, loaded.weights.public.router)
+        feed_forward = train(title, config, loss, expert.feed_forward, frozen, source, run)
+
+        def finish() -> None:
+            trained = with_parts(loaded.weights.public, feed_forward, expert.router)
+            fitted = fit_rows(trained, loaded, source, public_text, config)
+            write_expert(out, fitted, name, loaded, facts)
+
+        by_first(finish)
+    else:
+        pair = model.replace(num_experts=2)
+        if config.domain_embedding:
+            expert = _with_initial_row(expert, config, data, loaded.config.width)
+        pair_loss = ExpertPairLoss(pair, config.output_z_loss, config.router_z_loss)
+        trained = train(title, config, pair_loss, expert, loaded.weights, source, run)
+        by_first(lambda: write_expert(out, trained, name, loaded, facts))
 
 
 def fit_rows(

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -21,9 +22,11 @@ from flexolmo_jax import sharding
 from flexolmo_jax.config import Training
 from flexolmo_jax.data.flexmix import SourceWindows
 from flexolmo_jax.data.loader import batches
+from flexolmo_jax.distributed import is_first
 from flexolmo_jax.training.checkpoint import Checkpoints
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
 from flexolmo_jax.training.step import Loss, train_step
+from flexolmo_jax.training.watch import Watch, record_breakdown
 
 RUN_FILE = "config.json"
 console = Console(stderr=True)
@@ -39,7 +42,7 @@ def describe_run(training: Training, **made_from: str) -> dict[str, Any]:
     How it is divided among devices is left out: a run may go on with more or fewer of them.
     """
     values = {**dataclasses.asdict(training), **made_from}
-    for name in ("expert_parallel", "parts"):
+    for name in ("expert_parallel", "parts", "remat", "expert_compute"):
         del values[name]
     return json.loads(json.dumps(values))
 
@@ -68,6 +71,8 @@ def check_run(folder: Path, wanted: dict[str, Any], resume: bool) -> None:
 
 def record_run(folder: Path, wanted: dict[str, Any]) -> None:
     """Writes down what a run is; from then on it has to be resumed, or taken away."""
+    if not is_first():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{RUN_FILE}.partial"
     partial.write_text(json.dumps(wanted, indent=1))
@@ -99,8 +104,8 @@ def train(
 
     Raises:
       ValueError: the batch cannot be divided among the devices.
-      FloatingPointError: the loss became NaN or infinite; the text names the step, and the last
-        good checkpoint is kept.
+      FloatingPointError: the loss broke down (watch.py); the text names the step, breakdown.json
+        in `run` the documents, and the last good checkpoint is kept.
       Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     mesh = mesh_of(training)
@@ -110,13 +115,14 @@ def train(
     with sharding.within(mesh):
         opt_state = jax.jit(optimizer.init)(trainable)
     checkpoints = Checkpoints(run / "checkpoints")
-    start = checkpoints.latest() or 0
+    start, (trainable, opt_state) = checkpoints.load_newest((trainable, opt_state))
     if start:
-        trainable, opt_state = checkpoints.load(start, (trainable, opt_state))
         console.print(f"{title}: resuming after step {start}")
     tokens_a_step = training.data.batch_size * training.data.length
     metrics_file = run / "metrics.jsonl"
-    _forget_metrics_after(metrics_file, start)
+    watch = Watch()
+    if is_first():
+        _forget_metrics_after(metrics_file, start)
     pending: list[tuple[int, dict[str, jax.Array]]] = []
 
     with _interruption() as interrupted, _progress(title, training.steps, start) as progress:
@@ -130,17 +136,20 @@ def train(
                     mesh=mesh, parts=training.parts,
                 )  # fmt: skip
             pending.append((step, metrics))
-            stopping = bool(interrupted)
+            stopping = interrupted(step)
             saving = step % training.checkpoint_every == 0 or stopping or step == training.steps
             if step % training.log_every == 0 or saving:
                 values = [(n, {k: float(v) for k, v in m.items()}) for n, m in pending]
                 for number, found in values:
-                    if not math.isfinite(found["loss"] + found["grad_norm"]):
+                    if why := watch.breakdown(found["loss"], found["grad_norm"]):
                         checkpoints.close()
+                        about = run / "breakdown.json"
+                        if is_first():
+                            record_breakdown(about, source, training.seed, number, why)
                         raise FloatingPointError(
-                            f"{title}: the loss or its gradient is not finite at step {number}; "
-                            f"the last good checkpoint is {checkpoints.latest()}. Lower the "
-                            "learning rate, or look at the data of that step"
+                            f"{title}: {why} at step {number}; the last good checkpoint is "
+                            f"{checkpoints.latest()}. {about} names the documents of that step: "
+                            "look at them, or start anew with a lower learning rate"
                         )
                 rate = (step - since_step) * tokens_a_step / (time.monotonic() - since)
                 since, since_step = time.monotonic(), step
@@ -151,8 +160,9 @@ def train(
                     "tokens": step * tokens_a_step,
                     "tokens_per_second": round(rate, 1),
                 }
-                with open(metrics_file, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                if is_first():
+                    with open(metrics_file, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
                 progress(step, row["loss"], rate)
                 pending = []
             if saving:
@@ -161,7 +171,8 @@ def train(
                 checkpoints.close()
                 raise Interrupted(f"{title}: stopped after step {step}; go on with --resume")
     checkpoints.close()
-    _plot(metrics_file, run / "loss.png", title)
+    if is_first():
+        _plot(metrics_file, run / "loss.png", title)
     return trainable if mesh is None else jax.tree.map(jnp.asarray, sharding.on_host(trainable))
 
 
@@ -181,15 +192,29 @@ def mesh_of(training: Training) -> Mesh | None:
 
 
 @contextlib.contextmanager
-def _interruption() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM comes."""
+def _interruption() -> Iterator[Callable[[int], bool]]:
+    """A function that says, after each step, whether to save and stop.
+
+    SIGINT and SIGTERM ask for it. Of several processes, one that is told (preemption of a pod
+    sends SIGTERM) tells the others, and all stop after the same step.
+    """
     caught: list[int] = []
     old = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    together = jax.process_count() > 1  # JAX has taken SIGTERM, to tell the others
+    for number in (signal.SIGINT,) if together else (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError):  # not in the main thread: no handlers there
             old[number] = signal.signal(number, lambda n, _: caught.append(n))
+
+    def stop_now(step: int) -> bool:
+        if not together:
+            return bool(caught)
+        if caught:
+            caught.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return multihost_utils.reached_preemption_sync_point(step)
+
     try:
-        yield caught
+        yield stop_now
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

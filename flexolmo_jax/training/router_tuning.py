@@ -5,7 +5,6 @@ no owner's text is needed. Rows tuned so keep an indirect trace of every expert 
 so taking an expert out of a tuned model also undoes the tuning.
 """
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -13,6 +12,7 @@ import jax
 from flexolmo_jax.config import RouterTraining
 from flexolmo_jax.data.flexmix import prepare
 from flexolmo_jax.data.sources import named_source
+from flexolmo_jax.distributed import by_first
 from flexolmo_jax.federation.merge import load_merged, write_tuned
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.modeling.experts import fill_up
@@ -47,11 +47,12 @@ def train_router(
         console.print(line, markup=False)
     record_run(run, wanted)
     active = config.active_experts or loaded.config.active_experts
-    model_config = dataclasses.replace(loaded.config, active_experts=active)
+    model_config = config.computing(loaded.config).replace(active_experts=active)
     loss = RouterLoss(model_config, config.output_z_loss, config.router_z_loss)
     filled = fill_up(loaded.experts, config.expert_parallel)
     rows = RouterRows.of(filled.router)
     rows = train("router", config, loss, rows, (loaded.backbone, filled), source, run)
     # Without the empty experts.
     rows = RouterRows(rows.row[:, : len(loaded.names)], rows.bias[:, : len(loaded.names) - 1])
-    write_tuned(out, model, jax.device_get(rows.router(loaded.experts.router)))
+    tuned = jax.device_get(rows.router(loaded.experts.router))
+    by_first(lambda: write_tuned(out, model, tuned))

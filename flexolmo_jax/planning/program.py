@@ -1,0 +1,280 @@
+"""What a compiled program does, read from its HLO text: FLOPs, bytes, collectives.
+
+XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs. TPU
+kernels (custom calls) are unknown to both; those of attention are counted from their shapes.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s16": 16, "u16": 16}
+BITS |= {"f32": 32, "s32": 32, "u32": 32, "f64": 64, "s64": 64, "u64": 64, "c64": 64}
+FREE = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id",
+    "copy-done", "async-done", "async-update", "all-gather-done", "all-reduce-done", "iota",
+    "collective-permute-done", "optimization-barrier", "opt-barrier",
+}  # fmt: skip
+COLLECTIVES = {  # bytes that a device receives, as a multiple of the largest shape in the line
+    "all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0, "all-to-all": 1.0,
+    "collective-permute": 1.0, "ragged-all-to-all": 1.0,
+}  # fmt: skip
+ATTENTION = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}  # products of S x S
+SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+CALL = re.compile(r"^([a-z][a-z0-9\-]*)\((.*?)\)(?:, |$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    dtype: str
+    dims: tuple[int, ...]
+    on_chip: bool  # in a memory space of its own, not in HBM
+
+    @property
+    def bytes(self) -> float:
+        return 0 if self.on_chip else math.prod(self.dims) * BITS.get(self.dtype, 0) / 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    kind: str
+    shapes: tuple[Shape, ...]  # of what it gives
+    operands: tuple[str, ...]
+    text: str
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of a device; bytes are those that HBM and links carry if nothing stays on the chip."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    collectives: Counter = dataclasses.field(default_factory=Counter)  # bytes received, by kind
+    loops_of_unknown_length: int = 0
+
+    def add(self, other: "Cost", times: float = 1.0) -> None:
+        self.flops += times * other.flops
+        self.bytes += times * other.bytes
+        for kind, size in other.collectives.items():
+            self.collectives[kind] += times * size
+        self.loops_of_unknown_length += other.loops_of_unknown_length
+
+
+def cost(text: str) -> Cost:
+    """What one run of a compiled program costs each device.
+
+    Args:
+      text: of the module after all passes.
+    """
+    computations, entry = _parse(text)
+    known: dict[str, Cost] = {}
+
+    def of(name: str) -> Cost:
+        if name not in known:
+            known[name] = Cost()
+            table = computations[name]
+            for one in table.values():
+                known[name].add(_instruction(one, table, computations, of))
+        return known[name]
+
+    return of(entry)
+
+
+def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    computations: dict[str, dict[str, Instruction]] = {}
+    current: dict[str, Instruction] = {}
+    entry = ""
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY")) and line.rstrip().endswith("{"):
+            name = line.removeprefix("ENTRY ").lstrip("%").split(" ", 1)[0]
+            current = computations[name] = {}
+            if line.startswith("ENTRY"):
+                entry = name
+        elif match := LINE.match(line):
+            name, rest = match.groups()
+            kind, shapes, operands = _split(rest)
+            current[name] = Instruction(name, kind, shapes, operands, rest)
+    return computations, entry
+
+
+def _split(rest: str) -> tuple[str, tuple[Shape, ...], tuple[str, ...]]:
+    """The type, the kind and the operands' names of `type kind(operands), attributes`."""
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shapes = tuple(_shapes(rest[:end]))
+    rest = rest[end:].lstrip()
+    start = rest.index("(")
+    inner = rest[start + 1 : _closing(rest, start)]
+    return rest[:start], shapes, tuple(re.findall(r"%([\w.\-]+)", inner))
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for index in range(start, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
+        if depth == 0:
+            return index
+    raise ValueError(f"unbalanced: {text[:80]}")
+
+
+def _shapes(text: str) -> Iterator[Shape]:
+    for dtype, dims, layout in SHAPE.findall(text):
+        if dtype in BITS:
+            sizes = tuple(int(size) for size in dims.split(",") if size)
+            yield Shape(dtype, sizes, bool(re.search(r"S\([1-9]", layout)))
+
+
+def _instruction(one, table, computations, of) -> Cost:
+    made = Cost()
+    kind = one.kind
+    called = [
+        name for name in re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", one.text)
+    ]
+    if kind == "while":
+        trips = _trips(one, computations)
+        if trips is None:
+            made.loops_of_unknown_length = 1
+        for name in called:
+            made.add(of(name), trips or 1)
+        return made
+    if kind == "conditional":
+        names = re.findall(r"%([\w.\-]+)", _attribute(one.text, "branch_computations"))
+        names += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", one.text)
+        branches = [of(name) for name in names]
+        made.add(max(branches, key=lambda branch: (branch.flops, branch.bytes)))
+        return made
+    if kind == "call" or kind.endswith("-start") and called and not _collective(kind):
+        for name in called:
+            made.add(of(name))
+        return made
+    if kind == "fusion":
+        for name in called:
+            made.flops += of(name).flops
+        made.bytes = _fusion_bytes(one, table, computations[called[0]])
+        return made
+    if kind in ("dot", "convolution"):
+        made.flops = _product_flops(one, table)
+    if kind == "custom-call":
+        made.flops = _kernel_flops(one)
+    if base := _collective(kind):
+        size = max((shape.bytes for shape in one.shapes), default=0)
+        if len(one.shapes) > 1 and not kind.endswith("-start"):  # several in one
+            size = sum(shape.bytes for shape in one.shapes)
+        if base == "reduce-scatter":
+            size = sum(s.bytes for name in one.operands for s in table[name].shapes)
+        made.collectives[base] = COLLECTIVES[base] * size
+        return made
+    if kind in FREE:
+        return made
+    if kind == "dynamic-slice" or kind == "gather":
+        made.bytes = 2 * sum(shape.bytes for shape in one.shapes)
+    elif kind == "dynamic-update-slice":
+        made.bytes = 2 * sum(shape.bytes for shape in table[one.operands[1]].shapes)
+    elif kind == "copy-start":
+        made.bytes = sum(shape.bytes for shape in one.shapes[:2])
+    else:
+        inputs = (s for name in one.operands if name in table for s in table[name].shapes)
+        made.bytes = sum(s.bytes for s in (*one.shapes, *inputs))
+    return made
+
+
+def _trips(loop: Instruction, computations: dict[str, dict[str, Instruction]]) -> int | None:
+    """How often a loop runs: said by the compiler; or counted up to a constant, as a scan is."""
+    said = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text)
+    if said:
+        return int(said[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.text)
+    table = computations[condition[1]] if condition else {}
+    limits = [i for i in table.values() if i.kind == "constant" and i.shapes[0].dtype == "s32"]
+    compares = [i for i in table.values() if i.kind == "compare" and "direction=LT" in i.text]
+    if len(limits) != 1 or len(compares) != 1 or limits[0].name not in compares[0].operands:
+        return None
+    return int(limits[0].text.split("constant(")[1].split(")")[0])
+
+
+def _collective(kind: str) -> str | None:
+    base = kind.removesuffix("-start")
+    return base if base in COLLECTIVES else None
+
+
+def _attribute(text: str, name: str) -> str:
+    match = re.search(name + r"=\{([^}]*)\}", text)
+    return match[1] if match else ""
+
+
+def _fusion_bytes(one, table, inside) -> float:
+    """What a fusion reads and writes; of a stack that it takes a slice of, the slice."""
+    total = 0.0
+    parameters = {
+        int(re.search(r"parameter\((\d+)\)", i.text)[1]): i  # type: ignore[index]
+        for i in inside.values()
+        if i.kind == "parameter"
+    }
+    in_place = False
+    for number, name in enumerate(one.operands):
+        if name not in table or number not in parameters:
+            continue
+        users = [i for i in inside.values() if parameters[number].name in i.operands]
+        whole = sum(shape.bytes for shape in table[name].shapes)
+        if users and all(i.kind == "dynamic-slice" for i in users) and whole:
+            whole = min(whole, sum(s.bytes for i in users for s in i.shapes))
+        updates = [i for i in users if i.kind == "dynamic-update-slice"]
+        if updates and updates[0].operands[0] == parameters[number].name and whole:
+            update = inside[updates[0].operands[1]]
+            whole, in_place = sum(shape.bytes for shape in update.shapes), True
+        total += whole
+    written = sum(shape.bytes for shape in one.shapes)
+    return total if in_place else total + written
+
+
+def _product_flops(one: Instruction, table: dict[str, Instruction]) -> float:
+    out = math.prod(one.shapes[0].dims)
+    left, right = (table[name].shapes[0].dims for name in one.operands[:2])
+    if one.kind == "dot":
+        summed = [int(n) for n in _attribute(one.text, "lhs_contracting_dims").split(",") if n]
+        return 2.0 * out * math.prod(left[n] for n in summed)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.text)
+    assert labels is not None, one.text
+    in_labels, kernel_labels, out_labels = labels.groups()
+    channels = right[kernel_labels.index("i")]
+    total = 2.0 * channels
+    total *= math.prod(
+        size for label, size in zip(out_labels, one.shapes[0].dims, strict=True)
+        if not label.isdigit()
+    )  # fmt: skip
+    window = _attribute(one.text, "window")
+    for number, label in enumerate(sorted(c for c in out_labels if c.isdigit())):
+        sizes = (
+            left[in_labels.index(label)], right[kernel_labels.index(label)],
+            one.shapes[0].dims[out_labels.index(label)],
+        )  # fmt: skip
+        total *= _pairs(*sizes, window, number)
+    groups = re.search(r"batch_group_count=(\d+)", one.text)
+    return total / int(groups[1]) if groups else total
+
+
+def _pairs(size: int, kernel: int, out: int, window: str, axis: int) -> int:
+    """Pairs of output and kernel positions that meet an input, not a hole or the padding."""
+
+    def value(name: str, default: int) -> str:
+        found = re.search(rf"(?:^| ){name}=([\d_x\-]+)", window)
+        return found[1].split("x")[axis] if found else str(default)
+
+    stride, low = int(value("stride", 1)), int(value("pad", 0).split("_")[0])
+    holes, spread = int(value("lhs_dilate", 1)), int(value("rhs_dilate", 1))
+    at = np.arange(out)[:, None] * stride + np.arange(kernel) * spread - low
+    return int(np.sum((at % holes == 0) & (at >= 0) & (at // holes < size)))
+
+
+def _kernel_flops(one: Instruction) -> float:
+    for name, products in ATTENTION.items():
+        if one.name.startswith(name):
+            batch, heads, length, width = max((s.dims for s in one.shapes if len(s.dims) == 4),
+                                              key=math.prod)  # fmt: skip
+            return products * 2.0 * batch * heads * length * (length + 1) / 2 * width
+    return 0.0
