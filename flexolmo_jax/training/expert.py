@@ -1,6 +1,5 @@
 """Stage 2: one owner's expert, trained by the owner alone, beside the frozen anchor."""
 
-import dataclasses
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
