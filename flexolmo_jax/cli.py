@@ -87,7 +87,7 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # as in malloc.h
         never = -1  # the largest size there is; 2**31 - 1 bytes are one step of a small model
-        mallopt(arena_max, 2)
+        mallopt(arena_max, 1)  # others would map and unmap what is larger than 64 MB
         mallopt(mmap_threshold, never)
         mallopt(trim_threshold, never)
 

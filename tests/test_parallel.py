@@ -153,9 +153,7 @@ def test_processes_load_a_model_together(world, tmp_path):
 )
 def test_a_process_that_waits_in_vain_says_so(world, tmp_path, number, message):
     where = ("--coordinator", f"localhost:{a_free_port()}", "--processes", 2, "--process", number)
-    (alone,) = start_training(
-        world, tmp_path / "out", tmp_path / "run", 1, 1, *where, "--wait", 3
-    )
+    (alone,) = start_training(world, tmp_path / "out", tmp_path / "run", 1, 1, *where, "--wait", 3)
     _, error = alone.communicate(timeout=90)
     assert alone.returncode != 0
     assert message in error

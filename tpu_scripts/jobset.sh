@@ -20,7 +20,8 @@ for word in train "$@" --distributed --resume; do
   words+="${words:+, }\"${word//\"/\\\"}\""
 done
 manifest=$(<"$(dirname "$0")/jobset.yaml")
-declare -A values=( # shellcheck disable=SC2153
+# shellcheck disable=SC2153 # `need` has looked at them
+declare -A values=(
   [NAME]=$NAME [IMAGE]=$IMAGE [BUCKET]=$BUCKET [WORDS]=$words
   [ACCELERATOR]=${ACCELERATOR:-tpu-v5p-slice} [TOPOLOGY]=${TOPOLOGY:-4x4x4} [HOSTS]=${HOSTS:-16}
 )

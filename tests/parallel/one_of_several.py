@@ -1,6 +1,6 @@
 """One of several processes that load a merged model together; run by tests/test_parallel.py.
 
-    python one_of_several.py MODEL OUT COORDINATOR PROCESSES PROCESS
+python one_of_several.py MODEL OUT COORDINATOR PROCESSES PROCESS
 """
 
 import json
