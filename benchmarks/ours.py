@@ -12,7 +12,6 @@ import numpy as np
 import optax
 
 from benchmarks.sizes import Size
-from flexolmo_jax.cli import keep_freed_memory
 from flexolmo_jax.config import ModelConfig, OptimizerConfig
 from flexolmo_jax.data.loader import Batch
 from flexolmo_jax.data.tokenizer import Tokenizer
@@ -52,7 +51,6 @@ def build(case: str, size: Size, option: str) -> Callable[[], None]:
     Raises:
       ValueError: there is no such case.
     """
-    keep_freed_memory()  # as `flexolmo train` does
     if case == "gemm":
         a, b = (jnp.asarray(_normal(size.gemm, size.gemm)) for _ in range(2))
         multiply = jax.jit(jnp.matmul)

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.cases import Side
 from benchmarks.sizes import Size
+from flexolmo_jax.cli import keep_freed_memory
 
 CONTEXT = multiprocessing.get_context("spawn")
 
@@ -77,6 +78,8 @@ def compare(sides: list[Side], size: Size, rounds: int) -> dict[str, dict[str, A
 def _serve(connection: Connection, side: Side, size: Size) -> None:
     try:
         start = time.perf_counter()
+        if side.module == "benchmarks.ours":
+            keep_freed_memory()  # as `flexolmo train` does, before any thread starts
         build = importlib.import_module(side.module).build
         run = build(side.case, size, side.option)
         run()

@@ -1,40 +1,38 @@
 """FlexOlmo in JAX: language models whose parts come from owners that never pool their data."""
 
-from flexolmo_jax.config import (
-    AnchorTraining,
-    DataConfig,
-    ExpertTraining,
-    ModelConfig,
-    OptimizerConfig,
-    RouterTraining,
-    load_config,
-)
-from flexolmo_jax.evaluation.domains import bits_per_byte
-from flexolmo_jax.federation.merge import add_expert, merge, remove_expert
-from flexolmo_jax.model import FlexOlmo, load
-from flexolmo_jax.sharding import make_mesh
-from flexolmo_jax.training.anchor import train_anchor
-from flexolmo_jax.training.expert import train_expert
-from flexolmo_jax.training.router_tuning import train_router
+import importlib
+
 from flexolmo_jax.version import __version__
 
-__all__ = [
-    "AnchorTraining",
-    "DataConfig",
-    "ExpertTraining",
-    "FlexOlmo",
-    "ModelConfig",
-    "OptimizerConfig",
-    "RouterTraining",
-    "__version__",
-    "add_expert",
-    "bits_per_byte",
-    "load",
-    "load_config",
-    "make_mesh",
-    "merge",
-    "remove_expert",
-    "train_anchor",
-    "train_expert",
-    "train_router",
-]
+# Imported when they are first used: the command line starts quickly, and sets up memory before
+# the libraries start threads.
+_MODULES = {
+    "AnchorTraining": "config",
+    "DataConfig": "config",
+    "ExpertTraining": "config",
+    "ModelConfig": "config",
+    "OptimizerConfig": "config",
+    "RouterTraining": "config",
+    "load_config": "config",
+    "bits_per_byte": "evaluation.domains",
+    "add_expert": "federation.merge",
+    "merge": "federation.merge",
+    "remove_expert": "federation.merge",
+    "FlexOlmo": "model",
+    "load": "model",
+    "make_mesh": "sharding",
+    "train_anchor": "training.anchor",
+    "train_expert": "training.expert",
+    "train_router": "training.router_tuning",
+}
+__all__ = ["__version__", *_MODULES]  # noqa: PLE0604
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -183,8 +183,9 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
         )
     known = {"stage": stage, "topology": topology, "chips": count, "memory": chip.memory}
     started = time.monotonic()
+    run, arguments, named = _step(config, model, stage, mesh)
     with sharding.within(mesh), tempfile.TemporaryDirectory() as dump:
-        lowered = _lower(config, model, stage, mesh)
+        lowered = run.lower(*arguments, **named)
         try:
             # The text has to come from the compiler: the executable's own cannot always be read.
             options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
@@ -261,9 +262,10 @@ def _needed(config: Training, model: ModelConfig, stage: str) -> float:
     return flops.decode_flops(model, length, every)
 
 
-def _lower(config: Training, model: ModelConfig, stage: str, mesh: Mesh) -> Any:
+def _step(config: Training, model: ModelConfig, stage: str, mesh: Mesh) -> tuple[Any, tuple, dict]:
+    """The jitted step, and the shapes of its arguments, placed on the mesh."""
     if stage == "decode":
-        return _lower_decode(config, model, mesh)
+        return _decode(config, model, mesh)
     shape = (config.data.batch_size, config.data.length)
     rows = functools.partial(
         jax.ShapeDtypeStruct, shape, sharding=NamedSharding(mesh, sharding.ROWS)
@@ -273,14 +275,13 @@ def _lower(config: Training, model: ModelConfig, stage: str, mesh: Mesh) -> Any:
         backbone, experts = _placed(_weights(model, mesh), mesh)
         loss = RouterLoss(model, 0.0, 0.0)
         run = jax.jit(functools.partial(_forward, loss=loss, mesh=mesh))
-        return run.lower(backbone, experts, batch)
+        return run, (backbone, experts, batch), {}
     trainable, frozen, loss = _stage(config, model, stage, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = _placed(jax.eval_shape(optimizer.init, trainable), mesh)
-    return train_step.lower(
-        loss, optimizer, _placed(trainable, mesh), state, _placed(frozen, mesh), batch,
-        mesh=mesh, parts=config.parts,
-    )  # fmt: skip
+    trainable, frozen = _placed(trainable, mesh), _placed(frozen, mesh)
+    named = {"mesh": mesh, "parts": config.parts}
+    return train_step, (loss, optimizer, trainable, state, frozen, batch), named
 
 
 def _forward(backbone, experts, batch: Batch, *, loss: RouterLoss, mesh: Mesh):
@@ -323,7 +324,7 @@ def _placed(tree: Any, mesh: Mesh, over: tuple[str, ...] = sharding.AXES) -> Any
     )  # fmt: skip
 
 
-def _lower_decode(config: Training, model: ModelConfig, mesh: Mesh) -> Any:
+def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> tuple[Any, tuple, dict]:
     """One turn of the loop over new tokens; weights in the dtype of the activations."""
     batch, length = config.data.batch_size, config.data.length
 
@@ -346,9 +347,10 @@ def _lower_decode(config: Training, model: ModelConfig, mesh: Mesh) -> Any:
         abstract((batch, decode.BUCKET), jnp.int32, axes),
     )
     num_experts = weights[1].router.bias.shape[1]
-    return decode._go_on.lower(
+    arguments = (
         (*weights, None), state, abstract((batch,), jnp.int32, axes),
         abstract((batch, num_experts), jnp.bool_, axes),
         jax.eval_shape(jax.random.key, 0), 0, decode.BUCKET,
-        config=model, sampling=Sampling(0.0, None, None), mesh=mesh,
     )  # fmt: skip
+    named = {"config": model, "sampling": Sampling(0.0, None, None), "mesh": mesh}
+    return decode._go_on, arguments, named
