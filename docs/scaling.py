@@ -105,43 +105,41 @@ def main() -> None:
     pictures(found)
 
 
+HEADER = """\
+| stage | chips | set | verdict | peak, GiB | overhead | roofline, s | bound by | MFU | tokens/s \
+| days | compiled in | made |
+| --- | --- | --- | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | --- |
+"""
+PAGE_TEXT = """\
+# Full size on TPU slices, compiled ahead of time
+
+`python docs/scaling.py`, {cores} cores ({machine}), without a TPU. The real step of each stage,
+compiled by libtpu for the slice; nothing here has run. Bytes, FLOPs and collectives are read off
+the compiled program, layers counted as often as they run (`flexolmo_jax/planning`). *Overhead*:
+compiled over needed FLOPs. *Roofline*: the longest of compute, HBM and links at published peak
+rates (`planning/chips.py`), as if the others hid behind it; *MFU* is needed FLOPs at that time, so
+an upper bound. Training steps and forward passes are of 4M tokens; decoding is one more token of
+256 sequences with 4096 tokens each.
+
+{stages}
+## Growth
+
+![chips](scaling_chips.png) ![experts](scaling_experts.png)
+
+Left: the 2x7B expert step of 4M tokens on 16 to 256 v5p chips. Right: a forward pass of 4M tokens
+through 2 to 64 experts, two of them active, on 64 v5p chips.
+
+{growth}"""
+
+
 def page(found: dict[str, dict[str, Any]]) -> str:
-    lines = [
-        "# Full size on TPU slices, compiled ahead of time",
-        "",
-        f"`python docs/scaling.py` on {os.cpu_count()} cores ({platform.machine()}), without a TPU.",
-        "The real step of each stage, compiled by libtpu for the slice; nothing here has run. Bytes,",
-        "FLOPs and collectives are read off the compiled program, layers counted as often as they",
-        "run (`flexolmo_jax/planning`). *Overhead*: compiled over needed FLOPs. *Roofline*: the",
-        "longest of compute, HBM and links at published peak rates (`planning/chips.py`), as if the",
-        "others hid behind it; *MFU* is needed FLOPs at that time, an upper bound. Training steps",
-        "and forward passes are of 4M tokens; decoding is of 256 sequences with 4096 tokens each.",
-        "",
-    ]
-    header = (
-        "| stage | chips | set | verdict | peak, GiB | overhead | roofline, s | bound by | MFU "
-        "| tokens/s | days | compiled in | made |"
-    )
-    lines += [
-        header,
-        "| --- | --- | --- | --- | " + "---: | " * 3 + "--- | " + "---: | " * 4 + "--- |",
-    ]
-    lines += [row(name, one) for name, one in found.items() if not name.startswith("growth")]
-    lines += [
-        "",
-        "## Growth",
-        "",
-        "![chips](scaling_chips.png) ![experts](scaling_experts.png)",
-        "",
-    ]
-    lines += ["Left: the 2x7B expert step of 4M tokens on 16 to 256 v5p chips. Right: a forward",
-              "pass of 4M tokens through 2 to 64 experts, two of them active, on 64 v5p chips.", ""]  # fmt: skip
-    lines += [
-        header,
-        "| --- | --- | --- | --- | " + "---: | " * 3 + "--- | " + "---: | " * 4 + "--- |",
-    ]
-    lines += [row(name, one) for name, one in found.items() if name.startswith("growth")]
-    return "\n".join(lines) + "\n"
+    rows = {name: row(name, one) + "\n" for name, one in found.items()}
+    growth = [text for name, text in rows.items() if name.startswith("growth")]
+    stages = [text for name, text in rows.items() if not name.startswith("growth")]
+    return PAGE_TEXT.format(
+        cores=os.cpu_count(), machine=platform.machine(),
+        stages=HEADER + "".join(stages), growth=HEADER + "".join(growth),
+    )  # fmt: skip
 
 
 def row(name: str, one: dict[str, Any]) -> str:
