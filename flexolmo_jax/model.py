@@ -314,7 +314,7 @@ def load(
     else:
         kind = read_manifest(path)["kind"]
         if kind == "merged":
-            loaded = load_merged(path)
+            loaded = load_merged(path, None if dtype == "int8" else dtype, mesh, sharding.SERVING)
         elif kind == "anchor":
             loaded = _alone(read_anchor(path))
         else:
@@ -325,12 +325,12 @@ def load(
         raise ValueError("int8 weights are for one CPU; on GPU, TPU or a mesh use bfloat16")
     if dtype is not None:
         config = config.replace(dtype="float32" if int8 else dtype)
-        backbone, experts = jax.tree.map(lambda x: x.astype(config.dtype), (backbone, experts))
     if int8:
         backbone, experts = round_to_int8(backbone, experts)
-    if mesh is not None:
+    if mesh is not None and experts.router.bias.shape[1] == len(loaded.names):
         experts = fill_up(experts, mesh.shape[sharding.EXPERT])
-        backbone, experts = sharding.place((backbone, experts), mesh)
+    where = (mesh, sharding.SERVING, config.dtype if dtype else None)
+    backbone, experts = sharding.place((backbone, experts), *where)
     return FlexOlmo(backbone, experts, config, loaded.names, loaded.tokenizer, int8, mesh)
 
 
@@ -369,5 +369,5 @@ def _logits(backbone, experts, tokens, allowed, config: ModelConfig, mesh) -> ja
         return backbone.logits(out.hidden, config)
 
     rows = sharding.ROWS
-    where = mesh and (*sharding.specs((backbone, experts), mesh), rows, rows)
+    where = mesh and (*sharding.specs((backbone, experts), mesh, sharding.SERVING), rows, rows)
     return sharding.spread(local, mesh, where, rows)(backbone, experts, tokens, allowed)

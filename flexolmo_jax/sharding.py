@@ -29,6 +29,7 @@ from flexolmo_jax.config import ModelConfig
 
 DATA, EXPERT = AXES = ("data", "expert")
 ROWS = P(AXES)  # of a batch
+SERVING: tuple[str, ...] = ()  # a model in use is whole on every device, its experts aside
 CUT = {  # the axis of each matrix that is cut: the model width, for `down` the hidden width
     "embed": -1, "head": -2, "q": -3, "k": -3, "v": -3, "o": -1, "gate": -2, "up": -2, "down": -2,
 }  # fmt: skip
@@ -105,19 +106,46 @@ def _stay(num_experts: int, mesh: Mesh) -> bool:
     return ways > 1 and num_experts % ways == 0
 
 
-def place(tree: Any, mesh: Mesh | None, over: tuple[str, ...] = AXES) -> Any:
-    """Puts a tree, the same in all processes, on its devices."""
+def place(
+    tree: Any, mesh: Mesh | None, over: tuple[str, ...] = AXES, dtype: str | None = None
+) -> Any:
+    """Puts a tree, the same in all processes, on its devices.
+
+    Of host arrays (also those over files, `tensors.mapped`, `tensors.Joined`) each device's part is
+    read on its own, so that no more than that is held on the way.
+
+    Args:
+      tree: of arrays.
+      mesh: of the devices; None for one.
+      over: as in `specs`.
+      dtype: of the result; default: as it is.
+    """
+
+    def read(x, part):
+        # A copy: JAX may go on using the memory of an array that it is given.
+        return np.array(x[part], dtype or x.dtype)
+
     if mesh is None:
-        return tree
-    where = shardings(tree, mesh, over)
-    if jax.process_count() == 1:
-        return jax.device_put(tree, where)
+        return jax.tree.map(
+            lambda x: x.astype(dtype or x.dtype) if isinstance(x, jax.Array)
+            else jnp.asarray(read(x, (slice(None),) * x.ndim)),
+            tree,
+        )  # fmt: skip
 
     def one(x, where):
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, where, x.__getitem__)
+        if isinstance(x, jax.Array) and (jax.process_count() == 1 or x.sharding == where):
+            return jax.device_put(x.astype(dtype or x.dtype), where)
+        return jax.make_array_from_callback(x.shape, where, lambda part: read(x, part))
 
-    return jax.tree.map(one, tree, where)
+    return jax.tree.map(one, tree, shardings(tree, mesh, over))
+
+
+def build(make: Callable[[], Any], mesh: Mesh | None) -> Any:
+    """make(), compiled; each device makes its own part, and the numbers are those of one."""
+    if mesh is None:
+        return jax.jit(make)()
+    with within(mesh):
+        return jax.jit(make, out_shardings=shardings(jax.eval_shape(make), mesh))()
 
 
 def place_rows(tree: Any, mesh: Mesh | None) -> Any:

@@ -1,7 +1,11 @@
 """Named tensors: the leaves of a tree by name, their digests, and their Orbax form on disk."""
 
+import dataclasses
 import hashlib
+import json
 import logging
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +99,76 @@ def load(path: Path, tensors: dict[str, Any]) -> dict[str, jax.Array]:
             return ocp.load(path.absolute(), abstract)
     except (OSError, KeyError) as error:
         raise ValueError(f"{path}: the tensors cannot be read ({error})") from error
+
+
+def mapped(path: Path, tensors: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors of a folder that `save` wrote, as arrays over its files (np.memmap).
+
+    Nothing is read before it is used, and then only the part that is: a device's share of a
+    matrix, without the rest passing through memory.
+
+    Raises:
+      ValueError: they are stored in another way, or with other shapes.
+    """
+    return {name: _map(path / "state" / name, name, x) for name, x in tensors.items()}
+
+
+def _map(folder: Path, name: str, like: Any) -> np.ndarray:
+    """Zarr 3 as `save` has Orbax write it: the bytes of the array, then an index of one entry."""
+    file = folder / "zarr.json"
+    if not file.exists():
+        raise ValueError(f"{folder}: the tensor {name} {list(like.shape)} is missing")
+    about, shape = json.loads(file.read_text()), list(like.shape)
+    if about["shape"] != shape:
+        raise ValueError(f"{folder}: {name}: expected shape {shape}, found {about['shape']}")
+    little = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    (codec,) = about["codecs"]
+    chunks = about["chunk_grid"]["configuration"]["chunk_shape"], codec["configuration"]
+    if chunks[0] != shape or chunks[1].get("chunk_shape") != shape or chunks[1]["codecs"] != little:
+        raise ValueError(f"{folder}: {name}: expected one uncompressed file, found {about}")
+    dtype, data = jnp.dtype(about["data_type"]), folder.joinpath("c", *("0" for _ in shape))
+    if not data.exists():  # nothing but the fill value is not written at all
+        return np.full(shape, about["fill_value"], dtype)
+    with open(data, "rb") as opened:
+        opened.seek(-20, os.SEEK_END)
+        offset, count = np.frombuffer(opened.read(16), "<u8").tolist()
+    if count != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{data}: {name}: expected its bytes, found {count} of them")
+    return np.memmap(data, dtype, "r", offset, tuple(shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Host arrays [L, E_i, ...] end to end along axis 1, read by parts; an array for `place`."""
+
+    arrays: tuple[Any, ...]
+    empty: int = 0  # so many more after them
+    fill: float = 0.0  # filled with this
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        layers, _, *rest = self.arrays[0].shape
+        return (layers, sum(x.shape[1] for x in self.arrays) + self.empty, *rest)
+
+    @property
+    def ndim(self) -> int:
+        return self.arrays[0].ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.arrays[0].dtype
+
+    def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
+        layers, wanted, *rest = part
+        start, stop, _ = wanted.indices(self.shape[1])
+        found, first = [], 0
+        for x in self.arrays:
+            own = slice(max(start - first, 0), max(stop - first, 0))
+            found.append(np.asarray(x[(layers, own, *rest)]))
+            first += x.shape[1]
+        empty = max(stop - max(start, first), 0)
+        shape = (len(found[0]), empty, *found[0].shape[2:])
+        return np.concatenate([*found, np.full(shape, self.fill, self.dtype)], axis=1)
 
 
 def _difference(expected: dict[str, tuple], found: dict[str, tuple]) -> str:

@@ -59,7 +59,7 @@ STEPS = {
 
 
 def spared(config, stage):
-    """What the first layer's backward pass need not do, and a loop over layers does all the same."""
+    """What the first layer need not do backwards, and a loop over layers does all the same."""
     one, two = (STEPS[stage](config.replace(num_layers=n), LENGTH) for n in (1, 2))
     head = 2 * config.width * config.vocab_size
     a_layer, the_first = two - one, one - (3 if stage == "anchor" else 2) * head

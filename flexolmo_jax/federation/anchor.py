@@ -13,6 +13,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.package import (
     canonical_digest,
     check_files,
+    map_tensors,
     read_manifest,
     read_tensors,
     write_package,
@@ -76,8 +77,12 @@ def write_anchor(
     write_package(path, manifest, weights, files)
 
 
-def read_anchor(path: Path) -> LoadedAnchor:
+def read_anchor(path: Path, mapped: bool = False) -> LoadedAnchor:
     """Reads an anchor package, or a Hugging Face directory of an OLMo 2 model, in full.
+
+    Args:
+      path: the directory.
+      mapped: leave the weights of a package in their files (`tensors.mapped`), once checked.
 
     Raises:
       ValueError: it is missing, damaged, or not an anchor.
@@ -88,11 +93,47 @@ def read_anchor(path: Path) -> LoadedAnchor:
     check_files(path, manifest)
     config = ModelConfig.from_json(manifest["model"], str(path))
     abstract = jax.eval_shape(lambda key: init_anchor(config, key), jax.random.key(0))
-    weights = read_tensors(path, manifest, abstract)
+    weights = (map_tensors if mapped else read_tensors)(path, manifest, abstract)
     tokenizer = Tokenizer.load(path / TOKENIZER, manifest["tokenizer"]["separator"])
     with open(path / PUBLIC_TEXT, encoding="utf-8") as lines:
         public_text = [json.loads(line)["text"] for line in lines]
     return LoadedAnchor(weights, config, tokenizer, manifest["identity"], public_text)
+
+
+def check_anchor(path: Path) -> None:
+    """Checks every file of an anchor package; a Hugging Face directory has no digests.
+
+    Raises:
+      ValueError: one is missing, changed, or should not be there.
+    """
+    if not huggingface.is_hugging_face(path):
+        check_files(path, read_manifest(path, kind="anchor"))
+
+
+class AnchorFacts(NamedTuple):
+    """What packages have to agree with."""
+
+    architecture: dict[str, Any]
+    tokenizer: str | None  # digest
+    identity: str
+
+    @classmethod
+    def of(cls, anchor: LoadedAnchor) -> "AnchorFacts":
+        digest = anchor.tokenizer and anchor.tokenizer.digest
+        return cls(anchor.config.architecture(), digest, anchor.identity)
+
+
+def anchor_facts(path: Path) -> AnchorFacts:
+    """The facts of an anchor on disk, from its manifest; of a Hugging Face directory, read in full.
+
+    Raises:
+      ValueError: it is missing, its manifest was changed, or it is not an anchor.
+    """
+    if huggingface.is_hugging_face(path):
+        return AnchorFacts.of(_from_hugging_face(path))
+    manifest = read_manifest(path, kind="anchor")
+    config = ModelConfig.from_json(manifest["model"], str(path))
+    return AnchorFacts(config.architecture(), manifest["tokenizer"]["digest"], manifest["identity"])
 
 
 def hugging_face_tokenizer(path: Path) -> Tokenizer | None:

@@ -7,30 +7,41 @@ out is not loading it.
 import dataclasses
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
+from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
-from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
+from flexolmo_jax.federation.anchor import (
+    AnchorFacts,
+    LoadedAnchor,
+    anchor_facts,
+    check_anchor,
+    read_anchor,
+)
 from flexolmo_jax.federation.package import (
     FORMAT,
     NO_PRIVACY,
     check_files,
     check_name,
+    check_names,
+    map_tensors,
     new_directory,
     read_manifest,
     read_tensors,
     write_manifest,
     write_package,
 )
-from flexolmo_jax.interop import huggingface
 from flexolmo_jax.modeling.experts import Experts, join
 from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.modeling.transformer import Backbone
+from flexolmo_jax.tensors import Joined
 from flexolmo_jax.version import __version__
 
 
@@ -75,34 +86,33 @@ def write_expert(
     write_package(path, manifest, expert)
 
 
-def read_expert(path: Path, anchor: LoadedAnchor) -> Experts:
-    """Reads an expert package in full, if it was made for this anchor.
+def read_expert(path: Path, anchor: LoadedAnchor, mapped: bool = False) -> Experts:
+    """Reads an expert package in full, if it was made for this anchor; `mapped` as `read_anchor`.
 
     Raises:
       ValueError: it is missing or damaged, or made for another config, tokenizer or anchor.
     """
     manifest = read_manifest(path, kind="expert")
-    check_made_for(manifest, path, anchor)
+    check_made_for(manifest, path, AnchorFacts.of(anchor))
     check_files(path, manifest)
     config = anchor.config
     abstract = jax.eval_shape(lambda key: Experts(config, 1, key), jax.random.key(0))
-    return read_tensors(path, manifest, abstract)
+    return (map_tensors if mapped else read_tensors)(path, manifest, abstract)
 
 
-def check_made_for(manifest: dict[str, Any], path: Path, anchor: LoadedAnchor) -> None:
+def check_made_for(manifest: dict[str, Any], path: Path, anchor: AnchorFacts) -> None:
     """Raises ValueError, saying which, if a package is for another config, tokenizer or anchor."""
-    ours, theirs = anchor.config.architecture(), manifest["model"]
+    ours, theirs = anchor.architecture, manifest["model"]
     for field in sorted(ours.keys() | theirs.keys()):
         if ours.get(field) != theirs.get(field):
             raise ValueError(
                 f"{path}: made for another model config: expected {field}={ours.get(field)}, "
                 f"found {theirs.get(field)}"
             )
-    digest = anchor.tokenizer and anchor.tokenizer.digest
-    if manifest["tokenizer"] != digest:
+    if manifest["tokenizer"] != anchor.tokenizer:
         raise ValueError(
-            f"{path}: made for another tokenizer: expected sha256 {str(digest)[:12]}..., found "
-            f"{str(manifest['tokenizer'])[:12]}..."
+            f"{path}: made for another tokenizer: expected sha256 {str(anchor.tokenizer)[:12]}..., "
+            f"found {str(manifest['tokenizer'])[:12]}..."
         )
     if manifest["anchor"] != anchor.identity:
         raise ValueError(
@@ -130,16 +140,17 @@ def merge(
       ValueError: a package is damaged or made for something else, or a name comes twice.
     """
     out = Path(out).absolute()
-    loaded = read_anchor(Path(anchor))
-    entries = [_entry(Path(path), out, loaded) for path in experts]
-    _check_names(entries)
+    facts = anchor_facts(Path(anchor))
+    check_anchor(Path(anchor))
+    entries = [_entry(Path(path), out, facts, check_files) for path in experts]
+    _check_distinct(entries)
     if active_experts is not None and active_experts < 1:
         raise ValueError(f"active_experts must be at least 1, found {active_experts}")
     manifest = {
         "format": FORMAT,
         "made_by": f"flexolmo_jax {__version__}",
         "kind": "merged",
-        "anchor": {"path": _relative(Path(anchor), out), "identity": loaded.identity},
+        "anchor": {"path": _relative(Path(anchor), out), "identity": facts.identity},
         "experts": entries,
         "active_experts": active_experts,
         "files": {},
@@ -166,15 +177,20 @@ def write_tuned(out: Path, model: Path, router: Router) -> None:
 def add_expert(model: str | Path, *packages: str | Path) -> bool:
     """Adds packages to a merged model on disk, all or none. True if that undid a tuned router.
 
+    Reads manifests, and sees that every file is there: it takes as long at any size. Their bytes
+    are checked when the model is loaded or inspected, as always.
+
     Raises:
       ValueError: as `merge`; the model is as it was.
     """
     model = Path(model)
     manifest = read_manifest(model, kind="merged")
-    anchor = _anchor_of(model, manifest)
-    added = [_entry(Path(package), model.absolute(), anchor) for package in packages]
+    folder = model / manifest["anchor"]["path"]
+    facts = anchor_facts(folder)
+    _check_identity(folder, facts.identity, manifest)
+    added = [_entry(Path(one), model.absolute(), facts, check_names) for one in packages]
     entries = [*manifest["experts"], *added]
-    _check_names(entries)
+    _check_distinct(entries)
     return _replace_experts(model, manifest, entries)
 
 
@@ -205,34 +221,62 @@ def check_merged(path: Path) -> None:
     """
     manifest = read_manifest(path, kind="merged")
     _check_own_files(path, manifest)
-    anchor = path / manifest["anchor"]["path"]
-    if not huggingface.is_hugging_face(anchor):
-        check_files(anchor, read_manifest(anchor, kind="anchor"))
+    check_anchor(path / manifest["anchor"]["path"])
     for entry in manifest["experts"]:
         check_files(path / entry["path"], _merged_package(path, entry))
 
 
-def load_merged(path: Path) -> LoadedModel:
+def join_files(stacks: list[Any], empty: int = 0) -> Any:
+    """As `join`, of arrays on the host, read when they are placed; with empty experts after them.
+
+    Empty experts (`fill_up`) have weights 0 and the bias -inf: no token ever chooses them.
+    """
+
+    def one(path, *leaves):
+        is_bias = jax.tree_util.keystr(path).removesuffix(".value").endswith("bias")
+        return Joined(leaves, empty, -np.inf if is_bias else 0.0)
+
+    return jax.tree_util.tree_map_with_path(one, *stacks)
+
+
+def load_merged(
+    path: Path,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    over: tuple[str, ...] = sharding.AXES,
+) -> LoadedModel:
     """Loads a merged model: checks every file, then concatenates along the expert axis.
+
+    Args:
+      path: the merged model.
+      dtype: of the weights; default: as stored.
+      mesh, over: where they go (`sharding.place`), each device reading its own part of every
+        file; with empty experts after them, up to a number that the axis `expert` divides.
 
     Raises:
       ValueError: a part is missing, damaged, or not the one that was merged.
     """
     manifest = read_manifest(path, kind="merged")
     _check_own_files(path, manifest)
-    anchor = _anchor_of(path, manifest)
+    folder = path / manifest["anchor"]["path"]
+    anchor = read_anchor(folder, mapped=True)
+    _check_identity(folder, anchor.identity, manifest)
     stacks = [anchor.weights.public]
     for entry in manifest["experts"]:
         _merged_package(path, entry)
-        stacks.append(read_expert(path / entry["path"], anchor))
-    experts = join(*stacks)
+        stacks.append(read_expert(path / entry["path"], anchor, mapped=True))
+    empty = 0 if mesh is None else -len(stacks) % mesh.shape[sharding.EXPERT]
+    experts = join_files(stacks, empty)
     if "tensors" in manifest:
-        experts.router = read_tensors(path, manifest, experts.router)
+        whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), join_files(stacks))
+        tuned = map_tensors(path, manifest, whole.router)
+        experts.router = join_files([tuned], empty)
+    backbone, experts = sharding.place((anchor.weights.backbone, experts), mesh, over, dtype)
     names = ("public", *(entry["name"] for entry in manifest["experts"]))
     config = dataclasses.replace(
         anchor.config, num_experts=len(names), active_experts=manifest["active_experts"]
     )
-    return LoadedModel(anchor.weights.backbone, experts, config, names, anchor.tokenizer)
+    return LoadedModel(backbone, experts, config, names, anchor.tokenizer)
 
 
 def _check_own_files(model: Path, manifest: dict[str, Any]) -> None:
@@ -261,21 +305,20 @@ def load_pair(path: Path, anchor: LoadedAnchor) -> LoadedModel:
     return LoadedModel(anchor.weights.backbone, stack, config, ("public", name), anchor.tokenizer)
 
 
-def _anchor_of(model: Path, manifest: dict[str, Any]) -> LoadedAnchor:
-    folder = model / manifest["anchor"]["path"]
-    anchor = read_anchor(folder)
-    if anchor.identity != manifest["anchor"]["identity"]:
+def _check_identity(folder: Path, found: str, manifest: dict[str, Any]) -> None:
+    if found != manifest["anchor"]["identity"]:
         raise ValueError(
             f"{folder}: not the anchor that was merged: expected "
-            f"{manifest['anchor']['identity'][:12]}..., found {anchor.identity[:12]}..."
+            f"{manifest['anchor']['identity'][:12]}..., found {found[:12]}..."
         )
-    return anchor
 
 
-def _entry(package: Path, model: Path, anchor: LoadedAnchor) -> dict[str, str]:
+def _entry(
+    package: Path, model: Path, anchor: AnchorFacts, check: Callable[[Path, dict], None]
+) -> dict[str, str]:
     manifest = read_manifest(package, kind="expert")
     check_made_for(manifest, package, anchor)
-    check_files(package, manifest)
+    check(package, manifest)
     return {
         "name": manifest["name"],
         "path": _relative(package, model),
@@ -283,7 +326,7 @@ def _entry(package: Path, model: Path, anchor: LoadedAnchor) -> dict[str, str]:
     }
 
 
-def _check_names(entries: list[dict[str, str]]) -> None:
+def _check_distinct(entries: list[dict[str, str]]) -> None:
     names = [entry["name"] for entry in entries]
     for name in names:
         if names.count(name) > 1:

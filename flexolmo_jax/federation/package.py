@@ -127,8 +127,31 @@ def check_files(folder: Path, manifest: dict[str, Any], beside: tuple[str, ...] 
             )
 
 
+def check_names(folder: Path, manifest: dict[str, Any]) -> None:
+    """That every file of a package is there, whatever is in it.
+
+    Raises:
+      ValueError: names the first file that is missing.
+    """
+    for name in sorted(manifest["files"]):
+        if not (folder / name).is_file():
+            where = f"{folder / name}{_tensor_of(name)}"
+            raise ValueError(f"{where}: missing from the package; get it again from its owner")
+
+
+def map_tensors(folder: Path, manifest: dict[str, Any], abstract: Any) -> Any:
+    """As `read_tensors`, but arrays over the files: nothing is read before it is used."""
+    named = _as_stored(folder, manifest, abstract)
+    return tensors.refill(abstract, tensors.mapped(folder / "params", named))
+
+
 def read_tensors(folder: Path, manifest: dict[str, Any], abstract: Any) -> Any:
     """The package's weights in the structure of `abstract` (shapes and dtypes are checked)."""
+    named = _as_stored(folder, manifest, abstract)
+    return tensors.refill(abstract, tensors.load(folder / "params", named))
+
+
+def _as_stored(folder: Path, manifest: dict[str, Any], abstract: Any) -> dict[str, Any]:
     expected = tensors.named(abstract)
     stored = manifest["tensors"]
     for name, leaf in expected.items():
@@ -138,11 +161,10 @@ def read_tensors(folder: Path, manifest: dict[str, Any], abstract: Any) -> Any:
             raise ValueError(
                 f"{folder}: expected a tensor {name} of shape {list(leaf.shape)}, found it {what}"
             )
-    as_stored = {
+    return {
         name: jax.ShapeDtypeStruct(leaf.shape, stored[name]["dtype"])
         for name, leaf in expected.items()
     }
-    return tensors.refill(abstract, tensors.load(folder / "params", as_stored))
 
 
 @contextlib.contextmanager

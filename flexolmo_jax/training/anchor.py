@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexolmo_jax import sharding
 from flexolmo_jax.config import AnchorTraining, DataConfig
 from flexolmo_jax.data.domain_embedding import domain_embedding, source_name
 from flexolmo_jax.data.flexmix import prepare
@@ -15,7 +16,15 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.distributed import by_first, in_turn
 from flexolmo_jax.federation.anchor import write_anchor
 from flexolmo_jax.modeling.transformer import Anchor, init_anchor
-from flexolmo_jax.training.loop import RUN_FILE, check_run, console, describe_run, record_run, train
+from flexolmo_jax.training.loop import (
+    RUN_FILE,
+    check_run,
+    console,
+    describe_run,
+    mesh_of,
+    record_run,
+    train,
+)
 from flexolmo_jax.training.step import AnchorLoss
 
 
@@ -46,7 +55,9 @@ def train_anchor(
     for line in report.lines():
         console.print(line, markup=False)
     record_run(run, wanted)
-    weights = jax.jit(init_anchor, static_argnums=0)(config.model, jax.random.key(config.seed))
+    weights = sharding.build(
+        lambda: init_anchor(config.model, jax.random.key(config.seed)), mesh_of(config)
+    )
     loss = AnchorLoss(config.computing(config.model), config.output_z_loss)
     weights = train("anchor", config, loss, weights, None, source, run)
     by_first(lambda: _write(config, data, out, weights, tokenizer))

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from flexolmo_jax import sharding
 from flexolmo_jax.config import ExpertTraining
 from flexolmo_jax.data.domain_embedding import DOCUMENTS, domain_embedding, source_name
 from flexolmo_jax.data.flexmix import SourceWindows, prepare
@@ -19,7 +20,7 @@ from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
 from flexolmo_jax.federation.merge import write_expert
 from flexolmo_jax.federation.package import check_name
 from flexolmo_jax.modeling.experts import Experts
-from flexolmo_jax.training.loop import check_run, console, describe_run, record_run, train
+from flexolmo_jax.training.loop import check_run, console, describe_run, mesh_of, record_run, train
 from flexolmo_jax.training.router_fit import fit_router
 from flexolmo_jax.training.step import ExpertAloneLoss, ExpertPairLoss, with_parts
 
@@ -51,7 +52,7 @@ def train_expert(
       ValueError, FloatingPointError, Interrupted: as the parts say.
     """
     check_name(name)
-    loaded = read_anchor(anchor)
+    loaded = read_anchor(anchor, mapped=True)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{anchor}: there is no tokenizer.json, which training needs")
@@ -70,16 +71,18 @@ def train_expert(
         "licence": config.licence,
         "contact": config.contact,
     }
-    expert = jax.tree.map(jnp.copy, loaded.weights.public)
+    expert = jax.tree.map(jnp.array, loaded.weights.public)
+    mesh = mesh_of(config)
+    anchor_weights = sharding.place(loaded.weights, mesh)
     model = config.computing(loaded.config)
     title = f"expert {name}"
     if config.gating == "alone":
         loss = ExpertAloneLoss(model, config.output_z_loss)
-        frozen = (loaded.weights, loaded.weights.public.router)
+        frozen = (anchor_weights, anchor_weights.public.router)
         feed_forward = train(title, config, loss, expert.feed_forward, frozen, source, run)
 
         def finish() -> None:
-            trained = with_parts(loaded.weights.public, feed_forward, expert.router)
+            trained = with_parts(expert, feed_forward, expert.router)
             fitted = fit_rows(trained, loaded, source, public_text, config)
             write_expert(out, fitted, name, loaded, facts)
 
@@ -89,7 +92,7 @@ def train_expert(
         if config.domain_embedding:
             expert = _with_initial_row(expert, config, data, loaded.config.width)
         pair_loss = ExpertPairLoss(pair, config.output_z_loss, config.router_z_loss)
-        trained = train(title, config, pair_loss, expert, loaded.weights, source, run)
+        trained = train(title, config, pair_loss, expert, anchor_weights, source, run)
         by_first(lambda: write_expert(out, trained, name, loaded, facts))
 
 
@@ -106,7 +109,7 @@ def fit_rows(
     length = config.data.length
     public = _public_batch(public_text, anchor.tokenizer, length, config.fit_tokens // length)
     return fit_router(
-        anchor.weights,
+        sharding.place(anchor.weights, None),  # on this process's first device
         expert,
         own,
         public,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
@@ -100,7 +99,7 @@ def train(
       run: folder of checkpoints/, metrics.jsonl and loss.png.
 
     Returns:
-      the trained weights, on one device.
+      the trained weights: where they were, or on the host if they were on several devices.
 
     Raises:
       ValueError: the batch cannot be divided among the devices.
@@ -173,7 +172,7 @@ def train(
     checkpoints.close()
     if is_first():
         _plot(metrics_file, run / "loss.png", title)
-    return trainable if mesh is None else jax.tree.map(jnp.asarray, sharding.on_host(trainable))
+    return trainable if mesh is None else sharding.on_host(trainable)
 
 
 def mesh_of(training: Training) -> Mesh | None:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import jax
 
+from flexolmo_jax import sharding
 from flexolmo_jax.config import RouterTraining
 from flexolmo_jax.data.flexmix import prepare
 from flexolmo_jax.data.sources import named_source
 from flexolmo_jax.distributed import by_first
 from flexolmo_jax.federation.merge import load_merged, write_tuned
 from flexolmo_jax.federation.package import read_manifest
-from flexolmo_jax.modeling.experts import fill_up
-from flexolmo_jax.training.loop import check_run, console, describe_run, record_run, train
+from flexolmo_jax.training.loop import check_run, console, describe_run, mesh_of, record_run, train
 from flexolmo_jax.training.step import RouterLoss, RouterRows
 
 
@@ -36,7 +36,8 @@ def train_router(
     Raises:
       ValueError, FloatingPointError, Interrupted: as the parts say.
     """
-    loaded = load_merged(model)
+    mesh = mesh_of(config)
+    loaded = load_merged(model, mesh=mesh)
     if loaded.tokenizer is None:
         raise ValueError(f"{model}: there is no tokenizer.json with its anchor")
     made_from = {"source": named_source(data), "model": read_manifest(model)["digest"]}
@@ -49,9 +50,8 @@ def train_router(
     active = config.active_experts or loaded.config.active_experts
     model_config = config.computing(loaded.config).replace(active_experts=active)
     loss = RouterLoss(model_config, config.output_z_loss, config.router_z_loss)
-    filled = fill_up(loaded.experts, config.expert_parallel)
-    rows = RouterRows.of(filled.router)
-    rows = train("router", config, loss, rows, (loaded.backbone, filled), source, run)
+    rows = RouterRows.of(sharding.on_host(loaded.experts.router))
+    rows = train("router", config, loss, rows, (loaded.backbone, loaded.experts), source, run)
     # Without the empty experts.
     rows = RouterRows(rows.row[:, : len(loaded.names)], rows.bias[:, : len(loaded.names) - 1])
     tuned = jax.device_get(rows.router(loaded.experts.router))
