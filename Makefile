@@ -19,7 +19,7 @@ lint: $(VENV)/linters.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck --external-sources tpu_scripts/*.sh
+	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR tpu_scripts/*.sh
 
 # One stamp per set of extras; made again when the dependencies change.
 $(VENV)/%.installed: setup.cfg pyproject.toml constraints.txt

@@ -65,7 +65,7 @@ def pick_proxies(
     partial = out.with_name(f".{out.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         for index in best:
-            text, group = public_documents[index]
+            text, group, _ = public_documents[index]
             row = {"text": text, "probability": float(scores[index])}
             if group != text:  # so that a held-out document stays held out under its group
                 row["group"] = group.removeprefix("group:")

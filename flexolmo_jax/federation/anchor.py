@@ -119,7 +119,7 @@ class AnchorFacts(NamedTuple):
 
     @classmethod
     def of(cls, anchor: LoadedAnchor) -> "AnchorFacts":
-        digest = anchor.tokenizer and anchor.tokenizer.digest
+        digest = anchor.tokenizer.digest if anchor.tokenizer else None
         return cls(anchor.config.architecture(), digest, anchor.identity)
 
 

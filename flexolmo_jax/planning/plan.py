@@ -184,7 +184,9 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
             f"data.batch_size={config.data.batch_size} sequences cannot be divided among {count} "
             f"chips, {config.parts} parts each"
         )
-    known = {"stage": stage, "topology": topology, "chips": count, "memory": chip.memory}
+    known: dict[str, Any] = {
+        "stage": stage, "topology": topology, "chips": count, "memory": chip.memory
+    }  # fmt: skip
     started = time.monotonic()
     run, arguments, named = _step(config, model, stage, mesh)
     with sharding.within(mesh), tempfile.TemporaryDirectory() as dump:
@@ -274,7 +276,8 @@ def _step(config: Training, model: ModelConfig, stage: str, mesh: Mesh) -> tuple
     rows = functools.partial(
         jax.ShapeDtypeStruct, shape, sharding=NamedSharding(mesh, sharding.ROWS)
     )
-    batch = Batch(rows(jnp.int32), rows(jnp.int32), rows(jnp.int32), rows(jnp.float32))
+    shapes: tuple[Any, ...] = (*(rows(jnp.int32) for _ in range(3)), rows(jnp.float32))
+    batch = Batch(*shapes)
     if stage == "forward":
         backbone, experts = _placed(_weights(model, mesh), mesh)
         loss = RouterLoss(model, 0.0, 0.0)

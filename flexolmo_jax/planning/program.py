@@ -7,7 +7,6 @@ kernels (custom calls) are unknown to both; those of attention are counted from 
 import dataclasses
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -55,14 +54,14 @@ class Cost:
 
     flops: float = 0.0
     bytes: float = 0.0
-    collectives: Counter = dataclasses.field(default_factory=Counter)  # bytes received, by kind
+    collectives: dict[str, float] = dataclasses.field(default_factory=dict)  # received, by kind
     loops_of_unknown_length: int = 0
 
     def add(self, other: "Cost", times: float = 1.0) -> None:
         self.flops += times * other.flops
         self.bytes += times * other.bytes
         for kind, size in other.collectives.items():
-            self.collectives[kind] += times * size
+            self.collectives[kind] = self.collectives.get(kind, 0.0) + times * size
         self.loops_of_unknown_length += other.loops_of_unknown_length
 
 

@@ -21,7 +21,7 @@ class Watch:
     called a spike in its first 50 steps.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=SEEN)
 
     def breakdown(self, loss: float, grad_norm: float) -> str | None:
