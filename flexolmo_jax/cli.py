@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import ctypes
+import importlib.util
 import io
 import json
+import os
 import sys
 import traceback
 import warnings
@@ -31,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     args, rest = parser.parse_known_args([word for word in words if word != "--debug"])
     args.debug = "--debug" in words
+    leave_libtpu_alone()
     if args.command == "train":
         keep_freed_memory()
     if rest and args.command not in ("train", "plan"):
@@ -57,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         else:
             print(f"flexolmo: error: {_one_line(error)}", file=sys.stderr)
+        if args.command == "train":
+            _leave_the_others()
         return 2
     return 0
 
@@ -75,6 +80,18 @@ def _profile(folder: str | None) -> contextlib.AbstractContextManager:
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     if category is UserWarning:  # ours to the user; others are for developers
         print(f"flexolmo: warning: {message}", file=sys.stderr)
+
+
+def leave_libtpu_alone() -> None:
+    """Keeps JAX from looking for a TPU where libtpu is there for planning only; before its import.
+
+    It would print pages of warnings, and jaxlib 0.10.2 then crashes in a trace
+    (PluginTracer::Start).
+    """
+    has_tpu = any(Path("/dev").glob("accel*")) or any(Path("/dev").glob("vfio/*"))
+    if importlib.util.find_spec("libtpu") and not has_tpu:
+        has_cuda = importlib.util.find_spec("jax_cuda13_plugin")
+        os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if has_cuda else "cpu")
 
 
 def keep_freed_memory() -> None:
@@ -150,6 +167,15 @@ def _join(args: argparse.Namespace) -> None:
 
     distributed.start(*explicit, wait=args.wait)
     console.quiet = loop.console.quiet = not distributed.is_first()
+
+
+def _leave_the_others() -> None:
+    """Ends this process at once if it is one of several; a tidy end would wait for them."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        sys.stderr.flush()
+        os._exit(2)  # the others are told so by JAX, and end too
 
 
 def _train_anchor(args: argparse.Namespace) -> None:

@@ -368,6 +368,6 @@ def _logits(backbone, experts, tokens, allowed, config: ModelConfig, mesh) -> ja
         out = forward(backbone, (experts,), jnp.asarray(tokens), config, allowed=allowed)
         return backbone.logits(out.hidden, config)
 
-    rows = sharding.ROWS
-    where = mesh and (*sharding.specs((backbone, experts), mesh, sharding.SERVING), rows, rows)
-    return sharding.spread(local, mesh, where, rows)(backbone, experts, tokens, allowed)
+    weights, rows = (backbone, experts), sharding.ROWS
+    where = mesh and (*sharding.specs_of(weights, mesh), rows, rows)
+    return sharding.spread(local, mesh, where, rows)(*weights, tokens, allowed)

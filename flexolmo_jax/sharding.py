@@ -76,6 +76,11 @@ def shardings(tree: Any, mesh: Mesh, over: tuple[str, ...] = AXES) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh, over))
 
 
+def specs_of(tree: Any, mesh: Mesh | None) -> Any:
+    """The `PartitionSpec` of each array as it lies, here and inside of `jax.jit`; None for none."""
+    return None if mesh is None else jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
+
+
 def _spec(path: tuple, leaf: Any, mesh: Mesh, over: tuple[str, ...]) -> P:
     name = _name(path)
     if name not in CUT:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as v0
 from orbax.checkpoint import v1 as ocp
 
 
@@ -48,29 +49,45 @@ logging.getLogger("absl").addFilter(
     lambda record: not str(record.msg).startswith("TensorStore data files not found")
 )
 
-# One file per tensor, uncompressed: a damaged file names its tensor, and loading is reading.
-_STORAGE = ocp.options.ArrayOptions(
-    saving=ocp.options.ArrayOptions.Saving(
-        use_ocdbt=False, use_compression=False, enable_write_sharding_file=False
-    )
-)
 
-
-def _this_process() -> ocp.options.MultiprocessingOptions:
+def _this_process() -> dict[str, Any]:
     """Packages are written and read by one process, on its own."""
     this = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    return {
+        "primary_host": this,
+        "active_processes": {this},
+        "barrier_sync_key_prefix": f"process_{this}",
+    }
+
+
+def _alone() -> ocp.Context:
+    return ocp.Context(
+        multiprocessing_options=ocp.options.MultiprocessingOptions(**_this_process())
     )
 
 
 def save(path: Path, tensors: dict[str, Any]) -> None:
-    """Writes tensors with Orbax into the new folder `path`."""
-    with ocp.Context(array_options=_STORAGE, multiprocessing_options=_this_process()):
-        ocp.save(path.absolute(), tensors)
-    done = path / "commit_success.txt"
-    if done.exists():  # Orbax puts the folder's path into it, which is the owner's business
-        done.write_text("done")
+    """Writes tensors with Orbax into the new folder `path`; one process may do it alone.
+
+    One file per tensor, uncompressed: a damaged file names its tensor, and loading is reading.
+    """
+    # Orbax's v0 interface, since v1's `save` waits for all processes (0.12.8); the files are those
+    # that v1 reads and writes.
+    alone = v0.options.MultiprocessingOptions(**_this_process())
+    matrices = v0.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=True, use_compression=False, multiprocessing_options=alone
+    )
+    handler = v0.CompositeCheckpointHandler(
+        state=matrices, composite_options=v0.CompositeOptions(multiprocessing_options=alone)
+    )
+    on_host = {name: np.asarray(x) for name, x in tensors.items()}
+    with v0.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        checkpointer.save(
+            path.absolute(), args=v0.args.Composite(state=v0.args.PyTreeSave(on_host))
+        )
+    (path / "orbax.checkpoint").touch()  # by this v1 knows its own layout
+    for done in path.rglob("commit_success.txt"):
+        done.write_text("done")  # Orbax puts the folder's path into it, the owner's business
 
 
 def load(path: Path, tensors: dict[str, Any]) -> dict[str, jax.Array]:
@@ -84,7 +101,7 @@ def load(path: Path, tensors: dict[str, Any]) -> dict[str, jax.Array]:
       ValueError: other names or shapes are stored; the text lists them.
     """
     try:
-        with ocp.Context(multiprocessing_options=_this_process()):
+        with _alone():
             stored = ocp.metadata(path.absolute()).metadata
         found = {name: tuple(x.shape) for name, x in stored.items()}
         expected = {name: tuple(x.shape) for name, x in tensors.items()}
@@ -95,7 +112,7 @@ def load(path: Path, tensors: dict[str, Any]) -> dict[str, jax.Array]:
             name: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), sharding=here)
             for name, x in tensors.items()
         }
-        with ocp.Context(multiprocessing_options=_this_process()):
+        with _alone():
             return ocp.load(path.absolute(), abstract)
     except (OSError, KeyError) as error:
         raise ValueError(f"{path}: the tensors cannot be read ({error})") from error

@@ -14,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax.cli import main
-from flexolmo_jax.config import AnchorTraining, ExpertTraining, RouterTraining, load_config
-from flexolmo_jax.data.sources import read_documents
-from flexolmo_jax.federation.anchor import read_anchor
-from flexolmo_jax.federation.merge import merge, write_expert
-from flexolmo_jax.model import FlexOlmo, load
+# Before the first use of JAX: with libtpu on a machine without a TPU, a profile would end it.
+jax.config.update("jax_platforms", "cpu")
+
+from flexolmo_jax.cli import main  # noqa: E402
+from flexolmo_jax.config import AnchorTraining, ExpertTraining, RouterTraining, load_config  # noqa: E402
+from flexolmo_jax.data.sources import read_documents  # noqa: E402
+from flexolmo_jax.federation.anchor import read_anchor  # noqa: E402
+from flexolmo_jax.federation.merge import merge, write_expert  # noqa: E402
+from flexolmo_jax.model import FlexOlmo, load  # noqa: E402
 
 PARTS = """from flexolmo_jax.config import *
 

@@ -108,8 +108,13 @@ def prepare(
       ValueError: as `read_documents`; or nothing is left to train on after the held-out split.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)
-    builder = SourceWindows(source, data, tokenizer, data_dir=folder)
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
-        in_turn(builder.download_and_prepare)
+
+    def build() -> SourceWindows:
+        builder = SourceWindows(source, data, tokenizer, data_dir=folder)
+        with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
+            builder.download_and_prepare()
+        return builder
+
+    builder = in_turn(build)
     return builder, builder.report

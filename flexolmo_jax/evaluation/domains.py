@@ -133,6 +133,7 @@ def _cost(backbone, experts, batch: Batch, allowed, separator, config: ModelConf
         return sharding.total(nats)
 
     rows = sharding.ROWS
-    where = mesh and (*sharding.specs((backbone, experts), mesh), rows, rows, sharding.P())
+    weights = (backbone, experts)
+    where = mesh and (*sharding.specs_of(weights, mesh), rows, rows, sharding.P())
     cost = sharding.spread(local, mesh, where, sharding.P())
-    return cost(backbone, experts, batch, allowed, separator)
+    return cost(*weights, batch, allowed, separator)

@@ -121,12 +121,8 @@ def _next_logits(weights, hidden: jax.Array, config: ModelConfig) -> jax.Array:
 def _prefill(weights, tokens, padding, allowed, done, *, config, room, mesh) -> State:
     """Reads the prompts, tokens int32 [B, P], left-padded; has room for `room` new tokens."""
     read = functools.partial(_read, config=config, room=room)
-    where = (_specs(weights, mesh), ROWS, ROWS, ROWS, ROWS)
+    where = (sharding.specs_of(weights, mesh), ROWS, ROWS, ROWS, ROWS)
     return sharding.spread(read, mesh, where, STATE)(weights, tokens, padding, allowed, done)
-
-
-def _specs(weights, mesh: Mesh | None):
-    return None if mesh is None else jax.tree.map(lambda x: jax.typeof(x).sharding.spec, weights)
 
 
 def _read(weights, tokens, padding, allowed, done, *, config, room) -> State:
@@ -152,7 +148,7 @@ def _read(weights, tokens, padding, allowed, done, *, config, room) -> State:
 def _go_on(weights, state, padding, allowed, key, stop, limit, *, config, sampling, mesh) -> State:
     """Makes tokens until there are `limit` or all sequences have ended."""
     make = functools.partial(_make, config=config, sampling=sampling)
-    where = (_specs(weights, mesh), STATE, ROWS, ROWS, P(), P(), P())
+    where = (sharding.specs_of(weights, mesh), STATE, ROWS, ROWS, P(), P(), P())
     return sharding.spread(make, mesh, where, STATE)(
         weights, state, padding, allowed, key, stop, limit
     )

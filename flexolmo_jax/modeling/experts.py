@@ -16,6 +16,8 @@ from flexolmo_jax.modeling.grouped import grouped_swiglu
 from flexolmo_jax.modeling.layers import Expert, dot, normal
 from flexolmo_jax.modeling.router import Router, route
 
+MANY = 64  # tokens from which on it pays to leave some out of an expert's product
+
 
 @jax.custom_vjp
 def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
@@ -76,7 +78,8 @@ class FeedForward(nnx.Module):
           total: [B, S, D].
           x: [B, S, D].
           weights: [E, B, S].
-          skip: leave out experts whose weights are all 0, instead of adding nothing.
+          skip: leave out experts whose weights are all 0, and of many tokens those whose weight
+            is 0, instead of adding nothing.
         """
 
         def consult(total, expert):
@@ -87,6 +90,8 @@ class FeedForward(nnx.Module):
         def one(total, expert):
             if not skip:
                 return consult(total, expert), None
+            if weights[0].size >= MANY:
+                return _add_where_used(total, x, *expert), None
             used = jnp.any(expert[-1] > 0)
             return jax.lax.cond(used, consult, lambda total, _: total, total, expert), None
 
@@ -99,6 +104,29 @@ class FeedForward(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         out = grouped_swiglu(rows, weights.reshape(len(weights), -1), gate, up, down, active)
         return out.reshape(x.shape)
+
+
+def _add_where_used(total, x, gate, up, down, weight):
+    """One expert's turn in `FeedForward.add`, for the rows that use it, rounded up to an eighth."""
+    shape, rows, weight = total.shape, x.reshape(-1, x.shape[-1]), weight.reshape(-1)
+    count = len(rows)
+    order = jnp.argsort(weight <= 0, stable=True)
+    place = jnp.argsort(order)
+
+    def answer(size):
+        def compute(total):
+            chosen = order[:size]
+            out = swiglu(rows[chosen], *(w.astype(x.dtype) for w in (gate, up, down)))
+            out = jnp.pad(weight[chosen][:, None] * out, ((0, count - size), (0, 0)))[place]
+            return total + jnp.where(weight[:, None] > 0, out, 0)
+
+        return compute
+
+    step = -(-count // 8)
+    sizes = [*range(step, count, step), count]
+    branches = [lambda total: total, *(answer(size) for size in sizes)]
+    turn = -(-jnp.sum(weight > 0) // step)
+    return jax.lax.switch(turn, branches, total.reshape(rows.shape)).reshape(shape)
 
 
 class Experts(nnx.Module):

@@ -1,19 +1,23 @@
 """Expert compute that works on routed rows only: sort tokens by expert, then one expert at a time.
 
-The FLOPs are those of the active experts, plus what rounds each expert's rows up to a multiple of
-`STEP`. On TPU and GPU the products are JAX's ragged ones; on CPU, where those cost E times as
-much, a loop over experts takes blocks of rows, with a gradient of its own.
+On TPU and GPU the products are JAX's ragged ones. On CPU those cost E times as much; there, where
+tokens are spread over the experts about evenly, one batched product takes the first rows of all
+experts, as many as fit a little more than the mean, and a loop takes the rest; where they are not,
+the loop takes all. It costs a copy of each expert's weights, but no more rows than there are.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from flexolmo_jax import sharding
 
-BLOCK = 256  # rows of an expert that are worked on at a time
+BLOCK = 256  # rows of an expert that the loop works on at a time
 STEP = 32  # the last block of an expert is as many rows as it needs, rounded up to this
+SLACK = 1.125  # rows that the batched product takes of each expert, as a multiple of the mean
+SPREAD = 1 / 8  # of the rows that may be left to the loop for the batched product to be worth it
 
 
 def grouped_swiglu(
@@ -38,7 +42,7 @@ def grouped_swiglu(
     place = jnp.argsort(order).reshape(experts.shape)  # [T, A]: the sorted row of each pair
     sizes = jnp.bincount(experts.reshape(-1), length=num_experts)
     rows = _take_sorted(x, order, place)
-    rows = _products(rows, gate, up, down, sizes)
+    rows = _products(rows, gate, up, down, sizes, most=len(x))
     out = jnp.where(weights[..., None] > 0, _put_back(rows, order, place), 0)
     return jnp.sum(out * weights[..., None].astype(x.dtype), axis=1)
 
@@ -71,103 +75,166 @@ _put_back.defvjp(
 )
 
 
-def _products(rows, gate, up, down, sizes):
-    """swiglu of sorted rows [R, D] by their experts; rows of nobody come out as anything."""
+def _products(rows, gate, up, down, sizes, most: int):
+    """swiglu of sorted rows [R, D] by their experts; rows of nobody come out as anything.
+
+    Args:
+      sizes: int [E], rows of each expert.
+      most: rows that an expert can have.
+    """
     if sharding.platform() == "cpu":
-        return _blocks(rows, gate, up, down, sizes)
+        return _on_cpu(rows, gate, up, down, sizes, most)
     ragged = functools.partial(jax.lax.ragged_dot, group_sizes=sizes.astype(jnp.int32))
     return ragged(jax.nn.silu(ragged(rows, gate)) * ragged(rows, up), down)
 
 
-@jax.custom_vjp
-def _blocks(rows, gate, up, down, sizes):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _on_cpu(rows, gate, up, down, sizes, most):
     def compute(rows, gate, up, down):
         return (((jax.nn.silu(rows @ gate) * (rows @ up)) @ down,), ())
 
-    return _over_experts(compute, (rows,), (gate, up, down), sizes)[0][0]
+    places = _Places.of(sizes, len(rows), most)
+    (out,), _ = _over_experts(compute, (places.cut(rows),), (gate, up, down), places)
+    return places.sorted(out)
 
 
-def _blocks_forward(rows, gate, up, down, sizes):
+def _forward(rows, gate, up, down, sizes, most):
     def compute(rows, gate, up, down):
         g, u = rows @ gate, rows @ up
         return ((jax.nn.silu(g) * u) @ down, g, u), ()
 
-    (out, g, u), _ = _over_experts(compute, (rows,), (gate, up, down), sizes)
-    return out, (rows, g, u, gate, up, down, sizes)
+    places = _Places.of(sizes, len(rows), most)
+    (out, g, u), _ = _over_experts(compute, (places.cut(rows),), (gate, up, down), places)
+    return places.sorted(out), (rows, g, u, gate, up, down, sizes)
 
 
-def _blocks_backward(kept, d_out):
+def _backward(most, kept, d_out):
     rows, g, u, gate, up, down, sizes = kept
+    places = _Places.of(sizes, len(rows), most)
 
     def compute(rows, g, u, d_out, gate, up, down):
         on = jax.nn.sigmoid(g)
         silu = g * on
-        d_hidden = d_out @ down.T
+        d_hidden = jnp.einsum("md,fd->mf", d_out, down)
         d_g = d_hidden * u * (on + silu * (1 - on))
         d_u = d_hidden * silu
-        d_rows = d_g @ gate.T + d_u @ up.T
-        return (d_rows,), (rows.T @ d_g, rows.T @ d_u, (silu * u).T @ d_out)
+        d_rows = jnp.einsum("mf,df->md", d_g, gate) + jnp.einsum("mf,df->md", d_u, up)
+        outer = functools.partial(jnp.einsum, "ma,mb->ab")
+        return (d_rows,), (outer(rows, d_g), outer(rows, d_u), outer(silu * u, d_out))
 
-    (d_rows,), d_weights = _over_experts(compute, (rows, g, u, d_out), (gate, up, down), sizes)
-    d_rows = jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(sizes), d_rows, 0)
+    arrays = (places.cut(rows), g, u, places.cut(d_out))
+    (d_rows,), d_weights = _over_experts(compute, arrays, (gate, up, down), places)
+    d_rows = jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(sizes), places.sorted(d_rows), 0)
     return d_rows, *d_weights, None
 
 
-_blocks.defvjp(_blocks_forward, _blocks_backward)
+_on_cpu.defvjp(_forward, _backward)
 
 
-def _over_experts(compute, arrays, weights, sizes):
-    """Runs `compute(*rows of a block, *weights of its expert)` over all rows that an expert has.
+class _Cut(NamedTuple):
+    """Rows of all experts, in two parts that overlap; a row counts where `_Places` says it is."""
 
-    An expert's last block may reach into rows of the next; in `arrays` those are set to 0 first,
-    and what is written there is overwritten when their own expert comes, as experts come in order.
+    first: jax.Array  # [E, C, ...]: of each expert; the rest of C is 0
+    rest: jax.Array  # [R + BLOCK, ...]: sorted by expert
+
+
+class _Places(NamedTuple):
+    """Which rows are whose, and where they are worked on."""
+
+    starts: jax.Array  # int [E]
+    sizes: jax.Array  # int [E]
+    together: jax.Array  # bool: the batched product takes C rows of each expert; else none
+    numbers: jax.Array  # int [E, C]: sorted rows that it takes
+    at: tuple[jax.Array, jax.Array]  # int [R] each: of a sorted row, its expert and place there
+
+    @classmethod
+    def of(cls, sizes: jax.Array, rows: int, most: int) -> "_Places":
+        capacity = min(most, -(-int(SLACK * rows) // (16 * len(sizes))) * 16)
+        ends = jnp.cumsum(sizes)
+        starts = ends - sizes
+        together = jnp.sum(jnp.maximum(sizes - capacity, 0)) <= SPREAD * jnp.sum(sizes)
+        numbers = starts[:, None] + jnp.arange(capacity)
+        row = jnp.arange(rows)
+        expert = jnp.minimum(jnp.searchsorted(ends, row, side="right"), len(sizes) - 1)
+        return cls(starts, sizes, together, numbers, (expert, row - starts[expert]))
+
+    @property
+    def taken(self) -> jax.Array:
+        """Rows of each expert that the batched product takes."""
+        return jnp.where(self.together, self.numbers.shape[1], 0)
+
+    def cut(self, rows: jax.Array) -> _Cut:
+        """Sorted rows [R, ...], where they are worked on."""
+        own = jnp.arange(self.numbers.shape[1]) < self.sizes[:, None]
+        first = jnp.where(own[..., None], rows[jnp.minimum(self.numbers, len(rows) - 1)], 0)
+        return _Cut(first, jnp.pad(rows, ((0, BLOCK), (0, 0))))
+
+    def sorted(self, rows: _Cut) -> jax.Array:
+        """[R, ...]."""
+        expert, place = self.at
+        capacity = self.numbers.shape[1]
+        first = rows.first[expert, jnp.minimum(place, capacity - 1)]
+        return jnp.where((place < self.taken)[:, None], first, rows.rest[: len(expert)])
+
+
+def _over_experts(compute, arrays: tuple[_Cut, ...], weights, places: _Places):
+    """Runs `compute(*rows, *weights of their expert)` over all rows that an expert has.
+
+    In the loop, an expert's last block may reach into rows of the next; in `arrays` those are set
+    to 0 first, and what is written there is overwritten when their own expert comes, as experts
+    come in order.
 
     Args:
       compute: returns rows [m, ...], and addends that are summed for each expert.
-      arrays: [R, ...], sorted by expert.
+      arrays: rows.
       weights: [E, ...] each.
-      sizes: int [E], rows of each expert.
+      places: of the rows.
 
     Returns:
-      the rows [R, ...] and the sums [E, ...].
+      the rows, and the sums [E, ...].
     """
-    count = len(arrays[0])
-    arrays = tuple(jnp.pad(x, ((0, BLOCK), *((0, 0),) * (x.ndim - 1))) for x in arrays)
+
+    def together():
+        return jax.vmap(compute)(*(x.first for x in arrays), *weights)
+
+    shapes = jax.eval_shape(together)
+    first, sums = jax.lax.cond(
+        places.together,
+        together,
+        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+    )
 
     def padded(rows, weights, size):
         """The first `size` of BLOCK rows, computed; the results filled up with zeros."""
         out, addends = compute(*(x[:size] for x in rows), *weights)
         return tuple(jnp.pad(x, ((0, BLOCK - size), (0, 0))) for x in out), addends
 
-    shapes = jax.eval_shape(
-        lambda: padded(tuple(x[:BLOCK] for x in arrays), tuple(w[0] for w in weights), BLOCK)
-    )
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    lengths = range(STEP, BLOCK + 1, STEP)
-    branches = [lambda *_: zeros] + [functools.partial(padded, size=m) for m in lengths]
+    branches = [functools.partial(padded, size=m) for m in range(STEP, BLOCK + 1, STEP)]
+    left = jnp.maximum(places.sizes - places.taken, 0)
+    order = jnp.argsort(left == 0, stable=True)  # those that have rows left come first
 
-    def expert(carry, one):
-        outs, start = carry
-        weights, size = one
+    def expert(number, carry):
+        here = order[number]
+        own = tuple(jax.lax.dynamic_index_in_dim(w, here, keepdims=False) for w in weights)
+        start, count = places.starts[here] + places.taken, left[here]
 
-        def block(number, state):
-            outs, sums = state
+        def block(number, carry):
+            outs, sums = carry
             at = start + number * BLOCK
-            left = size - number * BLOCK
-            is_own = jnp.arange(BLOCK) < left
-            rows = tuple(jax.lax.dynamic_slice_in_dim(x, at, BLOCK) for x in arrays)
+            is_own = jnp.arange(BLOCK) < count - number * BLOCK
+            rows = tuple(jax.lax.dynamic_slice_in_dim(x.rest, at, BLOCK) for x in arrays)
             rows = tuple(jnp.where(is_own[:, None], x, 0) for x in rows)
-            branch = -(-jnp.minimum(left, BLOCK) // STEP)
-            made, addends = jax.lax.switch(branch, branches, rows, weights)
+            branch = -(-jnp.minimum(count - number * BLOCK, BLOCK) // STEP) - 1
+            made, addends = jax.lax.switch(branch, branches, rows, own)
             outs = tuple(
                 jax.lax.dynamic_update_slice_in_dim(out, new, at, 0)
                 for out, new in zip(outs, made, strict=True)
             )
-            return outs, jax.tree.map(jnp.add, sums, addends)
+            return outs, jax.tree.map(lambda total, new: total.at[here].add(new), sums, addends)
 
-        outs, sums = jax.lax.fori_loop(0, -(-size // BLOCK), block, (outs, zeros[1]))
-        return (outs, start + size), sums
+        return jax.lax.fori_loop(0, -(-count // BLOCK), block, carry)
 
-    outs = tuple(jnp.zeros((count + BLOCK, *x.shape[1:]), x.dtype) for x in shapes[0])
-    (outs, _), sums = jax.lax.scan(expert, (outs, 0), (weights, sizes))
-    return tuple(x[:count] for x in outs), sums
+    length = len(arrays[0].rest)
+    outs = tuple(jnp.zeros((length, *x.shape[2:]), x.dtype) for x in shapes[0])
+    outs, sums = jax.lax.fori_loop(0, jnp.sum(left > 0), expert, (outs, sums))
+    return tuple(_Cut(*both) for both in zip(first, outs, strict=True)), sums

@@ -14,9 +14,10 @@ from flexolmo_jax.modeling.stored import rounded, store
 from flexolmo_jax.modeling.transformer import forward
 
 TOKENS = np.array([[5, 3, 8, 1], [7, 7, 2, 9]], np.int32)
+MANY_TOKENS = np.random.default_rng(0).integers(0, 512, (2, 50)).astype(np.int32)
 
 
-def logits(model, weights, allowed):
+def logits(model, weights, tokens, allowed):
     """Over unstacked weights."""
 
     @jax.jit
@@ -24,7 +25,7 @@ def logits(model, weights, allowed):
         out = forward(
             model.backbone,
             (model.experts,),
-            TOKENS,
+            tokens,
             model.config,
             allowed=allowed,
             layers=weights.layers,
@@ -36,15 +37,17 @@ def logits(model, weights, allowed):
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("int8", [False, True])
-def test_unstacked_weights_give_the_same_logits(model, turned, int8):
+@pytest.mark.parametrize("tokens", [TOKENS, MANY_TOKENS], ids=["few", "many"])
+@pytest.mark.parametrize("active", [None, 1])
+def test_unstacked_weights_give_the_same_logits(model, turned, int8, tokens, active):
     if int8:
         backbone, experts = round_to_int8(model.backbone, model.experts)
         model = dataclasses.replace(model, backbone=backbone, experts=experts)
+    model = dataclasses.replace(model, config=model.config.replace(active_experts=active))
     allowed = np.array([[True, False, True, True], [True, True, False, True]])
-    expected = model.logits(TOKENS, allowed=allowed)
-    found = logits(
-        model, unstack(model.backbone, model.experts, model.config, turned, int8), allowed
-    )
+    expected = model.logits(tokens, allowed=allowed)
+    weights = unstack(model.backbone, model.experts, model.config, turned, int8)
+    found = logits(model, weights, tokens, allowed)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
 
