@@ -21,8 +21,12 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from flexolmo_jax.config import Training, load_config
-from flexolmo_jax.planning.plan import make_plan, model_of
+from flexolmo_jax.cli import leave_libtpu_alone
+
+leave_libtpu_alone()  # before JAX is imported
+
+from flexolmo_jax.config import Training, load_config  # noqa: E402
+from flexolmo_jax.planning.plan import make_plan, model_of  # noqa: E402
 
 HERE = Path(__file__).parent
 PAGE, RECORD = HERE / "scaling.md", HERE / "scaling.json"

@@ -5,7 +5,10 @@ alone prepares data, writes metrics, pictures and packages, and prints. The fold
 a file system that all of them see.
 """
 
+import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -33,9 +36,11 @@ def start(
         where JAX finds them itself.
       wait: seconds until all have to be there.
 
+    Where process 0 was reached and not all come in time, it says so and ends the process.
+
     Raises:
       ValueError: only some of the three are given, or they cannot be.
-      TimeoutError: not all came; says which side to look at.
+      TimeoutError: process 0 could not be reached.
     """
     given = [value is not None for value in (coordinator, processes, process)]
     if any(given) and not all(given):
@@ -54,9 +59,12 @@ def start(
             raise ValueError(f"--coordinator must be HOST:PORT, found {coordinator!r}")
         if process:  # JAX would end this process, without a word to the user
             _reach(host, int(port), wait)
+    # JAX ends the process itself when not all come, with pages of C++; this is a little sooner.
+    alone = threading.Timer(wait, _end_alone, (wait,))
+    alone.start()
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, initialization_timeout=wait,
+            coordinator, processes, process, initialization_timeout=wait + 30,
             shutdown_timeout_seconds=24 * 3600,  # process 0 writes the package; others wait for it
         )  # fmt: skip
     except ValueError as error:
@@ -64,12 +72,17 @@ def start(
             "no cluster was found here (Cloud TPU, Slurm, Open MPI, Kubernetes): give "
             f"--coordinator, --processes and --process ({error})"
         ) from error
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TimeoutError(
-            f"the processes did not all come together within {wait} s: see that each was started, "
-            f"with the same --coordinator and --processes, and another --process ({reason})"
-        ) from error
+    finally:
+        alone.cancel()
+
+
+def _end_alone(wait: int) -> None:
+    print(
+        f"flexolmo: error: the processes did not all come together within {wait} s: see that each "
+        "was started, with the same --coordinator and --processes, and another --process",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(2)
 
 
 def _reach(host: str, port: int, wait: int) -> None:
@@ -116,6 +129,21 @@ def by_first(work: Callable[[], Any]) -> None:
         _tell(work)
     else:
         _listen()
+
+
+def all_together(work: Callable[[], Any]) -> None:
+    """work() by every process; all go on once all are done.
+
+    Raises:
+      ValueError: here or elsewhere, something was wrong.
+    """
+    try:
+        work()
+    except ValueError:
+        agree(False)
+        raise
+    if not agree(True):
+        raise ValueError("another process could not go on; it said why")
 
 
 def agree(ok: bool) -> bool:

@@ -116,7 +116,7 @@ def place(
 ) -> Any:
     """Puts a tree, the same in all processes, on its devices.
 
-    Of host arrays (also those over files, `tensors.mapped`, `tensors.Joined`) each device's part is
+    Of host arrays (also those in files, `tensors.OnDisk`, `tensors.Joined`) each device's part is
     read on its own, so that no more than that is held on the way.
 
     Args:
@@ -127,8 +127,10 @@ def place(
     """
 
     def read(x, part):
-        # A copy: JAX may go on using the memory of an array that it is given.
-        return np.array(x[part], dtype or x.dtype)
+        found = x[part]
+        if isinstance(x, np.ndarray):  # a copy: JAX goes on using the memory that it is given
+            found = np.array(found)
+        return np.asarray(found, dtype or x.dtype)
 
     if mesh is None:
         return jax.tree.map(
@@ -226,7 +228,9 @@ def gradients(
             )
 
             def add(sums, part):
-                return jax.tree.map(jnp.add, sums, one(part)), None
+                # Behind a barrier: XLA would carry whole gradients through the loop, to sum them
+                # over the devices once at its end, and its pass for that fails on the head's.
+                return jax.tree.map(jnp.add, sums, jax.lax.optimization_barrier(one(part))), None
 
             sums = jax.lax.scan(add, zeros, split)[0]
         metrics, grads = sums

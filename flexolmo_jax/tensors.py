@@ -118,8 +118,8 @@ def load(path: Path, tensors: dict[str, Any]) -> dict[str, jax.Array]:
         raise ValueError(f"{path}: the tensors cannot be read ({error})") from error
 
 
-def mapped(path: Path, tensors: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of a folder that `save` wrote, as arrays over its files (np.memmap).
+def on_disk(path: Path, tensors: dict[str, Any]) -> dict[str, "OnDisk"]:
+    """The tensors of a folder that `save` wrote, left in their files.
 
     Nothing is read before it is used, and then only the part that is: a device's share of a
     matrix, without the rest passing through memory.
@@ -127,10 +127,10 @@ def mapped(path: Path, tensors: dict[str, Any]) -> dict[str, np.ndarray]:
     Raises:
       ValueError: they are stored in another way, or with other shapes.
     """
-    return {name: _map(path / "state" / name, name, x) for name, x in tensors.items()}
+    return {name: _find(path / "state" / name, name, x) for name, x in tensors.items()}
 
 
-def _map(folder: Path, name: str, like: Any) -> np.ndarray:
+def _find(folder: Path, name: str, like: Any) -> "OnDisk":
     """Zarr 3 as `save` has Orbax write it: the bytes of the array, then an index of one entry."""
     file = folder / "zarr.json"
     if not file.exists():
@@ -145,20 +145,82 @@ def _map(folder: Path, name: str, like: Any) -> np.ndarray:
         raise ValueError(f"{folder}: {name}: expected one uncompressed file, found {about}")
     dtype, data = jnp.dtype(about["data_type"]), folder.joinpath("c", *("0" for _ in shape))
     if not data.exists():  # nothing but the fill value is not written at all
-        return np.full(shape, about["fill_value"], dtype)
+        return OnDisk(None, 0, dtype, tuple(shape), about["fill_value"])
     with open(data, "rb") as opened:
         opened.seek(-20, os.SEEK_END)
         offset, count = np.frombuffer(opened.read(16), "<u8").tolist()
     if count != dtype.itemsize * math.prod(shape):
         raise ValueError(f"{data}: {name}: expected its bytes, found {count} of them")
-    return np.memmap(data, dtype, "r", offset, tuple(shape))
+    return OnDisk(data, offset, dtype, tuple(shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class OnDisk:
+    """An array in a file, read by parts; one of those that `sharding.place` takes."""
+
+    file: Path | None  # None: it is `fill` throughout
+    offset: int  # of its first byte
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    fill: float = 0.0
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
+        ranges = _ranges(part, self.shape)
+        out = _empty(tuple(map(len, ranges)), self.dtype)
+        self.read(ranges, out)
+        return out
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self[(slice(None),) * self.ndim], dtype)
+
+    def read(self, ranges: tuple[range, ...], out: np.ndarray) -> None:
+        """Reads a part into `out`, of its shape; the bytes go nowhere else on the way.
+
+        Raises:
+          ValueError: the file ends too early.
+        """
+        if self.file is None or not out.size:
+            out[...] = self.fill
+            return
+        # A run: as many of the last axes as lie together, in the file and in `out`.
+        first = self.ndim - 1
+        while (
+            first and ranges[first] == range(self.shape[first])
+            and out[(0,) * (first - 1)].flags.c_contiguous
+        ):  # fmt: skip
+            first -= 1
+        stride = math.prod(self.shape[first + 1 :])
+        if len(ranges[first]) * stride * self.dtype.itemsize < SMALL_RUN:
+            stored = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+            out[...] = stored[tuple(slice(r.start, r.stop) for r in ranges)]
+            return
+        with open(self.file, "rb", buffering=0) as opened:
+            for index in np.ndindex(out.shape[:first]):
+                at = 0
+                for axis, number in enumerate(index):
+                    at = at * self.shape[axis] + ranges[axis][number]
+                at = (at * self.shape[first] + ranges[first].start) * stride
+                opened.seek(self.offset + at * self.dtype.itemsize)
+                left = out[index].reshape(-1).view(np.uint8).data
+                while left:
+                    count = opened.readinto(left)
+                    if not count:
+                        raise ValueError(f"{self.file}: it ends too early")
+                    left = left[count:]
+
+
+SMALL_RUN = 65_536  # bytes; of shorter ones, one system call each would take too long
 
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Host arrays [L, E_i, ...] end to end along axis 1, read by parts; an array for `place`."""
+    """Arrays [L, E_i, ...] end to end along axis 1, read by parts; as `OnDisk`."""
 
-    arrays: tuple[Any, ...]
+    arrays: tuple[Any, ...]  # OnDisk, or of NumPy or JAX
     empty: int = 0  # so many more after them
     fill: float = 0.0  # filled with this
 
@@ -176,16 +238,34 @@ class Joined:
         return self.arrays[0].dtype
 
     def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
-        layers, wanted, *rest = part
-        start, stop, _ = wanted.indices(self.shape[1])
-        found, first = [], 0
+        layers, wanted, *rest = _ranges(part, self.shape)
+        out = _empty((len(layers), len(wanted), *map(len, rest)), self.dtype)
+        first = done = 0  # experts before this array; in `out` already
         for x in self.arrays:
-            own = slice(max(start - first, 0), max(stop - first, 0))
-            found.append(np.asarray(x[(layers, own, *rest)]))
+            here = range(max(wanted.start, first), min(wanted.stop, first + x.shape[1]))
+            if here:
+                own = range(here.start - first, here.stop - first)
+                into, ranges = out[:, done : done + len(here)], (layers, own, *rest)
+                if isinstance(x, OnDisk):
+                    x.read(ranges, into)
+                else:
+                    into[...] = x[tuple(slice(r.start, r.stop) for r in ranges)]
+                done += len(here)
             first += x.shape[1]
-        empty = max(stop - max(start, first), 0)
-        shape = (len(found[0]), empty, *found[0].shape[2:])
-        return np.concatenate([*found, np.full(shape, self.fill, self.dtype)], axis=1)
+        out[:, done:] = self.fill
+        return out
+
+
+def _ranges(part: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[range, ...]:
+    return tuple(range(*one.indices(size)) for one, size in zip(part, shape, strict=True))
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Aligned so that JAX on CPU takes it over, and does not copy it."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _difference(expected: dict[str, tuple], found: dict[str, tuple]) -> str:

@@ -88,7 +88,8 @@ def by_four(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
     printed = end(start_training(world, folder / "out", folder / "run", 4, 1))
     assert "held-out documents" in printed[0][0]
-    assert all(not out for out, _ in printed[1:])  # the first one speaks
+    others = [line for out, _ in printed[1:] for line in out.splitlines()]
+    assert all(line.startswith("[Gloo]") for line in others)  # the first one speaks
     return folder
 
 
@@ -158,6 +159,20 @@ def test_a_process_that_waits_in_vain_says_so(world, tmp_path, number, message):
     assert alone.returncode != 0
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_fails_does_not_leave_the_others_waiting(world, tmp_path, number):
+    """The last --data counts: one process is told of a file that is not there."""
+    started = start_training(world, tmp_path / "out", tmp_path / "run", 2, 1, "--wait", 30)
+    started[number].kill()
+    started[number].communicate()
+    command = started[number].args[1:]
+    started[number] = start([*command, "--data", tmp_path / "nothing.jsonl"], 1)
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert all(process.returncode != 0 for process in started)
+    assert "nothing.jsonl: no such file or folder" in said[number]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.package import (
     canonical_digest,
     check_files,
-    map_tensors,
+    find_tensors,
     read_manifest,
     read_tensors,
     write_package,
@@ -77,37 +77,44 @@ def write_anchor(
     write_package(path, manifest, weights, files)
 
 
-def read_anchor(path: Path, mapped: bool = False) -> LoadedAnchor:
+def read_anchor(path: Path, on_disk: bool = False) -> LoadedAnchor:
     """Reads an anchor package, or a Hugging Face directory of an OLMo 2 model, in full.
 
     Args:
       path: the directory.
-      mapped: leave the weights of a package in their files (`tensors.mapped`), once checked.
+      on_disk: leave the weights of a package in their files (`tensors.OnDisk`), once checked.
 
     Raises:
       ValueError: it is missing, damaged, or not an anchor.
     """
+    check_anchor(path)
+    return open_anchor(path, on_disk)
+
+
+def open_anchor(path: Path, on_disk: bool) -> LoadedAnchor:
+    """As `read_anchor`, of an anchor whose files have been checked."""
     if huggingface.is_hugging_face(path):
         return _from_hugging_face(path)
     manifest = read_manifest(path, kind="anchor")
-    check_files(path, manifest)
     config = ModelConfig.from_json(manifest["model"], str(path))
     abstract = jax.eval_shape(lambda key: init_anchor(config, key), jax.random.key(0))
-    weights = (map_tensors if mapped else read_tensors)(path, manifest, abstract)
+    weights = (find_tensors if on_disk else read_tensors)(path, manifest, abstract)
     tokenizer = Tokenizer.load(path / TOKENIZER, manifest["tokenizer"]["separator"])
     with open(path / PUBLIC_TEXT, encoding="utf-8") as lines:
         public_text = [json.loads(line)["text"] for line in lines]
     return LoadedAnchor(weights, config, tokenizer, manifest["identity"], public_text)
 
 
-def check_anchor(path: Path) -> None:
+def check_anchor(path: Path, share: tuple[int, int] = (0, 1)) -> None:
     """Checks every file of an anchor package; a Hugging Face directory has no digests.
+
+    `share` is as in `check_files`.
 
     Raises:
       ValueError: one is missing, changed, or should not be there.
     """
     if not huggingface.is_hugging_face(path):
-        check_files(path, read_manifest(path, kind="anchor"))
+        check_files(path, read_manifest(path, kind="anchor"), share=share)
 
 
 class AnchorFacts(NamedTuple):

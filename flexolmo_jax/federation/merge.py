@@ -4,6 +4,7 @@ Merging writes one small file. Loading checks every digest and concatenates; lea
 out is not loading it.
 """
 
+import concurrent.futures
 import dataclasses
 import os
 import shutil
@@ -18,12 +19,13 @@ from jax.sharding import Mesh
 from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.distributed import all_together
 from flexolmo_jax.federation.anchor import (
     AnchorFacts,
     LoadedAnchor,
     anchor_facts,
     check_anchor,
-    read_anchor,
+    open_anchor,
 )
 from flexolmo_jax.federation.package import (
     FORMAT,
@@ -31,7 +33,7 @@ from flexolmo_jax.federation.package import (
     check_files,
     check_name,
     check_names,
-    map_tensors,
+    find_tensors,
     new_directory,
     read_manifest,
     read_tensors,
@@ -86,8 +88,8 @@ def write_expert(
     write_package(path, manifest, expert)
 
 
-def read_expert(path: Path, anchor: LoadedAnchor, mapped: bool = False) -> Experts:
-    """Reads an expert package in full, if it was made for this anchor; `mapped` as `read_anchor`.
+def read_expert(path: Path, anchor: LoadedAnchor) -> Experts:
+    """Reads an expert package in full, if it was made for this anchor.
 
     Raises:
       ValueError: it is missing or damaged, or made for another config, tokenizer or anchor.
@@ -95,9 +97,11 @@ def read_expert(path: Path, anchor: LoadedAnchor, mapped: bool = False) -> Exper
     manifest = read_manifest(path, kind="expert")
     check_made_for(manifest, path, AnchorFacts.of(anchor))
     check_files(path, manifest)
-    config = anchor.config
-    abstract = jax.eval_shape(lambda key: Experts(config, 1, key), jax.random.key(0))
-    return (map_tensors if mapped else read_tensors)(path, manifest, abstract)
+    return read_tensors(path, manifest, _abstract_expert(anchor.config))
+
+
+def _abstract_expert(config: ModelConfig) -> Experts:
+    return jax.eval_shape(lambda key: Experts(config, 1, key), jax.random.key(0))
 
 
 def check_made_for(manifest: dict[str, Any], path: Path, anchor: AnchorFacts) -> None:
@@ -213,17 +217,20 @@ def remove_expert(model: str | Path, *names: str) -> bool:
     return _replace_experts(model, manifest, entries)
 
 
-def check_merged(path: Path) -> None:
+def check_merged(path: Path, share: tuple[int, int] = (0, 1)) -> None:
     """Checks every file of a merged model, of its anchor and of its packages; reads no weights.
+
+    `share` is as in `check_files`.
 
     Raises:
       ValueError: a part is missing, damaged, or not the one that was merged.
     """
     manifest = read_manifest(path, kind="merged")
-    _check_own_files(path, manifest)
-    check_anchor(path / manifest["anchor"]["path"])
+    # Where no router was tuned, a folder `params` is what an undone one left on a killed run.
+    check_files(path, manifest, () if "tensors" in manifest else ("params",), share)
+    check_anchor(path / manifest["anchor"]["path"], share)
     for entry in manifest["experts"]:
-        check_files(path / entry["path"], _merged_package(path, entry))
+        check_files(path / entry["path"], _merged_package(path, entry), share=share)
 
 
 def join_files(stacks: list[Any], empty: int = 0) -> Any:
@@ -245,31 +252,50 @@ def load_merged(
     mesh: Mesh | None = None,
     over: tuple[str, ...] = sharding.AXES,
 ) -> LoadedModel:
-    """Loads a merged model: checks every file, then concatenates along the expert axis.
+    """Loads a merged model: checks every file, and concatenates along the expert axis.
 
     Args:
       path: the merged model.
       dtype: of the weights; default: as stored.
       mesh, over: where they go (`sharding.place`), each device reading its own part of every
-        file; with empty experts after them, up to a number that the axis `expert` divides.
+        file; with empty experts after them, up to a number that the axis `expert` divides. Of
+        several processes, all must load, and each checks its share of the bytes.
 
     Raises:
       ValueError: a part is missing, damaged, or not the one that was merged.
     """
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        this = (0, 1) if mesh is None else (jax.process_index(), jax.process_count())
+        checked = beside.submit(check_merged, path, this)  # while the files are read anyway
+        try:
+            loaded = _load_unchecked(path, dtype, mesh, over)
+        except Exception:  # anything can come of a damaged file,
+            checked.result()  # and this says what it was
+            raise
+        if mesh is None:
+            checked.result()
+        else:
+            all_together(checked.result)
+    return loaded
+
+
+def _load_unchecked(
+    path: Path, dtype: str | None, mesh: Mesh | None, over: tuple[str, ...]
+) -> LoadedModel:
     manifest = read_manifest(path, kind="merged")
-    _check_own_files(path, manifest)
     folder = path / manifest["anchor"]["path"]
-    anchor = read_anchor(folder, mapped=True)
+    anchor = open_anchor(folder, on_disk=True)
     _check_identity(folder, anchor.identity, manifest)
     stacks = [anchor.weights.public]
     for entry in manifest["experts"]:
-        _merged_package(path, entry)
-        stacks.append(read_expert(path / entry["path"], anchor, mapped=True))
+        package = _merged_package(path, entry)
+        check_made_for(package, path / entry["path"], AnchorFacts.of(anchor))
+        stacks.append(find_tensors(path / entry["path"], package, _abstract_expert(anchor.config)))
     empty = 0 if mesh is None else -len(stacks) % mesh.shape[sharding.EXPERT]
     experts = join_files(stacks, empty)
     if "tensors" in manifest:
         whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), join_files(stacks))
-        tuned = map_tensors(path, manifest, whole.router)
+        tuned = find_tensors(path, manifest, whole.router)
         experts.router = join_files([tuned], empty)
     backbone, experts = sharding.place((anchor.weights.backbone, experts), mesh, over, dtype)
     names = ("public", *(entry["name"] for entry in manifest["experts"]))
@@ -277,11 +303,6 @@ def load_merged(
         anchor.config, num_experts=len(names), active_experts=manifest["active_experts"]
     )
     return LoadedModel(backbone, experts, config, names, anchor.tokenizer)
-
-
-def _check_own_files(model: Path, manifest: dict[str, Any]) -> None:
-    """Where no router was tuned, a folder `params` is what an undone one left on a killed run."""
-    check_files(model, manifest, beside=() if "tensors" in manifest else ("params",))
 
 
 def _merged_package(model: Path, entry: dict[str, str]) -> dict[str, Any]:

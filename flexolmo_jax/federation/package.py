@@ -106,23 +106,35 @@ def read_manifest(folder: Path, *, kind: str | None = None) -> dict[str, Any]:
     return {**manifest, "digest": digest}
 
 
-def check_files(folder: Path, manifest: dict[str, Any], beside: tuple[str, ...] = ()) -> None:
-    """Compares every file of a package with the manifest; folders in `beside` are no part of it.
+def check_files(
+    folder: Path,
+    manifest: dict[str, Any],
+    beside: tuple[str, ...] = (),
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Compares every file of a package with the manifest.
+
+    Args:
+      folder, manifest: the package.
+      beside: folders in it that are no part of it.
+      share: (k, n) looks into the k-th of n about equal shares of the bytes only, so that several
+        processes can do it together; names are all looked at.
 
     Raises:
       ValueError: names the first file that is missing, changed, or should not be there.
     """
-    expected, found = manifest["files"], _digests(folder, beside)
+    expected, found = manifest["files"], _digests(folder, beside, share)
     for name in sorted(expected.keys() | found.keys()):
         where = f"{folder / name}{_tensor_of(name)}"
         if name not in found:
             raise ValueError(f"{where}: missing from the package; get it again from its owner")
         if name not in expected:
             raise ValueError(f"{where}: not part of the package; take the file away")
-        if expected[name] != found[name]:
+        digest = found[name]
+        if digest not in (None, expected[name]):
             raise ValueError(
                 f"{where}: changed after the package was written (expected sha256 "
-                f"{expected[name][:12]}..., found {found[name][:12]}...); get it again from its "
+                f"{expected[name][:12]}..., found {str(digest)[:12]}...); get it again from its "
                 "owner"
             )
 
@@ -139,10 +151,10 @@ def check_names(folder: Path, manifest: dict[str, Any]) -> None:
             raise ValueError(f"{where}: missing from the package; get it again from its owner")
 
 
-def map_tensors(folder: Path, manifest: dict[str, Any], abstract: Any) -> Any:
-    """As `read_tensors`, but arrays over the files: nothing is read before it is used."""
+def find_tensors(folder: Path, manifest: dict[str, Any], abstract: Any) -> Any:
+    """As `read_tensors`, but left in the files (`tensors.OnDisk`): read when they are used."""
     named = _as_stored(folder, manifest, abstract)
-    return tensors.refill(abstract, tensors.mapped(folder / "params", named))
+    return tensors.refill(abstract, tensors.on_disk(folder / "params", named))
 
 
 def read_tensors(folder: Path, manifest: dict[str, Any], abstract: Any) -> Any:
@@ -216,13 +228,18 @@ def _dump(manifest: dict[str, Any]) -> str:
     return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
 
 
-def _digests(folder: Path, beside: tuple[str, ...] = ()) -> dict[str, str]:
+def _digests(
+    folder: Path, beside: tuple[str, ...] = (), share: tuple[int, int] = (0, 1)
+) -> dict[str, str | None]:
+    """Of every file; None for those of another share."""
     skipped = {folder / MANIFEST, *folder.glob(f".{MANIFEST}.*.partial")}  # of a killed write
     skipped.update(p for name in beside for p in (folder / name).rglob("*"))
     files = sorted(p for p in folder.rglob("*") if not p.is_dir() and p not in skipped)
+    this, count = share
+    own = sorted(files, key=lambda file: -file.stat().st_size)[this::count]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        digests = pool.map(_file_digest, files)
-        return {str(f.relative_to(folder)): d for f, d in zip(files, digests, strict=True)}
+        digests = dict(zip(own, pool.map(_file_digest, own), strict=True))
+    return {str(file.relative_to(folder)): digests.get(file) for file in files}
 
 
 def _file_digest(file: Path) -> str:

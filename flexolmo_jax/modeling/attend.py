@@ -4,7 +4,9 @@
 `splash` is the TPU kernel and `cudnn` the GPU kernel that come with JAX.
 """
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from flexolmo_jax import sharding
 
 BLOCKS = 8  # of queries; a block looks at the keys up to its own end only
 SMALLEST_BLOCK = 64
+SPLASH_BLOCK = 512  # at most; the kernel's default, 128, reads keys and values four times as often
 LONG = 1024  # tokens; longer sequences are a loop over blocks
 
 
@@ -67,8 +70,12 @@ def _splash(q, k, v, segments):
             f"{length} and {head}; take attention='blocked'"
         )
     mask = splash_attention.CausalMask((length, length))
+    block = math.gcd(length, SPLASH_BLOCK)
+    sizes = {field.name: block for field in dataclasses.fields(splash_attention.BlockSizes)
+             if field.name.startswith("block_")}  # fmt: skip
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * heads),
+        block_sizes=splash_attention.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
         interpret=sharding.platform() == "cpu",  # slow, but the same kernel: for tests

@@ -240,6 +240,8 @@ def _devices(topology: str) -> Any:
     # libtpu asks Google Cloud which TPU this machine has; here it has none.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # Only one process may use a TPU; any number may compile.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # of several kinds, and long

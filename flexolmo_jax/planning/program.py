@@ -1,7 +1,8 @@
 """What a compiled program does, read from its HLO text: FLOPs, bytes, collectives.
 
 XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs. TPU
-kernels (custom calls) are unknown to both; those of attention are counted from their shapes.
+kernels (custom calls) are unknown to both; those of attention and of ragged products are counted
+from their shapes.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ FREE = {
     "copy-done", "async-done", "async-update", "all-gather-done", "all-reduce-done", "iota",
     "collective-permute-done", "optimization-barrier", "opt-barrier",
 }  # fmt: skip
+FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound")
 COLLECTIVES = {  # bytes that a device receives, as a multiple of the largest shape in the line
     "all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0, "all-to-all": 1.0,
     "collective-permute": 1.0, "ragged-all-to-all": 1.0,
@@ -159,7 +161,7 @@ def _instruction(one, table, computations, of) -> Cost:
     if kind in ("dot", "convolution"):
         made.flops = _product_flops(one, table)
     if kind == "custom-call":
-        made.flops = _kernel_flops(one)
+        made = _kernel(one, table)
     if base := _collective(kind):
         size = max((shape.bytes for shape in one.shapes), default=0)
         if len(one.shapes) > 1 and not kind.endswith("-start"):  # several in one
@@ -168,7 +170,7 @@ def _instruction(one, table, computations, of) -> Cost:
             size = sum(s.bytes for name in one.operands for s in table[name].shapes)
         made.collectives[base] = COLLECTIVES[base] * size
         return made
-    if kind in FREE:
+    if kind in FREE or any(f'custom_call_target="{name}"' in one.text for name in FREE_CALLS):
         return made
     if kind == "dynamic-slice" or kind == "gather":
         made.bytes = 2 * sum(shape.bytes for shape in one.shapes)
@@ -178,7 +180,7 @@ def _instruction(one, table, computations, of) -> Cost:
         made.bytes = sum(shape.bytes for shape in one.shapes[:2])
     else:
         inputs = (s for name in one.operands if name in table for s in table[name].shapes)
-        made.bytes = sum(s.bytes for s in (*one.shapes, *inputs))
+        made.bytes += sum(s.bytes for s in (*one.shapes, *inputs))
     return made
 
 
@@ -270,10 +272,22 @@ def _pairs(size: int, kernel: int, out: int, window: str, axis: int) -> int:
     return int(np.sum((at % holes == 0) & (at >= 0) & (at // holes < size)))
 
 
-def _kernel_flops(one: Instruction) -> float:
+def _kernel(one: Instruction, table: dict[str, Instruction]) -> Cost:
+    """FLOPs of a TPU kernel, and the bytes that it reads beyond its operands, once each."""
     for name, products in ATTENTION.items():
         if one.name.startswith(name):
-            batch, heads, length, width = max((s.dims for s in one.shapes if len(s.dims) == 4),
-                                              key=math.prod)  # fmt: skip
-            return products * 2.0 * batch * heads * length * (length + 1) / 2 * width
-    return 0.0
+            tensor = max(one.shapes, key=lambda shape: math.prod(shape.dims))
+            *_, length, width = tensor.dims
+            # Blocks on the diagonal are computed whole; against each block of the one side, two
+            # tensors of the other are read up to the diagonal. Sums of one block are results too.
+            block = min(shape.dims[-2] for shape in one.shapes if len(shape.dims) > 2)
+            rows = math.prod(tensor.dims) / width
+            reads = (length / block + 1) / 2
+            return Cost(products * rows * (length + block) * width, 2 * (reads - 1) * tensor.bytes)
+    if one.name.startswith("ragged-dot") and len(one.shapes) == 1:
+        # Rows [R, A] and [R, B] and the experts' matrices [E, A, B], one of the three the result.
+        inputs = (s.dims for name in one.operands if name in table for s in table[name].shapes)
+        three = [dims for dims in (*inputs, one.shapes[0].dims) if len(dims) > 1]
+        experts = next(dims[0] for dims in three if len(dims) == 3)
+        return Cost(2.0 * math.sqrt(math.prod(map(math.prod, three)) / experts))
+    return Cost()

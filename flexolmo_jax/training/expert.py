@@ -52,7 +52,7 @@ def train_expert(
       ValueError, FloatingPointError, Interrupted: as the parts say.
     """
     check_name(name)
-    loaded = read_anchor(anchor, mapped=True)
+    loaded = read_anchor(anchor, on_disk=True)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{anchor}: there is no tokenizer.json, which training needs")
