@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,13 +48,16 @@ def make_mesh(expert_parallel: int = 1, devices: Any = None) -> Mesh:
     Raises:
       ValueError: it does not divide them.
     """
-    count = len(jax.devices() if devices is None else devices)
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     if expert_parallel < 1 or count % expert_parallel:
         raise ValueError(
             f"expert_parallel must divide the number of devices, {count}; found {expert_parallel}"
         )
     shape = (count // expert_parallel, expert_parallel)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 2, devices=devices)
+    # As `jax.make_mesh`, which refuses eight on a torus of 4x4x4: no axis of the torus is 8 or 2x4.
+    torus = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(torus, AXES, axis_types=(AxisType.Explicit,) * 2)
 
 
 def specs(tree: Any, mesh: Mesh, over: tuple[str, ...] = AXES) -> Any:

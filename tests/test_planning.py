@@ -51,6 +51,65 @@ def test_a_product_and_a_loop_of_products():
     assert found.bytes >= 7 * 48 * 48 * 4  # every matrix is read
 
 
+def test_a_loop_of_unknown_length():
+    def until(x, w):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < 9, lambda x: x @ w, x)
+
+    shapes = jax.ShapeDtypeStruct((32, 48), jnp.float32), jax.ShapeDtypeStruct((48, 48), "f4")
+    text = jax.jit(until).lower(*shapes).compile().as_text()
+    once, twice = cost(text), cost(text, turns=2)
+    assert once.loops_of_unknown_length == 1
+    assert once.flops == 2 * 32 * 48 * 48 and twice.flops == 2 * once.flops
+    assert twice.bytes > once.bytes
+
+
+def test_of_a_stack_only_the_slice_is_read():
+    """As TPU programs have it: the slice is taken in a fusion in a fusion, behind a bitcast."""
+    text = """
+%inner (p.1: bf16[32,1,64,16], p.2: s32[]) -> bf16[64,16] {
+  %p.1 = bf16[32,1,64,16]{3,2,1,0} parameter(0)
+  %p.2 = s32[] parameter(1)
+  %slice = bf16[1,1,64,16]{3,2,1,0} dynamic-slice(%p.1, %p.2)
+  ROOT %flat = bf16[64,16]{1,0} bitcast(%slice)
+}
+%outer (p.3: bf16[8,64], p.4: bf16[32,64,16], p.5: s32[]) -> f32[8,16] {
+  %p.3 = bf16[8,64]{1,0} parameter(0)
+  %p.4 = bf16[32,64,16]{2,1,0} parameter(1)
+  %p.5 = s32[] parameter(2)
+  %same = bf16[32,1,64,16]{3,2,1,0} bitcast(%p.4)
+  %one = bf16[64,16]{1,0} fusion(%same, %p.5), kind=kLoop, calls=%inner
+  ROOT %product = f32[8,16]{1,0} convolution(%p.3, %one), dim_labels=bf_io->bf
+}
+ENTRY %main (a: bf16[8,64], b: bf16[32,64,16], c: s32[]) -> f32[8,16] {
+  %a = bf16[8,64]{1,0} parameter(0)
+  %b = bf16[32,64,16]{2,1,0} parameter(1)
+  %c = s32[] parameter(2)
+  ROOT %made = f32[8,16]{1,0} fusion(%a, %b, %c), kind=kOutput, calls=%outer
+}
+"""
+    found = cost(text)
+    assert found.flops == 2 * 8 * 64 * 16
+    assert found.bytes == 2 * 8 * 64 + 2 * 64 * 16 + 4 + 4 * 8 * 16
+
+
+def test_kernels_of_tpus_are_counted_from_their_shapes():
+    text = """
+ENTRY %main (q: bf16[2,4,2048,128], x: bf16[96,64], w: bf16[8,64,32]) -> bf16[96,32] {
+  %q = bf16[2,4,2048,128]{3,2,1,0} parameter(0)
+  %x = bf16[96,64]{1,0} parameter(1)
+  %w = bf16[8,64,32]{2,1,0} parameter(2)
+  %room = bf16[1024]{0} custom-call(), custom_call_target="AllocateBuffer"
+  %splash_mha_fwd.1 = (f32[2,512,128]{2,1,0:S(1)}, bf16[2,4,2048,128]{3,2,1,0}) custom-call(%q)
+  ROOT %ragged-dot-none.2 = bf16[96,32]{1,0} custom-call(%x, %w)
+}
+"""
+    found = cost(text)
+    size = 2 * 4 * 2048 * 128
+    assert found.flops == 2 * size * (2048 + 512) + 2 * 96 * 64 * 32
+    # Keys and values are read for each of four blocks of queries, up to its own: 2.5 times.
+    assert found.bytes == 2 * (2 * size + 2 * 1.5 * size + 96 * 64 + 8 * 64 * 32 + 96 * 32)
+
+
 STEPS = {
     "anchor": flops.anchor_step_flops,
     "alone": flops.expert_alone_step_flops,

@@ -22,6 +22,27 @@ class KVCache(NamedTuple):
         shape = (config.num_layers, batch, config.kv_heads, length, config.head_size)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
+    def write(
+        self, keys: jax.Array, values: jax.Array, at: jax.Array | int, number: jax.Array | None
+    ) -> "KVCache":
+        """With keys and values [B, S, K, H] from slot `at` on.
+
+        Of all layers' cache, those of layer `number`: no more is written, so that a loop over
+        layers can hand on one cache and change it in place.
+        """
+
+        def put(old, new):
+            new = new.swapaxes(1, 2).astype(old.dtype)
+            if number is None:
+                return jax.lax.dynamic_update_slice_in_dim(old, new, at, 2)
+            return jax.lax.dynamic_update_slice(old, new[None], (number, 0, 0, at, 0))
+
+        return KVCache(put(self.keys, keys), put(self.values, values))
+
+    def of(self, number: jax.Array | None) -> "KVCache":
+        """One layer's, out of all layers'."""
+        return self if number is None else KVCache(self.keys[number], self.values[number])
+
 
 class Attention(nnx.Module):
     """Causal self-attention of one layer (its weights stacked over layers)."""
@@ -46,6 +67,7 @@ class Attention(nnx.Module):
         cache: KVCache | None = None,
         at: jax.Array | int = 0,
         visible: jax.Array | None = None,
+        number: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Attends.
 
@@ -54,10 +76,11 @@ class Attention(nnx.Module):
           positions: int32 [B, S], the place of each token in its document.
           segments: int32 [B, S], the document of each token; 0 is padding.
           config: the model's sizes.
-          cache: this layer's keys and values, [B, K, S_max, H] each.
+          cache: this layer's keys and values, [B, K, S_max, H] each; or those of all layers.
           at: where in the cache this call's S tokens go.
           visible: bool [B, S_max]: what in the cache the token may look at (S = 1). Without it,
             this call's tokens look at each other only, even if there is a cache to fill.
+          number: of this layer, where the cache is that of all layers.
 
         Returns:
           [B, S, D], and the cache with this call's keys and values written into it.
@@ -69,18 +92,12 @@ class Attention(nnx.Module):
         q = rotate(self.q_norm(q, c.norm_eps), positions, c.rope_theta)
         k = rotate(self.k_norm(k, c.norm_eps), positions, c.rope_theta)
         if cache is not None:
-            new = (n.swapaxes(1, 2).astype(cache.keys.dtype) for n in (k, v))
-            cache = KVCache(
-                *(
-                    jax.lax.dynamic_update_slice_in_dim(old, n, at, 2)
-                    for old, n in zip(cache, new, strict=True)
-                )
-            )
+            cache = cache.write(k, v, at, number)
         if visible is None:
             out = self_attention(q, k, v, segments, c.attention)
         else:
             assert cache is not None
-            out = _look_back(q, cache, visible)
+            out = _look_back(q, cache.of(number), visible)
         o = self.o[...]
         if o.ndim == 2:
             return dot(out.reshape(*x.shape[:2], -1), o), cache

@@ -1,9 +1,9 @@
 """Expert compute that works on routed rows only: sort tokens by expert, then one expert at a time.
 
-On TPU and GPU the products are JAX's ragged ones. On CPU those cost E times as much; there, where
-tokens are spread over the experts about evenly, one batched product takes the first rows of all
-experts, as many as fit a little more than the mean, and a loop takes the rest; where they are not,
-the loop takes all. It costs a copy of each expert's weights, but no more rows than there are.
+On TPU and GPU the products are JAX's ragged ones. On CPU those cost E times as much. There a loop
+takes blocks of each expert's rows; it copies an expert's weights, which costs as much as a few
+hundred rows. So where experts have fewer rows than that, and about as many each, one batched
+product takes the first rows of all of them, and the loop what is left.
 """
 
 import functools
@@ -14,10 +14,11 @@ import jax.numpy as jnp
 
 from flexolmo_jax import sharding
 
-BLOCK = 256  # rows of an expert that the loop works on at a time
-STEP = 32  # the last block of an expert is as many rows as it needs, rounded up to this
-SLACK = 1.125  # rows that the batched product takes of each expert, as a multiple of the mean
-SPREAD = 1 / 8  # of the rows that may be left to the loop for the batched product to be worth it
+BLOCKS = (128, 256, 512)
+STEPS = 8
+FEW = 512  # rows an expert, below which the batched product is worth its rounding up
+SPARE = 32  # rows an expert that it takes beyond the mean
+LEFT = 1 / 8  # of the rows that may be left to the loop for it to be worth it
 
 
 def grouped_swiglu(
@@ -115,11 +116,11 @@ def _backward(most, kept, d_out):
     def compute(rows, g, u, d_out, gate, up, down):
         on = jax.nn.sigmoid(g)
         silu = g * on
-        d_hidden = jnp.einsum("md,fd->mf", d_out, down)
+        d_hidden = d_out @ down.T
         d_g = d_hidden * u * (on + silu * (1 - on))
         d_u = d_hidden * silu
-        d_rows = jnp.einsum("mf,df->md", d_g, gate) + jnp.einsum("mf,df->md", d_u, up)
-        outer = functools.partial(jnp.einsum, "ma,mb->ab")
+        d_rows = d_g @ gate.T + d_u @ up.T
+        outer = lambda a, b: a.T @ b
         return (d_rows,), (outer(rows, d_g), outer(rows, d_u), outer(silu * u, d_out))
 
     arrays = (places.cut(rows), g, u, places.cut(d_out))
@@ -135,7 +136,7 @@ class _Cut(NamedTuple):
     """Rows of all experts, in two parts that overlap; a row counts where `_Places` says it is."""
 
     first: jax.Array  # [E, C, ...]: of each expert; the rest of C is 0
-    rest: jax.Array  # [R + BLOCK, ...]: sorted by expert
+    rest: jax.Array  # [R + block, ...]: sorted by expert
 
 
 class _Places(NamedTuple):
@@ -146,17 +147,21 @@ class _Places(NamedTuple):
     together: jax.Array  # bool: the batched product takes C rows of each expert; else none
     numbers: jax.Array  # int [E, C]: sorted rows that it takes
     at: tuple[jax.Array, jax.Array]  # int [R] each: of a sorted row, its expert and place there
+    block: int  # rows that the loop takes at a time
 
     @classmethod
     def of(cls, sizes: jax.Array, rows: int, most: int) -> "_Places":
-        capacity = min(most, -(-int(SLACK * rows) // (16 * len(sizes))) * 16)
+        mean = rows / len(sizes)
+        block = max(size for size in BLOCKS if size <= max(mean, BLOCKS[0]))
+        capacity = 0 if mean >= FEW else -(-int(mean + SPARE) // 16) * 16
+        capacity = most if mean == most else min(capacity, most)
         ends = jnp.cumsum(sizes)
         starts = ends - sizes
-        together = jnp.sum(jnp.maximum(sizes - capacity, 0)) <= SPREAD * jnp.sum(sizes)
+        together = jnp.sum(jnp.maximum(sizes - capacity, 0)) <= LEFT * jnp.sum(sizes)
         numbers = starts[:, None] + jnp.arange(capacity)
         row = jnp.arange(rows)
         expert = jnp.minimum(jnp.searchsorted(ends, row, side="right"), len(sizes) - 1)
-        return cls(starts, sizes, together, numbers, (expert, row - starts[expert]))
+        return cls(starts, sizes, together, numbers, (expert, row - starts[expert]), block)
 
     @property
     def taken(self) -> jax.Array:
@@ -167,12 +172,14 @@ class _Places(NamedTuple):
         """Sorted rows [R, ...], where they are worked on."""
         own = jnp.arange(self.numbers.shape[1]) < self.sizes[:, None]
         first = jnp.where(own[..., None], rows[jnp.minimum(self.numbers, len(rows) - 1)], 0)
-        return _Cut(first, jnp.pad(rows, ((0, BLOCK), (0, 0))))
+        return _Cut(first, jnp.pad(rows, ((0, self.block), (0, 0))))
 
     def sorted(self, rows: _Cut) -> jax.Array:
         """[R, ...]."""
         expert, place = self.at
         capacity = self.numbers.shape[1]
+        if not capacity:
+            return rows.rest[: len(expert)]
         first = rows.first[expert, jnp.minimum(place, capacity - 1)]
         return jnp.where((place < self.taken)[:, None], first, rows.rest[: len(expert)])
 
@@ -198,43 +205,52 @@ def _over_experts(compute, arrays: tuple[_Cut, ...], weights, places: _Places):
         return jax.vmap(compute)(*(x.first for x in arrays), *weights)
 
     shapes = jax.eval_shape(together)
-    first, sums = jax.lax.cond(
-        places.together,
-        together,
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-    )
+    zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    has_any = places.numbers.shape[1] > 0
+    first, sums = jax.lax.cond(places.together, together, zeros) if has_any else zeros()
 
     def padded(rows, weights, size):
-        """The first `size` of BLOCK rows, computed; the results filled up with zeros."""
+        """The first `size` of a block's rows, computed; the results filled up with zeros."""
         out, addends = compute(*(x[:size] for x in rows), *weights)
-        return tuple(jnp.pad(x, ((0, BLOCK - size), (0, 0))) for x in out), addends
+        return tuple(jnp.pad(x, ((0, block - size), (0, 0))) for x in out), addends
 
-    branches = [functools.partial(padded, size=m) for m in range(STEP, BLOCK + 1, STEP)]
+    block, step = places.block, places.block // STEPS
+    branches = [functools.partial(padded, size=m) for m in range(step, block + 1, step)]
     left = jnp.maximum(places.sizes - places.taken, 0)
     order = jnp.argsort(left == 0, stable=True)  # those that have rows left come first
 
     def expert(number, carry):
         here = order[number]
+        outs, sums = carry
         own = tuple(jax.lax.dynamic_index_in_dim(w, here, keepdims=False) for w in weights)
         start, count = places.starts[here] + places.taken, left[here]
 
-        def block(number, carry):
+        def one(number, carry):
             outs, sums = carry
-            at = start + number * BLOCK
-            is_own = jnp.arange(BLOCK) < count - number * BLOCK
-            rows = tuple(jax.lax.dynamic_slice_in_dim(x.rest, at, BLOCK) for x in arrays)
+            at = start + number * block
+            is_own = jnp.arange(block) < count - number * block
+            rows = tuple(jax.lax.dynamic_slice_in_dim(x.rest, at, block) for x in arrays)
             rows = tuple(jnp.where(is_own[:, None], x, 0) for x in rows)
-            branch = -(-jnp.minimum(count - number * BLOCK, BLOCK) // STEP) - 1
+            branch = -(-jnp.minimum(count - number * block, block) // step) - 1
             made, addends = jax.lax.switch(branch, branches, rows, own)
             outs = tuple(
                 jax.lax.dynamic_update_slice_in_dim(out, new, at, 0)
                 for out, new in zip(outs, made, strict=True)
             )
-            return outs, jax.tree.map(lambda total, new: total.at[here].add(new), sums, addends)
+            return outs, jax.tree.map(jnp.add, sums, addends)
 
-        return jax.lax.fori_loop(0, -(-count // BLOCK), block, carry)
+        # Sums of its own, since adding to a part of a large array is slow here.
+        nothing = tuple(jnp.zeros(x.shape[1:], x.dtype) for x in sums)
+        outs, of_expert = jax.lax.fori_loop(0, -(-count // block), one, (outs, nothing))
+        return outs, tuple(_add_at(here, *pair) for pair in zip(sums, of_expert, strict=True))
 
     length = len(arrays[0].rest)
     outs = tuple(jnp.zeros((length, *x.shape[2:]), x.dtype) for x in shapes[0])
     outs, sums = jax.lax.fori_loop(0, jnp.sum(left > 0), expert, (outs, sums))
     return tuple(_Cut(*both) for both in zip(first, outs, strict=True)), sums
+
+
+def _add_at(index, total, new):
+    """`total` with `new` added to its part [index]."""
+    new = new + jax.lax.dynamic_index_in_dim(total, index, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(total, new, index, 0)

@@ -31,9 +31,9 @@ class Layer(nnx.Module):
         self.attention_norm = RMSNorm(config.num_layers, config.width)
         self.experts_norm = RMSNorm(config.num_layers, config.width)
 
-    def attend(self, x, positions, segments, config, cache=None, at=0, visible=None):
+    def attend(self, x, positions, segments, config, cache=None, at=0, visible=None, number=None):
         """x + norm(attention(x)); shapes as in `Attention`."""
-        out, cache = self.attention(x, positions, segments, config, cache, at, visible)
+        out, cache = self.attention(x, positions, segments, config, cache, at, visible, number)
         return x + self.attention_norm(out, config.norm_eps), cache
 
     def consult(self, x, stacks, allowed, config, skip=False):
@@ -144,13 +144,14 @@ def forward(
     if positions is None:
         positions = segment_positions(segments)
 
-    def layer_step(x, slices):
-        layer, stacks, cache = slices
+    def layer_step(carry, slices):
+        x, cache = carry
+        layer, stacks, number = slices
         layer = sharding.gather(layer, config)
         stacks = tuple(sharding.gather_experts(stack, config) for stack in stacks)
-        x, cache = layer.attend(x, positions, segments, config, cache, at, visible)
+        x, cache = layer.attend(x, positions, segments, config, cache, at, visible, number)
         x, router_logits = layer.consult(x, stacks, allowed, config)
-        return x, (router_logits, cache)
+        return (x, cache), router_logits
 
     x = sharding.look_up(backbone.embed[...], tokens, config)
     if layers is not None:
@@ -164,7 +165,8 @@ def forward(
         return Output(hidden, jnp.stack(router), tuple(caches) if cache else None)
     if config.remat != "none" or sharding.is_spread():
         layer_step = jax.checkpoint(layer_step, policy=REMAT[config.remat])
-    x, (router_logits, cache) = jax.lax.scan(
-        layer_step, x, (backbone.layers, stacks, cache), unroll=config.unroll
+    numbers = None if cache is None else jnp.arange(config.num_layers)
+    (x, cache), router_logits = jax.lax.scan(
+        layer_step, (x, cache), (backbone.layers, stacks, numbers), unroll=config.unroll
     )
     return Output(backbone.norm(x, config.norm_eps), router_logits, cache)

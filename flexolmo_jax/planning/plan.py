@@ -163,7 +163,9 @@ def model_of(path: str, config: Training) -> ModelConfig:
     return model
 
 
-def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -> Plan:
+def make_plan(
+    config: Training, model: ModelConfig, stage: str, topology: str, cut: bool = False
+) -> Plan:
     """Compiles a stage's step for a topology, and reads off what it costs.
 
     Args:
@@ -172,6 +174,8 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
       stage: one of STAGES; "forward" is the loss of merged weights, "decode" one more token of
         each of `data.batch_size` sequences of `data.length` tokens.
       topology: as in `chip_of`.
+      cut: decode with every matrix cut among all chips and gathered one layer at a time, as in
+        training, instead of whole on each chip, as `load` places them.
 
     Raises:
       ValueError: an unknown topology; libtpu is missing; sizes that the chips do not divide.
@@ -188,7 +192,7 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
         "stage": stage, "topology": topology, "chips": count, "memory": chip.memory
     }  # fmt: skip
     started = time.monotonic()
-    run, arguments, named = _step(config, model, stage, mesh)
+    run, arguments, named = _step(config, model, stage, mesh, cut)
     with sharding.within(mesh), tempfile.TemporaryDirectory() as dump:
         lowered = run.lower(*arguments, **named)
         try:
@@ -205,6 +209,10 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
         compile_seconds = time.monotonic() - started
         (text,) = Path(dump).glob("*.after_optimizations.txt")
         found = cost(text.read_text())
+        if stage == "decode":  # one turn of the loop, without what comes before and after it
+            twice = cost(text.read_text(), turns=2)
+            twice.add(found, -1)
+            found = twice
     used = compiled.memory_analysis()
     output = used.output_size_in_bytes - used.alias_size_in_bytes
     peak = used.argument_size_in_bytes + used.temp_size_in_bytes + output
@@ -270,10 +278,12 @@ def _needed(config: Training, model: ModelConfig, stage: str) -> float:
     return flops.decode_flops(model, length, every)
 
 
-def _step(config: Training, model: ModelConfig, stage: str, mesh: Mesh) -> tuple[Any, tuple, dict]:
+def _step(
+    config: Training, model: ModelConfig, stage: str, mesh: Mesh, cut: bool
+) -> tuple[Any, tuple, dict]:
     """The jitted step, and the shapes of its arguments, placed on the mesh."""
     if stage == "decode":
-        return _decode(config, model, mesh)
+        return _decode(config, model, mesh, sharding.AXES if cut else sharding.SERVING)
     shape = (config.data.batch_size, config.data.length)
     rows = functools.partial(
         jax.ShapeDtypeStruct, shape, sharding=NamedSharding(mesh, sharding.ROWS)
@@ -333,7 +343,9 @@ def _placed(tree: Any, mesh: Mesh, over: tuple[str, ...] = sharding.AXES) -> Any
     )  # fmt: skip
 
 
-def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> tuple[Any, tuple, dict]:
+def _decode(
+    config: Training, model: ModelConfig, mesh: Mesh, over: tuple[str, ...]
+) -> tuple[Any, tuple, dict]:
     """One turn of the loop over new tokens; weights in the dtype of the activations."""
     batch, length = config.data.batch_size, config.data.length
 
@@ -344,7 +356,7 @@ def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> tuple[Any, tupl
     weights = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), _weights(model, mesh)
     )
-    weights = _placed(weights, mesh, over=())
+    weights = _placed(weights, mesh, over)
     shape = (model.num_layers, batch, model.kv_heads, length, model.head_size)
     axes = sharding.AXES
     cache = KVCache(*(abstract(shape, model.dtype, None, axes) for _ in range(2)))

@@ -67,11 +67,12 @@ class Cost:
         self.loops_of_unknown_length += other.loops_of_unknown_length
 
 
-def cost(text: str) -> Cost:
+def cost(text: str, turns: int = 1) -> Cost:
     """What one run of a compiled program costs each device.
 
     Args:
       text: of the module after all passes.
+      turns: how often a loop runs whose length the program does not know.
     """
     computations, entry = _parse(text)
     known: dict[str, Cost] = {}
@@ -81,7 +82,7 @@ def cost(text: str) -> Cost:
             known[name] = Cost()
             table = computations[name]
             for one in table.values():
-                known[name].add(_instruction(one, table, computations, of))
+                known[name].add(_instruction(one, table, computations, of, turns))
         return known[name]
 
     return of(entry)
@@ -130,18 +131,16 @@ def _shapes(text: str) -> Iterator[Shape]:
             yield Shape(dtype, sizes, bool(re.search(r"S\([1-9]", layout)))
 
 
-def _instruction(one, table, computations, of) -> Cost:
+def _instruction(one, table, computations, of, turns: int = 1) -> Cost:
     made = Cost()
     kind = one.kind
-    called = [
-        name for name in re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", one.text)
-    ]
+    called = _called(one)
     if kind == "while":
         trips = _trips(one, computations)
         if trips is None:
             made.loops_of_unknown_length = 1
         for name in called:
-            made.add(of(name), trips or 1)
+            made.add(of(name), turns if trips is None else trips)
         return made
     if kind == "conditional":
         names = re.findall(r"%([\w.\-]+)", _attribute(one.text, "branch_computations"))
@@ -156,7 +155,7 @@ def _instruction(one, table, computations, of) -> Cost:
     if kind == "fusion":
         for name in called:
             made.flops += of(name).flops
-        made.bytes = _fusion_bytes(one, table, computations[called[0]])
+        made.bytes = _fusion_bytes(one, table, computations)
         return made
     if kind in ("dot", "convolution"):
         made.flops = _product_flops(one, table)
@@ -184,6 +183,10 @@ def _instruction(one, table, computations, of) -> Cost:
     return made
 
 
+def _called(one: Instruction) -> list[str]:
+    return re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", one.text)
+
+
 def _trips(loop: Instruction, computations: dict[str, dict[str, Instruction]]) -> int | None:
     """How often a loop runs: said by the compiler; or counted up to a constant, as a scan is."""
     said = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text)
@@ -208,29 +211,39 @@ def _attribute(text: str, name: str) -> str:
     return match[1] if match else ""
 
 
-def _fusion_bytes(one, table, inside) -> float:
-    """What a fusion reads and writes; of a stack that it takes a slice of, the slice."""
-    total = 0.0
-    parameters = {
-        int(re.search(r"parameter\((\d+)\)", i.text)[1]): i  # type: ignore[index]
-        for i in inside.values()
-        if i.kind == "parameter"
-    }
-    in_place = False
+def _fusion_bytes(one, table, computations) -> float:
+    """What a fusion reads and writes; of a stack that it takes or sets a slice of, the slice."""
+    total, written = 0.0, [shape.bytes for shape in one.shapes]
     for number, name in enumerate(one.operands):
-        if name not in table or number not in parameters:
-            continue
-        users = [i for i in inside.values() if parameters[number].name in i.operands]
-        whole = sum(shape.bytes for shape in table[name].shapes)
-        if users and all(i.kind == "dynamic-slice" for i in users) and whole:
-            whole = min(whole, sum(s.bytes for i in users for s in i.shapes))
-        updates = [i for i in users if i.kind == "dynamic-update-slice"]
-        if updates and updates[0].operands[0] == parameters[number].name and whole:
-            update = inside[updates[0].operands[1]]
-            whole, in_place = sum(shape.bytes for shape in update.shapes), True
-        total += whole
-    written = sum(shape.bytes for shape in one.shapes)
-    return total if in_place else total + written
+        whole = sum(shape.bytes for shape in table[name].shapes) if name in table else 0.0
+        touched, is_set = _touched(number, _called(one)[0], computations)
+        total += min(whole, touched)
+        if is_set and whole in written:  # the result takes the place of the stack
+            written.remove(whole)
+    return total + sum(written)
+
+
+def _touched(number: int, computation: str, computations) -> tuple[float, bool]:
+    """Bytes of a parameter that a fused computation reads or sets, and whether it sets a slice."""
+    inside = computations[computation]
+    names = [i.name for i in inside.values() if f"parameter({number})" in i.text]
+    total, is_set = 0.0, False
+    while names:
+        name = names.pop()
+        for user in (i for i in inside.values() if name in i.operands):
+            if user.kind == "bitcast":
+                names.append(user.name)
+            elif user.kind == "dynamic-slice":
+                total += sum(shape.bytes for shape in user.shapes)
+            elif user.kind == "dynamic-update-slice" and user.operands[0] == name:
+                total += sum(shape.bytes for shape in inside[user.operands[1]].shapes)
+                is_set = True
+            elif user.kind == "fusion":
+                more, sets = _touched(user.operands.index(name), _called(user)[0], computations)
+                total, is_set = total + more, is_set or sets
+            else:
+                return math.inf, is_set
+    return total, is_set
 
 
 def _product_flops(one: Instruction, table: dict[str, Instruction]) -> float:
@@ -278,12 +291,12 @@ def _kernel(one: Instruction, table: dict[str, Instruction]) -> Cost:
         if one.name.startswith(name):
             tensor = max(one.shapes, key=lambda shape: math.prod(shape.dims))
             *_, length, width = tensor.dims
-            # Blocks on the diagonal are computed whole; against each block of the one side, two
-            # tensors of the other are read up to the diagonal. Sums of one block are results too.
-            block = min(shape.dims[-2] for shape in one.shapes if len(shape.dims) > 2)
-            rows = math.prod(tensor.dims) / width
-            reads = (length / block + 1) / 2
-            return Cost(products * rows * (length + block) * width, 2 * (reads - 1) * tensor.bytes)
+            block = one.shapes[0].dims[-2]  # the first result is room for the sums of a block
+            # Blocks on the diagonal are computed whole; for each block of the one side, two tensors
+            # of the other are read up to the diagonal.
+            size, reads = math.prod(tensor.dims), (length / block + 1) / 2
+            again = 2 * (reads - 1) * size * BITS[tensor.dtype] / 8
+            return Cost(products * size * (length + block), again)
     if one.name.startswith("ragged-dot") and len(one.shapes) == 1:
         # Rows [R, A] and [R, B] and the experts' matrices [E, A, B], one of the three the result.
         inputs = (s.dims for name in one.operands if name in table for s in table[name].shapes)

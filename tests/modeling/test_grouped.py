@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexolmo_jax.modeling.grouped import BLOCK, STEP, grouped_swiglu
+from flexolmo_jax.modeling.grouped import BLOCKS, FEW, grouped_swiglu
 
 WIDTH, HIDDEN = 8, 12
 
@@ -54,7 +54,7 @@ def assert_equal(x, weights, matrices, d_out, active):
 @settings(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    shape=st.sampled_from([(1, 1, 5), (4, 2, 3 * STEP), (7, 5, 70), (8, 4, 1), (16, 2, 300)]),
+    shape=st.sampled_from([(1, 1, 5), (4, 2, 96), (7, 5, 70), (8, 4, 1), (16, 2, 300)]),
     masked=st.floats(0, 0.5),
     favour=st.sampled_from([0.0, 5.0]),
 )
@@ -70,7 +70,7 @@ def test_grouped_equals_dense(seed, shape, masked, favour):
     assert_equal(x, weights, matrices, d_out, active)
 
 
-@pytest.mark.parametrize("tokens", [BLOCK - 1, BLOCK, 2 * BLOCK + STEP + 1])
+@pytest.mark.parametrize("tokens", [BLOCKS[0] - 1, BLOCKS[0], 3 * BLOCKS[0] + 9, 3 * FEW + 17])
 def test_one_expert_gets_all_and_the_others_none(tokens):
     _, x, matrices, d_out = random(0, 3, tokens)
     for favourite in range(3):
