@@ -15,6 +15,8 @@ import json
 import multiprocessing
 import os
 import platform
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,14 @@ from flexolmo_jax.cli import leave_libtpu_alone
 leave_libtpu_alone()  # before JAX is imported
 
 from flexolmo_jax.config import Training, load_config  # noqa: E402
+from flexolmo_jax.planning.chips import chip_of  # noqa: E402
 from flexolmo_jax.planning.plan import make_plan, model_of  # noqa: E402
 
 HERE = Path(__file__).parent
 PAGE, RECORD = HERE / "scaling.md", HERE / "scaling.json"
 SLICES = ("v5p:4x4x4", "v5p:4x8x8", "v5e:16x16", "v6e:8x8")
-TOKENS = 4 * 2**20  # of a step, in sequences of 4096
-STAGES = {  # title: config, stage, what is set
+ROWS, ROWS_DECODED = 1024, 256  # sequences: of a step, 4M tokens; of a turn of decoding
+STAGES: dict[str, tuple[str, str, dict[str, Any]]] = {  # title: config, stage, what is set
     "7B anchor": ("olmo2_7b_anchor", "anchor", {}),
     "2x7B expert, pair": ("flexolmo_2x7b_expert", "expert", {}),
     "2x7B expert, alone": ("flexolmo_2x7b_expert", "expert", {"gating": "alone"}),
@@ -41,9 +44,46 @@ STAGES = {  # title: config, stage, what is set
     "8x7B decode": ("flexolmo_8x7b_router", "decode", {"expert_parallel": 8}),
 }
 # What fits, and computes least again: sequences that a chip works on at a time, and what is kept.
-SETTINGS: dict[tuple[str, str], dict[str, Any]] = {}
+SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
+    ("7B anchor", "v5p:4x4x4"): {"parts": 8, "remat": "products"},
+    ("7B anchor", "v5p:4x8x8"): {"parts": 2, "remat": "products"},
+    ("7B anchor", "v5e:16x16"): {"parts": 4, "remat": "products"},
+    ("7B anchor", "v6e:8x8"): {"parts": 16, "remat": "products"},
+    ("2x7B expert, pair", "v5p:4x4x4"): {"parts": 8, "remat": "products"},
+    ("2x7B expert, pair", "v5p:4x8x8"): {"parts": 2, "remat": "products"},
+    ("2x7B expert, pair", "v5e:16x16"): {"parts": 4, "remat": "products"},
+    ("2x7B expert, pair", "v6e:8x8"): {"parts": 16, "remat": "products"},
+    ("2x7B expert, alone", "v5p:4x4x4"): {"parts": 8, "remat": "products"},
+    ("2x7B expert, alone", "v5p:4x8x8"): {"parts": 2, "remat": "products"},
+    ("2x7B expert, alone", "v5e:16x16"): {"parts": 4, "remat": "products"},
+    ("2x7B expert, alone", "v6e:8x8"): {"parts": 16, "remat": "products"},
+    ("7x7B router", "v5p:4x4x4"): {"parts": 16, "remat": "products"},
+    ("7x7B router", "v5p:4x8x8"): {"parts": 4, "remat": "products"},
+    ("7x7B router", "v5e:16x16"): {"parts": 4, "remat": "layer"},
+    ("7x7B router", "v6e:8x8"): {"parts": 16, "remat": "layer"},
+}
 GROWTH_CHIPS = ("v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8")
 GROWTH_EXPERTS = (2, 4, 8, 16, 32, 64)
+# What the issue asks of each plan: words; whom it concerns, its value in words, whether it is met.
+Target = tuple[Callable[[dict], Any], Callable[[dict], str], Callable[[dict], bool]]
+TARGETS: dict[str, Target] = {
+    "compile in at most 150 s on 2 cores": (
+        lambda one: True, lambda one: f"{one['compile_seconds']:.0f} s",
+        lambda one: one["compile_seconds"] <= 150,
+    ),
+    "fit in the chip's memory, GiB": (
+        lambda one: True, lambda one: reason(one), lambda one: one["fits"]
+    ),
+    "training, forward: compiled FLOPs at most 1.35x the needed": (
+        lambda one: one["peak"] and one["stage"] != "decode", lambda one: f"{overhead(one):.2f}x",
+        lambda one: overhead(one) <= 1.35,
+    ),
+    "training: MFU at the roofline at least 55%": (
+        lambda one: one["peak"] and one["steps"], lambda one: f"{one['mfu']:.0%}",
+        lambda one: one["mfu"] >= 0.55,
+    ),
+}  # fmt: skip
+WHY: dict[str, str] = {}  # of plans that miss a target: the reason
 
 
 def jobs() -> dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]]:
@@ -53,30 +93,31 @@ def jobs() -> dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]]:
         for topology in SLICES:
             chosen = values | SETTINGS.get((title, topology), {})
             made[f"{title} on {topology}"] = (config, stage, topology, chosen, {})
-    for topology in GROWTH_CHIPS:
+    for topology in GROWTH_CHIPS:  # each chip works on two sequences at a time, wherever
+        chosen = {"parts": ROWS // 2 // chip_of(topology)[1], "remat": "products"}
         name = f"growth of chips: {topology}"
-        chosen = dict(STAGES["2x7B expert, pair"][2])
-        chosen |= SETTINGS.get(("2x7B expert, pair", "v5p:4x4x4"), {})
         made[name] = ("flexolmo_2x7b_expert", "expert", topology, chosen, {})
     for count in GROWTH_EXPERTS:
-        name = f"growth of experts: {count}"
-        chosen = {"expert_compute": "grouped", "expert_parallel": count}
         model = {"num_experts": count, "active_experts": 2}
-        made[name] = ("flexolmo_8x7b_router", "forward", "v5p:4x4x4", chosen, model)
+        made[f"growth of experts: {count}"] = (
+            "flexolmo_8x7b_router", "forward", "v5p:4x4x4", {"expert_compute": "grouped"}, model
+        )  # fmt: skip
     return made
 
 
 def plan(job: tuple[str, str, str, dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
     """One plan, or why there is none; in a process of its own."""
     path, stage, topology, values, of_model = job
+    values = dict(values)
+    cut = values.pop("weights", None) == "cut"
     config = load_config(path, Training)
-    rows = 256 if stage == "decode" else TOKENS // 4096
+    rows = ROWS_DECODED if stage == "decode" else ROWS
     data = dataclasses.replace(config.data, batch_size=rows)
     steps = round(config.steps * config.data.batch_size / rows)
     config = dataclasses.replace(config, data=data, steps=steps, **values)
     model = dataclasses.replace(model_of(path, config), **of_model)
     try:
-        return make_plan(config, model, stage, topology).values()
+        return make_plan(config, model, stage, topology, cut).values()
     except Exception as error:
         return {"error": str(error).splitlines()[0][:300]}
 
@@ -109,29 +150,47 @@ def main() -> None:
     pictures(found)
 
 
+NAMES = {"compute": "compute", "hbm": "memory (HBM)", "link": "links"}
 HEADER = """\
-| stage | chips | set | verdict | peak, GiB | overhead | roofline, s | bound by | MFU | tokens/s \
-| days | compiled in | made |
-| --- | --- | --- | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | --- |
+| stage | slice | set | peak of memory, GiB | overhead | roofline, s | bound by | MFU \
+| MFU, links in turn | tokens/s | days | compiled in |
+| --- | --- | --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |
 """
 PAGE_TEXT = """\
 # Full size on TPU slices, compiled ahead of time
 
-`python docs/scaling.py`, {cores} cores ({machine}), without a TPU. The real step of each stage,
-compiled by libtpu for the slice; nothing here has run. Bytes, FLOPs and collectives are read off
-the compiled program, layers counted as often as they run (`flexolmo_jax/planning`). *Overhead*:
-compiled over needed FLOPs. *Roofline*: the longest of compute, HBM and links at published peak
-rates (`planning/chips.py`), as if the others hid behind it; *MFU* is needed FLOPs at that time, so
-an upper bound. Training steps and forward passes are of 4M tokens; decoding is one more token of
-256 sequences with 4096 tokens each.
+`python docs/scaling.py`, on {cores} cores ({machine}) without a TPU, {dates}. libtpu compiles the
+real step of each stage for the slice; **nothing here has run**, so no time here was measured but
+that of compiling. Memory is the compiler's own account. FLOPs, bytes and collectives are read off
+the compiled program, its loops counted as often as they run (`flexolmo_jax/planning`).
+
+## Targets
+
+| of the {count} plans below | met | missed |
+| --- | ---: | --- |
+{targets}
+{why}
+## Stages
+
+A training step and a forward pass are of 4M tokens, in sequences of 4096; decoding is one more
+token of 256 sequences that have 4096 each.
 
 {stages}
+- *set*: `parts` is into how many a chip divides its share of the batch, one worked on after the
+  other; `remat` is what the backward pass computes again: all but matrix products, or whole layers.
+- *overhead*: compiled FLOPs (matrix products and attention) over needed ones, as in
+  `flexolmo_jax/flops.py`: nothing computed twice, no gradient of a frozen weight, no masked score.
+- *roofline*: the longest of the times that compute, HBM and links need at their published peak
+  rates (`planning/chips.py`), as if the others hid behind it. *MFU* is needed FLOPs at that time:
+  an upper bound. *MFU, links in turn* is the same if no transfer hides behind anything.
+- *days*: the whole stage, as many tokens as its config in `configs/` says.
+
 ## Growth
 
 ![chips](scaling_chips.png) ![experts](scaling_experts.png)
 
-Left: the 2x7B expert step of 4M tokens on 16 to 256 v5p chips. Right: a forward pass of 4M tokens
-through 2 to 64 experts, two of them active, on 64 v5p chips.
+Left: the 2x7B expert step of 4M tokens on 16 to 256 chips; each works on two sequences at a time.
+Right: a forward pass of 4M tokens through 2 to 64 experts, two of them active, on 64 chips.
 
 {growth}"""
 
@@ -140,53 +199,95 @@ def page(found: dict[str, dict[str, Any]]) -> str:
     rows = {name: row(name, one) + "\n" for name, one in found.items()}
     growth = [text for name, text in rows.items() if name.startswith("growth")]
     stages = [text for name, text in rows.items() if not name.startswith("growth")]
+    plans = {name: one for name, one in found.items() if not name.startswith("growth")}
+    dates = sorted({one["date"] for one in found.values()})
     return PAGE_TEXT.format(
         cores=os.cpu_count(), machine=platform.machine(),
+        dates=" to ".join(dict.fromkeys((dates[0], dates[-1]))), count=len(plans),
+        targets="".join(target(words, plans) for words in TARGETS),
+        why="".join(f"- {name}: {WHY[name]}\n" for name in plans if name in WHY),
         stages=HEADER + "".join(stages), growth=HEADER + "".join(growth),
     )  # fmt: skip
 
 
+def target(words: str, plans: dict[str, dict[str, Any]]) -> str:
+    """A row: how many plans meet a target, and which do not."""
+    concerns, value, is_met = TARGETS[words]
+    asked = {name: one for name, one in plans.items() if "error" not in one and concerns(one)}
+    missed = [f"{name} ({value(one)})" for name, one in asked.items() if not is_met(one)]
+    missed += [f"{name} (not planned)" for name, one in plans.items() if "error" in one]
+    met = sum(map(is_met, asked.values()))
+    return f"| {words} | {met} of {len(asked)} | {'; '.join(missed) or 'none'} |\n"
+
+
 def row(name: str, one: dict[str, Any]) -> str:
     title, _, topology = name.partition(" on ")
+    if name.startswith("growth of chips"):
+        title, topology = "2x7B expert, pair", name.split(": ")[1]
+    elif name.startswith("growth of experts"):
+        title, topology = f"forward, {name.split(': ')[1]} experts", "v5p:4x4x4"
     made = ", ".join(f"{key} {value}" for key, value in one["set"].items())
     if "error" in one:
-        return f"| {title} | {topology} | {made} | {one['error']} |" + " |" * 9
-    start = f"| {title} | {one['topology']} | {made} | {one['verdict']} | "
-    end = f"{one['compile_seconds']:.0f} s | {one['date']} |"
+        return f"| {title} | {topology} | {made} | not planned: {one['error']} |" + " |" * 8
+    start = f"| {title} | {topology} | {made} | "
+    end = f"{one['compile_seconds']:.0f} s |"
+    if not one["fits"]:
+        start += f"**does not fit**: {reason(one)} | "
     if not one["peak"]:
         return start + " | " * 7 + end
+    if one["fits"]:
+        start += f"{one['peak'] / 2**30:.1f} of {one['memory'] / 2**30:.0f} | "
     times = {name: one[f"{name}_seconds"] for name in ("compute", "hbm", "link")}
+    in_turn = max(times["compute"], times["hbm"]) + times["link"]
     days = f"{one['days']:.1f}" if one["steps"] else ""
     return (
-        f"{start}{one['peak'] / 2**30:.1f} of {one['memory'] / 2**30:.0f} | "
-        f"{one['compiled_flops'] / one['needed_flops']:.2f} | {one['seconds']:.3g} | "
-        f"{max(times, key=times.get)} | {one['mfu']:.0%} | {one['tokens_per_second']:,.0f} | "
-        f"{days} | {end}"
+        f"{start}{overhead(one):.2f} | {one['seconds']:.3g} | {max(times, key=times.__getitem__)} "
+        f"| {one['mfu']:.0%} | {one['mfu'] * one['seconds'] / in_turn:.0%} "
+        f"| {one['tokens_per_second']:,.0f} | {days} | {end}"
     )
 
 
+def overhead(one: dict[str, Any]) -> float:
+    return one["compiled_flops"] / one["needed_flops"]
+
+
+def reason(one: dict[str, Any]) -> str:
+    """Of the compiler's sentence, what it would use of what there is."""
+    said = re.search(r"Used ([\d.]+)G of ([\d.]+)G", one["because"])
+    return f"{said[1]} of {said[2]}" if said else one["because"]
+
+
 def pictures(found: dict[str, dict[str, Any]]) -> None:
-    for what, label in (("chips", "chips"), ("experts", "experts")):
-        points = [one for name, one in found.items() if name.startswith(f"growth of {what}")]
-        points = [one for one in points if one.get("peak")]
+    """Time and memory of a chip, one above the other, by chips and by experts."""
+    for what, label in (("chips", "v5p chips"), ("experts", "experts, 2 of them active")):
+        points = {
+            one["chips"] if what == "chips" else int(name.split()[-1]): one
+            for name, one in found.items()
+            if name.startswith(f"growth of {what}") and one.get("peak")
+        }
         if not points:
             continue
-        numbers = (
-            [one["chips"] for one in points] if what == "chips"
-            else [int(n.split()[-1]) for n, one in found.items()
-                  if n.startswith("growth of experts") and one.get("peak")]
-        )  # fmt: skip
-        figure = Figure(figsize=(5, 3.5), layout="constrained")
-        left = figure.subplots()
-        right = left.twinx()
-        left.plot(numbers, [one["seconds"] for one in points], "o-", label="roofline time")
-        right.plot(numbers, [one["peak"] / 2**30 for one in points], "s--", color="tab:red")
-        left.set(xlabel=label, ylabel="roofline time of a step, s (solid)", xscale="log")
-        left.set(yscale="log" if what == "chips" else "linear")
-        left.set_xticks(numbers, map(str, numbers))
-        left.minorticks_off()
-        left.set_ylim(bottom=None if what == "chips" else 0)
-        right.set(ylabel="peak memory of a chip, GiB (dashed)", ylim=(0, None))
+        figure = Figure(figsize=(5, 5), layout="constrained")
+        above, below = figure.subplots(2, sharex=True)
+        numbers, plans = list(points), list(points.values())
+        for part, style in (("compute", "s--"), ("hbm", "^--"), ("link", "v--")):
+            times = [one[f"{part}_seconds"] for one in plans]
+            above.plot(numbers, times, style, label=NAMES[part], alpha=0.7)
+        above.plot(numbers, [one["seconds"] for one in plans], "k-", label="roofline", zorder=0)
+        if what == "chips":
+            ideal = [plans[0]["seconds"] * numbers[0] / number for number in numbers]
+            above.plot(numbers, ideal, ":", color="gray", label="as chips grow")
+        above.set(xscale="log", yscale="log", ylabel="seconds a step")
+        above.legend(fontsize=8)
+        held = [one["arguments"] / 2**30 for one in plans]
+        below.plot(numbers, [one["peak"] / 2**30 for one in plans], "ko-", label="peak")
+        below.plot(numbers, held, "s--", color="gray", label="held from step to step")
+        below.set(xlabel=label, ylabel="memory of a chip, GiB", ylim=(0, None))
+        below.set_xticks(numbers, map(str, numbers))
+        below.minorticks_off()
+        below.legend(fontsize=8)
+        for axes in (above, below):
+            axes.grid(alpha=0.3)
         figure.savefig(HERE / f"scaling_{what}.png", dpi=110)
 
 

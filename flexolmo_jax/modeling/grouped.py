@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from flexolmo_jax import sharding
 
-BLOCKS = (128, 256, 512)
-STEPS = 8
+BLOCKS = (128, 256, 512)  # rows of an expert that the loop takes at a time: at most the mean
+STEPS = 8  # an expert's last block is as many rows as it needs, rounded up to an eighth of a block
 FEW = 512  # rows an expert, below which the batched product is worth its rounding up
 SPARE = 32  # rows an expert that it takes beyond the mean
 LEFT = 1 / 8  # of the rows that may be left to the loop for it to be worth it
@@ -120,8 +120,7 @@ def _backward(most, kept, d_out):
         d_g = d_hidden * u * (on + silu * (1 - on))
         d_u = d_hidden * silu
         d_rows = d_g @ gate.T + d_u @ up.T
-        outer = lambda a, b: a.T @ b
-        return (d_rows,), (outer(rows, d_g), outer(rows, d_u), outer(silu * u, d_out))
+        return (d_rows,), (rows.T @ d_g, rows.T @ d_u, (silu * u).T @ d_out)
 
     arrays = (places.cut(rows), g, u, places.cut(d_out))
     (d_rows,), d_weights = _over_experts(compute, arrays, (gate, up, down), places)
