@@ -46,8 +46,8 @@ class ModelConfig:
     expert_compute: Literal["dense", "grouped"] = "dense"  # all experts, or routed rows only
     attention: Literal["auto", "blocked", "splash", "cudnn"] = "auto"  # modeling/attend.py
     loss_chunk: int = 128  # positions of each sequence whose logits are held at a time
-    remat: Literal["none", "products", "layer"] = "none"  # what the backward pass computes again:
-    # nothing; all but matrix products; or each whole layer
+    remat: Literal["none", "products", "wide", "layer"] = "none"  # what backward computes again:
+    # nothing; all but matrix products; also those that are wider than the model; each whole layer
     unroll: int = 1  # layers in one turn of the loop: more run faster on CPU, and compile longer
 
     def __post_init__(self):
@@ -161,7 +161,7 @@ class Training:
     log_every: int = 10  # steps
     expert_parallel: int = 1  # devices that a merged model's experts are spread over
     parts: int = 1  # each device's share of a batch is worked on in so many; less memory
-    remat: Literal["none", "products", "layer"] | None = None  # None: as the model has it
+    remat: Literal["none", "products", "wide", "layer"] | None = None  # None: as the model has it
     expert_compute: Literal["dense", "grouped"] | None = None  # None: as the model has it
 
     def __post_init__(self):

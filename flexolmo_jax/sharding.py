@@ -145,7 +145,8 @@ def place(
 
     def one(x, where):
         if isinstance(x, jax.Array) and (jax.process_count() == 1 or x.sharding == where):
-            return jax.device_put(x.astype(dtype or x.dtype), where)
+            x = x if dtype in (None, x.dtype) else x.astype(dtype)  # else it would be copied
+            return jax.device_put(x, where)
         return jax.make_array_from_callback(x.shape, where, lambda part: read(x, part))
 
     return jax.tree.map(one, tree, shardings(tree, mesh, over))

@@ -1,10 +1,12 @@
 """Named tensors: the leaves of a tree by name, their digests, and their Orbax form on disk."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import math
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -261,11 +263,16 @@ def _ranges(part: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[range, ...
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Aligned so that JAX on CPU takes it over, and does not copy it."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+    """Memory that JAX on CPU takes over as it is: aligned, and of the system's large pages.
+
+    Most of the time of loading would else go into touching small ones for the first time.
+    """
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, max(count * dtype.itemsize, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 def _difference(expected: dict[str, tuple], found: dict[str, tuple]) -> str:

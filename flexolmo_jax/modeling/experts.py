@@ -155,6 +155,8 @@ def fill_up(stack: Experts, multiple: int) -> Experts:
     """
     count = stack.router.bias.shape[1]
     missing = -count % multiple
+    if not missing:
+        return stack
 
     def fill(leaf, value=0.0):
         widths = ((0, 0), (0, missing), *((0, 0),) * (leaf.ndim - 2))

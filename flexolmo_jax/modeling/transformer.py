@@ -1,5 +1,6 @@
 """The whole network: shared backbone plus stacks of experts; forward pass and initialisation."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,9 +17,20 @@ from flexolmo_jax.modeling.attention import (
 from flexolmo_jax.modeling.experts import Experts, mix
 from flexolmo_jax.modeling.layers import RMSNorm, Shared, dot, normal
 
+
+def _narrow(primitive, *inputs, **params) -> bool:
+    """A product of activations and a matrix that gives no more than it takes, as no gate's does."""
+    if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params):
+        return False
+    activations, matrix = inputs
+    (summed, _), _ = params["dimension_numbers"]
+    return matrix.size <= math.prod(activations.shape[axis] for axis in summed) ** 2
+
+
 REMAT = {  # what is kept for the backward pass; never matrices gathered from other devices
     "none": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "wide": _narrow,
     "layer": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -24,6 +24,7 @@ COLLECTIVES = {  # bytes that a device receives, as a multiple of the largest sh
     "all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0, "all-to-all": 1.0,
     "collective-permute": 1.0, "ragged-all-to-all": 1.0,
 }  # fmt: skip
+PASSING = {"bitcast", "fusion", "parameter"}  # of a fusion that only bitcasts
 ATTENTION = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}  # products of S x S
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -231,7 +232,8 @@ def _touched(number: int, computation: str, computations) -> tuple[float, bool]:
     while names:
         name = names.pop()
         for user in (i for i in inside.values() if name in i.operands):
-            if user.kind == "bitcast":
+            called = computations[_called(user)[0]] if user.kind == "fusion" else {}
+            if {user.kind, *(i.kind for i in called.values())} <= PASSING:
                 names.append(user.name)
             elif user.kind == "dynamic-slice":
                 total += sum(shape.bytes for shape in user.shapes)
