@@ -48,10 +48,10 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("7B anchor", "v5p:4x4x4"): {"parts": 8, "remat": "products"},
     ("7B anchor", "v5p:4x8x8"): {"parts": 2, "remat": "products"},
     ("7B anchor", "v5e:16x16"): {"parts": 4, "remat": "products"},
-    ("7B anchor", "v6e:8x8"): {"parts": 16, "remat": "products"},
+    ("7B anchor", "v6e:8x8"): {"parts": 8, "remat": "products"},
     ("2x7B expert, pair", "v5p:4x4x4"): {"parts": 8, "remat": "products"},
     ("2x7B expert, pair", "v5p:4x8x8"): {"parts": 2, "remat": "products"},
-    ("2x7B expert, pair", "v5e:16x16"): {"parts": 4, "remat": "products"},
+    ("2x7B expert, pair", "v5e:16x16"): {"parts": 4, "remat": "wide"},
     ("2x7B expert, pair", "v6e:8x8"): {"parts": 16, "remat": "products"},
     ("2x7B expert, alone", "v5p:4x4x4"): {"parts": 8, "remat": "products"},
     ("2x7B expert, alone", "v5p:4x8x8"): {"parts": 2, "remat": "products"},
@@ -59,8 +59,8 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("2x7B expert, alone", "v6e:8x8"): {"parts": 16, "remat": "products"},
     ("7x7B router", "v5p:4x4x4"): {"parts": 16, "remat": "products"},
     ("7x7B router", "v5p:4x8x8"): {"parts": 4, "remat": "products"},
-    ("7x7B router", "v5e:16x16"): {"parts": 4, "remat": "layer"},
-    ("7x7B router", "v6e:8x8"): {"parts": 16, "remat": "layer"},
+    ("7x7B router", "v5e:16x16"): {"parts": 4, "remat": "wide"},
+    ("7x7B router", "v6e:8x8"): {"parts": 16, "remat": "wide"},
 }
 GROWTH_CHIPS = ("v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8")
 GROWTH_EXPERTS = (2, 4, 8, 16, 32, 64)
@@ -122,6 +122,14 @@ def plan(job: tuple[str, str, str, dict[str, Any], dict[str, Any]]) -> dict[str,
         return {"error": str(error).splitlines()[0][:300]}
 
 
+def in_a_process(job: tuple[str, str, str, dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    """A process for each plan: the compiler keeps its memory, and may end its process."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        made = pool.submit(plan, job).result()
+    return {"date": str(datetime.date.today()), "set": job[3], **made}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -136,14 +144,11 @@ def main() -> None:
         name for name in wanted
         if (any(word in name for word in args.only) if args.only else name not in found)
     ]  # fmt: skip
+    known = [name for name in found if name not in chosen]
     for name in track(chosen, "plans"):
-        # A process for each: the compiler keeps its memory, and may end its process.
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-            made = pool.submit(plan, wanted[name]).result()
-        found[name] = {
-            "date": str(datetime.date.today()), "set": wanted[name][3], **made
-        }  # fmt: skip
+        same = [one for one in known if wanted[one] == wanted[name]]
+        found[name] = found[same[0]] if same else in_a_process(wanted[name])
+        known.append(name)
         ordered = {name: found[name] for name in wanted if name in found}
         RECORD.write_text(json.dumps(ordered, indent=1) + "\n")
         PAGE.write_text(page(ordered))
@@ -177,7 +182,8 @@ token of 256 sequences that have 4096 each.
 
 {stages}
 - *set*: `parts` is into how many a chip divides its share of the batch, one worked on after the
-  other; `remat` is what the backward pass computes again: all but matrix products, or whole layers.
+  other; `remat` is what the backward pass computes again: all but matrix products; "wide": also
+  the products that are wider than the model; whole layers.
 - *overhead*: compiled FLOPs (matrix products and attention) over needed ones, as in
   `flexolmo_jax/flops.py`: nothing computed twice, no gradient of a frozen weight, no masked score.
 - *roofline*: the longest of the times that compute, HBM and links need at their published peak
@@ -253,7 +259,7 @@ def overhead(one: dict[str, Any]) -> float:
 
 def reason(one: dict[str, Any]) -> str:
     """Of the compiler's sentence, what it would use of what there is."""
-    said = re.search(r"Used ([\d.]+)G of ([\d.]+)G", one["because"])
+    said = re.search(r"([\d.]+)G\D*([\d.]+)G", one["because"])
     return f"{said[1]} of {said[2]}" if said else one["because"]
 
 
