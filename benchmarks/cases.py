@@ -92,18 +92,23 @@ def flops(case: str, size: Size) -> float:
 
 
 def read_bytes(case: str, size: Size, label: str) -> float:
-    """Bytes of weights that one run has to read; 0 where FLOPs are the limit.
+    """Bytes of weights and cache that one run has to read; 0 where FLOPs are the limit.
 
     Decoding reads at each step the projections, the head and the experts that any sequence uses:
-    A for one sequence; for B of them, E (1 - (1 - A/E)^B) of E if each chooses at random.
+    A for one sequence; for B of them, E (1 - (1 - A/E)^B) of E if each chooses at random; and the
+    keys and values of what was there before, half of the new tokens on average.
     """
     if case == "stream":
         return 4.0 * size.stream**2
     if not case.startswith("decode_"):
         return 0.0
-    c = size.config
-    used = size.experts * (1 - (1 - size.active / size.experts) ** int(case.split("_")[1]))
+    c, batch = size.config, int(case.split("_")[1])
+    used = size.experts * (1 - (1 - size.active / size.experts) ** batch)
     layer = 2 * c.width * c.head_size * (c.num_heads + c.kv_heads)
     layer += 3 * used * c.width * c.ffn_width
     weights = c.num_layers * layer + c.width * c.vocab_size
-    return NUM_BYTES.get(label, 4) * weights * size.new_tokens
+    cache = (
+        2 * c.num_layers * batch * (size.prompt + size.new_tokens / 2) * c.kv_heads * c.head_size
+    )
+    of_cache = 2 if "bfloat16" in label else 4  # with int8, only weights are rounded
+    return (NUM_BYTES.get(label, 4) * weights + of_cache * cache) * size.new_tokens

@@ -10,8 +10,8 @@ All sides of a case run in processes of their own and take turns; medians, and t
 runs (largest less smallest, over the median). *Against the peer*: the rate of the line over that of
 the faster PyTorch line. *Of the machine*: needed FLOPs only (`flexolmo_jax/flops.py`; no weight
 gradients of what is frozen) over the rate of a plain matrix product, or needed bytes of weights
-over the rate of a matrix-vector product, both measured in turn with the case. *First run* is
-mostly compiling. `load` and `merge` read files that the system holds in memory."""
+and cache over the rate of a matrix-vector product, both measured in turn with the case. *First run*
+is mostly compiling. `load` and `merge` read files that the system holds in memory."""
 
 
 def page(about: dict[str, str], results: dict[str, dict[str, dict]], sizes: dict[str, Size]) -> str:
