@@ -145,6 +145,23 @@ def test_processes_load_a_model_together(world, tmp_path):
     assert texts == plain.generate(["one", "and the other"], 8, without=["math"])
 
 
+def test_processes_refuse_a_damaged_model_together(copied, tmp_path):
+    """Each checks its share of the bytes; what one finds, all are told."""
+    damaged = copied.experts["math"] / "params" / "state" / "feed_forward.up" / "c/0/0/0/0"
+    content = bytearray(damaged.read_bytes())
+    content[100] ^= 1
+    damaged.write_bytes(content)
+    meeting = ["localhost:" + str(a_free_port()), 2]
+    script = PARALLEL / "one_of_several.py"
+    started = [start([script, copied.merged, tmp_path, *meeting, i], 2) for i in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert all(process.returncode != 0 for process in started)
+    where = "up/c/0/0/0/0 (tensor feed_forward.up): changed after the package was written"
+    assert sum(where in one for one in said) == 1
+    assert sum("another process could not go on; it said why" in one for one in said) == 1
+    assert not list(tmp_path.glob("logits*"))
+
+
 @pytest.mark.parametrize(
     ("number", "message"),
     [
