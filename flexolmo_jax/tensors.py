@@ -8,6 +8,7 @@ import logging
 import math
 import mmap
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,9 @@ def _digest(x: Any) -> str:
     return hashlib.sha256(array.tobytes()).hexdigest()
 
 
-# Orbax looks for the files of its other storage format, and warns at every load of ours.
+# Orbax looks for the files of its other storage format, and warns at every use of ours.
 logging.getLogger("absl").addFilter(
-    lambda record: not str(record.msg).startswith("TensorStore data files not found")
+    lambda record: not re.search("data files not found|merge of OCDBT", str(record.msg))
 )
 
 
@@ -63,9 +64,10 @@ def _this_process() -> dict[str, Any]:
 
 
 def _alone() -> ocp.Context:
-    return ocp.Context(
-        multiprocessing_options=ocp.options.MultiprocessingOptions(**_this_process())
-    )
+    context = ocp.Context()
+    for name, value in _this_process().items():
+        setattr(context.multiprocessing, name, value)
+    return context
 
 
 def save(path: Path, tensors: dict[str, Any]) -> None:

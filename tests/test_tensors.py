@@ -1,5 +1,9 @@
 """Named tensors on disk: any part of any of them, alone or joined, is what NumPy would take."""
 
+import os
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +24,20 @@ def stored(tmp_path_factory):
     named["half"] = np.asarray(jnp.asarray(named["square"], jnp.bfloat16))
     tensors.save(folder, named)
     return named, folder
+
+
+def test_nothing_is_said_on_the_way(tmp_path):
+    """A library's warnings at every package would be all that a user reads."""
+    script = (
+        "import numpy as np; from pathlib import Path; from flexolmo_jax import tensors;"
+        "named = {'a': np.ones((2, 3), np.float32)}; path = Path('params');"
+        "tensors.save(path, named); tensors.load(path, named); tensors.on_disk(path, named)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
 def a_part(draw, shape):
