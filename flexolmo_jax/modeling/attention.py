@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.attend import self_attention
@@ -35,7 +36,10 @@ class KVCache(NamedTuple):
             new = new.swapaxes(1, 2).astype(old.dtype)
             if number is None:
                 return jax.lax.dynamic_update_slice_in_dim(old, new, at, 2)
-            return jax.lax.dynamic_update_slice(old, new[None], (number, 0, 0, at, 0))
+            # Else XLA for TPU lays out the whole cache as suits the new rows, and copies it on the
+            # way in and out: twice the memory.
+            new = with_layout_constraint(new[None], Layout(tuple(range(old.ndim))))
+            return jax.lax.dynamic_update_slice(old, new, (number, 0, 0, at, 0))
 
         return KVCache(put(self.keys, keys), put(self.values, values))
 

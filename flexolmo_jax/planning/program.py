@@ -38,8 +38,14 @@ class Shape:
     on_chip: bool  # in a memory space of its own, not in HBM
 
     @property
+    def size(self) -> float:
+        """In bytes, wherever it is."""
+        return math.prod(self.dims) * BITS[self.dtype] / 8
+
+    @property
     def bytes(self) -> float:
-        return 0 if self.on_chip else math.prod(self.dims) * BITS.get(self.dtype, 0) / 8
+        """Of HBM."""
+        return 0 if self.on_chip else self.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,11 +169,11 @@ def _instruction(one, table, computations, of, turns: int = 1) -> Cost:
     if kind == "custom-call":
         made = _kernel(one, table)
     if base := _collective(kind):
-        size = max((shape.bytes for shape in one.shapes), default=0)
+        size = max((shape.size for shape in one.shapes), default=0)
         if len(one.shapes) > 1 and not kind.endswith("-start"):  # several in one
-            size = sum(shape.bytes for shape in one.shapes)
+            size = sum(shape.size for shape in one.shapes)
         if base == "reduce-scatter":
-            size = sum(s.bytes for name in one.operands for s in table[name].shapes)
+            size = sum(s.size for name in one.operands for s in table[name].shapes)
         made.collectives[base] = COLLECTIVES[base] * size
         return made
     if kind in FREE or any(f'custom_call_target="{name}"' in one.text for name in FREE_CALLS):
@@ -296,9 +302,8 @@ def _kernel(one: Instruction, table: dict[str, Instruction]) -> Cost:
             block = one.shapes[0].dims[-2]  # the first result is room for the sums of a block
             # Blocks on the diagonal are computed whole; for each block of the one side, two tensors
             # of the other are read up to the diagonal.
-            size, reads = math.prod(tensor.dims), (length / block + 1) / 2
-            again = 2 * (reads - 1) * size * BITS[tensor.dtype] / 8
-            return Cost(products * size * (length + block), again)
+            again = 2 * ((length / block + 1) / 2 - 1) * tensor.size
+            return Cost(products * math.prod(tensor.dims) * (length + block), again)
     if one.name.startswith("ragged-dot") and len(one.shapes) == 1:
         # Rows [R, A] and [R, B] and the experts' matrices [E, A, B], one of the three the result.
         inputs = (s.dims for name in one.operands if name in table for s in table[name].shapes)
