@@ -110,6 +110,27 @@ ENTRY %main (q: bf16[2,4,2048,128], x: bf16[96,64], w: bf16[8,64,32]) -> bf16[96
     assert found.bytes == 2 * (2 * size + 2 * 1.5 * size + 96 * 64 + 8 * 64 * 32 + 96 * 32)
 
 
+def test_a_ragged_product_in_a_fusion_skips_rows_of_other_groups():
+    """As programs for v5e and v6e have it: all rows with each group's matrix, then a mask."""
+    skip = '"iteration_skipper_mode":"ITERATION_SKIPPER_MODE_GROUP_STARTS"'
+    text = """
+%%dense (p: bf16[96,64], q: bf16[8,64,32]) -> bf16[8,96,32] {
+  %%p = bf16[96,64]{1,0} parameter(0)
+  %%q = bf16[8,64,32]{2,1,0} parameter(1)
+  %%rows = bf16[8,96,64]{2,1,0} broadcast(%%p), dimensions={1,2}
+  ROOT %%c = bf16[8,96,32]{2,1,0} dot(%%rows, %%q), lhs_contracting_dims={2}
+}
+ENTRY %%main (x: bf16[96,64], w: bf16[8,64,32]) -> bf16[8,96,32] {
+  %%x = bf16[96,64]{1,0} parameter(0)
+  %%w = bf16[8,64,32]{2,1,0} parameter(1)
+  ROOT %%f = bf16[8,96,32]{2,1,0} fusion(%%x, %%w), calls=%%dense, backend_config={%s}
+}
+"""
+    whole = 8 * 2 * 96 * 64 * 32
+    assert cost(text % '"flag_configs":[]').flops == whole
+    assert cost(text % f'"num_groups_in_ragged_dot":"8",{skip}').flops == whole / 8
+
+
 STEPS = {
     "anchor": flops.anchor_step_flops,
     "alone": flops.expert_alone_step_flops,

@@ -26,6 +26,7 @@ COLLECTIVES = {  # bytes that a device receives, as a multiple of the largest sh
 }  # fmt: skip
 PASSING = {"bitcast", "fusion", "parameter"}  # of a fusion that only bitcasts
 ATTENTION = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}  # products of S x S
+RAGGED = re.compile(r'"num_groups_in_ragged_dot":"(\d+)".*"ITERATION_SKIPPER_MODE_GROUP_STARTS"')
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 CALL = re.compile(r"^([a-z][a-z0-9\-]*)\((.*?)\)(?:, |$)")
@@ -162,6 +163,8 @@ def _instruction(one, table, computations, of, turns: int = 1) -> Cost:
     if kind == "fusion":
         for name in called:
             made.flops += of(name).flops
+        if groups := RAGGED.search(one.text):  # of all rows, each group's product skips the others'
+            made.flops /= int(groups[1])
         made.bytes = _fusion_bytes(one, table, computations)
         return made
     if kind in ("dot", "convolution"):
