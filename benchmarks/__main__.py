@@ -18,6 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from rich.progress import Progress
 
 from benchmarks.cases import CASES, sides
@@ -77,6 +78,7 @@ def _about(suite: str) -> dict[str, str]:
     return {
         "command": f"python -m benchmarks --suite {suite}",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "threads": f"{torch.get_num_threads()} in PyTorch, {os.cpu_count()} in JAX: their defaults",
         "versions": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages),
     }
 
