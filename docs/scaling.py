@@ -56,12 +56,18 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("2x7B expert, alone", "v5p:4x4x4"): {"parts": 8, "remat": "products"},
     ("2x7B expert, alone", "v5p:4x8x8"): {"parts": 2, "remat": "products"},
     ("2x7B expert, alone", "v5e:16x16"): {"parts": 4, "remat": "products"},
-    ("2x7B expert, alone", "v6e:8x8"): {"parts": 16, "remat": "products"},
+    ("2x7B expert, alone", "v6e:8x8"): {"parts": 8, "remat": "products"},
     ("7x7B router", "v5p:4x4x4"): {"parts": 16, "remat": "products"},
     ("7x7B router", "v5p:4x8x8"): {"parts": 4, "remat": "products"},
-    ("7x7B router", "v5e:16x16"): {"parts": 4, "remat": "wide"},
+    ("7x7B router", "v5e:16x16"): {"parts": 4, "remat": "layer"},
     ("7x7B router", "v6e:8x8"): {"parts": 16, "remat": "wide"},
 }
+# What would compute less again, but does not fit.
+TRIED: list[tuple[str, str, dict[str, Any]]] = [
+    ("2x7B expert, pair", "v5e:16x16", {"parts": 4, "remat": "products"}),
+    ("7x7B router", "v5e:16x16", {"parts": 4, "remat": "wide"}),
+    ("7x7B router", "v6e:8x8", {"parts": 16, "remat": "products"}),
+]
 GROWTH_CHIPS = ("v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8")
 GROWTH_EXPERTS = (2, 4, 8, 16, 32, 64)
 # What the issue asks of each plan: words; whom it concerns, its value in words, whether it is met.
@@ -83,7 +89,10 @@ TARGETS: dict[str, Target] = {
         lambda one: one["mfu"] >= 0.55,
     ),
 }  # fmt: skip
-WHY: dict[str, str] = {}  # of plans that miss a target: the reason
+WHY = {  # of plans that miss a target: the reason
+    "7x7B router on v5e:16x16": "the products of seven experts that `wide` would keep do not fit, "
+    "as the second table says; so whole layers are computed again.",
+}
 
 
 def jobs() -> dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]]:
@@ -93,6 +102,9 @@ def jobs() -> dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]]:
         for topology in SLICES:
             chosen = values | SETTINGS.get((title, topology), {})
             made[f"{title} on {topology}"] = (config, stage, topology, chosen, {})
+    for title, topology, chosen in TRIED:
+        config, stage, values = STAGES[title]
+        made[f"tried: {title} on {topology}"] = (config, stage, topology, values | chosen, {})
     for topology in GROWTH_CHIPS:  # each chip works on two sequences at a time, wherever
         chosen = {"parts": ROWS // 2 // chip_of(topology)[1], "remat": "products"}
         name = f"growth of chips: {topology}"
@@ -173,8 +185,7 @@ the compiled program, its loops counted as often as they run (`flexolmo_jax/plan
 
 | of the {count} plans below | met | missed |
 | --- | ---: | --- |
-{targets}
-{why}
+{targets}{why}
 ## Stages
 
 A training step and a forward pass are of 4M tokens, in sequences of 4096; decoding is one more
@@ -190,30 +201,54 @@ token of 256 sequences that have 4096 each.
   rates (`planning/chips.py`), as if the others hid behind it. *MFU* is needed FLOPs at that time:
   an upper bound. *MFU, links in turn* is the same if no transfer hides behind anything.
 - *days*: the whole stage, as many tokens as its config in `configs/` says.
+- *bound by* HBM: its bytes are those of every operand and result, as if nothing that one operation
+  leaves stayed on the chip for the next.
 
+What would compute less again, but was not taken:
+
+{tried}
 ## Growth
 
 ![chips](scaling_chips.png) ![experts](scaling_experts.png)
 
-Left: the 2x7B expert step of 4M tokens on 16 to 256 chips; each works on two sequences at a time.
-Right: a forward pass of 4M tokens through 2 to 64 experts, two of them active, on 64 chips.
+Left: the 2x7B expert step of 4M tokens; each chip works on two sequences at a time. {chips}
+
+Right: a forward pass of 4M tokens, two experts of each token active, on 64 chips; what all chips
+hold grows with the experts, and so does what each receives to put a layer together. {experts}
 
 {growth}"""
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:
     rows = {name: row(name, one) + "\n" for name, one in found.items()}
-    growth = [text for name, text in rows.items() if name.startswith("growth")]
-    stages = [text for name, text in rows.items() if not name.startswith("growth")]
-    plans = {name: one for name, one in found.items() if not name.startswith("growth")}
+    plans = {name: one for name, one in found.items() if ":" not in name.split(" on ")[0]}
+
+    def table(start: str) -> str:
+        return HEADER + "".join(text for name, text in rows.items() if name.startswith(start))
+
     dates = sorted({one["date"] for one in found.values()})
     return PAGE_TEXT.format(
         cores=os.cpu_count(), machine=platform.machine(),
         dates=" to ".join(dict.fromkeys((dates[0], dates[-1]))), count=len(plans),
         targets="".join(target(words, plans) for words in TARGETS),
-        why="".join(f"- {name}: {WHY[name]}\n" for name in plans if name in WHY),
-        stages=HEADER + "".join(stages), growth=HEADER + "".join(growth),
+        why="".join(f"\n{name}: {why}\n" for name, why in WHY.items() if name in plans),
+        stages=HEADER + "".join(rows[name] for name in plans), tried=table("tried"),
+        growth=table("growth"), chips=growing(found, "chips"), experts=growing(found, "experts"),
     )  # fmt: skip
+
+
+def growing(found: dict[str, dict[str, Any]], what: str) -> str:
+    """From the first to the last plan of a growth: time and memory, in words."""
+    plans = [one for name, one in found.items() if name.startswith(f"growth of {what}")]
+    plans = [one for one in plans if one.get("peak")]
+    if len(plans) < 2:
+        return ""
+    (few, many), gib = (plans[0], plans[-1]), 2**30
+    ends = GROWTH_EXPERTS if what == "experts" else [few["chips"], many["chips"]]
+    return (
+        f"From {ends[0]} to {ends[-1]} {what}: {few['seconds']:.3g} to {many['seconds']:.3g} s, "
+        f"peak {few['peak'] / gib:.1f} to {many['peak'] / gib:.1f} GiB."
+    )
 
 
 def target(words: str, plans: dict[str, dict[str, Any]]) -> str:
@@ -227,7 +262,7 @@ def target(words: str, plans: dict[str, dict[str, Any]]) -> str:
 
 
 def row(name: str, one: dict[str, Any]) -> str:
-    title, _, topology = name.partition(" on ")
+    title, _, topology = name.removeprefix("tried: ").partition(" on ")
     if name.startswith("growth of chips"):
         title, topology = "2x7B expert, pair", name.split(": ")[1]
     elif name.startswith("growth of experts"):
