@@ -8,7 +8,7 @@ docs/scaling.json already are kept unless --only names them.
 """
 
 import argparse
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import datetime
 import json
@@ -120,8 +120,6 @@ def jobs() -> dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]]:
 def plan(job: tuple[str, str, str, dict[str, Any], dict[str, Any]]) -> dict[str, Any]:
     """One plan, or why there is none; in a process of its own."""
     path, stage, topology, values, of_model = job
-    values = dict(values)
-    cut = values.pop("weights", None) == "cut"
     config = load_config(path, Training)
     rows = ROWS_DECODED if stage == "decode" else ROWS
     data = dataclasses.replace(config.data, batch_size=rows)
@@ -129,7 +127,7 @@ def plan(job: tuple[str, str, str, dict[str, Any], dict[str, Any]]) -> dict[str,
     config = dataclasses.replace(config, data=data, steps=steps, **values)
     model = dataclasses.replace(model_of(path, config), **of_model)
     try:
-        return make_plan(config, model, stage, topology, cut).values()
+        return make_plan(config, model, stage, topology).values()
     except Exception as error:
         return {"error": str(error).splitlines()[0][:300]}
 
@@ -138,7 +136,10 @@ def in_a_process(job: tuple[str, str, str, dict[str, Any], dict[str, Any]]) -> d
     """A process for each plan: the compiler keeps its memory, and may end its process."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        made = pool.submit(plan, job).result()
+        try:
+            made = pool.submit(plan, job).result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            made = {"error": str(error)}
     return {"date": str(datetime.date.today()), "set": job[3], **made}
 
 
@@ -156,11 +157,13 @@ def main() -> None:
         name for name in wanted
         if (any(word in name for word in args.only) if args.only else name not in found)
     ]  # fmt: skip
-    known = [name for name in found if name not in chosen]
+    done: set[str] = set()
     for name in track(chosen, "plans"):
-        same = [one for one in known if wanted[one] == wanted[name]]
-        found[name] = found[same[0]] if same else in_a_process(wanted[name])
-        known.append(name)
+        if name in done:
+            continue
+        same = [one for one in wanted if wanted[one] == wanted[name]]
+        found |= dict.fromkeys(same, in_a_process(wanted[name]))
+        done.update(same)
         ordered = {name: found[name] for name in wanted if name in found}
         RECORD.write_text(json.dumps(ordered, indent=1) + "\n")
         PAGE.write_text(page(ordered))

@@ -163,9 +163,7 @@ def model_of(path: str, config: Training) -> ModelConfig:
     return model
 
 
-def make_plan(
-    config: Training, model: ModelConfig, stage: str, topology: str, cut: bool = False
-) -> Plan:
+def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -> Plan:
     """Compiles a stage's step for a topology, and reads off what it costs.
 
     Args:
@@ -174,8 +172,6 @@ def make_plan(
       stage: one of STAGES; "forward" is the loss of merged weights, "decode" one more token of
         each of `data.batch_size` sequences of `data.length` tokens.
       topology: as in `chip_of`.
-      cut: decode with every matrix cut among all chips and gathered one layer at a time, as in
-        training, instead of whole on each chip, as `load` places them.
 
     Raises:
       ValueError: an unknown topology; libtpu is missing; sizes that the chips do not divide.
@@ -192,7 +188,7 @@ def make_plan(
         "stage": stage, "topology": topology, "chips": count, "memory": chip.memory
     }  # fmt: skip
     started = time.monotonic()
-    run, arguments, named = _step(config, model, stage, mesh, cut)
+    run, arguments, named = _step(config, model, stage, mesh)
     with sharding.within(mesh), tempfile.TemporaryDirectory() as dump:
         lowered = run.lower(*arguments, **named)
         try:
@@ -278,12 +274,10 @@ def _needed(config: Training, model: ModelConfig, stage: str) -> float:
     return flops.decode_flops(model, length, every)
 
 
-def _step(
-    config: Training, model: ModelConfig, stage: str, mesh: Mesh, cut: bool
-) -> tuple[Any, tuple, dict]:
+def _step(config: Training, model: ModelConfig, stage: str, mesh: Mesh) -> tuple[Any, tuple, dict]:
     """The jitted step, and the shapes of its arguments, placed on the mesh."""
     if stage == "decode":
-        return _decode(config, model, mesh, sharding.AXES if cut else sharding.SERVING)
+        return _decode(config, model, mesh)
     shape = (config.data.batch_size, config.data.length)
     rows = functools.partial(
         jax.ShapeDtypeStruct, shape, sharding=NamedSharding(mesh, sharding.ROWS)
@@ -343,9 +337,7 @@ def _placed(tree: Any, mesh: Mesh, over: tuple[str, ...] = sharding.AXES) -> Any
     )  # fmt: skip
 
 
-def _decode(
-    config: Training, model: ModelConfig, mesh: Mesh, over: tuple[str, ...]
-) -> tuple[Any, tuple, dict]:
+def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> tuple[Any, tuple, dict]:
     """One turn of the loop over new tokens; weights in the dtype of the activations."""
     batch, length = config.data.batch_size, config.data.length
 
@@ -356,7 +348,7 @@ def _decode(
     weights = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), _weights(model, mesh)
     )
-    weights = _placed(weights, mesh, over)
+    weights = _placed(weights, mesh, sharding.SERVING)
     shape = (model.num_layers, batch, model.kv_heads, length, model.head_size)
     axes = sharding.AXES
     cache = KVCache(*(abstract(shape, model.dtype, None, axes) for _ in range(2)))
