@@ -10,6 +10,7 @@ CASES = ("gemm", "stream", "expert_step", "expert_alone_step", "anchor_step", "m
 CASES += ("decode_1", "decode_8", "masks_8", *(f"moe_{e}_{a}" for e, a in LAYERS))
 CASES += ("remat", "loss_100352", "load", "merge")
 YARDSTICK = "the machine: "
+PRODUCTS = "its products alone"
 NUM_BYTES = {"ours, bfloat16": 2, "ours, int8": 1}  # of a weight; else 4
 
 
@@ -41,6 +42,8 @@ def sides(case: str) -> list[Side]:
         found = [("ours, gate fixed to 1", OURS, "")]
     elif case.startswith("moe_") or case == "merged_forward":
         found = [("ours, dense", OURS, "dense"), ("ours, grouped", OURS, "grouped"), *peers]
+        if case.startswith("moe_"):
+            found.append((PRODUCTS, OURS, "products"))
     elif case.startswith("decode_"):
         forms = [(f"ours, {form}", OURS, form) for form in ("float32", "bfloat16", "int8")]
         found, limit = [*forms, *peers], [stream]

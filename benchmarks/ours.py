@@ -44,9 +44,9 @@ def build(case: str, size: Size, option: str) -> Callable[[], None]:
     Args:
       case: as in `benchmarks/cases.py`.
       size: of the model and the work.
-      option: of "moe_E_A" and "merged_forward" the expert compute, of "decode_B" the dtype, of
-        "masks_B" whether experts are off, of "remat" the policy, of the last three what is done;
-        else unused.
+      option: of "merged_forward" the expert compute, of "moe_E_A" that or "products", of "decode_B"
+        the dtype, of "masks_B" whether experts are off, of "remat" the policy, of the last three
+        what is done; else unused.
 
     Raises:
       ValueError: there is no such case.
@@ -86,7 +86,10 @@ def build(case: str, size: Size, option: str) -> Callable[[], None]:
     if case.startswith(("decode_", "masks_")):
         return _decode(int(case.split("_")[1]), size, option)
     if case.startswith("moe_"):
-        return _layer(*map(int, case.split("_")[1:]), size, option)
+        experts, active = map(int, case.split("_")[1:])
+        if option == "products":
+            return _products(experts, active, size)
+        return _layer(experts, active, size, option)
     if case == "loss_100352":
         return _loss(size, option)
     if case in ("load", "merge"):
@@ -111,6 +114,26 @@ def _layer(experts: int, active: int, size: Size, compute: str) -> Callable[[], 
         )
 
     return lambda: jax.block_until_ready(gradients(stack, x))
+
+
+def _products(experts: int, active: int, size: Size) -> Callable[[], None]:
+    """The layer's nine products, with as many rows for every expert."""
+    rows, c = -(-size.tokens * active // experts), size.config
+    x, hidden = (jnp.asarray(_normal(experts, rows, n)) for n in (c.width, c.ffn_width))
+    up, down = (
+        jnp.asarray(_normal(experts, *n))
+        for n in ((c.width, c.ffn_width), (c.ffn_width, c.width))
+    )  # fmt: skip
+    forward = [("emd,edf->emf", x, up)] * 2 + [("emf,efd->emd", hidden, down)]
+    to_inputs = [("emd,efd->emf", x, down)] + [("emf,edf->emd", hidden, up)] * 2
+    to_weights = [("emd,emf->edf", x, hidden)] * 2 + [("emf,emd->efd", hidden, x)]
+    product = jax.jit(jnp.einsum, static_argnums=0)
+
+    def run():
+        for one in forward + to_inputs + to_weights:
+            jax.block_until_ready(product(*one))
+
+    return run
 
 
 def _decode(batch: int, size: Size, option: str) -> Callable[[], None]:

@@ -4,14 +4,17 @@ import statistics
 
 from benchmarks.cases import YARDSTICK, flops, read_bytes, sides, tokens
 from benchmarks.sizes import Size
+from benchmarks.targets import targets
 
 INTRODUCTION = """\
 All sides of a case run in processes of their own and take turns; medians, and the spread of the
 runs (largest less smallest, over the median). *Against the peer*: the rate of the line over that of
 the faster PyTorch line. *Of the machine*: needed FLOPs only (`flexolmo_jax/flops.py`; no weight
-gradients of what is frozen) over the rate of a plain matrix product, or needed bytes of weights
-and cache over the rate of a matrix-vector product, both measured in turn with the case. *First run*
-is mostly compiling. `load` and `merge` read files that the system holds in memory."""
+gradients of what is frozen) over the rate of a plain matrix product, or needed bytes of weights and
+cache over the rate of a matrix-vector product, both measured in turn with the case. *First run* is
+mostly compiling. *Its products alone*: the nine products of the layer, forward and backward, each
+as one batched product with as many rows for every expert. `load` and `merge` read files that the
+system holds in memory."""
 
 
 def page(about: dict[str, str], results: dict[str, dict[str, dict]], sizes: dict[str, Size]) -> str:
@@ -23,7 +26,7 @@ def page(about: dict[str, str], results: dict[str, dict[str, dict]], sizes: dict
       sizes: by name.
     """
     lines = ["# Benchmarks", "", *(f"- {key}: {value}" for key, value in about.items())]
-    lines += ["", INTRODUCTION]
+    lines += ["", INTRODUCTION, "", "## Targets", "", *targets(results, sizes)]
     for name, cases in results.items():
         c, size = sizes[name].config, sizes[name]
         lines += [

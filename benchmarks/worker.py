@@ -1,5 +1,6 @@
 """Each side runs in a process of its own; the two take turns, so that both see the same machine."""
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 from benchmarks.cases import Side
 from benchmarks.sizes import Size
-from flexolmo_jax.cli import keep_freed_memory
+from flexolmo_jax.cli import leave_libtpu_alone, with_large_pages
 
 CONTEXT = multiprocessing.get_context("spawn")
 
@@ -24,7 +25,8 @@ class Running:
         self.connection, theirs = CONTEXT.Pipe()
         arguments = (theirs, side, size)
         self.process = CONTEXT.Process(target=_serve, args=arguments, daemon=True)
-        self.process.start()
+        with _environment(side):
+            self.process.start()
         theirs.close()
         self.first = self._answer()
         self.seconds: list[float] = []
@@ -75,11 +77,24 @@ def compare(sides: list[Side], size: Size, rounds: int) -> dict[str, dict[str, A
         return {side.label: one.end() for side, one in zip(sides, running, strict=True)}
 
 
+@contextlib.contextmanager
+def _environment(side: Side):
+    """Ours runs as `flexolmo train` does, the peer as it is; large pages make it slower."""
+    before = dict(os.environ)
+    if side.module == "benchmarks.ours":
+        os.environ.update(with_large_pages())
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def _serve(connection: Connection, side: Side, size: Size) -> None:
     try:
         start = time.perf_counter()
         if side.module == "benchmarks.ours":
-            keep_freed_memory()  # as `flexolmo train` does, before any thread starts
+            leave_libtpu_alone()  # as the command line does, before JAX is imported
         build = importlib.import_module(side.module).build
         run = build(side.case, size, side.option)
         run()

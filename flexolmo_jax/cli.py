@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import ctypes
 import importlib.util
 import io
 import json
@@ -21,6 +20,7 @@ from flexolmo_jax.arguments import make_parser
 
 console = Console()
 INTERRUPTED = 130
+LARGE_PAGES = "glibc.malloc.hugetlb"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args([word for word in words if word != "--debug"])
     args.debug = "--debug" in words
     leave_libtpu_alone()
-    if args.command == "train":
-        keep_freed_memory()
+    if args.command == "train" and arguments is None:
+        _use_large_pages()
     if rest and args.command not in ("train", "plan"):
         parser.error(f"unknown argument {rest[0]}; see flexolmo {args.command} --help")
     args.overrides = rest
@@ -94,19 +94,24 @@ def leave_libtpu_alone() -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if has_cuda else "cpu")
 
 
-def keep_freed_memory() -> None:
-    """Tells glibc to hold on to large buffers; must come before any thread starts.
+def with_large_pages() -> dict[str, str]:
+    """The environment in which glibc's malloc takes the system's large pages.
 
-    By default every large buffer goes back to the system when a training step on CPU ends, and
-    the next step gets it anew, cleared page by page.
+    A training step on CPU takes and gives back gigabytes. In pages of 4 KB, a good part of its
+    time goes into clearing and finding them.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # as in malloc.h
-        never = -1  # the largest size there is; 2**31 - 1 bytes are one step of a small model
-        mallopt(arena_max, 1)  # others would map and unmap what is larger than 64 MB
-        mallopt(mmap_threshold, never)
-        mallopt(trim_threshold, never)
+    given = os.environ.get("GLIBC_TUNABLES")
+    if given and LARGE_PAGES in given:  # also where somebody has turned them off
+        return dict(os.environ)
+    tunables = f"{given}:{LARGE_PAGES}=1" if given else f"{LARGE_PAGES}=1"
+    return {**os.environ, "GLIBC_TUNABLES": tunables}
+
+
+def _use_large_pages() -> None:
+    """Starts this program anew if it is without them: glibc asks for its settings only then."""
+    wanted = with_large_pages()
+    if sys.platform == "linux" and wanted != os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
 
 
 def _one_line(error: Exception) -> str:

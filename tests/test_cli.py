@@ -566,3 +566,23 @@ def test_a_process_that_is_stopped_goes_on_where_it_was(world, flexolmo, tmp_pat
         assert process.returncode == -signal.SIGKILL
         assert done % 20 == 0
     assert "Traceback" not in error
+
+
+def test_training_runs_with_large_pages(world, tmp_path):
+    """The program starts itself anew, with all that it was given."""
+    out = tmp_path / "out"
+    script = tmp_path / "sitecustomize.py"
+    script.write_text(
+        "import os, sys\n"
+        f"open({str(tmp_path / 'starts')!r}, 'a').write(os.environ.get('GLIBC_TUNABLES', '') + '|')"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, expert(world, out))],
+        capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "GLIBC_TUNABLES": "glibc.malloc.check=0"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert read_manifest(out)["name"] == "mine"
+    first, second, *_ = (tmp_path / "starts").read_text().split("|")
+    assert first == "glibc.malloc.check=0"
+    assert second == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
