@@ -30,7 +30,8 @@ in the system's memory. Every byte is checked against its digest before it is us
 processes read the same files, each its share of them, and keep the bytes. The two take turns;
 medians of three, smallest and largest. *Above its part*: the largest resident memory of a process
 while it loads, less what it had before and less the part of the model that it holds in the end; the
-largest tensor of the model, with all its experts, has {leaf:.2f} GB.
+largest tensor of the model, with all its experts, has {leaf:.2f} GB. Below 0: two devices of one
+process share the matrices that both have.
 
 | processes | | load | plain | ratio | part of a process | above its part |
 | --- | --- | ---: | ---: | ---: | ---: | ---: |

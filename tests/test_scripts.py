@@ -20,20 +20,19 @@ CASES = {
     "setup.sh": (
         {**EVERYWHERE, "BUCKET": "b", "SOURCE": "https://example.org/it.git"},
         [],
-        ["--worker=all", "gcsfuse --metadata-cache-ttl-secs\\ 0\\ b", "git\\ clone"],
+        ["--worker=all", "gcsfuse --metadata-cache-ttl-secs 0 b", "git clone"],
     ),
     "train.sh": (
         {**EVERYWHERE, "OUT": "/mnt/flexolmo/mine"},
         TRAINING,
-        ["--worker=all", "flexolmo\\ train\\ expert", "the\\\\\\ anchor",
-         "--distributed\\ --resume"],
+        ["--worker=all", "flexolmo train expert", "the anchor", "--distributed --resume"],
     ),
-    "logs.sh": (EVERYWHERE, [], ["--worker=0", "tail\\ -n\\ 100\\ -F"]),
+    "logs.sh": (EVERYWHERE, [], ["--worker=0", "tail -n 100 -F"]),
     "delete.sh": (EVERYWHERE, [], ["queued-resources delete pod"]),
     "slurm.sh": (
         {"OUT": "/shared/mine"},
         TRAINING,
-        ["srun .venv/bin/flexolmo train expert", "the\\ anchor", "--out /shared/mine",
+        ["srun .venv/bin/flexolmo train expert", "the anchor", "--out /shared/mine",
          "--distributed --resume"],
     ),
     "jobset.sh": (
@@ -65,7 +64,7 @@ def test_a_dry_run_prints_every_command(name):
     variables, arguments, expected = CASES[name]
     ran = dry_run(name, variables, arguments)
     assert ran.returncode == 0, ran.stderr
-    said = ran.stdout.replace("gcsfuse\\ --metadata", "gcsfuse --metadata")
+    said = ran.stdout.replace("\\", "")  # of quoting
     for words in expected:
         assert words in said, (words, ran.stdout)
 
