@@ -114,7 +114,7 @@ def in_turn(work: Callable[[], T]) -> T:
       RuntimeError: in the other processes, if process 0 failed.
     """
     if is_first():
-        return _tell(work)
+        return all_together(work)
     _listen()
     return work()
 
@@ -126,24 +126,25 @@ def by_first(work: Callable[[], Any]) -> None:
       RuntimeError: in the other processes, if process 0 failed.
     """
     if is_first():
-        _tell(work)
+        all_together(work)
     else:
         _listen()
 
 
-def all_together(work: Callable[[], Any]) -> None:
+def all_together(work: Callable[[], T]) -> T:
     """work() by every process; all go on once all are done.
 
     Raises:
-      ValueError: here or elsewhere, something was wrong.
+      ValueError: here all was well, and elsewhere something was not.
     """
     try:
-        work()
-    except ValueError:
+        made = work()
+    except BaseException:
         agree(False)
         raise
     if not agree(True):
         raise ValueError("another process could not go on; it said why")
+    return made
 
 
 def agree(ok: bool) -> bool:
@@ -151,16 +152,6 @@ def agree(ok: bool) -> bool:
     if jax.process_count() == 1:
         return ok
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
-
-
-def _tell(work: Callable[[], T]) -> T:
-    try:
-        made = work()
-    except BaseException:
-        agree(False)
-        raise
-    agree(True)
-    return made
 
 
 def _listen() -> None:

@@ -264,19 +264,20 @@ def load_merged(
     Raises:
       ValueError: a part is missing, damaged, or not the one that was merged.
     """
-    with concurrent.futures.ThreadPoolExecutor(1) as beside:
-        this = (0, 1) if mesh is None else (jax.process_index(), jax.process_count())
-        checked = beside.submit(check_merged, path, this)  # while the files are read anyway
-        try:
-            loaded = _load_unchecked(path, dtype, mesh, over)
-        except Exception:  # anything can come of a damaged file,
-            checked.result()  # and this says what it was
-            raise
-        if mesh is None:
+    share = (0, 1) if mesh is None else (jax.process_index(), jax.process_count())
+
+    def load_checked() -> LoadedModel:
+        with concurrent.futures.ThreadPoolExecutor(1) as beside:
+            checked = beside.submit(check_merged, path, share)  # while the files are read anyway
+            try:
+                loaded = _load_unchecked(path, dtype, mesh, over)
+            except Exception:  # anything can come of a damaged file,
+                checked.result()  # and this says what it was
+                raise
             checked.result()
-        else:
-            all_together(checked.result)
-    return loaded
+        return loaded
+
+    return load_checked() if mesh is None else all_together(load_checked)
 
 
 def _load_unchecked(
