@@ -160,13 +160,14 @@ class Training:
     checkpoint_every: int = 1000  # steps
     log_every: int = 10  # steps
     expert_parallel: int = 1  # devices that a merged model's experts are spread over
+    tensor_parallel: int = 1  # devices that share every layer's heads and hidden units
     parts: int = 1  # each device's share of a batch is worked on in so many; less memory
     remat: Literal["none", "products", "wide", "layer"] | None = None  # None: as the model has it
     expert_compute: Literal["dense", "grouped"] | None = None  # None: as the model has it
 
     def __post_init__(self):
         _require(self.steps > 0, f"steps must be positive, found {self.steps}")
-        for name in ("log_every", "expert_parallel", "parts"):
+        for name in ("log_every", "expert_parallel", "tensor_parallel", "parts"):
             found = getattr(self, name)
             _require(found > 0, f"{name} must be positive, found {found}")
         _require(

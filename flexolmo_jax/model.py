@@ -302,13 +302,18 @@ def load(
       dtype: "float32" or "bfloat16", of weights and activations; default: as stored. "int8" rounds
         the matrices to 8 bits with a scale for each output channel, which generation on CPU reads
         several times faster; activations are float32.
-      mesh: spreads the model over several devices (`make_mesh`).
+      mesh: spreads the model over several devices (`make_mesh`, without `tensor_parallel`).
 
     Raises:
       ValueError: a part is missing, damaged, or made for something else; int8 on GPU or TPU, or
         on several devices; sizes that the devices do not divide.
     """
     path = Path(path)
+    if mesh is not None and mesh.shape[sharding.TENSOR] > 1:
+        raise ValueError(
+            "a model in use cannot share its layers among devices: make its mesh without "
+            "tensor_parallel"
+        )
     if huggingface.is_hugging_face(path):
         loaded = _hugging_face(path, dtype)
     else:

@@ -10,6 +10,9 @@ communicates where this file says, and nowhere else.
   activations; the gradient of a gather leaves each device the sum for its own cut.
 - Experts of a stack that the axis `expert` divides stay on their devices: tokens travel to them
   (all-gather) and their answers back (reduce-scatter).
+- Devices along the axis `tensor`, of size 1 unless a config asks, have the same sequences, and each
+  its share of every layer's heads and hidden units: their answers are summed (Shoeybi et al. 2019,
+  section 3). The output head is whole on each, for its share of the positions.
 - Norms and router rows are small; every device has them.
 """
 
@@ -29,35 +32,46 @@ from jax.sharding import PartitionSpec as P
 from flexolmo_jax.config import ModelConfig
 
 DATA, EXPERT = AXES = ("data", "expert")
+TENSOR = "tensor"
 ROWS = P(AXES)  # of a batch
 SERVING: tuple[str, ...] = ()  # a model in use is whole on every device, its experts aside
 CUT = {  # the axis of each matrix that is cut: the model width, for `down` the hidden width
     "embed": -1, "head": -2, "q": -3, "k": -3, "v": -3, "o": -1, "gate": -2, "up": -2, "down": -2,
 }  # fmt: skip
+SHARED_OUT = {  # the axis of each matrix that devices along `tensor` share
+    "q": -2, "k": -2, "v": -2, "o": -3, "gate": -1, "up": -1, "down": -2,
+}  # fmt: skip
 OF_EXPERTS = ("gate", "up", "down")  # [L, E, ...]
 GATHERED = "gathered"  # name of gathered matrices, which are not kept for the backward pass
 
 
-def make_mesh(expert_parallel: int = 1, devices: Any = None) -> Mesh:
-    """The mesh of all devices: axes `data` and `expert`.
+def make_mesh(expert_parallel: int = 1, devices: Any = None, tensor_parallel: int = 1) -> Mesh:
+    """The mesh of all devices: axes `data`, `expert` and `tensor`.
 
     Args:
-      expert_parallel: size of the axis `expert`; it must divide the number of devices.
+      expert_parallel: size of the axis `expert`.
       devices: default: all there are, of all processes.
+      tensor_parallel: size of the axis `tensor`; 1 for a model in use.
 
     Raises:
-      ValueError: it does not divide them.
+      ValueError: the two do not divide the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    if expert_parallel < 1 or count % expert_parallel:
+    count, inner = len(devices), expert_parallel * tensor_parallel
+    if min(expert_parallel, tensor_parallel) < 1 or count % inner:
         raise ValueError(
-            f"expert_parallel must divide the number of devices, {count}; found {expert_parallel}"
+            f"expert_parallel times tensor_parallel must divide the number of devices, {count}; "
+            f"found {expert_parallel} times {tensor_parallel}"
         )
-    shape = (count // expert_parallel, expert_parallel)
+    shape = (count // inner, expert_parallel, tensor_parallel)
     # As `jax.make_mesh`, which refuses eight on a torus of 4x4x4: no axis of the torus is 8 or 2x4.
     torus = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(torus, AXES, axis_types=(AxisType.Explicit,) * 2)
+    return Mesh(torus, (*AXES, TENSOR), axis_types=(AxisType.Explicit,) * 3)
+
+
+def ways(mesh: Mesh) -> int:
+    """Among how many devices sequences are divided."""
+    return mesh.shape[DATA] * mesh.shape[EXPERT]
 
 
 def specs(tree: Any, mesh: Mesh, over: tuple[str, ...] = AXES) -> Any:
@@ -93,14 +107,17 @@ def _spec(path: tuple, leaf: Any, mesh: Mesh, over: tuple[str, ...]) -> P:
     if name in OF_EXPERTS and _stay(leaf.shape[-3], mesh):
         parts[-3] = EXPERT
         over = tuple(axis for axis in over if axis != EXPERT)
-    size, ways = leaf.shape[CUT[name]], math.prod(mesh.shape[axis] for axis in over)
-    if size % ways:
-        raise ValueError(
-            f"{name} {list(leaf.shape)} cannot be cut evenly among {ways} devices along its "
-            f"{size}; use a number of devices that divides it"
-        )
+    if name in SHARED_OUT and mesh.shape[TENSOR] > 1:
+        parts[SHARED_OUT[name]] = (TENSOR,)
     if over:
-        parts[CUT[name]] = over
+        parts[CUT[name]] = (*(parts[CUT[name]] or ()), *over)
+    for size, axes in zip(leaf.shape, parts, strict=True):
+        among = math.prod(mesh.shape[axis] for axis in axes) if isinstance(axes, tuple) else 1
+        if size % among:
+            raise ValueError(
+                f"{name} {list(leaf.shape)} cannot be cut evenly among {among} devices along its "
+                f"{size}; use a number of devices that divides it"
+            )
     return P(*parts)
 
 
@@ -170,10 +187,10 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
         return jax.tree.map(jnp.asarray, tree)
 
     def one(x):
-        if len(x) % mesh.size:
+        if len(x) % ways(mesh):
             raise ValueError(
-                f"a batch of {len(x)} sequences cannot be divided among {mesh.size} devices; "
-                f"make data.batch_size a multiple of {mesh.size}"
+                f"a batch of {len(x)} sequences cannot be divided among {ways(mesh)} devices; "
+                f"make data.batch_size a multiple of {ways(mesh)}"
             )
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, NamedSharding(mesh, ROWS), x.__getitem__)
@@ -261,7 +278,7 @@ def _whole_sums(grads: Any) -> Any:
 
 def is_spread() -> bool:
     """Whether this is traced inside of `spread`."""
-    return AXES == jax.sharding.get_abstract_mesh().manual_axes
+    return (*AXES, TENSOR) == jax.sharding.get_abstract_mesh().manual_axes
 
 
 def platform() -> str:
@@ -271,7 +288,7 @@ def platform() -> str:
 
 
 def total(tree: Any) -> Any:
-    """The sum over all devices."""
+    """The sum over all sequences' devices."""
     return jax.lax.psum(tree, AXES) if is_spread() else tree
 
 
@@ -301,7 +318,11 @@ def whole(name: str, leaf: jax.Array, config: ModelConfig, stay: bool = False) -
     """A matrix by its name, put together from all devices' cuts."""
     if not is_spread():
         return leaf
-    size, here = config.ffn_width if name == "down" else config.width, leaf.shape[CUT[name]]
+    size, here = config.width, leaf.shape[CUT[name]]
+    if name == "down":
+        size = config.ffn_width // jax.lax.axis_size(TENSOR)
+    if name not in SHARED_OUT:  # the head: each device works on its own positions
+        leaf = to_tensor(leaf)
     if here == size:
         return leaf
     axes: tuple[str, ...] = AXES
@@ -346,3 +367,67 @@ def to_experts(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
 def from_experts(out: jax.Array) -> jax.Array:
     """The sum of all experts' answers, for this device's sequences."""
     return jax.lax.psum_scatter(out, EXPERT, tiled=True)
+
+
+# Along the axis `tensor`, whose devices have the same activations and gradients of them. What each
+# computes of its own share of a layer is a part of a sum: the answer forward, and backward the
+# gradient of what all have.
+
+
+def shares_layers() -> bool:
+    """Whether this device has only its share of every layer's heads and hidden units."""
+    return is_spread() and jax.lax.axis_size(TENSOR) > 1
+
+
+def to_tensor(tree: Any) -> Any:
+    """What all devices along `tensor` have and each uses for its share: its gradient is a sum."""
+    return jax.tree.map(_to_tensor, tree) if shares_layers() else tree
+
+
+def from_tensor(tree: Any) -> Any:
+    """The sum of all shares' answers, which all devices along `tensor` go on with."""
+    return jax.tree.map(_from_tensor, tree) if shares_layers() else tree
+
+
+def own_positions(x: jax.Array) -> jax.Array:
+    """Of [B, S, ...], this device's share of the positions: [B, S / ways, ...]."""
+    return _own_positions(x) if shares_layers() else x
+
+
+@jax.custom_vjp
+def _to_tensor(x):
+    return x
+
+
+_to_tensor.defvjp(lambda x: (x, None), lambda _, d: (jax.lax.psum(d, TENSOR),))
+
+
+@jax.custom_vjp
+def _from_tensor(x):
+    return jax.lax.psum(x, TENSOR)
+
+
+_from_tensor.defvjp(lambda x: (jax.lax.psum(x, TENSOR), None), lambda _, d: (d,))
+
+
+@jax.custom_vjp
+def _own_positions(x):
+    size = x.shape[1] // jax.lax.axis_size(TENSOR)
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(TENSOR) * size, size, axis=1)
+
+
+_own_positions.defvjp(
+    lambda x: (_own_positions(x), None),
+    lambda _, d: (jax.lax.all_gather(d, TENSOR, axis=1, tiled=True),),
+)
+
+
+def own_heads(scale: jax.Array, heads: int) -> jax.Array:
+    """Of the scales of all heads [N, H], those of this device's."""
+    first = jax.lax.axis_index(TENSOR) * heads
+    return jax.lax.dynamic_slice_in_dim(to_tensor(scale), first, heads)
+
+
+def mean_of_shares(x: jax.Array) -> jax.Array:
+    """The mean over devices along `tensor`, each of which uses it for its own share."""
+    return jax.lax.pmean(x, TENSOR)

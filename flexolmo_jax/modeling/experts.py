@@ -20,32 +20,50 @@ MANY = 64  # tokens from which on it pays to leave some out of an expert's produ
 
 
 @jax.custom_vjp
-def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    """(silu(x @ gate) * (x @ up)) @ down: [..., D], [D, F], [D, F], [F, D] -> [..., D].
+def swiglu(
+    x: jax.Array, weight: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
+) -> jax.Array:
+    """weight * (silu(x @ gate) * (x @ up)) @ down: what an expert adds to the mixture.
 
-    Its own gradient keeps two arrays of [..., F] instead of the five that JAX would keep.
+    Its own gradient keeps two arrays of [..., F] instead of the five that JAX would keep, and not
+    the expert's answer, which the gradient of `weight` seems to need: <answer, d_out> is taken as
+    <hidden, d_out @ down.T>, whose parts the backward pass has at hand.
+
+    Args:
+      x: [..., D].
+      weight: [...], of the mixture.
+      gate, up: [D, F].
+      down: [F, D].
+
+    Returns:
+      [..., D].
     """
-    return dot(jax.nn.silu(dot(x, gate)) * dot(x, up), down)
+    return weight[..., None] * dot(jax.nn.silu(dot(x, gate)) * dot(x, up), down)
 
 
-def _swiglu_forward(x, gate, up, down):
-    trained = any(weight.perturbed for weight in (gate, up, down))
-    x, gate, up, down = x.value, gate.value, up.value, down.value
+def _swiglu_forward(x, weight, gate, up, down):
+    trained = any(matrix.perturbed for matrix in (gate, up, down))
+    x, weight, gate, up, down = (leaf.value for leaf in (x, weight, gate, up, down))
     g, u = dot(x, gate), dot(x, up)
-    return dot(jax.nn.silu(g) * u, down), (x if trained else None, g, u, gate, up, down)
+    out = weight[..., None] * dot(jax.nn.silu(g) * u, down)
+    return out, (x if trained else None, weight, g, u, gate, up, down)
 
 
 def _swiglu_backward(kept, d_out):
-    x, g, u, gate, up, down = kept
+    x, weight, g, u, gate, up, down = kept
     on = jax.nn.sigmoid(g)
     silu = g * on
-    d_hidden = dot(d_out, down.T)
+    hidden = silu * u
+    d_answer = dot(d_out, down.T)
+    d_weight = jnp.sum(d_answer * hidden, axis=-1, dtype=jnp.float32).astype(weight.dtype)
+    d_hidden = weight[..., None] * d_answer
     d_g = d_hidden * u * (on + silu * (1 - on))
     d_u = d_hidden * silu
     d_x = dot(d_g, gate.T) + dot(d_u, up.T)
-    if x is None:  # the weights are frozen
-        return d_x, None, None, None
-    return d_x, _outer(x, d_g), _outer(x, d_u), _outer(silu * u, d_out)
+    if x is None:  # the matrices are frozen
+        return d_x, d_weight, None, None, None
+    d_down = _outer(hidden, weight[..., None] * d_out)
+    return d_x, d_weight, _outer(x, d_g), _outer(x, d_u), d_down
 
 
 def _outer(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -84,7 +102,7 @@ class FeedForward(nnx.Module):
 
         def consult(total, expert):
             gate, up, down, weight = expert
-            out = weight[..., None] * swiglu(x, *(w.astype(x.dtype) for w in (gate, up, down)))
+            out = swiglu(x, weight, *(w.astype(x.dtype) for w in (gate, up, down)))
             return total + jnp.where(weight[..., None] > 0, out, 0)
 
         def one(total, expert):
@@ -116,8 +134,10 @@ def _add_where_used(total, x, gate, up, down, weight):
     def answer(size):
         def compute(total):
             chosen = order[:size]
-            out = swiglu(rows[chosen], *(w.astype(x.dtype) for w in (gate, up, down)))
-            out = jnp.pad(weight[chosen][:, None] * out, ((0, count - size), (0, 0)))[place]
+            out = swiglu(
+                rows[chosen], weight[chosen], *(w.astype(x.dtype) for w in (gate, up, down))
+            )
+            out = jnp.pad(out, ((0, count - size), (0, 0)))[place]
             return total + jnp.where(weight[:, None] > 0, out, 0)
 
         return compute
@@ -192,19 +212,23 @@ def mix(
     """
     logits = jnp.concatenate([stack.router(x) for stack in stacks])
     active = config.active_experts or len(logits)
-    weights = route(logits, allowed, active, config.renormalize)
+    if len(logits) == 1:  # nothing to route, and no gradient that is known to be 0 to compute
+        weights = jnp.where(allowed.T[:, :, None], jnp.ones_like(logits), 0.0)
+    else:
+        weights = route(logits, allowed, active, config.renormalize)
     total, first = jnp.zeros_like(x), 0
     for stack in stacks:
         last = first + stack.router.bias.shape[0]
         own, feed_forward = weights[first:last], stack.feed_forward
         is_away = sharding.some_are_away(stack)
+        apart = is_away or sharding.shares_layers() or config.expert_compute == "grouped"
         tokens, own = sharding.to_experts(x, own) if is_away else (x, own)
+        tokens, own = sharding.to_tensor((tokens, own))
         if config.expert_compute == "grouped":
             out = feed_forward.grouped(tokens, own, min(active, len(own)))
         else:
-            out = feed_forward.add(jnp.zeros_like(tokens) if is_away else total, tokens, own, skip)
-        if is_away:
-            out = sharding.from_experts(out)
-        total = total + out if is_away or config.expert_compute == "grouped" else out
+            out = feed_forward.add(jnp.zeros_like(tokens) if apart else total, tokens, own, skip)
+        out = sharding.from_tensor(sharding.from_experts(out) if is_away else out)
+        total = total + out if apart else out
         first = last
     return total, logits

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from flexolmo_jax import sharding
 from flexolmo_jax.modeling.stored import Stored
 
 
@@ -48,8 +49,10 @@ class RMSNorm(nnx.Module):
         scale = self.scale[...]
         axes = tuple(range(-scale.ndim, 0))
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + eps)
-        return (scale * x32).astype(x.dtype)
+        mean = jnp.mean(x32 * x32, axis=axes, keepdims=True)
+        if x.shape[axes[0]] < len(scale):  # other devices have the other heads
+            scale, mean = sharding.own_heads(scale, x.shape[axes[0]]), sharding.mean_of_shares(mean)
+        return (scale * (x32 * jax.lax.rsqrt(mean + eps))).astype(x.dtype)
 
 
 @jax.named_scope("rope")

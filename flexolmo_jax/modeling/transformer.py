@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
@@ -27,11 +28,13 @@ def _narrow(primitive, *inputs, **params) -> bool:
     return matrix.size <= math.prod(activations.shape[axis] for axis in summed) ** 2
 
 
+ANSWER = "answer"  # name of what attention and experts hand to the norms on their outputs
+_policies = jax.checkpoint_policies
 REMAT = {  # what is kept for the backward pass; never matrices gathered from other devices
-    "none": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
-    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "wide": _narrow,
-    "layer": jax.checkpoint_policies.nothing_saveable,
+    "none": _policies.save_anything_except_these_names(sharding.GATHERED),
+    "products": _policies.dots_with_no_batch_dims_saveable,
+    "wide": _policies.save_from_both_policies(_narrow, _policies.save_only_these_names(ANSWER)),
+    "layer": _policies.nothing_saveable,
 }
 
 
@@ -46,11 +49,13 @@ class Layer(nnx.Module):
     def attend(self, x, positions, segments, config, cache=None, at=0, visible=None, number=None):
         """x + norm(attention(x)); shapes as in `Attention`."""
         out, cache = self.attention(x, positions, segments, config, cache, at, visible, number)
+        out = checkpoint_name(out, ANSWER)
         return x + self.attention_norm(out, config.norm_eps), cache
 
     def consult(self, x, stacks, allowed, config, skip=False):
         """x + norm(experts(x)), and the router's logits; shapes as in `mix`."""
         out, logits = mix(stacks, x, allowed, config, skip)
+        out = checkpoint_name(out, ANSWER)
         return x + self.experts_norm(out, config.norm_eps), logits
 
 

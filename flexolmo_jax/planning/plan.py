@@ -178,10 +178,13 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
     """
     chip, count = chip_of(topology)
     model = config.computing(model)
-    mesh = sharding.make_mesh(config.expert_parallel, _devices(topology))
-    if config.data.batch_size % (count * config.parts):
+    if stage == "decode" and config.tensor_parallel > 1:
+        raise ValueError("tensor_parallel is for training and forward passes; leave it out")
+    mesh = sharding.make_mesh(config.expert_parallel, _devices(topology), config.tensor_parallel)
+    ways = sharding.ways(mesh)
+    if config.data.batch_size % (ways * config.parts):
         raise ValueError(
-            f"data.batch_size={config.data.batch_size} sequences cannot be divided among {count} "
+            f"data.batch_size={config.data.batch_size} sequences cannot be divided among {ways} "
             f"chips, {config.parts} parts each"
         )
     known: dict[str, Any] = {

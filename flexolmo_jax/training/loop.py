@@ -41,7 +41,7 @@ def describe_run(training: Training, **made_from: str) -> dict[str, Any]:
     How it is divided among devices is left out: a run may go on with more or fewer of them.
     """
     values = {**dataclasses.asdict(training), **made_from}
-    for name in ("expert_parallel", "parts", "remat", "expert_compute"):
+    for name in ("expert_parallel", "tensor_parallel", "parts", "remat", "expert_compute"):
         del values[name]
     return json.loads(json.dumps(values))
 
@@ -179,15 +179,27 @@ def mesh_of(training: Training) -> Mesh | None:
     """The mesh of all devices, or None where there is one.
 
     Raises:
-      ValueError: they do not divide the batch, or its share is not so many parts.
+      ValueError: the batch cannot be divided among them.
     """
-    count, batch = jax.device_count(), training.data.batch_size
-    if batch % (count * training.parts):
+    count, data = jax.device_count(), training.data
+    inner = training.expert_parallel * training.tensor_parallel
+    mesh = None
+    if count > 1 or inner > 1:
+        mesh = sharding.make_mesh(
+            training.expert_parallel, tensor_parallel=training.tensor_parallel
+        )
+        count = sharding.ways(mesh)
+    if data.batch_size % (count * training.parts):
         raise ValueError(
-            f"data.batch_size={batch} sequences cannot be divided among {count} devices, "
+            f"data.batch_size={data.batch_size} sequences cannot be divided among {count} devices, "
             f"{training.parts} parts each; make it a multiple of {count * training.parts}"
         )
-    return sharding.make_mesh(training.expert_parallel) if count > 1 else None
+    if data.length % training.tensor_parallel:
+        raise ValueError(
+            f"data.length={data.length} tokens cannot be divided among "
+            f"tensor_parallel={training.tensor_parallel} devices"
+        )
+    return mesh
 
 
 @contextlib.contextmanager

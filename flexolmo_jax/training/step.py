@@ -67,14 +67,17 @@ def language_model_loss(
       weights sum to 1.
     """
     out = forward(backbone, stacks, batch.tokens, config, segments=batch.segments)
-    total, nats = cross_entropy(
-        out.hidden,
+    shares = map(sharding.own_positions, (out.hidden, batch.targets, batch.weights))
+    hidden, targets, weights = shares
+    sums = cross_entropy(
+        hidden,
         backbone.head_matrix(config),
-        batch.targets,
-        batch.weights,
+        targets,
+        weights,
         z_loss=output_z_loss,
         chunk=config.loss_chunk,
     )
+    total, nats = sharding.from_tensor(sums)
     if router_z_loss:
         z = jax.nn.logsumexp(out.router_logits, axis=1)  # [L, B, S]
         total += router_z_loss * jnp.sum(jnp.mean(z**2, axis=0) * batch.weights)
