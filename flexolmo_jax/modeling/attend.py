@@ -1,6 +1,6 @@
 """Attention itself, and the one place that says which implementation computes it.
 
-`blocked` runs everywhere and never holds the scores of more than one block of queries of one head;
+`blocked` runs everywhere and never holds more scores than one block of queries of a few heads has;
 `splash` is the TPU kernel and `cudnn` the GPU kernel that come with JAX.
 """
 
@@ -16,6 +16,7 @@ from flexolmo_jax import sharding
 BLOCKS = 8  # of queries; a block looks at the keys up to its own end only
 SMALLEST_BLOCK = 64
 SPLASH_BLOCK = 512  # at most; the kernel's default, 128, reads keys and values four times as often
+FIT = 4 * 2**20  # bytes of a block's scores, of all heads that are worked on at a time
 LONG = 1024  # tokens; longer sequences are a loop over blocks
 
 
@@ -87,9 +88,9 @@ def _splash(q, k, v, segments):
     return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
 
 
-# Flash attention (Dao 2023) in plain JAX. One key/value head at a time, with the G = N / K query
-# heads that share it: the scores of a block fit into a cache, and what is kept for the backward
-# pass does not grow with S^2.
+# Flash attention (Dao 2023) in plain JAX. A few key/value heads at a time, each with the G = N / K
+# query heads that share it: the scores of a block fit into a cache, and what is kept for the
+# backward pass does not grow with S^2.
 
 
 @jax.custom_vjp
@@ -98,8 +99,7 @@ def _blocked(q, k, v, segments):
 
 
 def _blocked_forward(q, k, v, segments):
-    heads = _by_head(q, k, v, segments)
-    out, log_total = jax.lax.map(_forward_one, heads)
+    out, log_total = _over_heads(_forward_some, _by_head(q, k, v, segments))
     return _from_heads(out, q.shape), (q, k, v, segments, out, log_total)
 
 
@@ -107,40 +107,57 @@ def _blocked_backward(kept, d_out):
     q, k, v, segments, out, log_total = kept
     d_out = _queries_by_head(d_out, k.shape[2])
     heads = (*_by_head(q, k, v, segments), out, log_total, d_out)
-    dq, dk, dv = jax.lax.map(_backward_one, heads)
-    dk, dv = (_from_heads(x[:, None], k.shape) for x in (dk, dv))
+    dq, dk, dv = _over_heads(_backward_some, heads)
+    dk, dv = (_from_heads(x, k.shape) for x in (dk, dv))
     return _from_heads(dq, q.shape), dk, dv, None
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-def _forward_one(one):
-    q, k, v, segments = one  # [G, S, H], [S, H], [S, H], [S]
+def _over_heads(some, arrays: tuple) -> tuple:
+    """Runs `some(*arrays)` for as many heads at a time as their block of scores is small for.
+
+    Args:
+      some: of arrays [P, ...], P heads of them.
+      arrays: [B * K, ...]; the first are the queries [B * K, G, S, H].
+    """
+    count, group, length, _ = arrays[0].shape
+    each = 4 * group * _block_size(length) * length  # bytes of scores
+    at_once = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * each <= FIT))
+    if at_once == count:
+        return some(*arrays)
+    arrays = tuple(x.reshape(-1, at_once, *x.shape[1:]) for x in arrays)
+    outs = jax.lax.map(lambda arrays: some(*arrays), arrays)
+    return tuple(x.reshape(count, *x.shape[2:]) for x in outs)
+
+
+def _forward_some(q, k, v, segments):  # [P, G, S, H], [P, S, H], [P, S, H], [P, S]
+    group = q.shape[1]
 
     def block(start, q, seen):
-        scores = _scores(q, k[:seen], segments, start)
+        scores = _scores(q, k[:, :seen], segments, start, q.shape[1] // group)
         top = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = _dot("gst,th->gsh", weights.astype(v.dtype), v[:seen]) / total
+        out = _dot("prt,pth->prh", weights.astype(v.dtype), v[:, :seen]) / total
         return (out.astype(q.dtype), top + jnp.log(total)), ()
 
     return _over_blocks(block, (q,))[0]
 
 
-def _backward_one(one):
-    q, k, v, segments, out, log_total, d_out = one
-    scale = q.shape[-1] ** -0.5
+def _backward_some(q, k, v, segments, out, log_total, d_out):
+    group, scale = q.shape[1], q.shape[-1] ** -0.5
     inner = jnp.sum(out.astype(jnp.float32) * d_out, axis=-1, keepdims=True)
 
     def block(start, q, log_total, inner, d_out, seen):
-        weights = jnp.exp(_scores(q, k[:seen], segments, start) - log_total)
-        dv = _dot("gst,gsh->th", weights.astype(d_out.dtype), d_out)
-        d_weights = _dot("gsh,th->gst", d_out, v[:seen])
+        size = q.shape[1] // group
+        weights = jnp.exp(_scores(q, k[:, :seen], segments, start, size) - log_total)
+        dv = _dot("prt,prh->pth", weights.astype(d_out.dtype), d_out)
+        d_weights = _dot("prh,pth->prt", d_out, v[:, :seen])
         d_scores = (weights * (d_weights - inner)).astype(q.dtype)
-        dq = _dot("gst,th->gsh", d_scores, k[:seen]) * scale
-        dk = _dot("gst,gsh->th", d_scores, q) * scale
+        dq = _dot("prt,pth->prh", d_scores, k[:, :seen]) * scale
+        dk = _dot("prt,prh->pth", d_scores, q) * scale
         return (dq.astype(q.dtype),), (dk, dv)
 
     (dq,), (dk, dv) = _over_blocks(block, (q, log_total, inner, d_out))
@@ -155,35 +172,52 @@ def _over_blocks(block, rows: tuple) -> tuple[tuple, tuple]:
     is in memory: the unrolled program would hold those of all blocks.
 
     Args:
-      block: returns rows [G, block, ...], and addends over the first `seen` keys [seen, ...].
-      rows: arrays [G, S, ...] that are cut into blocks.
+      block: of rows [P, R, ...], the G * block queries of a head; returns such rows, and addends
+        over the first `seen` keys [P, seen, ...].
+      rows: arrays [P, G, S, ...] that are cut into blocks.
 
     Returns:
-      the rows of all blocks [G, S, ...], and the sums of the addends [S, ...].
+      the rows of all blocks [P, G, S, ...], and the sums of the addends [P, S, ...].
     """
-    length = rows[0].shape[1]
-    if length > LONG and length % SMALLEST_BLOCK == 0:
-        return _looped(block, rows)
-    size = max(SMALLEST_BLOCK, -(-length // (BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK)
+    heads, group, length, _ = rows[0].shape
+    size = _block_size(length)
+
+    def flat(start, *parts, seen):
+        """`block`, of rows [P, G, block, ...]: XLA multiplies matrices faster than their stacks."""
+        parts = tuple(x.reshape(heads, -1, x.shape[-1]) for x in parts)
+        outs, addends = block(start, *parts, seen=seen)
+        return tuple(x.reshape(heads, group, -1, x.shape[-1]) for x in outs), addends
+
+    if _is_long(length):
+        return _looped(flat, rows, size)
     outs, totals = [], None
     for start in range(0, length, size):
         seen = min(start + size, length)
-        out, addends = block(start, *(x[:, start:seen] for x in rows), seen=seen)
+        out, addends = flat(start, *(x[:, :, start:seen] for x in rows), seen=seen)
         outs.append(out)
-        totals = totals or tuple(jnp.zeros((length, *x.shape[1:]), x.dtype) for x in addends)
-        totals = tuple(t.at[:seen].add(x) for t, x in zip(totals, addends, strict=True))
-    return tuple(jnp.concatenate(parts, axis=1) for parts in zip(*outs, strict=True)), totals or ()
+        totals = totals or tuple(jnp.zeros((heads, length, x.shape[-1]), x.dtype) for x in addends)
+        totals = tuple(t.at[:, :seen].add(x) for t, x in zip(totals, addends, strict=True))
+    return tuple(jnp.concatenate(parts, axis=2) for parts in zip(*outs, strict=True)), totals or ()
 
 
-def _looped(block, rows: tuple) -> tuple[tuple, tuple]:
-    length = rows[0].shape[1]
-    size = max(n for n in (64, 128, 256, 512) if length % n == 0)
+def _is_long(length: int) -> bool:
+    return length > LONG and length % SMALLEST_BLOCK == 0
 
-    def split(x):  # [G, S, ...] -> [blocks, G, size, ...]
-        return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+def _block_size(length: int) -> int:
+    if _is_long(length):
+        return max(n for n in (64, 128, 256, 512) if length % n == 0)
+    return max(SMALLEST_BLOCK, -(-length // (BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK)
+
+
+def _looped(block, rows: tuple, size: int) -> tuple[tuple, tuple]:
+    heads, _, length = rows[0].shape[:3]
+
+    def split(x):  # [P, G, S, ...] -> [blocks, P, G, size, ...]
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, size, *x.shape[3:]), 2, 0)
 
     def join(x):
-        return x.swapaxes(0, 1).reshape(x.shape[1], length, *x.shape[3:])
+        return jnp.moveaxis(x, 0, 2).reshape(heads, x.shape[2], length, *x.shape[4:])
 
     def step(totals, one):
         start, parts = one
@@ -197,14 +231,21 @@ def _looped(block, rows: tuple) -> tuple[tuple, tuple]:
     return tuple(join(x) for x in outs), totals
 
 
-def _scores(q, k, segments, start):
-    """float32 [G, block, keys]: scaled scores, very small where looking is not allowed."""
-    scores = _dot("gsh,th->gst", q * q.shape[-1] ** -0.5, k)
-    size, keys = scores.shape[1:]
-    own = jax.lax.dynamic_slice_in_dim(segments, start, size)
+def _scores(q, k, segments, start, size):
+    """float32 [P, R, keys]: scaled scores, very small where looking is not allowed.
+
+    Args:
+      q: [P, R, H], R = G * size: of each of the G query heads, the block from `start` on.
+      k: [P, keys, H].
+      segments: [P, S].
+      start, size: of the block.
+    """
+    scores = _dot("prh,pth->prt", q * q.shape[-1] ** -0.5, k)
+    keys = scores.shape[-1]
+    own = jax.lax.dynamic_slice_in_dim(segments, start, size, axis=1)
     causal = (start + jnp.arange(size))[:, None] >= jnp.arange(keys)
-    allowed = causal & (own[:, None] == segments[:keys])
-    return jnp.where(allowed, scores, -1e30)
+    allowed = causal & (own[:, :, None] == segments[:, None, :keys])
+    return jnp.where(jnp.tile(allowed, (1, q.shape[1] // size, 1)), scores, -1e30)
 
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
