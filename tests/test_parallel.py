@@ -100,6 +100,12 @@ def test_four_processes_train_the_expert_that_one_trains(world, by_four):
     assert np.allclose(list(found.values()), list(expected.values()), rtol=1e-5)
 
 
+def test_devices_that_share_layers_train_the_same_expert(world, tmp_path):
+    out, run, shared = tmp_path / "out", tmp_path / "run", ("--tensor-parallel", 2)
+    end(start_training(world, out, run, 2, 2, *shared))
+    assert_same_expert(world, out, world.experts["math"])
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_of_four_processes_goes_on_with_fewer(world, by_four, tmp_path, processes):
     shutil.copytree(by_four / "run", tmp_path / "run")

@@ -222,6 +222,17 @@ def test_every_stage_is_planned(flexolmo, small, stage):
     assert found["steps"] == (9 if stage == "router" else 0)
 
 
+def test_chips_that_share_layers_are_planned(flexolmo, small):
+    plans = [
+        planned(flexolmo, small, "--topology", "v5e:2x2", "--tensor-parallel", ways)
+        for ways in ("1", "2")
+    ]
+    for found in plans:
+        assert found["fits"] and found["compiled_flops"] >= 0.9 * found["needed_flops"] > 0
+    alone, shared = (one["collectives"].get("all-reduce", 0) for one in plans)
+    assert shared > alone  # of activations, twice a layer and back
+
+
 def test_a_table_for_people(flexolmo, small):
     code, out, _ = flexolmo("plan", small, "--topology", "v5e:2x2")
     assert code == 0
@@ -247,6 +258,8 @@ def test_what_does_not_fit_is_a_verdict(flexolmo):
          "the config is one of stage expert: plan that, forward or decode"),
         (["flexolmo_2x7b_expert", "--topology", "v5e:2x2", "--data.batch-size", "6"],
          "cannot be divided among 4 chips"),
+        (["flexolmo_8x7b_router", "--topology", "v5e:2x2", "--stage", "decode",
+          "--tensor-parallel", "2"], "tensor_parallel is for training and forward passes"),
         (["nothing", "--topology", "v5e:2x2"], "no config at nothing"),
         (["flexolmo_2x7b_expert", "--topology", "v5p:3x5x7"], "v5p:3x5x7: "),
     ],
