@@ -61,7 +61,7 @@ def sides(case: str) -> list[Side]:
     elif case == "merge":
         found, limit = [("ours", OURS, "merge"), ("plain read of the files", OURS, "read")], []
     else:
-        found = [("ours", OURS, ""), *peers]
+        found = [("ours", OURS, ""), *peers, (PRODUCTS, OURS, "products")]
     return [Side(label, module, case, option) for label, module, option in found] + limit
 
 

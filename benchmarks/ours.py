@@ -44,8 +44,8 @@ def build(case: str, size: Size, option: str) -> Callable[[], None]:
     Args:
       case: as in `benchmarks/cases.py`.
       size: of the model and the work.
-      option: of "merged_forward" the expert compute, of "moe_E_A" that or "products", of "decode_B"
-        the dtype, of "masks_B" whether experts are off, of "remat" the policy, of the last three
+      option: of "merged_forward" the expert compute, of "moe_E_A" that or "products" (which "expert_step"
+        has too), of "decode_B" the dtype, of "masks_B" whether experts are off, of "remat" the policy, of the last three
         what is done; else unused.
 
     Raises:
@@ -62,6 +62,8 @@ def build(case: str, size: Size, option: str) -> Callable[[], None]:
     if case == "anchor_step":
         config = _unrolled(size.config)
         return _step(AnchorLoss(config, 1e-5), _anchor(config), None, size)
+    if option == "products" and case == "expert_step":
+        return _step_products(size)
     if case in ("expert_step", "remat"):  # the paper's form: a softmax over two experts
         config = _unrolled(size.pair()).replace(remat=option or size.config.remat)
         anchor = _anchor(config)
@@ -132,6 +134,37 @@ def _products(experts: int, active: int, size: Size) -> Callable[[], None]:
     def run():
         for one in forward + to_inputs + to_weights:
             jax.block_until_ready(product(*one))
+
+    return run
+
+
+def _step_products(size: Size) -> Callable[[], None]:
+    """The matrix products with weights of an expert's training step, and nothing else."""
+    c, rows = size.config, size.batch * size.length
+    heads, layers = (2 * c.num_heads + 2 * c.kv_heads) * c.head_size, c.num_layers
+    forward = [  # [T, a] times [a, b], so often
+        (c.width, heads, layers), (c.width, c.ffn_width, 4 * layers),
+        (c.ffn_width, c.width, 2 * layers), (c.width, c.vocab_size, 1),
+    ]  # fmt: skip
+    to_inputs = [  # of the first layer, only the input of the owner's `down`
+        (heads, c.width, layers - 1), (c.ffn_width, c.width, 4 * (layers - 1)),
+        (c.width, c.ffn_width, 2 * (layers - 1) + 1), (c.vocab_size, c.width, 1),
+    ]  # fmt: skip
+    to_weights = [(c.width, c.ffn_width, 2 * layers), (c.ffn_width, c.width, layers)]
+
+    def product(spec: str, left: tuple[int, int], right: tuple[int, int]):
+        arrays = jnp.asarray(_normal(*left)), jnp.asarray(_normal(*right))
+        multiply = jax.jit(functools.partial(jnp.einsum, spec))
+        return lambda: jax.block_until_ready(multiply(*arrays))
+
+    work = [(product("ta,ab->tb", (rows, a), (a, b)), n) for a, b, n in forward]
+    work += [(product("ta,ba->tb", (rows, a), (b, a)), n) for a, b, n in to_inputs]
+    work += [(product("ta,tb->ab", (rows, a), (rows, b)), n) for a, b, n in to_weights]
+
+    def run():
+        for multiply, times in work:
+            for _ in range(times):
+                multiply()
 
     return run
 

@@ -12,9 +12,17 @@ runs (largest less smallest, over the median). *Against the peer*: the rate of t
 the faster PyTorch line. *Of the machine*: needed FLOPs only (`flexolmo_jax/flops.py`; no weight
 gradients of what is frozen) over the rate of a plain matrix product, or needed bytes of weights and
 cache over the rate of a matrix-vector product, both measured in turn with the case. *First run* is
-mostly compiling. *Its products alone*: the nine products of the layer, forward and backward, each
-as one batched product with as many rows for every expert. `load` and `merge` read files that the
+mostly compiling. *Its products alone*: of a layer, its nine products, forward and backward, each
+as one batched product with as many rows for every expert; of a training step, all its products with
+weights, one after the other, and nothing else. `load` and `merge` read files that the
 system holds in memory."""
+
+LIMITS = """\
+*At the machine's rate*: what the target's figure would be if every needed FLOP ran at the rate of
+JAX's large matrix product, or every needed byte at that of its matrix-vector product, and all else
+took no time. *At that of its products*: if the step were only its products with weights, at the
+shapes that it has. A target above these figures is out of reach on that machine, however the rest
+is written."""
 
 
 def page(about: dict[str, str], results: dict[str, dict[str, dict]], sizes: dict[str, Size]) -> str:
@@ -26,7 +34,7 @@ def page(about: dict[str, str], results: dict[str, dict[str, dict]], sizes: dict
       sizes: by name.
     """
     lines = ["# Benchmarks", "", *(f"- {key}: {value}" for key, value in about.items())]
-    lines += ["", INTRODUCTION, "", "## Targets", "", *targets(results, sizes)]
+    lines += ["", INTRODUCTION, "", "## Targets", "", *targets(results, sizes), "", LIMITS]
     for name, cases in results.items():
         c, size = sizes[name].config, sizes[name]
         lines += [
