@@ -44,9 +44,9 @@ def build(case: str, size: Size, option: str) -> Callable[[], None]:
     Args:
       case: as in `benchmarks/cases.py`.
       size: of the model and the work.
-      option: of "merged_forward" the expert compute, of "moe_E_A" that or "products" (which "expert_step"
-        has too), of "decode_B" the dtype, of "masks_B" whether experts are off, of "remat" the policy, of the last three
-        what is done; else unused.
+      option: of "merged_forward" the expert compute, of "moe_E_A" that or "products" (as of
+        "expert_step"), of "decode_B" the dtype, of "masks_B" whether experts are off, of "remat"
+        the policy, of the last three what is done; else unused.
 
     Raises:
       ValueError: there is no such case.
