@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.cases import Side
 from benchmarks.sizes import Size
-from flexolmo_jax.cli import leave_libtpu_alone, with_large_pages
+from flexolmo_jax.cli import keep_freed_memory, leave_libtpu_alone, with_large_pages
 
 CONTEXT = multiprocessing.get_context("spawn")
 
@@ -95,6 +95,7 @@ def _serve(connection: Connection, side: Side, size: Size) -> None:
         start = time.perf_counter()
         if side.module == "benchmarks.ours":
             leave_libtpu_alone()  # as the command line does, before JAX is imported
+            keep_freed_memory()  # and before any thread starts
         build = importlib.import_module(side.module).build
         run = build(side.case, size, side.option)
         run()
