@@ -121,9 +121,8 @@ def keep_freed_memory() -> None:
     """Tells glibc to hold on to large buffers; must come before any thread starts.
 
     By default every large buffer goes back to the system when a training step on CPU ends, and
-    the next step gets it anew, cleared page by page; or, where memory is fragmented, waits for the
-    system to make room for large pages: 4.0 s a step instead of 2.5 s beside other programs, though
-    2.2 s on an empty machine.
+    the next step gets it anew, cleared page by page; or, beside other programs that
+    fragment memory, waits for the system to make room for large pages.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

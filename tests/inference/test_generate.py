@@ -92,11 +92,11 @@ def test_a_stream_says_what_is_wrong_before_the_first_piece(model):
 def test_new_prompts_and_masks_compile_nothing(model):
     """Prompts, masks, seeds, lengths and the fill of a batch, within their buckets."""
     model.generate(PROMPTS, max_new_tokens=12)
-    known = decode._prefill._cache_size(), decode._go_on._cache_size()
+    known = decode._prefill._cache_size(), decode._go_on_cpu._cache_size()
     model.generate([[0, 1], [0, 5, 6, 7], [0], [0, 9]], max_new_tokens=3, without=["loud"], seed=4)
     masks = np.array([[1, 0, 1, 1], [0, 1, 0, 0], [1, 1, 1, 0]], bool)
     model.generate([[0] * 40, [0, 8], [0, 3, 2]], max_new_tokens=30, allowed=masks)
-    assert (decode._prefill._cache_size(), decode._go_on._cache_size()) == known
+    assert (decode._prefill._cache_size(), decode._go_on_cpu._cache_size()) == known
 
 
 def test_a_text_ends_where_the_separator_is_the_likeliest_token(model):
