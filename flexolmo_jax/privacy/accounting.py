@@ -9,7 +9,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ except ImportError as error:
 
 from dp_accounting import dp_event, pld, rdp
 
+logging.getLogger("absl").setLevel(logging.ERROR)  # it tells of every Renyi order it leaves out
 ZERO_OUT = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
 INTERVAL = (
     1e-3  # bins of privacy losses; ten times finer ones give 0.001 less, in ten times as long
@@ -97,7 +98,6 @@ def renyi_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
     Returns:
       epsilon; infinity if so little of delta would not be enough for t.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it tells of every order it leaves out
     accountant = rdp.RdpAccountant(neighboring_relation=ZERO_OUT)
     for one in mechanisms:
         accountant.compose(_event(one, truncated=False))
@@ -163,17 +163,22 @@ def calibrate(
     def make(noise: float) -> Mechanism:
         return Mechanism(units, mean_batch, largest, steps, noise, rows_noise)
 
-    if epsilon([make(LOWEST)], delta) <= target:
+    def find(accountant: Callable, truncated: bool, bracket: Any) -> float:
+        return dp_accounting.calibrate_dp_mechanism(
+            accountant,
+            lambda noise: _event(make(noise), truncated),
+            target,
+            delta,
+            bracket,
+            tol=1e-3,
+        )
+
+    if renyi_epsilon([make(LOWEST)], delta) <= target:
         return make(LOWEST)
-    noise = dp_accounting.calibrate_dp_mechanism(
-        lambda: pld.PLDAccountant(ZERO_OUT, INTERVAL),
-        lambda noise: _event(make(noise), truncated=True),
-        target,
-        delta,
-        dp_accounting.LowerEndpointAndGuess(LOWEST, 1.0),
-        tol=1e-3,
-    )
-    return make(_up(noise))
+    start = dp_accounting.LowerEndpointAndGuess(LOWEST, 1.0)
+    rough = find(lambda: rdp.RdpAccountant(neighboring_relation=ZERO_OUT), False, start)  # quick
+    near = dp_accounting.LowerEndpointAndGuess(0.6 * rough, rough)
+    return make(_up(find(lambda: pld.PLDAccountant(ZERO_OUT, INTERVAL), True, near)))
 
 
 def largest_batch(

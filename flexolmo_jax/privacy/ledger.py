@@ -121,8 +121,8 @@ class Ledger:
         _write(folder / MARK, {"run": run.id, "ledger": str(self.file)})
         return run.id
 
-    def resume(self, run_id: str, folder: Path) -> Run:
-        """A run that is about to go on, as it is written down.
+    def resume(self, run_id: str, folder: Path, limit: float | None) -> Run:
+        """A run that is about to go on, as it is written down; `limit` is as in `admit`.
 
         Raises:
           ValueError: it is not in this ledger; or others have taken what it would still need.
@@ -132,6 +132,8 @@ class Ledger:
             run = self._find(runs, run_id)
             others = [one.counted for one in runs if one is not run]
             total = epsilon([*others, run.planned], ledger["delta"])
+            if limit is not None:
+                ledger["epsilon_limit"] = limit
             if total > ledger["epsilon_limit"]:
                 raise ValueError(
                     f"{self.file}: going on would bring epsilon to {total:.3f}, above the owner's "

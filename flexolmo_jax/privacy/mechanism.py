@@ -54,9 +54,13 @@ class Secret:
         key = jax.random.wrap_key_data(jnp.asarray(self._noise), impl="threefry2x32")
         return jax.random.fold_in(key, number)
 
-    def generator(self) -> np.random.Generator:
-        """For drawing units, and windows of long ones."""
-        return np.random.default_rng(self._batches)
+    def generator(self, purpose: str) -> np.random.Generator:
+        """For drawing units, and windows of long ones; for each purpose a stream of its own.
+
+        The release for router rows must not repeat the draws of training: that epsilon is small
+        because nobody knows who was in a batch.
+        """
+        return np.random.default_rng([*self._batches.tolist(), *purpose.encode()])
 
     def __repr__(self) -> str:
         return "Secret()"

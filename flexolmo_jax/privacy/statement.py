@@ -27,8 +27,8 @@ OUTSIDE = (
     "text that stands in several units is protected in each of them, not in all at once",
     "which documents are held out depends on their group or text alone; held-out documents are not "
     "trained on, and results on them, on the owner's screen, are not private",
-    "metrics.jsonl, loss.png, windows and checkpoints stay in the owner's run folder; the training "
-    "loss in them is not private",
+    "the training loss, on the owner's screen and in metrics.jsonl and loss.png, is not private; "
+    "they stay in the owner's run folder, as windows and checkpoints do",
     "choices that the owner made by looking at this text, such as hyperparameters tried without "
     "the ledger, are not counted",
     "noise is float32 from threefry2x32, with 64 bits of the operating system's entropy as key: "

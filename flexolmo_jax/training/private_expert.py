@@ -133,7 +133,7 @@ def _entered(
     def enter() -> None:
         there = marked_run(run) if goes_on else None
         if there is not None:
-            book.resume(there, run)
+            book.resume(there, run, privacy.limit)
             return
         planned = calibrate(
             privacy.epsilon, delta, units=units, mean_batch=config.data.batch_size,
@@ -182,7 +182,7 @@ def _release(
     file = run / RELEASE
     if not file.exists():
         total = private_rows.clipped_total(
-            anchor, units, public, loaded.config, secret.generator(),
+            anchor, units, public, loaded.config, secret.generator("rows"),
             most_windows=privacy.windows, at_a_time=privacy.at_a_time,
         )  # fmt: skip
         book.spend_rows(entry.id)

@@ -150,7 +150,7 @@ class PrivateSteps:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """A batch of units for each step that is left."""
-        generator = self.secret.generator()
+        generator = self.secret.generator("training")
         shape = (self.mechanism.largest_batch, self.privacy.windows)
         ways = 1 if self.mesh is None else self.mesh.size
         for drawn in batches(self.mechanism, self.training.steps - start, generator):
