@@ -64,8 +64,8 @@ class Mechanism:
             )
         for name in ("noise_multiplier", "rows_noise_multiplier"):
             found = getattr(self, name)
-            if found is not None and not (math.isfinite(found) and found > 0):
-                raise ValueError(f"{name} must be positive, found {found}")
+            if found is not None and not LOWEST <= found < math.inf:
+                raise ValueError(f"{name} must be at least {LOWEST}, found {found}")
         if self.steps < 0:
             raise ValueError(f"steps must not be negative, found {self.steps}")
 
@@ -158,6 +158,7 @@ def calibrate(
     rows_noise = None
     if rows:
         rows_noise = _up(dp_accounting.get_sigma_gaussian(ROWS_SHARE * target, delta))
+        rows_noise = max(LOWEST, rows_noise)
     largest = largest_batch(target, delta, units, mean_batch, steps, multiple)
 
     def make(noise: float) -> Mechanism:

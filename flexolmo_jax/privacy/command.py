@@ -63,7 +63,7 @@ def verify(package: Path, as_json: bool) -> None:
     check_files(package, manifest)
     found = verify_statement(manifest["privacy"], str(package))
     if as_json:
-        print(json.dumps({"package": str(package), **found, "privacy": manifest["privacy"]}))
+        print(json.dumps({**found, "privacy": manifest["privacy"]}, indent=1))
         return
     _show_statement(manifest["privacy"], f"{manifest['name']}: privacy")
     table = Table("at delta " + f"{found['delta']:.3g}", "stated", "found", "Renyi bound")
@@ -85,7 +85,7 @@ def budget(file: Path, as_json: bool) -> None:
         raise ValueError(f"{file}: no ledger there; `flexolmo train expert --dp-epsilon` makes one")
     ledger = Ledger(file).contents()
     if as_json:
-        print(json.dumps(ledger))
+        print(json.dumps(ledger, indent=1))
         return
     title = f"limit: epsilon {ledger['epsilon_limit']:g} at delta {ledger['delta']:.2g}"
     table = Table("expert", "started", "unit", "planned", "spent", "steps", "finished", title=title)

@@ -106,8 +106,8 @@ def test_the_second_accountant_refuses_to_speak_of_batches_that_are_often_cut():
     [
         ({"mean_batch": 0}, "between 1 and all 100000 units"),
         ({"mean_batch": 2000}, "no more than the largest batch, 1536"),
-        ({"noise_multiplier": 0.0}, "noise_multiplier must be positive"),
-        ({"rows_noise_multiplier": math.nan}, "rows_noise_multiplier must be positive"),
+        ({"noise_multiplier": 0.0}, "noise_multiplier must be at least 0.2, found 0.0"),
+        ({"rows_noise_multiplier": math.nan}, "rows_noise_multiplier must be at least 0.2"),
         ({"steps": -1}, "steps must not be negative"),
     ],
 )

@@ -19,12 +19,13 @@ def ledger(tmp_path):
 
 
 def admit(ledger, folder, limit=None, planned=RUN):
-    return ledger.admit("mine", ledger.file.parent / folder, "document", planned, DELTA, limit, 2.0)
+    return ledger.admit("mine", ledger.file.parent / folder, "document", planned, DELTA, limit, 1.5)
 
 
 def test_one_run_costs(ledger):
     """So that the limits below mean what they seem to."""
-    assert 1.0 < epsilon([RUN], DELTA) < 2.0 < epsilon([RUN, RUN], DELTA) < 3.0
+    one, two, three = (epsilon([RUN] * number, DELTA) for number in (1, 2, 3))
+    assert 1.2 < one < 1.5 < two < 2.0 < three < 2.5
 
 
 def test_a_run_is_entered_with_its_plan_and_marked_in_its_folder(ledger, tmp_path):
@@ -33,20 +34,20 @@ def test_a_run_is_entered_with_its_plan_and_marked_in_its_folder(ledger, tmp_pat
     assert (run.name, run.unit, run.steps, run.finished) == ("mine", "document", 0, False)
     assert run.planned == RUN and run.planned_epsilon == epsilon([RUN], DELTA)
     contents = json.loads(ledger.file.read_text())
-    assert contents["epsilon_limit"] == 2.0 and contents["delta"] == DELTA
+    assert contents["epsilon_limit"] == 1.5 and contents["delta"] == DELTA
 
 
 def test_a_run_that_would_exceed_the_limit_is_not_entered(ledger, tmp_path):
     admit(ledger, "run")
     before = ledger.file.read_text()
     with pytest.raises(
-        ValueError, match=r"bring epsilon to 2\.\d+ .* above the owner's limit of 2;"
+        ValueError, match=r"bring epsilon to 1\.\d+ .* above the owner's limit of 1.5;"
     ):
         admit(ledger, "another")
     assert ledger.file.read_text() == before and not (tmp_path / "another").exists()
-    admit(ledger, "another", limit=3.0)
-    assert ledger.contents()["epsilon_limit"] == 3.0
-    with pytest.raises(ValueError, match="above the owner's limit of 3; 2 earlier runs"):
+    admit(ledger, "another", limit=2.0)
+    assert ledger.contents()["epsilon_limit"] == 2.0
+    with pytest.raises(ValueError, match="above the owner's limit of 2; 2 earlier runs"):
         admit(ledger, "third")
 
 
@@ -62,7 +63,7 @@ def test_of_a_run_that_cannot_go_on_only_what_it_spent_counts(ledger, tmp_path):
 
 def test_a_folder_that_another_run_has_taken_does_not_keep_the_first_one_alive(ledger):
     first = admit(ledger, "run")
-    admit(ledger, "run", limit=3.0)
+    admit(ledger, "run", limit=2.0)
     assert ledger.run(first).counted.steps == 0
 
 
