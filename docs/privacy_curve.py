@@ -27,11 +27,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from flexolmo_jax.config import ExpertTraining, load_config
-from flexolmo_jax.evaluation.domains import heldout_documents, score
-from flexolmo_jax.federation.merge import merge
-from flexolmo_jax.federation.package import read_manifest
-from flexolmo_jax.model import load
+from flexolmo_jax.cli import leave_libtpu_alone
+
+leave_libtpu_alone()  # before JAX is imported
+
+from flexolmo_jax.config import ExpertTraining, load_config  # noqa: E402
+from flexolmo_jax.evaluation.domains import heldout_documents, score  # noqa: E402
+from flexolmo_jax.federation.merge import merge  # noqa: E402
+from flexolmo_jax.federation.package import read_manifest  # noqa: E402
+from flexolmo_jax.model import load  # noqa: E402
 
 DOCS = Path(__file__).parent
 NEVER = math.inf  # epsilon of an ordinary run

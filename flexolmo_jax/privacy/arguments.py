@@ -18,7 +18,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--dp-delta", type=float, metavar="D", help="default: a tenth of a unit, at most 1e-5"
     )
     group.add_argument(
-        "--dp-clip", type=float, metavar="C", help="length a unit's gradient is cut to (default: 1)"
+        "--dp-clip",
+        type=float,
+        metavar="C",
+        help="length a unit's gradient is cut to (default: 0.1; most should be longer)",
     )
     group.add_argument(
         "--dp-unit", metavar="UNIT",

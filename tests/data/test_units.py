@@ -127,7 +127,7 @@ def test_of_a_long_unit_other_windows_are_drawn_each_time(prepared, rows):
     units = prepared(rows, "group")
     generator = np.random.default_rng(0)
     seen = set()
-    for _ in range(60):
+    for _ in range(600):
         batch = units.batch([0], (1, 1), generator)
         seen.add(np.asarray(batch.tokens).tobytes())
     assert len(seen) == len(units.windows_of(0)) > 2
