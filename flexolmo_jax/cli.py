@@ -224,6 +224,7 @@ def _train_expert(args: argparse.Namespace) -> None:
     if privacy is None:
         train_expert(config, **more)
     else:
+        config = privacy.applied_to(config)
         train_with_privacy(config, privacy, args.dp_ledger, **more)
     models = {"anchor": (anchor, None), f"with {args.name}": (places["out"], anchor)}
     _show_training(places, models, config)

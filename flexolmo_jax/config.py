@@ -280,6 +280,13 @@ class PrivacyConfig:
         """FIELD of group:FIELD; else empty."""
         return self.unit.partition(":")[2]
 
+    def applied_to(self, config: ExpertTraining) -> ExpertTraining:
+        """The config with FIELD as the group field, so that no group is held out in part."""
+        if not self.group_field:
+            return config
+        data = dataclasses.replace(config.data, group_field=self.group_field)
+        return dataclasses.replace(config, data=data)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterTraining(Training):

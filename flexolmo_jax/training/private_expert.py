@@ -64,9 +64,7 @@ def train_private_expert(
             "domain_embedding with --dp-epsilon: an embedding of private text would leave without "
             "noise; leave it out (rows then start at the public expert's)"
         )
-    if privacy.group_field:
-        data_config = dataclasses.replace(config.data, group_field=privacy.group_field)
-        config = dataclasses.replace(config, data=data_config)
+    config = privacy.applied_to(config)
     loaded = read_anchor(anchor, on_disk=True)
     tokenizer = loaded.tokenizer
     if tokenizer is None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 
 import pytest
 from dp_accounting import dp_event, pld
@@ -114,6 +115,15 @@ def test_the_second_accountant_refuses_to_speak_of_batches_that_are_often_cut():
 def test_impossible_runs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(PUBLISHED, **change)
+
+
+def test_without_the_extra_the_command_says_what_to_install(monkeypatch, refused, tmp_path):
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    for name in ("accounting", "ledger", "statement"):
+        monkeypatch.delitem(sys.modules, f"flexolmo_jax.privacy.{name}", raising=False)
+    (tmp_path / "budget.json").write_text("{}")
+    said = refused("privacy", "budget", tmp_path / "budget.json")
+    assert "pip install 'flexolmo_jax[privacy]'" in said
 
 
 def test_a_batch_larger_than_the_data_is_refused():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flexolmo_jax import tensors
-from flexolmo_jax.data.sources import read_documents
+from flexolmo_jax.data.sources import is_heldout, read_documents
 from flexolmo_jax.data.units import prepare_units
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.merge import read_expert
@@ -159,6 +159,15 @@ def test_a_second_run_within_the_limit_is_counted_with_the_first(
     assert len(said["other_runs"]) == 1
     assert said["rows_noise_multiplier"] is None and said["rows_clip_norm"] is None
     assert flexolmo("privacy", "verify", tmp_path / "out")[0] == 0
+
+
+def test_a_group_is_protected_as_one(world, tmp_path, flexolmo):
+    short = ("--dp-epsilon", 4, "--dp-unit", "group:group", "--steps", 2, "--data.batch-size", 2)
+    code, _, error = flexolmo(*training(world, tmp_path, *short))
+    assert code == 0, error
+    groups = {d.group for d in read_documents(str(world.texts["math"])) if not is_heldout(d, 0.1)}
+    said = read_manifest(tmp_path / "out")["privacy"]
+    assert said["unit"] == "group:group" and said["units"] == len(groups) < 45
 
 
 # Killing a real process.
