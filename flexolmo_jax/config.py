@@ -246,7 +246,7 @@ class PrivacyConfig:
     """
 
     epsilon: float  # of the whole run, router rows included
-    delta: float | None = None  # None: a tenth of a unit, at most 1e-5
+    delta: float | None = None  # None: the ledger's, or a tenth of a unit, at most 1e-5
     clip: float = 0.1  # C, the length that the gradient of a unit is clipped to
     unit: str = "document"  # or "sequence" (a window), or "group:FIELD" (a patient, an author)
     windows: int = 8  # most windows of a unit in a step; of a longer one, so many are drawn

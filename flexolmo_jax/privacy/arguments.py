@@ -15,7 +15,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--dp-epsilon", type=float, metavar="E", help="budget of this run; switches the mode on"
     )
     group.add_argument(
-        "--dp-delta", type=float, metavar="D", help="default: a tenth of a unit, at most 1e-5"
+        "--dp-delta",
+        type=float,
+        metavar="D",
+        help="default: that of the ledger, or a tenth of a unit, at most 1e-5",
     )
     group.add_argument(
         "--dp-clip",

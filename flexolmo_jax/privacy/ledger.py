@@ -85,7 +85,7 @@ class Ledger:
 
         Args:
           name, folder, unit, planned: as in `Run`.
-          delta: of the ledger, if this is its first run; later it stays.
+          delta: of the ledger, the same for all of its runs.
           limit: of all runs together, from now on; None leaves it as it is.
           default_limit: of a ledger that has none yet.
 
@@ -93,10 +93,15 @@ class Ledger:
           the run's id, which is in its folder too.
 
         Raises:
-          ValueError: with the run, the limit would be exceeded; nothing is entered.
+          ValueError: with the run, the limit would be exceeded, or delta is another one; nothing
+            is entered.
         """
         with self._open() as ledger:
-            ledger.setdefault("delta", delta)
+            if ledger.setdefault("delta", delta) != delta:
+                raise ValueError(
+                    f"{self.file}: this ledger accounts at delta {ledger['delta']:g}, found "
+                    f"{delta:g}; give that as --dp-delta, or name another --dp-ledger"
+                )
             if limit is None:
                 limit = ledger.get("epsilon_limit", default_limit)
             runs = _runs(ledger)
@@ -194,6 +199,10 @@ class Ledger:
             ledger["epsilon_spent"] = epsilon([one.counted for one in runs], ledger["delta"])
             _put(ledger, runs)
         return [one for one in runs if one is not run] + [run]
+
+    def delta(self) -> float | None:
+        """The one that all runs are accounted at; None before the first."""
+        return self.contents().get("delta")
 
     def run(self, run_id: str) -> Run:
         """A run as it is written down. Raises ValueError if it is not."""

@@ -76,13 +76,13 @@ def train_private_expert(
     units = prepare_units(data, config.data, tokenizer, run / "data", privacy.kind)
     for line in units.report.lines():
         console.print(line, markup=False)
-    delta = privacy.delta or default_delta(len(units))
+    book = Ledger(ledger)
+    delta = privacy.delta or book.delta() or default_delta(len(units))
     if delta >= 1 / len(units):
         raise ValueError(
             f"--dp-delta must be below 1 / {len(units)} units, found {delta}: above, a mechanism "
             "that publishes one unit in full would pass"
         )
-    book = Ledger(ledger)
     entry = _entered(book, config, privacy, name, run, len(units), delta, resume)
     record_run(run, wanted)
 

@@ -51,6 +51,15 @@ def test_a_run_that_would_exceed_the_limit_is_not_entered(ledger, tmp_path):
         admit(ledger, "third")
 
 
+def test_all_runs_are_accounted_at_one_delta(ledger, tmp_path):
+    assert ledger.delta() is None
+    admit(ledger, "run")
+    assert ledger.delta() == DELTA
+    with pytest.raises(ValueError, match="accounts at delta 1e-05, found 1e-06; give that as"):
+        ledger.admit("mine", tmp_path / "b", "document", RUN, 1e-6, 50.0, 2.0)
+    assert len(ledger.contents()["runs"]) == 1
+
+
 def test_of_a_run_that_cannot_go_on_only_what_it_spent_counts(ledger, tmp_path):
     run = admit(ledger, "run")
     ledger.spend(run, 1, 0.5)
