@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.experimental import multihost_utils
@@ -129,11 +129,12 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
             if step % training.log_every == 0 or saving:
                 values = [(n, {k: float(v) for k, v in m.items()}) for n, m in pending]
                 for number, found in values:
-                    try:
-                        steps.check(number, found, run, checkpoints.latest())
-                    except FloatingPointError:
+                    if broken := steps.breakdown(number, found, run):
                         checkpoints.close()
-                        raise
+                        raise FloatingPointError(
+                            f"{title}: {broken.why} at step {number}; the last good checkpoint is "
+                            f"{checkpoints.latest()}. {broken.advice}"
+                        )
                 rate = (step - since_step) * steps.tokens_a_step / (time.monotonic() - since)
                 since, since_step = time.monotonic(), step
                 row = {
@@ -157,6 +158,13 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
     if is_first():
         _plot(metrics_file, run / "loss.png", title)
     return trainable if mesh is None else sharding.on_host(trainable)
+
+
+class Breakdown(NamedTuple):
+    """What stopped a run, and what to do."""
+
+    why: str
+    advice: str
 
 
 class Steps(Protocol):
@@ -187,8 +195,8 @@ class Steps(Protocol):
     def take(self, step: int, optimizer, trainable, opt_state, frozen, batch: Batch) -> tuple:
         """(trainable, opt_state, metrics) after a step; the metrics hold loss and grad_norm."""
 
-    def check(self, step: int, metrics: dict[str, float], run: Path, newest: int | None) -> None:
-        """Raises FloatingPointError if training broke down at a step."""
+    def breakdown(self, step: int, metrics: dict[str, float], run: Path) -> "Breakdown | None":
+        """What went wrong at a step, if anything did."""
 
     def status(self, step: int) -> str:
         """What more to show beside the progress bar."""
@@ -218,17 +226,17 @@ class OrdinarySteps:
             mesh=self.mesh, parts=self.training.parts,
         )  # fmt: skip
 
-    def check(self, step: int, metrics: dict[str, float], run: Path, newest: int | None) -> None:
+    def breakdown(self, step: int, metrics: dict[str, float], run: Path) -> "Breakdown | None":
         why = self._watch.breakdown(metrics["loss"], metrics["grad_norm"])
         if not why:
-            return
+            return None
         about = run / "breakdown.json"
         if is_first():
             record_breakdown(about, self.source, self.training.seed, step, why)
-        raise FloatingPointError(
-            f"{self.title}: {why} at step {step}; the last good checkpoint is {newest}. {about} "
-            "names the documents of that step: look at them, or start anew with a lower learning "
-            "rate"
+        return Breakdown(
+            why,
+            f"{about} names the documents of that step: look at them, or start anew with a lower "
+            "learning rate",
         )
 
     def status(self, step: int) -> str:

@@ -8,6 +8,7 @@ spent, and the run has one step less.
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from flexolmo_jax.privacy.mechanism import (
     clipped_gradients,
     with_noise,
 )
+from flexolmo_jax.training.loop import Breakdown
 from flexolmo_jax.training.step import Loss
 
 POINTS = 20  # of the run, at which the spent epsilon is computed; in between, that of the next
@@ -164,17 +166,11 @@ class PrivateSteps:
             self.secret.noise_key(step), mesh=self.mesh,
         )  # fmt: skip
 
-    def check(self, step: int, metrics: dict[str, float], run: Any, newest: int | None) -> None:
-        """Stops a run whose weights broke down; not for a private loss, which says too much.
-
-        Raises:
-          FloatingPointError: the private gradient is not finite.
-        """
-        if not np.isfinite(metrics["grad_norm"]):
-            raise FloatingPointError(
-                f"{self.title}: the gradient is not finite at step {step}; the last good "
-                f"checkpoint is {newest}. Start anew with a lower learning rate"
-            )
+    def breakdown(self, step: int, metrics: dict[str, float], run: Path) -> Breakdown | None:
+        """Of the private gradient only; to stop for a private loss would say too much."""
+        if np.isfinite(metrics["grad_norm"]):
+            return None
+        return Breakdown("the gradient is not finite", "Start anew with a lower learning rate")
 
     def status(self, step: int) -> str:
         """Shown beside the progress bar."""
