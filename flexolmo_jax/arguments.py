@@ -2,6 +2,8 @@
 
 import argparse
 
+from flexolmo_jax.privacy.arguments import add_privacy_commands, add_training_arguments
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; the words of the command end up in `run_command`, as in "train anchor"."""
@@ -61,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
                 "--public", metavar="SOURCE",
                 help="public text for the router rows (default: what came with the anchor)",
             )  # fmt: skip
+            add_training_arguments(one)
         if stage == "router":
             one.add_argument("--model", required=True, metavar="DIR", help="a merged model")
 
@@ -97,6 +100,8 @@ def make_parser() -> argparse.ArgumentParser:
     remove = command(actions, "remove", "take experts out of a merged model")
     remove.add_argument("model")
     remove.add_argument("names", nargs="+", metavar="NAME")
+
+    add_privacy_commands(commands, command)
 
     inspect = command(commands, "inspect", "what a package says of itself; checks it")
     inspect.add_argument("path")

@@ -214,12 +214,19 @@ def _train_anchor(args: argparse.Namespace) -> None:
 
 def _train_expert(args: argparse.Namespace) -> None:
     from flexolmo_jax.config import ExpertTraining
+    from flexolmo_jax.privacy.command import privacy_asked_for, train_with_privacy
     from flexolmo_jax.training.expert import train_expert
 
     config = _config(args, ExpertTraining)
     places = _places(args, config)
     anchor = Path(args.anchor)
-    train_expert(config, anchor=anchor, name=args.name, public=args.public, **places)
+    privacy = privacy_asked_for(args)
+    more = {"anchor": anchor, "name": args.name, "public": args.public, **places}
+    if privacy is None:
+        train_expert(config, **more)
+    else:
+        config = privacy.applied_to(config)
+        train_with_privacy(config, privacy, args.dp_ledger, **more)
     models = {"anchor": (anchor, None), f"with {args.name}": (places["out"], anchor)}
     _show_training(places, models, config)
 
@@ -273,6 +280,18 @@ def _plan(args: argparse.Namespace) -> None:
     console.print(table)
 
 
+def _privacy_verify(args: argparse.Namespace) -> None:
+    from flexolmo_jax.privacy.command import verify
+
+    verify(Path(args.package), args.json)
+
+
+def _privacy_budget(args: argparse.Namespace) -> None:
+    from flexolmo_jax.privacy.command import budget
+
+    budget(Path(args.ledger), args.json)
+
+
 def _merge(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import merge
 
@@ -281,7 +300,7 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _experts_list(args: argparse.Namespace) -> None:
-    from flexolmo_jax.federation.package import read_manifest
+    from flexolmo_jax.federation.package import privacy_summary, read_manifest
 
     model = Path(args.model)
     rows = []
@@ -294,6 +313,8 @@ def _experts_list(args: argparse.Namespace) -> None:
                 **{key: about.get(key) for key in ("tokens_seen", "licence", "contact", "privacy")},
             }
         )
+    if not args.json:
+        rows = [{**row, "privacy": privacy_summary(row["privacy"])} for row in rows]
     _show_rows(rows, args.json)
 
 
@@ -437,6 +458,8 @@ COMMANDS = {
     "train expert": _train_expert,
     "train router": _train_router,
     "plan": _plan,
+    "privacy verify": _privacy_verify,
+    "privacy budget": _privacy_budget,
     "merge": _merge,
     "experts list": _experts_list,
     "experts add": _experts_add,

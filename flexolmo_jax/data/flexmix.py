@@ -9,8 +9,9 @@ import io
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -28,12 +29,15 @@ class SourceWindows(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     name = "source_windows"
 
-    def __init__(self, source: str, data: DataConfig, tokenizer: Tokenizer, *, data_dir: Path):
+    def __init__(
+        self, source: str, data: DataConfig, tokenizer: Tokenizer, *, data_dir: Path, also: str = ""
+    ):
+        """`also` is what else the windows depend on."""
         self.source, self.data, self.tokenizer = source, data, tokenizer
         self.report = Report()
         what = [
             fingerprint(source), data.length, data.text_field, data.group_field, data.heldout,
-            tokenizer.digest, tokenizer.separator,
+            tokenizer.digest, tokenizer.separator, *filter(None, [also]),
         ]  # fmt: skip
         name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
         super().__init__(
@@ -97,6 +101,9 @@ class SourceWindows(tfds.core.GeneratorBasedBuilder):
         return found
 
 
+Windows = TypeVar("Windows", bound=SourceWindows)
+
+
 def prepare(
     source: str, data: DataConfig, tokenizer: Tokenizer, folder: Path
 ) -> tuple[SourceWindows, Report]:
@@ -107,14 +114,19 @@ def prepare(
     Raises:
       ValueError: as `read_documents`; or nothing is left to train on after the held-out split.
     """
+    builder = build(lambda: SourceWindows(source, data, tokenizer, data_dir=folder))
+    return builder, builder.report
+
+
+def build(make: Callable[[], Windows]) -> Windows:
+    """A builder, with its windows on disk."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     tfds.disable_progress_bar()
 
-    def build() -> SourceWindows:
-        builder = SourceWindows(source, data, tokenizer, data_dir=folder)
+    def work() -> Windows:
+        builder = make()
         with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
             builder.download_and_prepare()
         return builder
 
-    builder = in_turn(build)
-    return builder, builder.report
+    return in_turn(work)

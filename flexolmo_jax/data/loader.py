@@ -13,7 +13,7 @@ from flexolmo_jax.data.windows import Window
 
 
 class Batch(NamedTuple):
-    """What a training step or an evaluation reads."""
+    """What a training step or an evaluation reads; with private units, [U, B, S] of each."""
 
     tokens: jax.Array  # int32 [B, S]
     targets: jax.Array  # int32 [B, S]: the next token of each
@@ -22,12 +22,12 @@ class Batch(NamedTuple):
 
     @classmethod
     def of(cls, tokens: np.ndarray, segments: np.ndarray) -> "Batch":
-        """From stacked windows: int32 [B, S + 1] each."""
+        """From stacked windows: int32 [..., S + 1] each."""
         return cls(
-            jnp.asarray(tokens[:, :-1]),
-            jnp.asarray(tokens[:, 1:]),
-            jnp.asarray(segments[:, :-1]),
-            jnp.asarray(segments[:, 1:] > 0, jnp.float32),
+            jnp.asarray(tokens[..., :-1]),
+            jnp.asarray(tokens[..., 1:]),
+            jnp.asarray(segments[..., :-1]),
+            jnp.asarray(segments[..., 1:] > 0, jnp.float32),
         )
 
 

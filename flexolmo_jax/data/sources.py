@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pyarrow.parquet
 
@@ -46,6 +46,7 @@ def read_documents(
     text_field: str = "text",
     group_field: str = "group",
     report: Report | None = None,
+    distinct: Literal["text", "group"] = "text",
 ) -> Iterator[Document]:
     """Reads every usable, distinct document of a source.
 
@@ -56,6 +57,8 @@ def read_documents(
       text_field: the field of a row that holds the text.
       group_field: the field of a row that names its group; rows without it stand alone.
       report: is filled with counts and bad rows (unreadable, no text, empty).
+      distinct: a text that comes again is left out; with "group", only in the same group: what is
+        read of a group then depends on nothing outside of it.
 
     Raises:
       ValueError: the source is missing, of an unknown kind, or holds no usable document.
@@ -70,7 +73,8 @@ def read_documents(
         if isinstance(row, str):
             report.bad_rows.append(f"{where}: {row}")
             continue
-        digest = hashlib.sha256(row.text.encode()).digest()
+        key = row.text if distinct == "text" else f"{row.group}\0{row.text}"
+        digest = hashlib.sha256(key.encode()).digest()
         if digest in seen:
             report.duplicates += 1
             continue

@@ -218,6 +218,14 @@ def check_name(name: str) -> str:
     return name
 
 
+def privacy_summary(statement: Any) -> str:
+    """One line of what a manifest says of privacy (privacy/statement.py)."""
+    if not isinstance(statement, dict):
+        return str(statement)
+    values = (statement.get(name) for name in ("epsilon", "delta", "unit"))
+    return "epsilon {}, delta {}, unit {}".format(*values)
+
+
 def canonical_digest(value: Any) -> str:
     """sha256 of a JSON value, independent of key order and spacing."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -18,6 +18,7 @@ from flexolmo_jax.federation.anchor import write_anchor
 from flexolmo_jax.modeling.transformer import Anchor, init_anchor
 from flexolmo_jax.training.loop import (
     RUN_FILE,
+    OrdinarySteps,
     check_run,
     console,
     describe_run,
@@ -59,7 +60,7 @@ def train_anchor(
         lambda: init_anchor(config.model, jax.random.key(config.seed)), mesh_of(config)
     )
     loss = AnchorLoss(config.computing(config.model), config.output_z_loss)
-    weights = train("anchor", config, loss, weights, None, source, run)
+    weights = train(OrdinarySteps("anchor", config, loss, source), weights, None, run)
     by_first(lambda: _write(config, data, out, weights, tokenizer))
 
 

@@ -20,7 +20,15 @@ from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
 from flexolmo_jax.federation.merge import write_expert
 from flexolmo_jax.federation.package import check_name
 from flexolmo_jax.modeling.experts import Experts
-from flexolmo_jax.training.loop import check_run, console, describe_run, mesh_of, record_run, train
+from flexolmo_jax.training.loop import (
+    OrdinarySteps,
+    check_run,
+    console,
+    describe_run,
+    mesh_of,
+    record_run,
+    train,
+)
 from flexolmo_jax.training.router_fit import fit_router
 from flexolmo_jax.training.step import ExpertAloneLoss, ExpertPairLoss, with_parts
 
@@ -56,7 +64,7 @@ def train_expert(
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{anchor}: there is no tokenizer.json, which training needs")
-    public_text = _public_text(loaded, public, anchor) if config.gating == "alone" else []
+    public_text = public_text_of(loaded, public, anchor) if config.gating == "alone" else []
     wanted = describe_run(config, source=named_source(data), anchor=loaded.identity)
     check_run(run, wanted, resume)
     source, report = prepare(data, config.data, tokenizer, run / "data")
@@ -79,7 +87,8 @@ def train_expert(
     if config.gating == "alone":
         loss = ExpertAloneLoss(model, config.output_z_loss)
         frozen = (anchor_weights, anchor_weights.public.router)
-        feed_forward = train(title, config, loss, expert.feed_forward, frozen, source, run)
+        steps = OrdinarySteps(title, config, loss, source)
+        feed_forward = train(steps, expert.feed_forward, frozen, run)
 
         def finish() -> None:
             trained = with_parts(expert, feed_forward, expert.router)
@@ -92,7 +101,8 @@ def train_expert(
         if config.domain_embedding:
             expert = _with_initial_row(expert, config, data, loaded.config.width)
         pair_loss = ExpertPairLoss(pair, config.output_z_loss, config.router_z_loss)
-        trained = train(title, config, pair_loss, expert, anchor_weights, source, run)
+        steps = OrdinarySteps(title, config, pair_loss, source)
+        trained = train(steps, expert, anchor_weights, run)
         by_first(lambda: write_expert(out, trained, name, loaded, facts))
 
 
@@ -126,7 +136,12 @@ def some_batch(source: SourceWindows, tokens: int, seed: int) -> Batch:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *drawn)
 
 
-def _public_text(anchor: LoadedAnchor, public: str | None, where: Path) -> Iterable[str]:
+def public_text_of(anchor: LoadedAnchor, public: str | None, where: Path) -> Iterable[str]:
+    """The public text to fit router rows against: named, or what came with the anchor.
+
+    Raises:
+      ValueError: there is none.
+    """
     if public is not None:
         return (d.text for d in read_documents(public))
     if not anchor.public_text:

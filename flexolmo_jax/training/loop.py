@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax.experimental import multihost_utils
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from flexolmo_jax import sharding
 from flexolmo_jax.config import Training
 from flexolmo_jax.data.flexmix import SourceWindows
-from flexolmo_jax.data.loader import batches
+from flexolmo_jax.data.loader import Batch, batches
 from flexolmo_jax.distributed import is_first
 from flexolmo_jax.training.checkpoint import Checkpoints
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
@@ -78,24 +78,13 @@ def record_run(folder: Path, wanted: dict[str, Any]) -> None:
     partial.replace(folder / RUN_FILE)
 
 
-def train(
-    title: str,
-    training: Training,
-    loss: Loss,
-    trainable: Any,
-    frozen: Any,
-    source: SourceWindows,
-    run: Path,
-) -> Any:
+def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
     """Trains, from the newest checkpoint in `run` if there is one, to the last step.
 
     Args:
-      title: shown beside the progress bar.
-      training: steps, optimizer, batch size, seed.
-      loss: of (trainable, frozen, batch).
+      steps: what happens in each; with the config of the stage.
       trainable: the initial weights; given up to the training (its buffers are donated).
       frozen: the weights that stay.
-      source: the windows to train on.
       run: folder of checkpoints/, metrics.jsonl and loss.png.
 
     Returns:
@@ -107,62 +96,58 @@ def train(
         in `run` the documents, and the last good checkpoint is kept.
       Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
-    mesh = mesh_of(training)
-    trainable, frozen = sharding.place((trainable, frozen), mesh)
+    title, training = steps.title, steps.training
+    mesh = steps.mesh
+    trainable = sharding.place(trainable, mesh)
+    frozen = sharding.place(frozen, mesh, () if steps.whole else sharding.AXES)
     optimizer = make_optimizer(training.optimizer, training.steps)
     schedule = make_schedule(training.optimizer, training.steps)
     with sharding.within(mesh):
         opt_state = jax.jit(optimizer.init)(trainable)
     checkpoints = Checkpoints(run / "checkpoints")
-    start, (trainable, opt_state) = checkpoints.load_newest((trainable, opt_state))
+    saved, (trainable, opt_state) = checkpoints.load_newest((trainable, opt_state))
+    start = steps.start(saved)
     if start:
         console.print(f"{title}: resuming after step {start}")
-    tokens_a_step = training.data.batch_size * training.data.length
     metrics_file = run / "metrics.jsonl"
-    watch = Watch()
     if is_first():
         _forget_metrics_after(metrics_file, start)
     pending: list[tuple[int, dict[str, jax.Array]]] = []
 
     with _interruption() as interrupted, _progress(title, training.steps, start) as progress:
-        data = batches(source, training.seed, start)
+        data = steps.batches(start)
         since, since_step = time.monotonic(), start
         for step in range(start + 1, training.steps + 1):
             batch = sharding.place_rows(next(data), mesh)
             with sharding.within(mesh):
-                trainable, opt_state, metrics = train_step(
-                    loss, optimizer, trainable, opt_state, frozen, batch,
-                    mesh=mesh, parts=training.parts,
-                )  # fmt: skip
+                trainable, opt_state, metrics = steps.take(
+                    step, optimizer, trainable, opt_state, frozen, batch
+                )
             pending.append((step, metrics))
             stopping = interrupted(step)
-            saving = step % training.checkpoint_every == 0 or stopping or step == training.steps
+            saving = step % steps.save_every == 0 or stopping or step == training.steps
             if step % training.log_every == 0 or saving:
                 values = [(n, {k: float(v) for k, v in m.items()}) for n, m in pending]
                 for number, found in values:
-                    if why := watch.breakdown(found["loss"], found["grad_norm"]):
+                    if broken := steps.breakdown(number, found, run):
                         checkpoints.close()
-                        about = run / "breakdown.json"
-                        if is_first():
-                            record_breakdown(about, source, training.seed, number, why)
                         raise FloatingPointError(
-                            f"{title}: {why} at step {number}; the last good checkpoint is "
-                            f"{checkpoints.latest()}. {about} names the documents of that step: "
-                            "look at them, or start anew with a lower learning rate"
+                            f"{title}: {broken.why} at step {number}; the last good checkpoint is "
+                            f"{checkpoints.latest()}. {broken.advice}"
                         )
-                rate = (step - since_step) * tokens_a_step / (time.monotonic() - since)
+                rate = (step - since_step) * steps.tokens_a_step / (time.monotonic() - since)
                 since, since_step = time.monotonic(), step
                 row = {
                     "step": step,
                     **{k: sum(m[k] for _, m in values) / len(values) for k in values[0][1]},
                     "learning_rate": float(schedule(step - 1)),
-                    "tokens": step * tokens_a_step,
+                    "tokens": step * steps.tokens_a_step,
                     "tokens_per_second": round(rate, 1),
                 }
                 if is_first():
                     with open(metrics_file, "a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
-                progress(step, row["loss"], rate)
+                progress(step, row["loss"], rate, steps.status(step))
                 pending = []
             if saving:
                 checkpoints.save(step, (trainable, opt_state))
@@ -173,6 +158,89 @@ def train(
     if is_first():
         _plot(metrics_file, run / "loss.png", title)
     return trainable if mesh is None else sharding.on_host(trainable)
+
+
+class Breakdown(NamedTuple):
+    """What stopped a run, and what to do."""
+
+    why: str
+    advice: str
+
+
+class Steps(Protocol):
+    """What happens in a step, and around it.
+
+    Attributes:
+      title: shown beside the progress bar.
+      training: the stage's config: how many steps, the optimizer, the seed.
+      mesh: of the devices; None for one.
+      whole: frozen weights are whole on every device, not cut among them.
+      save_every: steps from one checkpoint to the next.
+      tokens_a_step: for the metrics.
+    """
+
+    title: str
+    training: Training
+    mesh: Mesh | None
+    whole: bool
+    save_every: int
+    tokens_a_step: int
+
+    def start(self, saved: int) -> int:
+        """The step to go on after, where `saved` is that of the checkpoint; 0 for none."""
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """The batch of every step after `start`."""
+
+    def take(self, step: int, optimizer, trainable, opt_state, frozen, batch: Batch) -> tuple:
+        """(trainable, opt_state, metrics) after a step; the metrics hold loss and grad_norm."""
+
+    def breakdown(self, step: int, metrics: dict[str, float], run: Path) -> "Breakdown | None":
+        """What went wrong at a step, if anything did."""
+
+    def status(self, step: int) -> str:
+        """What more to show beside the progress bar."""
+
+
+class OrdinarySteps:
+    """Steps of `train_step`, on batches that are a function of the seed."""
+
+    whole = False
+
+    def __init__(self, title: str, training: Training, loss: Loss, source: SourceWindows):
+        self.title, self.training, self.loss, self.source = title, training, loss, source
+        self.mesh = mesh_of(training)
+        self.save_every = training.checkpoint_every
+        self.tokens_a_step = training.data.batch_size * training.data.length
+        self._watch = Watch()
+
+    def start(self, saved: int) -> int:
+        return saved
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        return batches(self.source, self.training.seed, start)
+
+    def take(self, step: int, optimizer, trainable, opt_state, frozen, batch: Batch):
+        return train_step(
+            self.loss, optimizer, trainable, opt_state, frozen, batch,
+            mesh=self.mesh, parts=self.training.parts,
+        )  # fmt: skip
+
+    def breakdown(self, step: int, metrics: dict[str, float], run: Path) -> "Breakdown | None":
+        why = self._watch.breakdown(metrics["loss"], metrics["grad_norm"])
+        if not why:
+            return None
+        about = run / "breakdown.json"
+        if is_first():
+            record_breakdown(about, self.source, self.training.seed, step, why)
+        return Breakdown(
+            why,
+            f"{about} names the documents of that step: look at them, or start anew with a lower "
+            "learning rate",
+        )
+
+    def status(self, step: int) -> str:
+        return ""
 
 
 def mesh_of(training: Training) -> Mesh | None:
@@ -232,21 +300,25 @@ def _interruption() -> Iterator[Callable[[int], bool]]:
 
 
 @contextlib.contextmanager
-def _progress(title: str, steps: int, start: int) -> Iterator[Callable[[int, float, float], None]]:
+def _progress(
+    title: str, steps: int, start: int
+) -> Iterator[Callable[[int, float, float, str], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total} steps"),
         TextColumn("{task.fields[rate]}"),
         TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[more]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(title, total=steps, completed=start, rate="", loss="")
+        task = bar.add_task(title, total=steps, completed=start, rate="", loss="", more="")
 
-        def update(step: int, loss: float, rate: float) -> None:
-            bar.update(task, completed=step, rate=f"{rate:,.0f} tokens/s", loss=f"loss {loss:.3f}")
+        def update(step: int, loss: float, rate: float, more: str) -> None:
+            speed, shown = f"{rate:,.0f} tokens/s", f"loss {loss:.3f}"
+            bar.update(task, completed=step, rate=speed, loss=shown, more=more)
 
         yield update
 

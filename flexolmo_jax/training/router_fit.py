@@ -7,6 +7,7 @@ Nothing of other owners is used.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,20 +97,41 @@ def separate(
       is_own: bool [T].
       ridge, prior: as in `fit_router`.
     """
-    public = inputs[~is_own]
-    mean = public.mean(axis=0)
-    covariance = np.cov(public, rowvar=False)
-    width = len(mean)
-    covariance += SHRINKAGE * np.trace(covariance) / width * np.eye(width)
-    factor = np.linalg.cholesky(covariance)  # S = L L'
-    white = np.linalg.solve(factor, (inputs - mean).T).T
+    public = Whitening.of(inputs[~is_own].mean(axis=0), np.cov(inputs[~is_own], rowvar=False))
+    white = public.whitened(inputs)
     share = is_own.mean()
     weights = {True: prior / share, False: (1 - prior) / (1 - share)}
     model = LogisticRegression(C=1.0 / (ridge * len(white)), class_weight=weights, max_iter=1000)
     model.fit(white, is_own)
-    row = np.linalg.solve(factor.T, model.coef_[0])
-    bias = float(model.intercept_[0] - row @ mean)
-    if bias > 0:
-        direction = np.linalg.solve(covariance, mean)
-        row, bias = row + bias * direction / (mean @ direction), 0.0
-    return row, bias
+    return public.row(model.coef_[0], float(model.intercept_[0]))
+
+
+class Whitening(NamedTuple):
+    """Coordinates in which public inputs of a layer's experts have mean 0 and covariance 1."""
+
+    mean: np.ndarray  # float64 [D]
+    covariance: np.ndarray  # float64 [D, D], shrunk
+    factor: np.ndarray  # float64 [D, D], lower triangular: covariance = factor factor'
+
+    @classmethod
+    def of(cls, mean: np.ndarray, covariance: np.ndarray) -> "Whitening":
+        """Of the mean and covariance of public inputs."""
+        width = len(mean)
+        shrunk = covariance + SHRINKAGE * np.trace(covariance) / width * np.eye(width)
+        return cls(mean, shrunk, np.linalg.cholesky(shrunk))
+
+    def whitened(self, inputs: np.ndarray) -> np.ndarray:
+        """[T, D] -> [T, D]."""
+        return np.linalg.solve(self.factor, (inputs - self.mean).T).T
+
+    def row(self, white: np.ndarray, intercept: float) -> tuple[np.ndarray, float]:
+        """The row and bias <= 0 of a score that is white.z + intercept in these coordinates.
+
+        A positive bias is folded into the row, as `separate` says.
+        """
+        row = np.linalg.solve(self.factor.T, white)
+        bias = float(intercept - row @ self.mean)
+        if bias > 0:
+            direction = np.linalg.solve(self.covariance, self.mean)
+            row, bias = row + bias * direction / (self.mean @ direction), 0.0
+        return row, bias

@@ -16,7 +16,15 @@ from flexolmo_jax.data.sources import named_source
 from flexolmo_jax.distributed import by_first
 from flexolmo_jax.federation.merge import load_merged, write_tuned
 from flexolmo_jax.federation.package import read_manifest
-from flexolmo_jax.training.loop import check_run, console, describe_run, mesh_of, record_run, train
+from flexolmo_jax.training.loop import (
+    OrdinarySteps,
+    check_run,
+    console,
+    describe_run,
+    mesh_of,
+    record_run,
+    train,
+)
 from flexolmo_jax.training.step import RouterLoss, RouterRows
 
 
@@ -51,7 +59,8 @@ def train_router(
     model_config = config.computing(loaded.config).replace(active_experts=active)
     loss = RouterLoss(model_config, config.output_z_loss, config.router_z_loss)
     rows = RouterRows.of(sharding.on_host(loaded.experts.router))
-    rows = train("router", config, loss, rows, (loaded.backbone, loaded.experts), source, run)
+    steps = OrdinarySteps("router", config, loss, source)
+    rows = train(steps, rows, (loaded.backbone, loaded.experts), run)
     # Without the empty experts.
     rows = RouterRows(rows.row[:, : len(loaded.names)], rows.bias[:, : len(loaded.names) - 1])
     tuned = jax.device_get(rows.router(loaded.experts.router))

@@ -20,6 +20,9 @@ from flexolmo_jax.data.loader import Batch  # noqa: E402
 from flexolmo_jax.model import FlexOlmo  # noqa: E402
 from flexolmo_jax.modeling.experts import fill_up, select  # noqa: E402
 from flexolmo_jax.modeling.transformer import Anchor, abstract_model  # noqa: E402
+from flexolmo_jax.privacy.accounting import Mechanism  # noqa: E402
+from flexolmo_jax.privacy.mechanism import Clipping  # noqa: E402
+from flexolmo_jax.training.private_steps import private_step  # noqa: E402
 from flexolmo_jax.training.step import (  # noqa: E402
     AnchorLoss,
     ExpertAloneLoss,
@@ -240,6 +243,44 @@ def test_an_optimizer_step_keeps_everything_in_its_place(mesh):
     ):
         assert one.is_equivalent_to(other, leaf.ndim)
     assert_close(sharding.on_host(trainable), jax.device_get(expected))
+
+
+@pytest.mark.parametrize("name", ["alone", "pair"])
+def test_a_private_step_is_that_of_one_device(name):
+    """Clipped unit by unit on each device, summed, and the noise added once."""
+    mesh = sharding.make_mesh()
+    loss, trainable, frozen = stage(name, CONFIG)
+    flat = some_batch(rows=48, length=12)
+    units = jax.tree.map(lambda x: x.reshape(24, 2, 12), flat)  # the last ones are padding
+    clip, run = Clipping(0.05, 1), Mechanism(100, 8, 24, 5, noise_multiplier=0.3)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+
+    def steps(mesh):
+        start = jax.tree.map(jnp.copy, trainable)
+        placed = sharding.place(start, mesh)
+        rest = sharding.place(frozen, mesh, ())
+        batch = sharding.place_rows(units, mesh)
+        with sharding.within(mesh):
+            state = jax.jit(optimizer.init)(placed)
+            cut = jax.tree.map(lambda x: x.sharding, placed)
+            for number in range(3):
+                placed, state, metrics = private_step(
+                    loss, optimizer, clip, run, placed, state, rest, batch,
+                    jax.random.key(number), mesh=mesh,
+                )  # fmt: skip
+        assert jax.tree.all(
+            jax.tree.map(lambda x, at: x.sharding.is_equivalent_to(at, x.ndim), placed, cut)
+        )
+        return sharding.on_host((placed, metrics))
+
+    (found, told), (expected, said) = steps(mesh), steps(None)
+    moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), expected, trainable)
+    change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), found, trainable)
+    for one, other in zip(jax.tree.leaves(change), jax.tree.leaves(moved), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4 * np.abs(other).max())
+    assert 0 < said["clipped"] <= 1
+    for key, value in said.items():
+        np.testing.assert_allclose(told[key], value, rtol=1e-4, err_msg=key)
 
 
 def test_what_cannot_be_divided_is_said():

@@ -1,0 +1,18 @@
+r"""An expert with differential privacy, for a demo's owner with a few thousand short documents.
+
+    flexolmo train expert demo_private --data corpus:math --anchor flexolmo_demo/anchor \
+        --name math --out math --dp-epsilon 8 --dp-windows 2
+
+Four minutes on two busy cores; epsilon 8 at delta 1e-5 for each of 3,240 documents. Held-out bits
+per byte of math, beside the anchor: 3.6 (the anchor alone 4.5, an expert without privacy 3.1).
+The noise differs each time.
+"""
+
+from flexolmo_jax.config import DataConfig, ExpertTraining, OptimizerConfig
+
+config = ExpertTraining(
+    data=DataConfig(batch_size=128, length=128, heldout=0.1),  # 128 documents in the mean batch
+    optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=10),
+    steps=80,
+    checkpoint_every=80,
+)

@@ -1,0 +1,308 @@
+"""What differential privacy costs: own-domain bits per byte after merging, for several epsilons.
+
+    .venv/bin/python docs/privacy_curve.py OUT --size ci
+    .venv/bin/flexolmo data fetch CORPUS
+    .venv/bin/python docs/privacy_curve.py OUT --size large --corpus CORPUS
+
+What is in OUT already is not done again. The two sizes write docs/privacy_curve_SIZE.json and .png
+and their part of docs/privacy.md; `--size smallest` runs the same path in minutes, to see that it
+works, and writes into OUT only.
+
+Batch, clip norm, steps and learning rate are chosen at one epsilon on the text of an owner that
+the curve is not about, so that the choice costs the others no budget.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from flexolmo_jax.cli import leave_libtpu_alone
+
+leave_libtpu_alone()  # before JAX is imported
+
+from flexolmo_jax.config import ExpertTraining, load_config  # noqa: E402
+from flexolmo_jax.evaluation.domains import heldout_documents, score  # noqa: E402
+from flexolmo_jax.federation.merge import merge  # noqa: E402
+from flexolmo_jax.federation.package import read_manifest  # noqa: E402
+from flexolmo_jax.model import load  # noqa: E402
+
+DOCS = Path(__file__).parent
+NEVER = math.inf  # epsilon of an ordinary run
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What is tuned on another owner's text."""
+
+    batch: int  # documents in the mean batch
+    clip: float
+    steps: int
+    rate: float
+
+    def words(self) -> list[str]:
+        return [
+            "--data.batch-size", str(self.batch), "--dp-clip", str(self.clip),
+            "--steps", str(self.steps), "--optimizer.learning-rate", str(self.rate),
+        ]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    closed: tuple[str, ...]  # owners
+    tuned_on: str
+    grid: tuple[Choice, ...]
+    seeds: tuple[int, ...]
+    epsilons: tuple[float, ...]
+    windows: int  # of a document in a step
+    anchor: tuple[str, ...] = ()  # words for `train anchor demo_anchor`
+    ordinary: tuple[str, ...] = ()  # for `train expert demo_expert` without privacy
+    tuned_at: float = 8.0  # epsilon
+
+
+def grid(batches, clips, steps, rates) -> tuple[Choice, ...]:
+    return tuple(Choice(*one) for one in itertools.product(batches, clips, steps, rates))
+
+
+SIZES = {
+    "smallest": Size(
+        ("math",), "educational", grid((16,), (0.1,), (4, 8), (1.5e-3,)), (0,), (8.0, NEVER), 1,
+        ("--steps", "60"), ("--steps", "30"),
+    ),
+    "ci": Size(
+        ("math", "educational"), "creative",
+        grid((16, 64), (0.05, 0.2), (60,), (5e-4, 1.5e-3)), (0, 1, 2), (1.0, 2.0, 8.0, NEVER), 4,
+    ),
+    "large": Size(
+        ("academic", "conversation"), "math",
+        grid((256, 1024), (0.05, 0.2), (300,), (5e-4, 1.5e-3)), (0, 1, 2),
+        (1.0, 2.0, 8.0, NEVER), 4, ("--steps", "2400"), ("--steps", "1000"),
+    ),
+}  # fmt: skip
+
+
+class Study:
+    """The runs of a size, each in a folder of its own below OUT."""
+
+    def __init__(self, out: Path, size: Size, corpus: Path | None):
+        self.out, self.size, self.corpus = out, size, corpus
+        data = load_config("demo_expert", ExpertTraining).data
+        domains = ("public", *size.closed, size.tuned_on)
+        self.texts = {name: heldout_documents(self.source(name), data) for name in domains}
+
+    def source(self, domain: str) -> str:
+        return str(self.corpus / f"{domain}.jsonl") if self.corpus else f"corpus:{domain}"
+
+    def anchor(self, seed: int) -> Path:
+        path = self.out / f"anchor{seed}"
+        words = ["anchor", "demo_anchor", "--data", self.source("public"), *self.size.anchor]
+        return self.train(path, [*words, "--seed", str(seed)])
+
+    def expert(self, seed: int, owner: str, epsilon: float, choice: Choice) -> Path:
+        how = "ordinary" if epsilon == NEVER else self.name(epsilon, choice)
+        path = self.out / f"expert{seed}_{owner}_{how}"
+        words = ["expert", "demo_expert", "--data", self.source(owner), "--name", owner]
+        words += ["--anchor", str(self.anchor(seed)), "--seed", str(seed)]
+        if epsilon == NEVER:
+            return self.train(path, [*words, *self.size.ordinary])
+        # A ledger for each run: these owners publish nothing.
+        private = ["--dp-epsilon", str(epsilon), "--dp-ledger", f"{path}.budget.json"]
+        private += ["--dp-windows", str(self.size.windows)]
+        return self.train(path, [*words, *private, *choice.words()])
+
+    @staticmethod
+    def name(epsilon: float, choice: Choice) -> str:
+        return "_".join(f"{value:g}" for value in (epsilon, *dataclasses.astuple(choice)))
+
+    def train(self, path: Path, words: list[str]) -> Path:
+        if not (path / "manifest.json").exists():
+            command = [sys.executable, "-m", "flexolmo_jax.cli", "train", *words]
+            subprocess.run([*command, "--out", str(path), "--resume"], check=True)
+        return path
+
+    def merged(self, seed: int, private: dict[str, float], choice: Choice) -> dict[str, float]:
+        """Bits per byte of each domain, where each owner has asked for such an epsilon."""
+        names = [self.name(epsilon, choice) for epsilon in private.values()]
+        path = self.out / "_".join([f"merged{seed}", *private, *names])
+        experts = [self.expert(seed, owner, e, choice) for owner, e in private.items()]
+        file = path.with_suffix(f"{path.suffix}.scores.json")
+        if not file.exists():
+            if not path.exists():
+                merge(self.anchor(seed), experts, path)
+            save(file, self.scores(path))
+        return json.loads(file.read_text())
+
+    def scores(self, path: Path) -> dict[str, float]:
+        model = load(path)
+        return {name: score(model, texts).bits_per_byte for name, texts in self.texts.items()}
+
+    def tune(self) -> tuple[Choice, list[dict[str, Any]]]:
+        """The best choice on the text of an owner that the curve is not about; and all of them."""
+        owner, seed = self.size.tuned_on, self.size.seeds[0]
+        tried = [
+            {
+                **vars(one),
+                "bits_per_byte": self.merged(seed, {owner: self.size.tuned_at}, one)[owner],
+            }
+            for one in self.size.grid
+        ]
+        best = min(range(len(tried)), key=lambda number: tried[number]["bits_per_byte"])
+        return self.size.grid[best], tried
+
+    def run(self) -> dict[str, Any]:
+        choice, tried = self.tune()
+        closed, points, noise = self.size.closed, [], {}
+        for seed in self.size.seeds:
+            anchor = self.out / f"anchor{seed}.scores.json"
+            if not anchor.exists():
+                save(anchor, self.scores(self.anchor(seed)))
+            points.append({"seed": seed, "epsilon": None} | scored(json.loads(anchor.read_text())))
+            together = [dict.fromkeys(closed, epsilon) for epsilon in self.size.epsilons]
+            alone = [
+                {**dict.fromkeys(closed, NEVER), owner: epsilon}
+                for owner in closed
+                for epsilon in self.size.epsilons
+            ]
+            for private in together + [one for one in alone if one not in together]:
+                asked = {owner: shown(epsilon) for owner, epsilon in private.items()}
+                found = self.merged(seed, private, choice)
+                points.append({"seed": seed, "epsilon": asked} | scored(found))
+        for owner, epsilon in itertools.product(closed, self.size.epsilons):
+            if epsilon != NEVER:
+                package = self.expert(self.size.seeds[0], owner, epsilon, choice)
+                noise[f"{owner} {epsilon:g}"] = read_manifest(package)["privacy"]
+        setting = dataclasses.asdict(self.size)
+        return {
+            "setting": {**setting, "epsilons": [shown(one) for one in self.size.epsilons]},
+            "chosen": vars(choice), "tried": tried, "points": points, "statements": noise,
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        }  # fmt: skip
+
+
+def shown(epsilon: float) -> str:
+    return "none" if epsilon == NEVER else f"{epsilon:g}"
+
+
+def scored(scores: dict[str, float]) -> dict[str, Any]:
+    return {"bits_per_byte": scores}
+
+
+def save(file: Path, value: Any) -> None:
+    partial = file.with_suffix(f"{file.suffix}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(file)
+
+
+def values(found: dict, epsilon: dict[str, str] | None, domain: str) -> list[float]:
+    """Of each seed."""
+    return [p["bits_per_byte"][domain] for p in found["points"] if p["epsilon"] == epsilon]
+
+
+def cell(found: dict, epsilon: dict[str, str], domain: str) -> str:
+    """Mean over seeds, and the change from the anchor: mean, smallest and largest."""
+    here, anchor = (values(found, one, domain) for one in (epsilon, None))
+    changes = [a / b - 1 for a, b in zip(here, anchor, strict=True)]
+    spread = f"; {min(changes):+.1%} {max(changes):+.1%}" if len(changes) > 1 else ""
+    return f"{statistics.mean(here):.3f} ({statistics.mean(changes):+.1%}{spread})"
+
+
+def page(found: dict, size: str) -> list[str]:
+    """The part of docs/privacy.md about one size."""
+    setting, chosen = found["setting"], found["chosen"]
+    closed, epsilons = setting["closed"], setting["epsilons"]
+    domains = ["public", *closed]
+    head = ["", "| | " + " | ".join(domains) + " |", "| --- |" + " ---: |" * len(domains)]
+    corpus = " --corpus CORPUS" if size == "large" else ""
+    anchor = (f"{statistics.mean(values(found, None, domain)):.3f}" for domain in domains)
+    lines = [
+        f"`python docs/privacy_curve.py OUT --size {size}{corpus}`, {found['machine']}. Held-out "
+        f"bits per byte (lower is better), mean of {len(setting['seeds'])} seeds, and the change "
+        "from the anchor (mean; smallest and largest of the seeds). Unit: document; at most "
+        f"{setting['windows']} windows of one in a step. Batch {chosen['batch']}, clip norm "
+        f"{chosen['clip']:g}, {chosen['steps']} steps and learning rate {chosen['rate']:g} are the "
+        f"best of {len(found['tried'])} on {setting['tuned_on']} at epsilon "
+        f"{setting['tuned_at']:g}.",
+        "",
+        "All owners ask for the same epsilon (delta "
+        + ", ".join(sorted({f"{one['delta']:.2g}" for one in found["statements"].values()}))
+        + "):",
+        *head,
+        "| anchor | " + " | ".join(anchor) + " |",
+    ]  # fmt: skip
+    for epsilon in epsilons:
+        cells = (cell(found, dict.fromkeys(closed, epsilon), domain) for domain in domains)
+        lines.append(f"| epsilon {epsilon} | " + " | ".join(cells) + " |")
+    if len(closed) > 1:
+        lines += ["", "One owner asks for privacy, the others for none:", *head]
+        for owner, epsilon in itertools.product(closed, epsilons):
+            asked = {**dict.fromkeys(closed, "none"), owner: epsilon}
+            cells = (cell(found, asked, domain) for domain in domains)
+            lines.append(f"| {owner}: epsilon {epsilon} | " + " | ".join(cells) + " |")
+    units = {key.split()[0]: one["units"] for key, one in found["statements"].items()}
+    noises = ", ".join(
+        f"{key}: {one['noise_multiplier']:g}" for key, one in found["statements"].items()
+    )
+    lines += ["", f"Documents: {units}. Noise multipliers (owner and epsilon): {noises}."]
+    return lines
+
+
+def draw(found: dict, picture: Path) -> None:
+    setting = found["setting"]
+    figure = Figure(figsize=(3.6 * len(setting["closed"]), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(setting["closed"]), squeeze=False)[0]
+    for axes, owner in zip(panels, setting["closed"], strict=True):
+        for place, epsilon in enumerate(setting["epsilons"]):
+            asked = dict.fromkeys(setting["closed"], epsilon)
+            found_here = values(found, asked, owner)
+            axes.plot([place] * len(found_here), found_here, "o", color="C0")
+        axes.axhline(statistics.mean(values(found, None, owner)), ls="--", color="grey")
+        axes.set_xticks(range(len(setting["epsilons"])), setting["epsilons"])
+        axes.set(
+            title=f"{owner} (dashed: anchor)", xlabel="epsilon", ylabel="bits per byte, merged"
+        )
+    figure.savefig(picture, dpi=130)
+
+
+def write_part(size: str, lines: list[str]) -> None:
+    """Replaces what stands between the marks of a size in docs/privacy.md."""
+    file = DOCS / "privacy.md"
+    start, end = f"<!-- curve {size} -->", f"<!-- end of curve {size} -->"
+    before, _, rest = file.read_text().partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{file}: expected the lines {start} and {end}")
+    file.write_text("\n".join([before + start, *lines, end + after]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--size", choices=SIZES, required=True)
+    parser.add_argument("--corpus", type=Path, help="of `flexolmo data fetch`, for large")
+    args = parser.parse_args()
+    if (args.size == "large") != (args.corpus is not None):
+        parser.error("--corpus goes with --size large")
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = Study(args.out, SIZES[args.size], args.corpus).run()
+    where = args.out if args.size == "smallest" else DOCS
+    save(where / f"privacy_curve_{args.size}.json", found)
+    draw(found, where / f"privacy_curve_{args.size}.png")
+    lines = page(found, args.size)
+    if args.size == "smallest":
+        print("\n".join(lines))
+    else:
+        write_part(args.size, [f"![](privacy_curve_{args.size}.png)", "", *lines])
+
+
+if __name__ == "__main__":
+    main()

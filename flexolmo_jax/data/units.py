@@ -1,0 +1,132 @@
+"""The units of privacy of a source: the windows of each, which hold no text of another one."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from flexolmo_jax.config import DataConfig
+from flexolmo_jax.data.flexmix import SourceWindows, build
+from flexolmo_jax.data.loader import Batch
+from flexolmo_jax.data.sources import Document, Report, is_heldout, read_documents
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.windows import Window, tokenized, windows
+
+KINDS = ("document", "group", "sequence")
+
+
+class UnitWindows(SourceWindows):
+    """As `SourceWindows`, but each window is of one document, and says of which unit it is."""
+
+    name = "unit_windows"
+
+    def __init__(
+        self, source: str, data: DataConfig, tokenizer: Tokenizer, *, data_dir: Path, unit: str
+    ):
+        """`unit` is one of KINDS; a group is what `data.group_field` says."""
+        self.unit = unit
+        super().__init__(source, data, tokenizer, data_dir=data_dir, also=unit)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        row = tfds.features.Tensor(shape=(self.data.length + 1,), dtype=np.int32)
+        features = {"tokens": row, "segments": row, "unit": np.int64}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _generate_examples(self, heldout: bool):
+        units = self._units(heldout)
+        for index, (unit, window) in enumerate(units):
+            number = index if self.unit == "sequence" else unit
+            yield index, {**window._asdict(), "unit": number}
+
+    def _units(self, heldout: bool) -> Iterator[tuple[int, Window]]:
+        """The windows of each document, and the number of its unit."""
+        length, separator = self.data.length, self.tokenizer.separator
+        groups: dict[str, int] = {}
+        documents = self._documents(heldout, Report() if heldout else self.report)
+        for unit, document in enumerate(documents):
+            if self.unit == "group":
+                unit = groups.setdefault(document.group, len(groups))
+            for window in windows(tokenized([document], self.tokenizer), length, separator):
+                yield unit, window
+
+    def _documents(self, heldout: bool, report: Report) -> Iterator[Document]:
+        """Those of one side of the split; a group loses no text because another one has it too."""
+        for document in read_documents(
+            self.source,
+            text_field=self.data.text_field,
+            group_field=self.data.group_field,
+            report=report,
+            distinct="group" if self.unit == "group" else "text",
+        ):
+            if self.unit == "group" and document.group == document.text:
+                raise ValueError(
+                    f"{document.where}: no field {self.data.group_field!r}, which says whose "
+                    "document this is; every row must have it, or it would be protected alone"
+                )
+            if is_heldout(document, self.data.heldout) == heldout:
+                yield document
+
+
+class Units:
+    """The training units of a source, each with any number of windows."""
+
+    def __init__(self, builder: UnitWindows):
+        self.data = builder.data
+        self.report = builder.report
+        self._windows = builder.as_data_source("train")
+        of = np.array([self._windows[i]["unit"] for i in range(len(self._windows))])
+        self._order = np.argsort(of, kind="stable")
+        self._first = np.flatnonzero(np.diff(of[self._order], prepend=-1))
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def windows_of(self, unit: int) -> np.ndarray:
+        """The numbers of the windows of a unit."""
+        last = self._first[unit + 1] if unit + 1 < len(self) else len(self._order)
+        return self._order[self._first[unit] : last]
+
+    def batch(
+        self,
+        units: Sequence[int] | np.ndarray,
+        shape: tuple[int, int],
+        generator: np.random.Generator,
+        ways: int = 1,
+    ) -> Batch:
+        """The windows of some units, one row of windows for each; weights are 1 / (W * S) or 0.
+
+        Args:
+          units: their numbers.
+          shape: (rows, W windows in each). Rows without a unit, and windows without text, are
+            padding. Of a unit with more than W windows, W are drawn.
+          generator: what to draw with.
+          ways: units are dealt out, in turn, to so many equal shares of the rows.
+        """
+        rows, most = shape
+        tokens = np.zeros((rows, most, self.data.length + 1), np.int32)
+        segments = np.zeros_like(tokens)
+        for number, unit in enumerate(units):
+            found = self.windows_of(int(unit))
+            if len(found) > most:
+                found = generator.choice(found, most, replace=False, shuffle=False)
+            row = number % ways * (rows // ways) + number // ways
+            for place, window in enumerate(self._windows.__getitems__(found.tolist())):
+                tokens[row, place] = window["tokens"]
+                segments[row, place] = window["segments"]
+        batch = Batch.of(tokens, segments)
+        return batch._replace(weights=batch.weights / (most * self.data.length))
+
+
+def prepare_units(
+    source: str, data: DataConfig, tokenizer: Tokenizer, folder: Path, unit: str
+) -> Units:
+    """As `flexmix.prepare`, for the units of a private run (one of KINDS).
+
+    Raises:
+      ValueError: as `read_documents`; nothing is left to train on after the held-out split; a
+        document is of no group where groups are the units.
+    """
+    return Units(build(lambda: UnitWindows(source, data, tokenizer, data_dir=folder, unit=unit)))

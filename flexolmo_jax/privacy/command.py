@@ -1,0 +1,109 @@
+"""What `flexolmo train expert --dp-epsilon` and `flexolmo privacy` do and show."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flexolmo_jax.config import ExpertTraining, PrivacyConfig
+from flexolmo_jax.distributed import is_first
+from flexolmo_jax.federation.package import check_files, read_manifest
+
+console = Console()
+OPTIONS = ("delta", "clip", "unit", "windows", "at_a_time", "limit")
+
+
+def privacy_asked_for(args: argparse.Namespace) -> PrivacyConfig | None:
+    """From the command line; None without --dp-epsilon.
+
+    Raises:
+      ValueError: another --dp option is given without it, or one is out of range.
+    """
+    given = {name: getattr(args, f"dp_{name}") for name in OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.dp_epsilon is None:
+        names = [f"--dp-{name.replace('_', '-')}" for name in given]
+        names += ["--dp-ledger"] * (args.dp_ledger is not None)
+        if names:
+            raise ValueError(f"{names[0]} without --dp-epsilon, which states the budget; add it")
+        return None
+    return PrivacyConfig(args.dp_epsilon, **given)
+
+
+def train_with_privacy(
+    config: ExpertTraining, privacy: PrivacyConfig, ledger: str | None, **places: Any
+) -> None:
+    """`train_private_expert`, and its certificate on the screen."""
+    from flexolmo_jax.privacy.ledger import FILE
+    from flexolmo_jax.training.private_expert import train_private_expert
+
+    file = Path(ledger) if ledger else places["run"].absolute().parent / FILE
+    train_private_expert(config, privacy, ledger=file, **places)
+    if is_first():
+        _show_statement(read_manifest(places["out"])["privacy"], f"{places['name']}: privacy")
+        console.print(
+            f"the ledger is {file}; what follows on held-out documents is for you, and is not "
+            "covered by the statement",
+            markup=False,
+        )
+
+
+def verify(package: Path, as_json: bool) -> None:
+    """Checks a package and its statement, and shows what was found.
+
+    Raises:
+      ValueError: the package is damaged, or the statement claims what its numbers do not give.
+    """
+    from flexolmo_jax.privacy.statement import verify_statement
+
+    manifest = read_manifest(package, kind="expert")
+    check_files(package, manifest)
+    found = verify_statement(manifest["privacy"], str(package))
+    if as_json:
+        print(json.dumps({**found, "privacy": manifest["privacy"]}, indent=1))
+        return
+    _show_statement(manifest["privacy"], f"{manifest['name']}: privacy")
+    table = Table("at delta " + f"{found['delta']:.3g}", "stated", "found", "Renyi bound")
+    for name, title in (("epsilon", "this run"), ("epsilon_of_all_runs", "all of the owner's")):
+        one = found[name]
+        table.add_row(title, *(f"{one[key]:.4f}" for key in ("stated", "pld", "renyi")))
+    console.print(table)
+    console.print(
+        "The statement is coherent: two accountants bound epsilon from its numbers. That the run "
+        "did what it says is the owner's word."
+    )
+
+
+def budget(file: Path, as_json: bool) -> None:
+    """Shows a ledger. Raises ValueError if it is damaged or not there."""
+    from flexolmo_jax.privacy.ledger import Ledger
+
+    if not file.exists():
+        raise ValueError(f"{file}: no ledger there; `flexolmo train expert --dp-epsilon` makes one")
+    ledger = Ledger(file).contents()
+    if as_json:
+        print(json.dumps(ledger, indent=1))
+        return
+    title = f"limit: epsilon {ledger['epsilon_limit']:g} at delta {ledger['delta']:.2g}"
+    table = Table("expert", "started", "unit", "planned", "spent", "steps", "finished", title=title)
+    for run in ledger["runs"]:
+        table.add_row(
+            run["name"], run["started"], run["unit"], f"{run['planned_epsilon']:.3f}",
+            f"{run['spent_epsilon']:.3f}", f"{run['steps']}/{run['planned']['steps']}",
+            "yes" if run["finished"] else "no",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _show_statement(statement: dict[str, Any], title: str) -> None:
+    table = Table("", "", title=title, show_header=False)
+    for key, value in statement.items():
+        if key == "outside":
+            value = "\n".join(f"- {line}" for line in value)
+        elif key == "other_runs":
+            value = len(value)
+        table.add_row(key.replace("_", " "), str(value))
+    console.print(table)

@@ -1,0 +1,195 @@
+"""Stage 2 with differential privacy: an expert whose package says how little it tells.
+
+All that is made of the owner's text goes through `privacy/mechanism.py`: gradients in every step,
+and one sum that the router rows are fitted to. What does not, is named in the statement.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexolmo_jax import sharding
+from flexolmo_jax.config import ExpertTraining, ModelConfig, PrivacyConfig
+from flexolmo_jax.data.sources import named_source
+from flexolmo_jax.data.units import Units, prepare_units
+from flexolmo_jax.distributed import by_first
+from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
+from flexolmo_jax.federation.merge import write_expert
+from flexolmo_jax.federation.package import check_name
+from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.privacy import mechanism
+from flexolmo_jax.privacy.accounting import calibrate, default_delta
+from flexolmo_jax.privacy.ledger import Ledger, Run, marked_run
+from flexolmo_jax.privacy.statement import make_statement
+from flexolmo_jax.training import private_rows
+from flexolmo_jax.training.expert import public_text_of
+from flexolmo_jax.training.loop import RUN_FILE, check_run, console, describe_run, record_run, train
+from flexolmo_jax.training.private_steps import PrivateSteps
+from flexolmo_jax.training.step import ExpertAloneLoss, ExpertPairLoss, Loss, with_parts
+
+RELEASE = "rows_release.npz"  # in the run folder
+
+
+def train_private_expert(
+    config: ExpertTraining,
+    privacy: PrivacyConfig,
+    *,
+    anchor: Path,
+    data: str,
+    name: str,
+    out: Path,
+    run: Path,
+    ledger: Path,
+    public: str | None = None,
+    resume: bool = False,
+) -> None:
+    """Trains an expert with differential privacy and writes its package.
+
+    Args:
+      config: the stage's config; `data.batch_size` is the mean number of units in a batch.
+      privacy: the owner's budget, and what it protects.
+      ledger: the file that all private runs on this text are entered in.
+      anchor, data, name, out, run, public, resume: as in `train_expert`.
+
+    Raises:
+      ValueError, FloatingPointError, Interrupted: as the parts say; the run would exceed the
+        owner's limit.
+    """
+    check_name(name)
+    if config.domain_embedding:
+        raise ValueError(
+            "domain_embedding with --dp-epsilon: an embedding of private text would leave without "
+            "noise; leave it out (rows then start at the public expert's)"
+        )
+    config = privacy.applied_to(config)
+    loaded = read_anchor(anchor, on_disk=True)
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{anchor}: there is no tokenizer.json, which training needs")
+    texts = list(public_text_of(loaded, public, anchor)) if config.gating == "alone" else []
+    asked = {f"dp_{k}": v for k, v in dataclasses.asdict(privacy).items() if k not in NOT_THE_RUN}
+    wanted = describe_run(config, source=named_source(data), anchor=loaded.identity, **asked)
+    check_run(run, wanted, resume)
+    units = prepare_units(data, config.data, tokenizer, run / "data", privacy.kind)
+    for line in units.report.lines():
+        console.print(line, markup=False)
+    book = Ledger(ledger)
+    delta = privacy.delta or book.delta() or default_delta(len(units))
+    if delta >= 1 / len(units):
+        raise ValueError(
+            f"--dp-delta must be below 1 / {len(units)} units, found {delta}: above, a mechanism "
+            "that publishes one unit in full would pass"
+        )
+    entry = _entered(book, config, privacy, name, run, len(units), delta, resume)
+    record_run(run, wanted)
+
+    model = config.computing(loaded.config).replace(expert_compute="dense")  # see `ragged_dot`
+    expert = jax.tree.map(jnp.array, loaded.weights.public)
+    title = f"expert {name}"
+    loss, trainable, frozen = _what_is_trained(config, model, loaded, expert)
+    steps = PrivateSteps(title, config, privacy, loss, units, book, entry, delta)
+    trained = train(steps, trainable, frozen, run)
+
+    def finish() -> None:
+        finished, rows_clip = trained, None
+        if config.gating == "alone":
+            found = _release(run, book, entry, units, loaded, texts, config, privacy, steps.secret)
+            finished = with_parts(expert, trained, expert.router)
+            finished = private_rows.with_rows(finished, *found[:2])
+            rows_clip = found[2]
+        others = [one.counted for one in book.finish(entry.id)[:-1]]
+        statement = make_statement(
+            privacy, entry.planned, delta, window_tokens=config.data.length, rows_clip=rows_clip,
+            other_runs=others, library=mechanism.version(),
+        )  # fmt: skip
+        facts = {
+            "tokens_seen": config.steps * steps.tokens_a_step,  # at most; how many is not told
+            "gating": config.gating,
+            "domain_embedding": None,
+            "licence": config.licence,
+            "contact": config.contact,
+            "privacy": statement,
+        }
+        write_expert(out, finished, name, loaded, facts)
+
+    by_first(finish)
+
+
+NOT_THE_RUN = ("limit", "at_a_time")  # of PrivacyConfig: may be another when a run goes on
+
+
+def _entered(
+    book: Ledger, config: ExpertTraining, privacy: PrivacyConfig, name: str, run: Path, units: int,
+    delta: float, resume: bool,
+) -> Run:  # fmt: skip
+    """The run's entry in the ledger: a new one, or that of the run that goes on."""
+    goes_on = resume and (run / RUN_FILE).exists()
+
+    def enter() -> None:
+        there = marked_run(run) if goes_on else None
+        if there is not None:
+            book.resume(there, run, privacy.limit)
+            return
+        planned = calibrate(
+            privacy.epsilon, delta, units=units, mean_batch=config.data.batch_size,
+            steps=config.steps, rows=config.gating == "alone",
+            multiple=privacy.at_a_time * jax.device_count(),
+        )  # fmt: skip
+        book.admit(name, run, privacy.unit, planned, delta, privacy.limit, privacy.epsilon)
+
+    by_first(enter)
+    there = marked_run(run)
+    assert there is not None
+    entry = book.run(there)
+    rows = privacy.at_a_time * jax.device_count()
+    if entry.planned.largest_batch % rows:
+        raise ValueError(
+            f"the largest batch of this run, {entry.planned.largest_batch} units, cannot be "
+            f"divided among {jax.device_count()} devices with --dp-at-a-time {privacy.at_a_time}; "
+            "use as many as before, or fewer at a time"
+        )
+    return entry
+
+
+def _what_is_trained(
+    config: ExpertTraining, model: ModelConfig, loaded: LoadedAnchor, expert: Experts
+) -> tuple[Loss, object, object]:
+    if config.gating == "alone":
+        frozen = (loaded.weights, loaded.weights.public.router)
+        return ExpertAloneLoss(model, config.output_z_loss), expert.feed_forward, frozen
+    pair = model.replace(num_experts=2)
+    loss = ExpertPairLoss(pair, config.output_z_loss, config.router_z_loss)
+    return loss, expert, loaded.weights
+
+
+def _release(
+    run: Path, book: Ledger, entry: Run, units: Units, loaded: LoadedAnchor, texts: list[str],
+    config: ExpertTraining, privacy: PrivacyConfig, secret: mechanism.Secret,
+) -> tuple[np.ndarray, np.ndarray, float]:  # fmt: skip
+    """Rows, biases, and the clip norm of the release they follow from, which is made once."""
+    noise = entry.planned.rows_noise_multiplier
+    assert loaded.tokenizer is not None and noise is not None
+    anchor = sharding.place(loaded.weights, None)  # on this process's first device
+    public = private_rows.look_at_public(
+        anchor, texts, loaded.tokenizer, loaded.config, length=config.data.length,
+        most_windows=privacy.windows, tokens=config.fit_tokens,
+    )  # fmt: skip
+    file = run / RELEASE
+    if not file.exists():
+        total = private_rows.clipped_total(
+            anchor, units, public, loaded.config, secret.generator("rows"),
+            most_windows=privacy.windows, at_a_time=privacy.at_a_time,
+        )  # fmt: skip
+        book.spend_rows(entry.id)
+        made = private_rows.release(total, public.clip, len(units), noise, secret.noise_key(0))
+        partial = file.with_name(f"{RELEASE}.partial")
+        with open(partial, "wb") as opened:
+            np.savez(opened, **made._asdict())
+        partial.replace(file)
+    with np.load(file) as kept:
+        found = private_rows.Release(kept["mean"], float(kept["noise"]), float(kept["clip"]))
+    rows, biases = private_rows.rows_of(found, public.whitenings, config.fit_prior)
+    return rows, biases, found.clip

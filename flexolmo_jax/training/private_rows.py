@@ -1,0 +1,221 @@
+"""Router rows of a private expert: fitted to one noisy release of what its text looks like.
+
+`router_fit.py` looks at every token of the owner's text. Here all that is known of it is one sum
+over units, clipped and noised: of each unit, the mean input of every layer's experts, in the
+anchor alone, in coordinates in which public inputs have mean 0 and covariance 1. From the noisy
+mean m the row is that of a linear discriminant with the public covariance,
+
+    m.z - |m|^2 / 2 + log(prior / (1 - prior)),
+
+which needs nothing else of the owner's. The rest is of public text, or follows from the release.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.loader import Batch
+from flexolmo_jax.data.sources import Document
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.units import Units
+from flexolmo_jax.data.windows import tokenized, windows
+from flexolmo_jax.modeling.attention import segment_positions
+from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.modeling.transformer import Anchor
+from flexolmo_jax.privacy.mechanism import Clipping, clipped_sum, with_noise
+from flexolmo_jax.training.router_fit import Whitening
+
+CLIP_QUANTILE = 0.9  # of public documents that are shorter than what units are clipped to
+AT_ONCE = 64  # units that are read together
+
+
+class Release(NamedTuple):
+    """What is known of the owner's text.
+
+    Attributes:
+      mean: float32 [L, D], the noisy mean over units, in whitened coordinates.
+      noise: standard deviation of the noise on each coordinate of it.
+      clip: the length to which a unit's [L, D] was clipped; from public text.
+    """
+
+    mean: np.ndarray
+    noise: float
+    clip: float
+
+
+class Public(NamedTuple):
+    """What public text says: the coordinates, and the length to clip to."""
+
+    whitenings: list[Whitening]
+    clip: float
+
+
+def look_at_public(
+    anchor: Anchor, texts: Sequence[str], tokenizer: Tokenizer, config: ModelConfig,
+    *, length: int, most_windows: int, tokens: int,
+) -> Public:  # fmt: skip
+    """Whitens each layer's inputs by public text, and measures how long public documents are.
+
+    Args:
+      anchor: the frozen anchor.
+      texts: public documents; as many as make up `tokens`.
+      tokenizer, config: of the anchor.
+      length: S, tokens of a window.
+      most_windows: W, of each document.
+
+    Raises:
+      ValueError: there is no text.
+    """
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    for text in texts:
+        if tokens <= 0:
+            break
+        cut = list(
+            windows(tokenized([Document(text, text)], tokenizer), length, tokenizer.separator)
+        )
+        row = np.zeros((2, most_windows, length + 1), np.int32)
+        for place, window in enumerate(cut[:most_windows]):
+            row[:, place] = window
+        rows.append((row[0], row[1]))
+        tokens -= int((row[1] > 0).sum())
+    if not rows:
+        raise ValueError("the public text to fit router rows against is empty; name some more")
+    units = Batch.of(*(np.stack(part) for part in zip(*rows, strict=True)))
+    one = _alone(config)
+    every = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), units)
+    stats = jax.jit(_mean_and_covariance, static_argnames="config")(every, anchor, config=one)
+    means, covariances = (np.asarray(x, np.float64) for x in stats)
+    whitenings = [Whitening.of(*pair) for pair in zip(means, covariances, strict=True)]
+    into = _coordinates(whitenings)
+    measure = jax.jit(
+        lambda units: jax.lax.map(lambda unit: unit_mean(unit, anchor, into, one), units)
+    )
+    lengths = np.linalg.norm(np.asarray(measure(units)).reshape(len(rows), -1), axis=1)
+    return Public(whitenings, float(np.quantile(lengths, CLIP_QUANTILE)))
+
+
+def clipped_total(
+    anchor: Anchor, units: Units, public: Public, config: ModelConfig, generator: Any,
+    *, most_windows: int, at_a_time: int,
+) -> jax.Array:  # fmt: skip
+    """The sum over all units of their whitened means, each clipped to length 1; NOT yet noised.
+
+    It changes by at most 1 in length if the text of any one unit becomes nothing.
+
+    Returns:
+      float32 [L, D].
+    """
+    into, one = _coordinates(public.whitenings), _alone(config)
+    clip = Clipping(public.clip, at_a_time)
+
+    @jax.jit
+    def add(total, batch):
+        is_empty = ~jnp.any(batch.weights > 0, axis=(1, 2))
+        statistic = functools.partial(unit_mean, config=one)
+        return total + clipped_sum(statistic, clip, batch, is_empty, anchor, into)
+
+    total = jnp.zeros((config.num_layers, config.width), jnp.float32)
+    rows = -(-AT_ONCE // at_a_time) * at_a_time
+    for first in range(0, len(units), rows):
+        some = range(first, min(first + rows, len(units)))
+        total = add(total, units.batch(some, (rows, most_windows), generator))
+    return total
+
+
+def release(
+    total: jax.Array, clip: float, units: int, noise_multiplier: float, key: jax.Array
+) -> Release:
+    """The noisy mean of a clipped total: the Gaussian mechanism, once."""
+    mean = with_noise(total, noise_multiplier, key) * (clip / units)
+    return Release(np.asarray(mean), noise_multiplier * clip / units, clip)
+
+
+def rows_of(
+    found: Release, whitenings: Sequence[Whitening], prior: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows [L, D] and biases [L] <= 0 of a release.
+
+    The squared length of a layer's noisy mean is too long by the noise's own, which is known: the
+    mean is shrunk by that share (James and Stein), to 0 where all of it may be noise.
+    """
+    rows, biases = [], []
+    for mean, whitening in zip(np.asarray(found.mean, np.float64), whitenings, strict=True):
+        squared = float(mean @ mean)
+        kept = max(0.0, 1.0 - len(mean) * found.noise**2 / squared) if squared else 0.0
+        white = kept * mean
+        row, bias = whitening.row(white, -float(white @ white) / 2 + np.log(prior / (1 - prior)))
+        rows.append(row)
+        biases.append(bias)
+    return np.stack(rows), np.asarray(biases)
+
+
+def with_rows(expert: Experts, rows: np.ndarray, biases: np.ndarray) -> Experts:
+    """The expert, whose rows are the public expert's, with these added to them, and biases."""
+    expert.router.row[...] = jnp.asarray(rows[:, None], jnp.float32) + expert.router.row[...]
+    expert.router.bias[...] = jnp.asarray(biases[:, None], jnp.float32)
+    return expert
+
+
+def unit_mean(
+    unit: Batch, anchor: Anchor, into: tuple[jax.Array, jax.Array], config: ModelConfig
+) -> jax.Array:
+    """The mean over a unit's tokens of every layer's whitened inputs.
+
+    Args:
+      unit: [W, S] of each.
+      anchor: the frozen anchor.
+      into: float32 [L, D] and [L, D, D]: z = matrix (x - mean).
+      config: of the anchor alone.
+
+    Returns:
+      float32 [L, D].
+    """
+    real = (unit.segments > 0)[..., None]
+    means = _of_each_layer(unit, anchor, config, lambda x: _mean(x, real))
+    return jnp.einsum("Lde,Le->Ld", into[1], means - into[0])
+
+
+def _mean_and_covariance(batch: Batch, anchor: Anchor, config: ModelConfig):
+    real = (batch.segments > 0)[..., None]
+
+    def look(x):
+        mean = _mean(x, real)
+        centred = jnp.where(real, x - mean, 0)
+        return mean, jnp.einsum("BSd,BSe->de", centred, centred) / jnp.sum(real)
+
+    return _of_each_layer(batch, anchor, config, look)
+
+
+def _mean(x: jax.Array, real: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(real, x, 0), axis=(0, 1)) / jnp.maximum(jnp.sum(real), 1)
+
+
+def _of_each_layer(batch: Batch, anchor: Anchor, config: ModelConfig, look: Callable) -> Any:
+    """look(x) of the inputs of every layer's experts, float32 [B, S, D], stacked."""
+    positions = segment_positions(batch.segments)
+    everyone = jnp.ones((len(batch.tokens), 1), bool)
+
+    def step(x, slices):
+        layer, public = slices
+        x = layer.attend(x, positions, batch.segments, config)[0]
+        seen = look(x.astype(jnp.float32))
+        return layer.consult(x, (public,), everyone, config)[0], seen
+
+    x = anchor.backbone.embed[...][batch.tokens].astype(config.dtype)
+    return jax.lax.scan(step, x, (anchor.backbone.layers, anchor.public))[1]
+
+
+def _alone(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, num_experts=1, remat="none", expert_compute="dense")
+
+
+def _coordinates(whitenings: Sequence[Whitening]) -> tuple[jax.Array, jax.Array]:
+    means = np.stack([w.mean for w in whitenings])
+    matrices = np.stack([np.linalg.inv(w.factor) for w in whitenings])
+    return jnp.asarray(means, jnp.float32), jnp.asarray(matrices, jnp.float32)

@@ -1,0 +1,162 @@
+"""The owner's ledger: what is written before it happens, and what it refuses."""
+
+import dataclasses
+import json
+import threading
+
+import pytest
+
+from flexolmo_jax.privacy.accounting import Mechanism, epsilon
+from flexolmo_jax.privacy.ledger import MARK, Ledger, marked_run
+
+RUN = Mechanism(200, 16, 32, 10, noise_multiplier=1.5, rows_noise_multiplier=5.0)
+DELTA = 1e-5
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Ledger(tmp_path / "budget.json")
+
+
+def admit(ledger, folder, limit=None, planned=RUN):
+    return ledger.admit("mine", ledger.file.parent / folder, "document", planned, DELTA, limit, 1.5)
+
+
+def test_one_run_costs(ledger):
+    """So that the limits below mean what they seem to."""
+    one, two, three = (epsilon([RUN] * number, DELTA) for number in (1, 2, 3))
+    assert 1.2 < one < 1.5 < two < 2.0 < three < 2.5
+
+
+def test_a_run_is_entered_with_its_plan_and_marked_in_its_folder(ledger, tmp_path):
+    run = ledger.run(admit(ledger, "run"))
+    assert marked_run(tmp_path / "run") == run.id
+    assert (run.name, run.unit, run.steps, run.finished) == ("mine", "document", 0, False)
+    assert run.planned == RUN and run.planned_epsilon == epsilon([RUN], DELTA)
+    contents = json.loads(ledger.file.read_text())
+    assert contents["epsilon_limit"] == 1.5 and contents["delta"] == DELTA
+
+
+def test_a_run_that_would_exceed_the_limit_is_not_entered(ledger, tmp_path):
+    admit(ledger, "run")
+    before = ledger.file.read_text()
+    with pytest.raises(
+        ValueError, match=r"bring epsilon to 1\.\d+ .* above the owner's limit of 1.5;"
+    ):
+        admit(ledger, "another")
+    assert ledger.file.read_text() == before and not (tmp_path / "another").exists()
+    admit(ledger, "another", limit=2.0)
+    assert ledger.contents()["epsilon_limit"] == 2.0
+    with pytest.raises(ValueError, match="above the owner's limit of 2; 2 earlier runs"):
+        admit(ledger, "third")
+
+
+def test_all_runs_are_accounted_at_one_delta(ledger, tmp_path):
+    assert ledger.delta() is None
+    admit(ledger, "run")
+    assert ledger.delta() == DELTA
+    with pytest.raises(ValueError, match="accounts at delta 1e-05, found 1e-06; give that as"):
+        ledger.admit("mine", tmp_path / "b", "document", RUN, 1e-6, 50.0, 2.0)
+    assert len(ledger.contents()["runs"]) == 1
+
+
+def test_of_a_run_that_cannot_go_on_only_what_it_spent_counts(ledger, tmp_path):
+    run = admit(ledger, "run")
+    ledger.spend(run, 1, 0.5)
+    with pytest.raises(ValueError, match="above the owner's limit"):
+        admit(ledger, "another")
+    (tmp_path / "run" / MARK).unlink()
+    assert ledger.run(run).counted == dataclasses.replace(RUN, steps=1, rows_noise_multiplier=None)
+    admit(ledger, "another")
+
+
+def test_a_folder_that_another_run_has_taken_does_not_keep_the_first_one_alive(ledger):
+    first = admit(ledger, "run")
+    admit(ledger, "run", limit=2.0)
+    assert ledger.run(first).counted.steps == 0
+
+
+def test_every_step_is_written_once_and_in_order(ledger):
+    run = admit(ledger, "run")
+    for step in (1, 2):
+        ledger.spend(run, step, step / 10)
+        assert json.loads(ledger.file.read_text())["runs"][0]["steps"] == step
+    for step in (2, 4):
+        with pytest.raises(ValueError, match=f"has begun 2 of 10 steps, so step {step} is not"):
+            ledger.spend(run, step, 1.0)
+    for step in range(3, 11):
+        ledger.spend(run, step, 1.0)
+    with pytest.raises(ValueError, match="has begun 10 of 10 steps"):
+        ledger.spend(run, 11, 1.0)
+
+
+def test_the_release_for_router_rows_is_spent_once(ledger):
+    run = admit(ledger, "run")
+    ledger.spend_rows(run)
+    assert ledger.run(run).rows and ledger.run(run).spent_epsilon > 0
+    with pytest.raises(ValueError, match="has spent what was planned for router rows"):
+        ledger.spend_rows(run)
+    other = admit(ledger, "b", 9.0, dataclasses.replace(RUN, rows_noise_multiplier=None))
+    with pytest.raises(ValueError, match="has spent what was planned for router rows"):
+        ledger.spend_rows(other)
+
+
+def test_a_finished_run_counts_for_what_it_spent(ledger):
+    run = admit(ledger, "run")
+    for step in range(1, 11):
+        ledger.spend(run, step, 1.0)
+    ledger.spend_rows(run)
+    (last,) = ledger.finish(run)
+    assert last.finished and last.spent == RUN
+    assert last.spent_epsilon == epsilon([RUN], DELTA) == ledger.contents()["epsilon_spent"]
+    second = admit(ledger, "another", limit=4.0)
+    assert [one.id for one in ledger.finish(second)] == [run, second]
+    assert [one.id for one in ledger.finish(run)] == [second, run]  # it can be asked again
+
+
+def test_a_run_goes_on_unless_others_have_taken_its_budget(ledger, tmp_path):
+    run = admit(ledger, "run")
+    ledger.spend(run, 1, 0.1)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    admit(ledger, "another")  # the first seems to be gone
+    with pytest.raises(ValueError, match="other runs were started since"):
+        ledger.resume(run, tmp_path / "moved", None)
+    assert ledger.resume(run, tmp_path / "moved", 3.0).steps == 1
+    assert ledger.run(run).counted == RUN
+
+
+def test_a_run_that_is_not_in_the_ledger_is_refused(ledger, tmp_path):
+    admit(ledger, "run")
+    other = Ledger(tmp_path / "other" / "budget.json")
+    with pytest.raises(ValueError, match="is not in this ledger.*--dp-ledger"):
+        other.resume(marked_run(tmp_path / "run"), tmp_path / "run", None)
+
+
+@pytest.mark.parametrize("damage", ['{"format": 1, "runs": [', "[]", '{"format": 1}'])
+def test_a_damaged_ledger_starts_nothing(ledger, damage):
+    ledger.file.write_text(damage)
+    with pytest.raises(ValueError, match="damaged, not a ledger .* no run starts"):
+        admit(ledger, "run")
+    assert ledger.file.read_text() == damage
+
+
+def test_the_ledger_of_another_version_is_left_alone(ledger):
+    ledger.file.write_text('{"format": 7, "runs": []}')
+    with pytest.raises(ValueError, match="expected format 1, found 7"):
+        admit(ledger, "run")
+
+
+def test_runs_at_the_same_time_take_turns(ledger):
+    runs = [admit(ledger, f"run{number}", limit=50.0) for number in range(4)]
+
+    def work(run):
+        for step in range(1, 6):
+            ledger.spend(run, step, 0.1)
+
+    threads = [threading.Thread(target=work, args=(run,)) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [ledger.run(run).steps for run in runs] == [5] * 4
+    assert not ledger.file.with_suffix(".partial").exists()

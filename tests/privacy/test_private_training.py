@@ -1,0 +1,360 @@
+"""Private training as an owner does it: what it costs, what it hands out, and how it is killed."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexolmo_jax import tensors
+from flexolmo_jax.data.sources import is_heldout, read_documents
+from flexolmo_jax.data.units import prepare_units
+from flexolmo_jax.federation.anchor import read_anchor
+from flexolmo_jax.federation.merge import read_expert
+from flexolmo_jax.federation.package import read_manifest, write_manifest
+from flexolmo_jax.model import load
+from flexolmo_jax.training import private_rows
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+SMALL = ("--dp-windows", 2, "--dp-at-a-time", 4, "--dp-clip", 0.2)
+
+
+def training(world, folder, *more, config="alone", name="math"):
+    """The words of a command that trains with privacy."""
+    return [
+        "train", "expert", world.config_file(config), "--anchor", world.anchor, "--name", name,
+        "--data", world.texts[name], "--out", folder / "out", "--run", folder / "run", *SMALL,
+        *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def private(world, tmp_path_factory):
+    """An owner's folder, with a private expert and what was printed."""
+    folder = tmp_path_factory.mktemp("private")
+    words = training(world, folder, "--dp-epsilon", 4)
+    done = subprocess.run(
+        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, words)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (folder / "printed").write_text(done.stdout)
+    return folder
+
+
+def test_the_package_carries_its_certificate(private, world):
+    manifest = read_manifest(private / "out")
+    said = manifest["privacy"]
+    documents = json.loads((private / "budget.json").read_text())["runs"][0]["planned"]["units"]
+    assert 30 < documents < 50
+    expected = {
+        "delta": 1e-5, "unit": "document", "units": documents, "steps": 8, "mean_batch": 4,
+        "clip_norm": 0.2, "windows_of_a_unit": 2, "window_tokens": 32, "other_runs": [],
+        "accountant": "privacy loss distributions, dp_accounting 0.6.0",
+        "library": "jax_privacy 2.0.0",
+    }  # fmt: skip
+    assert {key: said[key] for key in expected} == expected
+    assert 3.8 < said["epsilon"] == said["epsilon_of_all_runs"] <= 4
+    assert said["noise_multiplier"] > 0.2 and said["rows_noise_multiplier"] > 1
+    assert manifest["tokens_seen"] == 8 * 4 * 2 * 32  # of the mean batch, not what was seen
+    assert "epsilon" in (private / "printed").read_text()
+    assert "is not" in (private / "printed").read_text()  # what the statement does not cover
+
+
+def test_nothing_but_weights_and_the_certificate_leaves(private):
+    names = {p.name for p in (private / "out").iterdir()}
+    assert names == {"manifest.json", "params"}
+    text = (private / "out" / "manifest.json").read_text()
+    assert not [word for word in ("seed", '"loss"', "noise_key", str(private)) if word in text]
+    config = json.loads((private / "run" / "config.json").read_text())
+    assert config["dp_epsilon"] == 4 and not [key for key in config if "key" in key]
+
+
+def test_the_ledger_knows_what_was_spent(private, flexolmo):
+    (run,) = json.loads((private / "budget.json").read_text())["runs"]
+    assert run["finished"] and run["steps"] == 8 and run["rows"]
+    assert run["spent_epsilon"] == run["planned_epsilon"] <= 4
+    code, printed, _ = flexolmo("privacy", "budget", private / "budget.json")
+    assert code == 0 and "8/8" in printed and "limit: epsilon 4" in printed
+
+
+def test_metrics_of_the_run_say_what_is_clipped(private):
+    rows = [json.loads(line) for line in (private / "run" / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert all({"loss", "clipped", "grad_norm"} <= row.keys() for row in rows)
+
+
+def test_verify_computes_epsilon_again(private, flexolmo):
+    code, printed, _ = flexolmo("privacy", "verify", private / "out", "--json")
+    assert code == 0
+    found = json.loads(printed)["epsilon"]
+    assert found["pld"] <= found["stated"] <= 4 < found["renyi"]
+    code, printed, _ = flexolmo("privacy", "verify", private / "out")
+    assert code == 0 and "Renyi" in printed
+
+
+def test_verify_refuses_a_manipulated_statement(private, tmp_path, refused):
+    package = tmp_path / "package"
+    shutil.copytree(private / "out", package)
+    manifest = read_manifest(package)
+    changed = {**manifest, "privacy": {**manifest["privacy"], "epsilon": 0.5}}
+    write_manifest(package, changed)  # with a digest that fits
+    assert "claims epsilon 0.5, and its own numbers cost" in refused("privacy", "verify", package)
+    text = (private / "out" / "manifest.json").read_text()
+    (package / "manifest.json").write_text(text.replace('"steps": 8', '"steps": 7'))
+    assert "its digest does not match" in refused("privacy", "verify", package)
+    (package / "manifest.json").write_text(text)
+    (package / "more").write_text("?")
+    assert "not part of the package" in refused("privacy", "verify", package)
+
+
+def test_verify_says_of_an_ordinary_expert_that_there_is_nothing(world, refused):
+    said = refused("privacy", "verify", world.experts["math"])
+    assert "nothing to verify" in said and "without differential privacy" in said
+
+
+def test_the_expert_is_one_like_others(private, world, flexolmo, tmp_path):
+    merged = tmp_path / "merged"
+    parts = ("--anchor", world.anchor, "--out", merged)
+    code, _, error = flexolmo("merge", *parts, "--expert", private / "out")
+    assert code == 0, error
+    model = load(merged)
+    assert np.isfinite(np.asarray(model.logits(np.arange(12).reshape(1, 12)))).all()
+    code, printed, _ = flexolmo("experts", "list", merged, "--json")
+    assert json.loads(printed)[0]["privacy"]["unit"] == "document"
+    anchor = read_anchor(world.anchor)
+    trained = tensors.named(read_expert(private / "out", anchor))
+    for name, start in tensors.named(anchor.weights.public).items():
+        if "feed_forward" in name:  # noise is on every weight
+            assert not np.any(np.asarray(trained[name]) == np.asarray(start)), name
+    assert (np.asarray(trained["router.bias"]) <= 0).all()
+
+
+def test_a_second_run_does_not_start_above_the_limit(private, world, tmp_path, refused):
+    before = (private / "budget.json").read_text()
+    again = training(world, tmp_path, "--dp-epsilon", 1, "--dp-ledger", private / "budget.json")
+    said = refused(*again)
+    assert "above the owner's limit of 4; 1 earlier runs have taken" in said
+    assert (private / "budget.json").read_text() == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_within_the_limit_is_counted_with_the_first(
+    private, world, tmp_path, flexolmo
+):
+    shutil.copy(private / "budget.json", tmp_path / "budget.json")
+    again = training(
+        world, tmp_path, "--dp-epsilon", 1, "--dp-limit", 6, "--gating", "pair", "--steps", 3
+    )
+    code, _, error = flexolmo(*again)
+    assert code == 0, error
+    said = read_manifest(tmp_path / "out")["privacy"]
+    assert said["epsilon"] <= 1 and 4 < said["epsilon_of_all_runs"] < 5
+    assert len(said["other_runs"]) == 1
+    assert said["rows_noise_multiplier"] is None and said["rows_clip_norm"] is None
+    assert flexolmo("privacy", "verify", tmp_path / "out")[0] == 0
+
+
+def test_a_group_is_protected_as_one(world, tmp_path, flexolmo):
+    short = ("--dp-epsilon", 4, "--dp-unit", "group:group", "--steps", 2, "--data.batch-size", 2)
+    code, _, error = flexolmo(*training(world, tmp_path, *short))
+    assert code == 0, error
+    groups = {d.group for d in read_documents(str(world.texts["math"])) if not is_heldout(d, 0.1)}
+    said = read_manifest(tmp_path / "out")["privacy"]
+    assert said["unit"] == "group:group" and said["units"] == len(groups) < 45
+
+
+# Killing a real process.
+
+
+def begun(ledger):
+    try:
+        return json.loads(ledger.read_text())["runs"][0]["steps"]
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def test_a_killed_run_loses_no_budget_and_replays_no_noise(world, tmp_path, flexolmo):
+    first = tmp_path / "first"
+    first.mkdir()
+    long = ("--dp-epsilon", 4, "--steps", 60)
+    words = [sys.executable, "-m", "flexolmo_jax.cli", *map(str, training(world, first, *long))]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while begun(first / "budget.json") < 20 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    spent = begun(first / "budget.json")
+    rows = [json.loads(line) for line in (first / "run" / "metrics.jsonl").open()]
+    saved = max(int(p.name) for p in (first / "run" / "checkpoints").iterdir() if p.name.isdigit())
+    assert 20 <= spent < 60 and saved <= spent and max(row["step"] for row in rows) <= spent
+
+    second = tmp_path / "second"
+    shutil.copytree(first, second)
+    for folder in (first, second):
+        code, _, error = flexolmo(*training(world, folder, *long), "--resume")
+        assert code == 0, error
+        assert f"resuming after step {spent}" in error
+        (run,) = json.loads((folder / "budget.json").read_text())["runs"]
+        assert run["steps"] == run["planned"]["steps"] == 60 and run["finished"]
+        assert run["spent_epsilon"] <= 4
+        steps = [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").open()]
+        assert [step for step in steps if step > spent] == list(range(spent + 1, 61))
+        assert flexolmo("privacy", "verify", folder / "out")[0] == 0
+    one, other = (read_manifest(folder / "out") for folder in (first, second))
+    assert one["privacy"] == other["privacy"]
+    digests = [{e["sha256"] for e in made["tensors"].values()} for made in (one, other)]
+    assert not digests[0] & digests[1]  # from the same checkpoint, with other noise
+
+
+def test_a_run_whose_steps_are_all_begun_and_none_saved_says_so(world, tmp_path, refused):
+    words = training(world, tmp_path, "--dp-epsilon", 4, "--steps", 4)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, words)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while begun(tmp_path / "budget.json") < 1 and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
+    ledger = json.loads((tmp_path / "budget.json").read_text())
+    ledger["runs"][0]["steps"] = 4
+    (tmp_path / "budget.json").write_text(json.dumps(ledger))
+    said = refused(*words, "--resume")
+    assert "all 4 steps of this run were begun, and none was saved" in said
+
+
+# What is refused before anything is spent.
+
+REFUSED = {
+    "an option without a budget": (["--dp-unit", "sequence"], "--dp-clip without --dp-epsilon"),
+    "no budget at all": (["--dp-epsilon", 0], "epsilon must be positive and finite, found 0.0"),
+    "a delta that allows anything": (
+        ["--dp-epsilon", 1, "--dp-delta", 0.1], "--dp-delta must be below 1 / "
+    ),
+    "more units in a batch than there are": (
+        ["--dp-epsilon", 1, "--data.batch-size", 100], "data.batch_size=100 is the mean number of"
+    ),
+    "a field that rows do not have": (
+        ["--dp-epsilon", 1, "--dp-unit", "group:patient"], "no field 'patient'"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_done_is_refused(world, tmp_path, refused, name):
+    more, message = REFUSED[name]
+    assert message in refused(*training(world, tmp_path, *more))
+    assert not (tmp_path / "budget.json").exists() and not (tmp_path / "out").exists()
+
+
+def test_an_embedding_of_private_text_is_refused(world, tmp_path, refused):
+    words = training(world, tmp_path, "--dp-epsilon", 1, config="pair", name="code")
+    assert "domain_embedding with --dp-epsilon" in refused(*words)
+
+
+# The release that router rows are fitted to.
+
+
+class Rows:
+    """The anchor, two owners' units, and what public text says."""
+
+    def __init__(self, world, folder):
+        self.anchor = read_anchor(world.anchor)
+        data = world.config("alone").data
+        self.units = {
+            name: prepare_units(
+                str(world.texts[name]), data, self.anchor.tokenizer, folder / name, "document"
+            )
+            for name in ("math", "code")
+        }
+        self.public = private_rows.look_at_public(
+            self.anchor.weights, self.anchor.public_text, self.anchor.tokenizer,
+            self.anchor.config, length=32, most_windows=2, tokens=4096,
+        )  # fmt: skip
+
+    def total(self, units):
+        return private_rows.clipped_total(
+            self.anchor.weights, units, self.public, self.anchor.config,
+            np.random.default_rng(0), most_windows=2, at_a_time=4,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(world, tmp_path_factory):
+    return Rows(world, tmp_path_factory.mktemp("rows"))
+
+
+class WithoutOne:
+    """Units, of which one is nothing."""
+
+    def __init__(self, units, gone):
+        self.units, self.gone = units, gone
+
+    def __len__(self):
+        return len(self.units)
+
+    def batch(self, numbers, shape, generator):
+        batch = self.units.batch(numbers, shape, generator)
+        rows = np.array([number == self.gone for number in numbers])
+        rows = np.pad(rows, (0, shape[0] - len(rows)))[:, None, None]
+        return jax.tree.map(lambda x: jnp.where(rows, 0, x), batch)
+
+
+def test_the_release_changes_by_one_at_most_between_neighbours(rows):
+    total = rows.total(rows.units["math"])
+    lengths = []
+    for gone in range(6):
+        other = rows.total(WithoutOne(rows.units["math"], gone))
+        lengths.append(float(jnp.linalg.norm(total - other)))
+    assert max(lengths) <= 1 + 1e-5
+    assert max(lengths) > 0.9  # some are clipped
+    assert float(jnp.linalg.norm(total)) <= len(rows.units["math"])
+
+
+def test_the_release_has_the_noise_it_says(rows):
+    total, n = jnp.zeros((50, 2000)), 40
+    made = private_rows.release(total, 2.0, n, 5.0, jax.random.key(1))
+    assert made.noise == 5.0 * 2.0 / n
+    assert made.mean.std() == pytest.approx(made.noise, rel=0.02)
+
+
+def test_rows_of_a_release_tell_the_owners_text_from_public_text(rows, world):
+    """With little noise, in every layer."""
+    anchor, config = rows.anchor.weights, rows.anchor.config
+
+    def means(texts):
+        found = private_rows.look_at_public(
+            anchor, texts, rows.anchor.tokenizer, config, length=32, most_windows=2, tokens=4096
+        )
+        return np.stack([w.mean for w in found.whitenings])
+
+    units = rows.units["math"]
+    little = private_rows.release(
+        rows.total(units), rows.public.clip, len(units), 1e-3, jax.random.key(0)
+    )
+    fitted, biases = private_rows.rows_of(little, rows.public.whitenings, 0.3)
+    own = [d.text for d in read_documents(str(world.texts["math"]))]
+    for texts, is_own in ((own, True), (rows.anchor.public_text, False)):
+        scores = np.einsum("LD,LD->L", fitted, means(texts)) + biases
+        assert all((scores > np.log(0.3 / 0.7)) == is_own), (is_own, scores)
+    assert (biases <= 0).all()
+
+
+def test_where_all_may_be_noise_the_rows_say_nothing(rows):
+    shape = (rows.anchor.config.num_layers, rows.anchor.config.width)
+    noise = private_rows.Release(np.full(shape, 0.9, np.float32), noise=1.0, clip=2.0)
+    fitted, biases = private_rows.rows_of(noise, rows.public.whitenings, 0.3)
+    assert not fitted.any() and np.allclose(biases, np.log(0.3 / 0.7))
+    longer = noise._replace(mean=np.full(shape, 2.0, np.float32))
+    fitted, _ = private_rows.rows_of(longer, rows.public.whitenings, 0.3)
+    assert np.all(np.linalg.norm(fitted, axis=1) > 0)
