@@ -64,6 +64,12 @@ def train_private_expert(
             "domain_embedding with --dp-epsilon: an embedding of private text would leave without "
             "noise; leave it out (rows then start at the public expert's)"
         )
+    for field in ("expert_parallel", "tensor_parallel"):
+        if getattr(config, field) > 1:
+            raise ValueError(
+                f"{field} with --dp-epsilon: every device works on units of its own, with whole "
+                f"weights; leave {field} out"
+            )
     config = privacy.applied_to(config)
     loaded = read_anchor(anchor, on_disk=True)
     tokenizer = loaded.tokenizer

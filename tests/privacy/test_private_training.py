@@ -244,6 +244,9 @@ REFUSED = {
     "more units in a batch than there are": (
         ["--dp-epsilon", 1, "--data.batch-size", 100], "data.batch_size=100 is the mean number of"
     ),
+    "layers shared among devices": (
+        ["--dp-epsilon", 1, "--tensor-parallel", 2], "tensor_parallel with --dp-epsilon"
+    ),
     "a field that rows do not have": (
         ["--dp-epsilon", 1, "--dp-unit", "group:patient"], "no field 'patient'"
     ),
