@@ -44,17 +44,24 @@ def main() -> None:
     out = Path(args.out)
     results = _earlier(out.with_suffix(".json"), about)
     chosen = args.sizes or list(suite)
+    failed: list[str] = []
     with Progress() as bar:
         task = bar.add_task("", total=len(chosen) * len(args.only))
         for name in chosen:
             for case in args.only:
                 bar.update(task, description=f"{name} {case}")
                 cases = results.setdefault(name, {})
+                try:
+                    measured = compare(sides(case), suite[name], args.rounds)
+                except RuntimeError as error:  # the other cases still have their turn
+                    failed.append(f"{name} {case}: {error}")
+                    bar.advance(task)
+                    continue
                 cases[case] = {
                     "date": str(datetime.date.today()),
                     "commit": _git("rev-parse", "--short", "HEAD"),
                     "command": f"python -m benchmarks {shlex.join(sys.argv[1:])}",
-                    "sides": compare(sides(case), suite[name], args.rounds),
+                    "sides": measured,
                 }
                 results[name] = {case: cases[case] for case in CASES if case in cases}
                 bar.advance(task)
@@ -62,7 +69,10 @@ def main() -> None:
                 everything = json.dumps({**about, "results": results}, indent=1)
                 out.with_suffix(".json").write_text(everything)
                 out.with_suffix(".md").write_text(page(about, results, suite))
-    print(out.with_suffix(".md").read_text())
+    if out.with_suffix(".md").exists():
+        print(out.with_suffix(".md").read_text())
+    if failed:
+        sys.exit("not measured: " + "; ".join(failed))
 
 
 def _earlier(file: Path, about: dict[str, str]) -> dict:
