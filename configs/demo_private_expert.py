@@ -1,6 +1,6 @@
 r"""An expert with differential privacy, for a demo's owner with a few thousand short documents.
 
-    flexolmo train expert demo_private --data corpus:math --anchor flexolmo_demo/anchor \
+    flexolmo train expert demo_private_expert --data corpus:math --anchor flexolmo_demo/anchor \
         --name math --out math --dp-epsilon 8 --dp-windows 2
 
 The noise differs each time.
