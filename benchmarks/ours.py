@@ -129,13 +129,7 @@ def _products(experts: int, active: int, size: Size) -> Callable[[], None]:
     forward = [("emd,edf->emf", x, up)] * 2 + [("emf,efd->emd", hidden, down)]
     to_inputs = [("emd,efd->emf", x, down)] + [("emf,edf->emd", hidden, up)] * 2
     to_weights = [("emd,emf->edf", x, hidden)] * 2 + [("emf,emd->efd", hidden, x)]
-    product = jax.jit(jnp.einsum, static_argnums=0)
-
-    def run():
-        for one in forward + to_inputs + to_weights:
-            jax.block_until_ready(product(*one))
-
-    return run
+    return _in_turn([(*one, 1) for one in forward + to_inputs + to_weights])
 
 
 def _step_products(size: Size) -> Callable[[], None]:
@@ -152,19 +146,23 @@ def _step_products(size: Size) -> Callable[[], None]:
     ]  # fmt: skip
     to_weights = [(c.width, c.ffn_width, 2 * layers), (c.ffn_width, c.width, layers)]
 
-    def product(spec: str, left: tuple[int, int], right: tuple[int, int]):
-        arrays = jnp.asarray(_normal(*left)), jnp.asarray(_normal(*right))
-        multiply = jax.jit(functools.partial(jnp.einsum, spec))
-        return lambda: jax.block_until_ready(multiply(*arrays))
+    def arrays(left: tuple[int, int], right: tuple[int, int]):
+        return jnp.asarray(_normal(*left)), jnp.asarray(_normal(*right))
 
-    work = [(product("ta,ab->tb", (rows, a), (a, b)), n) for a, b, n in forward]
-    work += [(product("ta,ba->tb", (rows, a), (b, a)), n) for a, b, n in to_inputs]
-    work += [(product("ta,tb->ab", (rows, a), (rows, b)), n) for a, b, n in to_weights]
+    work = [("ta,ab->tb", *arrays((rows, a), (a, b)), n) for a, b, n in forward]
+    work += [("ta,ba->tb", *arrays((rows, a), (b, a)), n) for a, b, n in to_inputs]
+    work += [("ta,tb->ab", *arrays((rows, a), (rows, b)), n) for a, b, n in to_weights]
+    return _in_turn(work)
+
+
+def _in_turn(work: list[tuple[str, jax.Array, jax.Array, int]]) -> Callable[[], None]:
+    """Products (einsum, factors, how often), one after the other."""
+    product = jax.jit(jnp.einsum, static_argnums=0)
 
     def run():
-        for multiply, times in work:
+        for *one, times in work:
             for _ in range(times):
-                multiply()
+                jax.block_until_ready(product(*one))
 
     return run
 

@@ -29,10 +29,11 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import ModelConfig, Training
 
 DATA, EXPERT = AXES = ("data", "expert")
 TENSOR = "tensor"
+ALL = (*AXES, TENSOR)
 ROWS = P(AXES)  # of a batch
 SERVING: tuple[str, ...] = ()  # a model in use is whole on every device, its experts aside
 CUT = {  # the axis of each matrix that is cut: the model width, for `down` the hidden width
@@ -66,12 +67,37 @@ def make_mesh(expert_parallel: int = 1, devices: Any = None, tensor_parallel: in
     shape = (count // inner, expert_parallel, tensor_parallel)
     # As `jax.make_mesh`, which refuses eight on a torus of 4x4x4: no axis of the torus is 8 or 2x4.
     torus = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(torus, (*AXES, TENSOR), axis_types=(AxisType.Explicit,) * 3)
+    return Mesh(torus, ALL, axis_types=(AxisType.Explicit,) * 3)
 
 
 def ways(mesh: Mesh) -> int:
     """Among how many devices sequences are divided."""
     return mesh.shape[DATA] * mesh.shape[EXPERT]
+
+
+def check_batch(training: Training, mesh: Mesh | None, devices: str = "devices") -> None:
+    """That a stage's batches can be divided as its config says.
+
+    Args:
+      training: the config.
+      mesh: of the devices; None for one.
+      devices: what the message calls them.
+
+    Raises:
+      ValueError: they cannot.
+    """
+    count, data = 1 if mesh is None else ways(mesh), training.data
+    if data.batch_size % (count * training.parts):
+        raise ValueError(
+            f"data.batch_size={data.batch_size} sequences cannot be divided among {count} "
+            f"{devices}, {training.parts} parts each; make it a multiple of "
+            f"{count * training.parts}"
+        )
+    if data.length % training.tensor_parallel:
+        raise ValueError(
+            f"data.length={data.length} tokens cannot be divided among "
+            f"tensor_parallel={training.tensor_parallel} {devices}"
+        )
 
 
 def specs(tree: Any, mesh: Mesh, over: tuple[str, ...] = AXES) -> Any:
@@ -278,7 +304,7 @@ def _whole_sums(grads: Any) -> Any:
 
 def is_spread() -> bool:
     """Whether this is traced inside of `spread`."""
-    return (*AXES, TENSOR) == jax.sharding.get_abstract_mesh().manual_axes
+    return ALL == jax.sharding.get_abstract_mesh().manual_axes
 
 
 def platform() -> str:

@@ -63,15 +63,25 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes folder/manifest.json with its own digest in it, replacing an old one atomically."""
     manifest = {key: value for key, value in manifest.items() if key != "digest"}
     manifest["digest"] = canonical_digest(manifest)
-    partial = folder / f".{MANIFEST}.{uuid.uuid4().hex}.partial"
+    replace_file(folder / MANIFEST, _dump(manifest))
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Writes a file in one rename, once the text is on the disk."""
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(_dump(manifest))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, folder / MANIFEST)
+        with open(partial, "w", encoding="utf-8") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def read_manifest(folder: Path, *, kind: str | None = None) -> dict[str, Any]:

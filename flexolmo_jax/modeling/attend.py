@@ -133,10 +133,8 @@ def _over_heads(some, arrays: tuple) -> tuple:
 
 
 def _forward_some(q, k, v, segments):  # [P, G, S, H], [P, S, H], [P, S, H], [P, S]
-    group = q.shape[1]
-
-    def block(start, q, seen):
-        scores = _scores(q, k[:, :seen], segments, start, q.shape[1] // group)
+    def block(start, size, q, seen):
+        scores = _scores(q, k[:, :seen], segments, start, size)
         top = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -147,11 +145,10 @@ def _forward_some(q, k, v, segments):  # [P, G, S, H], [P, S, H], [P, S, H], [P,
 
 
 def _backward_some(q, k, v, segments, out, log_total, d_out):
-    group, scale = q.shape[1], q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5
     inner = jnp.sum(out.astype(jnp.float32) * d_out, axis=-1, keepdims=True)
 
-    def block(start, q, log_total, inner, d_out, seen):
-        size = q.shape[1] // group
+    def block(start, size, q, log_total, inner, d_out, seen):
         weights = jnp.exp(_scores(q, k[:, :seen], segments, start, size) - log_total)
         dv = _dot("prt,prh->pth", weights.astype(d_out.dtype), d_out)
         d_weights = _dot("prh,pth->prt", d_out, v[:, :seen])
@@ -165,7 +162,7 @@ def _backward_some(q, k, v, segments, out, log_total, d_out):
 
 
 def _over_blocks(block, rows: tuple) -> tuple[tuple, tuple]:
-    """Runs `block(start, *rows of the block, seen)` for all blocks of queries.
+    """Runs `block(start, size, *rows of the block, seen)` for all blocks of queries.
 
     A short sequence is unrolled: each block reads the keys up to its own end, at static shapes. A
     long one is a loop, where each block reads all keys, so that one block's scores are all there
@@ -184,8 +181,9 @@ def _over_blocks(block, rows: tuple) -> tuple[tuple, tuple]:
 
     def flat(start, *parts, seen):
         """`block`, of rows [P, G, block, ...]: XLA multiplies matrices faster than their stacks."""
+        queries = parts[0].shape[2]
         parts = tuple(x.reshape(heads, -1, x.shape[-1]) for x in parts)
-        outs, addends = block(start, *parts, seen=seen)
+        outs, addends = block(start, queries, *parts, seen=seen)
         return tuple(x.reshape(heads, group, -1, x.shape[-1]) for x in outs), addends
 
     if _is_long(length):

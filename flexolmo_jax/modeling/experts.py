@@ -212,10 +212,7 @@ def mix(
     """
     logits = jnp.concatenate([stack.router(x) for stack in stacks])
     active = config.active_experts or len(logits)
-    if len(logits) == 1:  # nothing to route, and no gradient that is known to be 0 to compute
-        weights = jnp.where(allowed.T[:, :, None], jnp.ones_like(logits), 0.0)
-    else:
-        weights = route(logits, allowed, active, config.renormalize)
+    weights = route(logits, allowed, active, config.renormalize)
     total, first = jnp.zeros_like(x), 0
     for stack in stacks:
         last = first + stack.router.bias.shape[0]

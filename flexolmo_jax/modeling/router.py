@@ -48,6 +48,8 @@ def route(logits: jax.Array, allowed: jax.Array, active: int, renormalize: bool)
       float32 [E, B, S]; at most A entries per token are not 0.
     """
     num_experts = logits.shape[0]
+    if num_experts == 1:  # nothing to choose, and no gradient that is known to be 0 to compute
+        return jnp.where(allowed.T[:, :, None], jnp.ones_like(logits), 0.0)
     logits = jnp.where(allowed.T[:, :, None], logits, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.max(logits, axis=0))
     # One expert at a time, so that the sums below add finished numbers: a product fused into them

@@ -181,12 +181,7 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
     if stage == "decode" and config.tensor_parallel > 1:
         raise ValueError("tensor_parallel is for training and forward passes; leave it out")
     mesh = sharding.make_mesh(config.expert_parallel, _devices(topology), config.tensor_parallel)
-    ways = sharding.ways(mesh)
-    if config.data.batch_size % (ways * config.parts):
-        raise ValueError(
-            f"data.batch_size={config.data.batch_size} sequences cannot be divided among {ways} "
-            f"chips, {config.parts} parts each"
-        )
+    sharding.check_batch(config, mesh, "chips")
     known: dict[str, Any] = {
         "stage": stage, "topology": topology, "chips": count, "memory": chip.memory
     }  # fmt: skip

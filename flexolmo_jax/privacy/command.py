@@ -1,6 +1,7 @@
 """What `flexolmo train expert --dp-epsilon` and `flexolmo privacy` do and show."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from flexolmo_jax.distributed import is_first
 from flexolmo_jax.federation.package import check_files, read_manifest
 
 console = Console()
-OPTIONS = ("delta", "clip", "unit", "windows", "at_a_time", "limit")
+OPTIONS = tuple(
+    field.name for field in dataclasses.fields(PrivacyConfig) if field.name != "epsilon"
+)
 
 
 def privacy_asked_for(args: argparse.Namespace) -> PrivacyConfig | None:

@@ -9,12 +9,12 @@ import dataclasses
 import datetime
 import fcntl
 import json
-import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flexolmo_jax.federation.package import replace_file
 from flexolmo_jax.privacy.accounting import Mechanism, epsilon
 
 FILE = "budget.json"
@@ -269,15 +269,4 @@ def _put(ledger: dict[str, Any], runs: list[Run]) -> None:
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:
-    """Replaces a file in one rename, once it is on the disk."""
-    partial = file.with_suffix(".partial")
-    with open(partial, "w", encoding="utf-8") as opened:
-        opened.write(json.dumps(value, indent=1) + "\n")
-        opened.flush()
-        os.fsync(opened.fileno())
-    partial.replace(file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    replace_file(file, json.dumps(value, indent=1) + "\n")

@@ -60,10 +60,7 @@ def train_expert(
       ValueError, FloatingPointError, Interrupted: as the parts say.
     """
     check_name(name)
-    loaded = read_anchor(anchor, on_disk=True)
-    tokenizer = loaded.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{anchor}: there is no tokenizer.json, which training needs")
+    loaded, tokenizer = anchor_to_train_beside(anchor)
     public_text = public_text_of(loaded, public, anchor) if config.gating == "alone" else []
     wanted = describe_run(config, source=named_source(data), anchor=loaded.identity)
     check_run(run, wanted, resume)
@@ -134,6 +131,18 @@ def some_batch(source: SourceWindows, tokens: int, seed: int) -> Batch:
     count = -(-tokens // (source.data.batch_size * source.data.length))
     drawn = itertools.islice(batches(source, seed), count)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *drawn)
+
+
+def anchor_to_train_beside(path: Path) -> tuple[LoadedAnchor, Tokenizer]:
+    """An anchor, its weights left on disk, and its tokenizer.
+
+    Raises:
+      ValueError: as `read_anchor`; it came without a tokenizer.
+    """
+    loaded = read_anchor(path, on_disk=True)
+    if loaded.tokenizer is None:
+        raise ValueError(f"{path}: there is no tokenizer.json, which training needs")
+    return loaded, loaded.tokenizer
 
 
 def public_text_of(anchor: LoadedAnchor, public: str | None, where: Path) -> Iterable[str]:

@@ -249,24 +249,12 @@ def mesh_of(training: Training) -> Mesh | None:
     Raises:
       ValueError: the batch cannot be divided among them.
     """
-    count, data = jax.device_count(), training.data
-    inner = training.expert_parallel * training.tensor_parallel
     mesh = None
-    if count > 1 or inner > 1:
+    if max(jax.device_count(), training.expert_parallel, training.tensor_parallel) > 1:
         mesh = sharding.make_mesh(
             training.expert_parallel, tensor_parallel=training.tensor_parallel
         )
-        count = sharding.ways(mesh)
-    if data.batch_size % (count * training.parts):
-        raise ValueError(
-            f"data.batch_size={data.batch_size} sequences cannot be divided among {count} devices, "
-            f"{training.parts} parts each; make it a multiple of {count * training.parts}"
-        )
-    if data.length % training.tensor_parallel:
-        raise ValueError(
-            f"data.length={data.length} tokens cannot be divided among "
-            f"tensor_parallel={training.tensor_parallel} devices"
-        )
+    sharding.check_batch(training, mesh)
     return mesh
 
 

@@ -16,7 +16,7 @@ from flexolmo_jax.config import ExpertTraining, ModelConfig, PrivacyConfig
 from flexolmo_jax.data.sources import named_source
 from flexolmo_jax.data.units import Units, prepare_units
 from flexolmo_jax.distributed import by_first
-from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
+from flexolmo_jax.federation.anchor import LoadedAnchor
 from flexolmo_jax.federation.merge import write_expert
 from flexolmo_jax.federation.package import check_name
 from flexolmo_jax.modeling.experts import Experts
@@ -25,7 +25,7 @@ from flexolmo_jax.privacy.accounting import calibrate, default_delta
 from flexolmo_jax.privacy.ledger import Ledger, Run, marked_run
 from flexolmo_jax.privacy.statement import make_statement
 from flexolmo_jax.training import private_rows
-from flexolmo_jax.training.expert import public_text_of
+from flexolmo_jax.training.expert import anchor_to_train_beside, public_text_of
 from flexolmo_jax.training.loop import RUN_FILE, check_run, console, describe_run, record_run, train
 from flexolmo_jax.training.private_steps import PrivateSteps
 from flexolmo_jax.training.step import ExpertAloneLoss, ExpertPairLoss, Loss, with_parts
@@ -71,10 +71,7 @@ def train_private_expert(
                 f"weights; leave {field} out"
             )
     config = privacy.applied_to(config)
-    loaded = read_anchor(anchor, on_disk=True)
-    tokenizer = loaded.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{anchor}: there is no tokenizer.json, which training needs")
+    loaded, tokenizer = anchor_to_train_beside(anchor)
     texts = list(public_text_of(loaded, public, anchor)) if config.gating == "alone" else []
     asked = {f"dp_{k}": v for k, v in dataclasses.asdict(privacy).items() if k not in NOT_THE_RUN}
     wanted = describe_run(config, source=named_source(data), anchor=loaded.identity, **asked)
