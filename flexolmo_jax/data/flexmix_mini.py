@@ -206,9 +206,10 @@ def describe(card: dict[str, Any]) -> str:
         "",
         f"Eight domains of real text, at most {card['cap'] / 1e6:g} MB each. `heldout` and `tune` "
         f"have {card['share']:.0%} of the bytes of each source, in whole groups: a book, an "
-        "article, a thread, a block of theorems is in one split. No document nearly repeats another, in "
-        f"any split of any domain: of the runs of {card['near_duplicates']['words']} words of two, "
-        f"less than {card['near_duplicates']['alike']:.0%} are in both, as MinHash estimates it. "
+        "article, a thread, a block of theorems is in one split. No document nearly repeats "
+        f"another, in any split of any domain: of the runs of {card['near_duplicates']['words']} "
+        f"words of two, less than {card['near_duplicates']['alike']:.0%} are in both, as MinHash "
+        "estimates it. "
         "`public` is broad: a slice of every kind of text, from sources that no owner has.",
         "",
         "The texts keep their owners' licences, named below; several may be used but not passed "
