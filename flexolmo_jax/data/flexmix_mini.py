@@ -21,6 +21,7 @@ import importlib.util
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flexolmo_jax.data import fetch
 from flexolmo_jax.data.extract import Row
-from flexolmo_jax.data.flexmix import quietly_prepare
+from flexolmo_jax.data.flexmix import prepared
 from flexolmo_jax.federation.package import new_directory
 
 SPLITS = ("train", "tune", "heldout")
@@ -138,8 +139,7 @@ def make_flexmix(
         used = {name for entry in card["domains"].values() for name in entry["packages"]}
         card["packages"] = {name: about["packages"][name] for name in sorted(used)}
         for domain in fetch.DOMAINS:
-            builder = FlexmixMini(folder=folder, config=domain, data_dir=folder / "tfds")
-            quietly_prepare(builder)
+            prepared(partial(FlexmixMini, folder=folder, config=domain, data_dir=folder / "tfds"))
         (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         (folder / "card.md").write_text(describe(card), encoding="utf-8")
     return card
