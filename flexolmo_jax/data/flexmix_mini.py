@@ -273,7 +273,8 @@ def _read(file: Path) -> Iterator[Row]:
 def _write_splits(folder: Path, divided: dict[str, list[Row]]) -> dict[str, Any]:
     """Writes the files of a domain; returns what the card says of them."""
     folder.mkdir()
-    splits, sources = {}, {}
+    splits: dict[str, Any] = {}
+    sources: dict[str, int] = {}
     for name, rows in divided.items():
         if not rows:
             raise ValueError(
