@@ -176,8 +176,9 @@ def test_only_what_came_before_is_remembered(model):
     np.testing.assert_array_equal(np.asarray(strong.logits(changed))[:, :12], found[:, :12])
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[2:]], ids=["three", "one"])
-@pytest.mark.parametrize("active", [None, 2])
+@pytest.mark.parametrize(
+    ("prompts", "active"), [(PROMPTS, None), (PROMPTS[2:], 2)], ids=["three", "one, 2 of 4"]
+)
 def test_the_decode_state_is_that_of_the_whole_text(model, prompts, active):
     """Step by step, from stacks and unstacked: the tokens that one forward pass finds likeliest."""
     strong = remembering(model)
