@@ -295,8 +295,12 @@ def _privacy_budget(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import merge
 
-    merge(args.anchor, args.experts, args.out, active_experts=args.active)
-    console.print(f"wrote {args.out}: public + {len(args.experts)} experts", markup=False)
+    memory = args.memory and tuple(args.memory)
+    merge(args.anchor, args.experts, args.out, active_experts=args.active, memory=memory)
+    remembering = f"router memory {memory[0]:g} {memory[1]:g}" if memory else "no router memory"
+    console.print(
+        f"wrote {args.out}: public + {len(args.experts)} experts, {remembering}", markup=False
+    )
 
 
 def _experts_list(args: argparse.Namespace) -> None:
@@ -441,6 +445,22 @@ def _data_fetch(args: argparse.Namespace) -> None:
     _show_rows(rows, as_json=False)
 
 
+def _data_flexmix(args: argparse.Namespace) -> None:
+    from flexolmo_jax.data.flexmix_mini import make_flexmix
+
+    card = make_flexmix(Path(args.fetched), Path(args.out))
+    rows = [
+        {
+            "domain": name,
+            **{f"{split} bytes": one["bytes"] for split, one in entry["splits"].items()},
+            "near-duplicates": entry["near_duplicates"],
+        }
+        for name, entry in card["domains"].items()
+    ]
+    _show_rows(rows, as_json=False)
+    console.print(f"{args.out}/card.md says what is in it", markup=False)
+
+
 def _data_proxies(args: argparse.Namespace) -> None:
     from flexolmo_jax.data.proxies import pick_proxies
 
@@ -468,6 +488,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "generate": _generate,
     "data fetch": _data_fetch,
+    "data flexmix": _data_flexmix,
     "data proxies": _data_proxies,
 }
 
