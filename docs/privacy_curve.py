@@ -273,10 +273,10 @@ def draw(found: dict, picture: Path) -> None:
     figure.savefig(picture, dpi=130)
 
 
-def write_part(size: str, lines: list[str]) -> None:
-    """Replaces what stands between the marks of a size in docs/privacy.md."""
+def write_part(mark: str, lines: list[str]) -> None:
+    """Replaces what stands between the marks of a part in docs/privacy.md."""
     file = DOCS / "privacy.md"
-    start, end = f"<!-- curve {size} -->", f"<!-- end of curve {size} -->"
+    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
     before, _, rest = file.read_text().partition(start)
     _, found, after = rest.partition(end)
     if not found:
@@ -301,7 +301,7 @@ def main() -> None:
     if args.size == "smallest":
         print("\n".join(lines))
     else:
-        write_part(args.size, [f"![](privacy_curve_{args.size}.png)", "", *lines])
+        write_part(f"curve {args.size}", [f"![](privacy_curve_{args.size}.png)", "", *lines])
 
 
 if __name__ == "__main__":
