@@ -337,7 +337,7 @@ def _removal_lines(found: removal.Removal) -> list[str]:
                 f"{leak.mean:+.3f} nats on average, {leak.largest:+.3f} at most"
             )
     if found.told_apart:
-        seen = found.told_apart.low > 0.5
+        seen = not found.told_apart.low <= 0.5 <= found.told_apart.high
         lines.append(
             f"by these gains, canaries that were put in are told apart with an AUC of "
             f"{found.told_apart}: the rows {'tell' if seen else 'are not seen to tell'} of them"

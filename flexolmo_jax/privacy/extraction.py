@@ -226,7 +226,7 @@ def report(found: Sequence[Found], protocol: Protocol, seconds: float) -> dict[s
     count = len(found)
 
     def rate(is_hit: Iterator[bool]) -> Rate:
-        return Rate.of_counts(sum(is_hit), count)
+        return Rate.of_counts(int(sum(is_hit)), count)
 
     chance = np.array([-np.inf if f.log_probability is None else f.log_probability for f in found])
     misses = np.log1p(-np.minimum(np.exp(chance), 1 - 1e-12))  # log of 1 - p, of one sample

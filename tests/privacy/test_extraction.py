@@ -199,7 +199,7 @@ def test_the_control_is_caught_and_the_anchor_is_not(world, tmp_path, flexolmo):
     rates = {name: audit["extracted"]["rate"] for name, audit in found["audits"].items()}
     assert rates["control"] > 0.5 and rates["anchor alone"] < 0.1, rates
     assert "the control" in printed and "anchor alone" in printed
-    assert "made for 64 tokens" in printed.replace("\n", " ")
+    assert "made for 64 tokens" in " ".join(printed.split())
 
 
 def test_an_audit_that_is_killed_goes_on_to_the_same_end(world, tmp_path, flexolmo):

@@ -23,9 +23,9 @@ def test_intervals_of_rates_are_those_that_are_published(count, of, low, high):
 
 def test_the_area_is_scikit_learns():
     generator = np.random.default_rng(0)
-    for ties in (1, 20):
-        members, others = np.round(generator.normal([[1.0]] * 1, 1, 50) * 20 / ties), None
-        members, others = members.ravel(), np.round(generator.normal(0, 1, 70) * 20 / ties)
+    for digits in (6, 0):  # with few ties, and with many
+        members = np.round(generator.normal(1, 1, 50), digits)
+        others = np.round(generator.normal(0, 1, 70), digits)
         found = Area.of_scores(members, others)
         labels, scores = [1] * 50 + [0] * 70, np.concatenate([members, others])
         assert found.area == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
