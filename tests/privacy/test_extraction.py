@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexolmo_jax.cli import main
 from flexolmo_jax.inference.sampling import Sampling, candidates
 from flexolmo_jax.privacy import extraction
 from flexolmo_jax.privacy.extraction import Found, Passage, Protocol, pick_passages
@@ -192,13 +193,37 @@ def same(report):
     return report
 
 
-def test_the_control_is_caught_and_the_anchor_is_not(world, tmp_path, flexolmo):
-    code, printed, error = flexolmo(*words(world, tmp_path / "out", "--prefixes", 30, "--control"))
+ANCHOR = """from flexolmo_jax.config import *
+
+config = AnchorTraining(
+    data=DataConfig(batch_size=8, length=32), optimizer=OptimizerConfig(learning_rate=1e-2),
+    steps=300, public_tokens=4096,
+    model=ModelConfig(
+        vocab_size=512, width=64, num_layers=2, num_heads=2, ffn_width=192, max_length=64
+    ),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def learned_anchor(world, tmp_path_factory):
+    """An anchor that has learned something: what is read from a head of noise stays noise."""
+    folder = tmp_path_factory.mktemp("learned")
+    (folder / "config.py").write_text(ANCHOR)
+    out = folder / "anchor"
+    words = ["train", "anchor", folder / "config.py", "--data", world.texts["public"], "--out", out]
+    assert main([str(word) for word in words]) == 0
+    return out
+
+
+def test_the_control_is_caught_and_the_anchor_is_not(world, learned_anchor, tmp_path, flexolmo):
+    anew = ("--model", learned_anchor, "--prefixes", 30, "--control")
+    code, printed, error = flexolmo(*words(world, tmp_path / "out", *anew))
     assert code == 0, error
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     rates = {name: audit["extracted"]["rate"] for name, audit in found["audits"].items()}
-    assert rates["control"] > 0.5 and rates["anchor alone"] < 0.1, rates
-    assert "the control" in printed and "anchor alone" in printed
+    assert rates["control"] > 0.5 and rates["model"] < 0.1, rates
+    assert "the control, which learned 8 documents by heart, is" in " ".join(printed.split())
     assert "made for 64 tokens" in " ".join(printed.split())
 
 
@@ -219,6 +244,7 @@ def test_an_audit_that_is_killed_goes_on_to_the_same_end(world, tmp_path, flexol
     (one, two) = (flexolmo(*words(world, out, *asked)) for out in (killed, whole))
     assert one[0] == two[0] == 0, (one, two)
     assert same(json.loads(one[1])) == same(json.loads(two[1]))
+    assert json.loads(one[1])["audits"].keys() == {"model", "anchor alone"}
     states = [json.loads((out / "model.json").read_text())["found"] for out in (killed, whole)]
     assert states[0] == states[1]
 
