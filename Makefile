@@ -1,13 +1,16 @@
-# Two commands for a fresh machine with Python 3.11, pip and git: `make demo` and `make test`.
+# For a fresh machine with Python 3.11, pip and git: `make demo`, `make audit` and `make test`.
 PYTHON ?= python3.11
 EXTRAS ?= tests
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo audit test lint bench clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/flexolmo demo
+
+audit: $(VENV)/privacy.installed
+	$(BIN)/flexolmo audit twin
 
 test: $(VENV)/$(EXTRAS).installed
 	$(BIN)/python -m pytest -q

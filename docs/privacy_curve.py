@@ -138,8 +138,7 @@ class Study:
         file = path.with_suffix(f"{path.suffix}.scores.json")
         if not file.exists():
             if not path.exists():
-                # Without memory, as when the figures in privacy.md were made.
-                merge(self.anchor(seed), experts, path, memory=None)
+                merge(self.anchor(seed), experts, path)
             save(file, self.scores(path))
         return json.loads(file.read_text())
 
@@ -274,10 +273,10 @@ def draw(found: dict, picture: Path) -> None:
     figure.savefig(picture, dpi=130)
 
 
-def write_part(size: str, lines: list[str]) -> None:
-    """Replaces what stands between the marks of a size in docs/privacy.md."""
+def write_part(mark: str, lines: list[str]) -> None:
+    """Replaces what stands between the marks of a part in docs/privacy.md."""
     file = DOCS / "privacy.md"
-    start, end = f"<!-- curve {size} -->", f"<!-- end of curve {size} -->"
+    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
     before, _, rest = file.read_text().partition(start)
     _, found, after = rest.partition(end)
     if not found:
@@ -302,7 +301,7 @@ def main() -> None:
     if args.size == "smallest":
         print("\n".join(lines))
     else:
-        write_part(args.size, [f"![](privacy_curve_{args.size}.png)", "", *lines])
+        write_part(f"curve {args.size}", [f"![](privacy_curve_{args.size}.png)", "", *lines])
 
 
 if __name__ == "__main__":

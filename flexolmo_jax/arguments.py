@@ -3,7 +3,11 @@
 import argparse
 
 from flexolmo_jax.config import MEMORY
-from flexolmo_jax.privacy.arguments import add_privacy_commands, add_training_arguments
+from flexolmo_jax.privacy.arguments import (
+    add_audit_commands,
+    add_privacy_commands,
+    add_training_arguments,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -112,6 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
     remove.add_argument("names", nargs="+", metavar="NAME")
 
     add_privacy_commands(commands, command)
+    add_audit_commands(commands, command, _model_arguments)
 
     inspect = command(commands, "inspect", "what a package says of itself; checks it")
     inspect.add_argument("path")

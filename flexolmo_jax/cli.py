@@ -222,6 +222,7 @@ def _train_expert(args: argparse.Namespace) -> None:
     anchor = Path(args.anchor)
     privacy = privacy_asked_for(args)
     more = {"anchor": anchor, "name": args.name, "public": args.public, **places}
+    more["canaries"] = args.canaries
     if privacy is None:
         train_expert(config, **more)
     else:
@@ -290,6 +291,34 @@ def _privacy_budget(args: argparse.Namespace) -> None:
     from flexolmo_jax.privacy.command import budget
 
     budget(Path(args.ledger), args.json)
+
+
+def _audit_extraction(args: argparse.Namespace) -> None:
+    from flexolmo_jax.privacy.audit_command import audit_extraction
+
+    audit_extraction(args)
+
+
+def _audit_membership(args: argparse.Namespace) -> None:
+    from flexolmo_jax.privacy.audit_command import audit_membership
+
+    audit_membership(args)
+
+
+def _audit_removal(args: argparse.Namespace) -> None:
+    from flexolmo_jax.privacy.audit_command import audit_removal
+
+    audit_removal(args)
+
+
+def _audit_twin(args: argparse.Namespace) -> None:
+    from flexolmo_jax.twin import check_twin, run_twin
+
+    anchor = args.anchor and Path(args.anchor)
+    report = run_twin(Path(args.out), anchor, args.dp_epsilon, quiet=args.json)
+    if args.json:
+        print(json.dumps(report, indent=1))
+    check_twin(report)
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -480,6 +509,10 @@ COMMANDS = {
     "plan": _plan,
     "privacy verify": _privacy_verify,
     "privacy budget": _privacy_budget,
+    "audit extraction": _audit_extraction,
+    "audit membership": _audit_membership,
+    "audit removal": _audit_removal,
+    "audit twin": _audit_twin,
     "merge": _merge,
     "experts list": _experts_list,
     "experts add": _experts_add,

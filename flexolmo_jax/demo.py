@@ -49,14 +49,14 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     packages = {name: out / "experts" / name for name in OWNERS}
 
     console.rule("1. the public anchor")
-    _flexolmo(
+    run_command(
         ["train", "anchor", "demo_anchor", "--data", "corpus:public", "--seed", str(seed)],
         out=anchor, run=out / "runs" / "anchor", quiet=False,
     )  # fmt: skip
     console.rule("2. each owner, alone, with its own text and the anchor")
 
     def train_owner(name: str) -> None:
-        _flexolmo(
+        run_command(
             ["train", "expert", "demo_expert", "--data", f"corpus:{name}", "--name", name]
             + ["--anchor", str(anchor), "--seed", str(seed)],
             out=packages[name], run=out / "runs" / name, quiet=True,
@@ -86,7 +86,7 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     return report
 
 
-def _flexolmo(arguments: list[str], *, out: Path, run: Path, quiet: bool) -> None:
+def run_command(arguments: list[str], *, out: Path, run: Path, quiet: bool) -> None:
     """Runs the command line in a process of its own."""
     cache = run.parent / "compiled"  # the owners' programs are the same: compile them once
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}

@@ -323,7 +323,7 @@ def load(
         elif kind == "anchor":
             loaded = _alone(read_anchor(path))
         else:
-            loaded = load_pair(path, read_anchor(_find_anchor(path, anchor)))
+            loaded = load_pair(path, read_anchor(find_anchor(path, anchor)))
     backbone, experts, config = loaded.backbone, loaded.experts, loaded.config
     int8 = dtype == "int8"
     if int8 and (jax.default_backend() != "cpu" or mesh is not None):
@@ -352,7 +352,12 @@ def _hugging_face(path: Path, dtype: str | None) -> LoadedModel:
     return LoadedModel(backbone, experts, config, names, hugging_face_tokenizer(path))
 
 
-def _find_anchor(package: Path, given: str | Path | None) -> Path:
+def find_anchor(package: Path, given: str | Path | None = None) -> Path:
+    """Where the anchor of an expert package is: given, or a folder `anchor` near it.
+
+    Raises:
+      ValueError: it is not near.
+    """
     if given is not None:
         return Path(given)
     wanted = read_manifest(package)["anchor"]

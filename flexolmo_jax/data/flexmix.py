@@ -30,14 +30,21 @@ class SourceWindows(tfds.core.GeneratorBasedBuilder):
     name = "source_windows"
 
     def __init__(
-        self, source: str, data: DataConfig, tokenizer: Tokenizer, *, data_dir: Path, also: str = ""
+        self,
+        source: str,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        data_dir: Path,
+        extra: Sequence[Document] = (),
+        also: str = "",
     ):
-        """`also` is what else the windows depend on."""
-        self.source, self.data, self.tokenizer = source, data, tokenizer
+        """`extra` documents are trained on too; `also` is what else the windows depend on."""
+        self.source, self.data, self.tokenizer, self.extra = source, data, tokenizer, extra
         self.report = Report()
         what = [
             fingerprint(source), data.length, data.text_field, data.group_field, data.heldout,
-            tokenizer.digest, tokenizer.separator, *filter(None, [also]),
+            tokenizer.digest, tokenizer.separator, *filter(None, [also]), *(d.text for d in extra),
         ]  # fmt: skip
         name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
         super().__init__(
@@ -86,7 +93,8 @@ class SourceWindows(tfds.core.GeneratorBasedBuilder):
             group_field=self.data.group_field,
             report=report,
         )
-        return (d for d in documents if is_heldout(d, self.data.heldout) == heldout)
+        chosen = (d for d in documents if is_heldout(d, self.data.heldout) == heldout)
+        return itertools.chain(chosen, () if heldout else self.extra)
 
     def documents_of(self, numbers: Sequence[int]) -> list[str]:
         """Where the documents of some training windows are, as "file:row"; reads the source."""
@@ -106,16 +114,21 @@ Builder = TypeVar("Builder", bound=tfds.core.DatasetBuilder)
 
 
 def prepare(
-    source: str, data: DataConfig, tokenizer: Tokenizer, folder: Path
+    source: str,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    extra: Sequence[Document] = (),
 ) -> tuple[SourceWindows, Report]:
     """Builds the windows of a source below `folder`, unless they are there already.
 
-    Of several processes, the first builds them.
+    Of several processes, the first builds them. `extra` documents are trained on too, after the
+    source's, whatever is held out of it.
 
     Raises:
       ValueError: as `read_documents`; or nothing is left to train on after the held-out split.
     """
-    builder = build(lambda: SourceWindows(source, data, tokenizer, data_dir=folder))
+    builder = build(lambda: SourceWindows(source, data, tokenizer, data_dir=folder, extra=extra))
     return builder, builder.report
 
 

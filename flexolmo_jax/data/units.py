@@ -22,11 +22,18 @@ class UnitWindows(SourceWindows):
     name = "unit_windows"
 
     def __init__(
-        self, source: str, data: DataConfig, tokenizer: Tokenizer, *, data_dir: Path, unit: str
+        self,
+        source: str,
+        data: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        data_dir: Path,
+        unit: str,
+        extra: Sequence[Document] = (),
     ):
         """`unit` is one of KINDS; a group is what `data.group_field` says."""
         self.unit = unit
-        super().__init__(source, data, tokenizer, data_dir=data_dir, also=unit)
+        super().__init__(source, data, tokenizer, data_dir=data_dir, extra=extra, also=unit)
 
     def _info(self) -> tfds.core.DatasetInfo:
         row = tfds.features.Tensor(shape=(self.data.length + 1,), dtype=np.int32)
@@ -68,26 +75,35 @@ class UnitWindows(SourceWindows):
                 )
             if is_heldout(document, self.data.heldout) == heldout:
                 yield document
+        if not heldout:
+            yield from self.extra
 
 
 class Units:
-    """The training units of a source, each with any number of windows."""
+    """The training units of a source, each with any number of windows.
 
-    def __init__(self, builder: UnitWindows):
+    Attributes:
+      data, report: as of the builder.
+      windows: of all units, with random access.
+    """
+
+    def __init__(self, builder: UnitWindows, empty: int = 0):
+        """`empty` units come last, which hold nothing, and count as all others do."""
         self.data = builder.data
         self.report = builder.report
-        self._windows = builder.as_data_source("train")
-        of = np.array([self._windows[i]["unit"] for i in range(len(self._windows))])
+        self.windows = builder.as_data_source("train")
+        self._empty = empty
+        of = np.array([self.windows[i]["unit"] for i in range(len(self.windows))])
         self._order = np.argsort(of, kind="stable")
         self._first = np.flatnonzero(np.diff(of[self._order], prepend=-1))
 
     def __len__(self) -> int:
-        return len(self._first)
+        return len(self._first) + self._empty
 
     def windows_of(self, unit: int) -> np.ndarray:
         """The numbers of the windows of a unit."""
-        last = self._first[unit + 1] if unit + 1 < len(self) else len(self._order)
-        return self._order[self._first[unit] : last]
+        bounds = [*self._first[unit : unit + 2], len(self._order), len(self._order)]
+        return self._order[bounds[0] : bounds[1]]
 
     def batch(
         self,
@@ -113,7 +129,7 @@ class Units:
             if len(found) > most:
                 found = generator.choice(found, most, replace=False, shuffle=False)
             row = number % ways * (rows // ways) + number // ways
-            for place, window in enumerate(self._windows.__getitems__(found.tolist())):
+            for place, window in enumerate(self.windows.__getitems__(found.tolist())):
                 tokens[row, place] = window["tokens"]
                 segments[row, place] = window["segments"]
         batch = Batch.of(tokens, segments)
@@ -121,12 +137,22 @@ class Units:
 
 
 def prepare_units(
-    source: str, data: DataConfig, tokenizer: Tokenizer, folder: Path, unit: str
+    source: str,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    unit: str,
+    extra: Sequence[Document] = (),
+    empty: int = 0,
 ) -> Units:
-    """As `flexmix.prepare`, for the units of a private run (one of KINDS).
+    """As `flexmix.prepare`, for the units of a private run (one of KINDS), and `empty` ones.
 
     Raises:
       ValueError: as `read_documents`; nothing is left to train on after the held-out split; a
         document is of no group where groups are the units.
     """
-    return Units(build(lambda: UnitWindows(source, data, tokenizer, data_dir=folder, unit=unit)))
+
+    def make() -> UnitWindows:
+        return UnitWindows(source, data, tokenizer, data_dir=folder, unit=unit, extra=extra)
+
+    return Units(build(make), empty)

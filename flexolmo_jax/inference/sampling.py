@@ -36,19 +36,29 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
-        smallest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        logits = jnp.where(_in_nucleus(logits, sampling.top_p), logits, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    kept, tokens = candidates(logits, sampling)
+    drawn = jax.vmap(jax.random.categorical)(keys, kept)
+    return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0]
 
 
-def _in_nucleus(logits: jax.Array, top_p: float) -> jax.Array:
-    """The fewest tokens whose probabilities reach top_p: bool [B, V]. The best one is always in."""
-    order = jnp.argsort(-logits, axis=-1)
-    sorted_probabilities = jnp.take_along_axis(jax.nn.softmax(logits), order, axis=-1)
-    before = jnp.cumsum(sorted_probabilities, axis=-1) - sorted_probabilities
-    rank = jnp.argsort(order, axis=-1)
-    return jnp.take_along_axis(before < top_p, rank, axis=-1)
+def candidates(logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """The tokens that can come next, with a temperature above 0.
+
+    Args:
+      logits: float32 [..., V].
+      sampling: how.
+
+    Returns:
+      log-probabilities, float32 [..., K], -inf for what top_p cut off; and the tokens that they
+      are of, int32 [..., K]. K is top_k, if that is below V. The likeliest one always stays.
+    """
+    logits, size = logits / sampling.temperature, logits.shape[-1]
+    tokens = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), logits.shape)
+    nucleus = sampling.top_p is not None and sampling.top_p < 1
+    if nucleus or (sampling.top_k or size) < size:
+        logits, tokens = jax.lax.top_k(logits, min(sampling.top_k or size, size))
+    if nucleus:  # the fewest tokens, of the top k, whose probabilities reach top_p
+        probabilities = jax.nn.softmax(logits)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        logits = jnp.where(before < sampling.top_p, logits, -jnp.inf)
+    return jax.nn.log_softmax(logits), tokens

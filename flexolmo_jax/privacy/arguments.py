@@ -5,7 +5,12 @@ from collections.abc import Callable
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `flexolmo train expert` takes for differential privacy."""
+    """What `flexolmo train expert` takes for differential privacy, and to be audited."""
+    parser.add_argument(
+        "--canaries", type=int, default=0, metavar="N",
+        help="draw 2N made-up documents, of which a coin puts each into the text, for `flexolmo "
+        "audit`; which ones stays in the run folder",
+    )  # fmt: skip
     group = parser.add_argument_group(
         "differential privacy",
         "State a budget and all else is calibrated. The config's data.batch-size is then the mean "
@@ -64,3 +69,73 @@ def add_privacy_commands(commands: argparse._SubParsersAction, command: Callable
     budget = command(actions, "budget", "what was planned and spent of an owner's ledger")
     budget.add_argument("ledger", metavar="FILE", help="budget.json")
     budget.add_argument("--json", action="store_true")
+
+
+def add_audit_commands(
+    commands: argparse._SubParsersAction, command: Callable, model_arguments: Callable
+) -> None:
+    """`flexolmo audit ...`; `model_arguments` adds what commands that load a model take."""
+    audit = commands.add_parser("audit", help="test from outside what an expert gives away")
+    actions = audit.add_subparsers(dest="action", required=True, metavar="AUDIT")
+    extraction = command(
+        actions, "extraction", "does the model write down passages of a text",
+        "Prompts the model with 32 tokens of documents, samples how they go on, and counts what "
+        "comes out as it stands in the text, beside the anchor alone. An audit that was killed "
+        "goes on when it is started again.",
+    )  # fmt: skip
+    model_arguments(extraction)
+    extraction.add_argument("--data", required=True, metavar="SOURCE", help="the owner's text")
+    extraction.add_argument(
+        "--out", required=True, metavar="DIR",
+        help="report.json, and what came of each passage; keep it to yourself",
+    )  # fmt: skip
+    extraction.add_argument("--prefixes", type=int, default=1000, help="default: %(default)s")
+    extraction.add_argument(
+        "--samples", type=int, default=10, metavar="N", help="of each (default: %(default)s)"
+    )
+    extraction.add_argument(
+        "--control", action="store_true",
+        help="also learn a few documents by heart, and see that the audit catches it",
+    )  # fmt: skip
+    extraction.add_argument("--seed", type=int, default=0)
+    membership = command(
+        actions, "membership", "can the weights be asked which canaries were trained on",
+        "Compares an expert's canaries that were put in with those that were left out, bounds "
+        "epsilon from below, and holds that against the package's certificate.",
+    )  # fmt: skip
+    membership.add_argument(
+        "--model", required=True, metavar="DIR", help="an expert package, or a merged model"
+    )
+    membership.add_argument("--anchor", metavar="DIR", help="for an expert package: its anchor")
+    membership.add_argument("--expert", metavar="NAME", help="which one of a merged model")
+    membership.add_argument(
+        "--run", required=True, metavar="DIR", help="the expert's run folder, with its canaries"
+    )
+    removal = command(
+        actions, "removal", "is a model without an expert as if it had never had it",
+        "Asks a merged model with an expert switched off, a copy that it was taken out of, and one "
+        "that never had it, the same questions; their logits must be equal.",
+    )  # fmt: skip
+    removal.add_argument("--model", required=True, metavar="DIR", help="a merged model")
+    removal.add_argument("--expert", required=True, metavar="NAME")
+    removal.add_argument("--run", metavar="DIR", help="the expert's run folder, for its canaries")
+    removal.add_argument("--data", metavar="SOURCE", help="the owner's text, for passages of it")
+    removal.add_argument("--prefixes", type=int, default=100, help="default: %(default)s")
+    for one in (extraction, removal):
+        one.add_argument("--text-field", default="text", help="default: %(default)s")
+        one.add_argument(
+            "--heldout", type=float, default=0.0, metavar="SHARE",
+            help="do not try documents that training with this held-out share left out",
+        )  # fmt: skip
+    twin = command(
+        actions, "twin", "train a private expert and its twin without privacy, and audit both",
+        "On text that comes with the project, in about ten minutes: the certificate must stand, "
+        "and the twin must be caught.",
+    )  # fmt: skip
+    twin.add_argument("--out", default="flexolmo_twin", metavar="DIR", help="default: %(default)s")
+    twin.add_argument("--anchor", metavar="DIR", help="default: train the demo's")
+    twin.add_argument(
+        "--dp-epsilon", type=float, default=8.0, metavar="E", help="default: %(default)s"
+    )
+    for one in (membership, removal, twin):
+        one.add_argument("--json", action="store_true")

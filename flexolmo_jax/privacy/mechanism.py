@@ -1,8 +1,9 @@
 """The mechanism: clipped sums over units of privacy, Gaussian noise, Poisson batches, the secret.
 
-All that is used of jax-privacy is used here. A *unit* is what the guarantee speaks of: a document,
-all documents of a group, or a window. Its part in any sum is clipped to a fixed length, and no
-divisor depends on text: it is this, and the noise, that the accounts in `accounting.py` are of.
+All that training uses of jax-privacy is used here. A *unit* is what the guarantee speaks of: a
+document, all documents of a group, or a window. Its part in any sum is clipped to a fixed length,
+and no divisor depends on text: it is this, and the noise, that the accounts in `accounting.py` are
+of.
 """
 
 import dataclasses

@@ -20,6 +20,7 @@ from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
 from flexolmo_jax.federation.merge import write_expert
 from flexolmo_jax.federation.package import check_name
 from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.privacy.canaries import canaries_of_run, check_they_are_read
 from flexolmo_jax.training.loop import (
     OrdinarySteps,
     check_run,
@@ -42,6 +43,7 @@ def train_expert(
     out: Path,
     run: Path,
     public: str | None = None,
+    canaries: int = 0,
     resume: bool = False,
 ) -> None:
     """Trains an expert and writes its package. Nothing else of the owner leaves the run folder.
@@ -54,6 +56,7 @@ def train_expert(
       out: the expert package; must not exist.
       run: folder of the run, which holds closed text (as tokens): windows, checkpoints, metrics.
       public: public text to fit the router rows against; default: what came with the anchor.
+      canaries: N; of 2N made-up documents a coin puts each into the training text, for audits.
       resume: go on from the newest checkpoint in `run`.
 
     Raises:
@@ -62,11 +65,17 @@ def train_expert(
     check_name(name)
     loaded, tokenizer = anchor_to_train_beside(anchor)
     public_text = public_text_of(loaded, public, anchor) if config.gating == "alone" else []
-    wanted = describe_run(config, source=named_source(data), anchor=loaded.identity)
+    wanted = describe_run(
+        config, source=named_source(data), anchor=loaded.identity, canaries=canaries or None
+    )
     check_run(run, wanted, resume)
-    source, report = prepare(data, config.data, tokenizer, run / "data")
+    drawn = canaries_of_run(canaries, run)
+    extra = drawn.inserted if drawn else []
+    source, report = prepare(data, config.data, tokenizer, run / "data", extra)
     for line in report.lines():
         console.print(line, markup=False)
+    if drawn:
+        check_they_are_read(drawn, source.as_data_source("train"), tokenizer, config, units=None)
     record_run(run, wanted)
 
     facts = {
@@ -76,6 +85,7 @@ def train_expert(
         "domain_embedding": source_name(config.domain_embedding),
         "licence": config.licence,
         "contact": config.contact,
+        **(drawn.facts() if drawn else {}),
     }
     expert = jax.tree.map(jnp.array, loaded.weights.public)
     mesh = mesh_of(config)

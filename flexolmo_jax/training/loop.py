@@ -35,7 +35,7 @@ class Interrupted(Exception):
     """The run was asked to stop, and has saved its state."""
 
 
-def describe_run(training: Training, **made_from: str) -> dict[str, Any]:
+def describe_run(training: Training, **made_from: Any) -> dict[str, Any]:
     """What a run is, as JSON values: its config, and the digests of what it starts from.
 
     How it is divided among devices is left out: a run may go on with more or fewer of them.

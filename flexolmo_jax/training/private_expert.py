@@ -22,6 +22,7 @@ from flexolmo_jax.federation.package import check_name
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.privacy import mechanism
 from flexolmo_jax.privacy.accounting import calibrate, default_delta
+from flexolmo_jax.privacy.canaries import canaries_of_run, check_they_are_read, check_they_fit
 from flexolmo_jax.privacy.ledger import Ledger, Run, marked_run
 from flexolmo_jax.privacy.statement import make_statement
 from flexolmo_jax.training import private_rows
@@ -44,6 +45,7 @@ def train_private_expert(
     run: Path,
     ledger: Path,
     public: str | None = None,
+    canaries: int = 0,
     resume: bool = False,
 ) -> None:
     """Trains an expert with differential privacy and writes its package.
@@ -52,7 +54,8 @@ def train_private_expert(
       config: the stage's config; `data.batch_size` is the mean number of units in a batch.
       privacy: the owner's budget, and what it protects.
       ledger: the file that all private runs on this text are entered in.
-      anchor, data, name, out, run, public, resume: as in `train_expert`.
+      anchor, data, name, out, run, public, canaries, resume: as in `train_expert`. A canary that is
+        left out is a unit of nothing, so that the number of units does not tell of the coins.
 
     Raises:
       ValueError, FloatingPointError, Interrupted: as the parts say; the run would exceed the
@@ -79,11 +82,18 @@ def train_private_expert(
     loaded, tokenizer = anchor_to_train_beside(anchor)
     texts = list(public_text_of(loaded, public, anchor)) if config.gating == "alone" else []
     asked = {f"dp_{k}": v for k, v in dataclasses.asdict(privacy).items() if k not in NOT_THE_RUN}
+    asked["canaries"] = canaries or None
     wanted = describe_run(config, source=named_source(data), anchor=loaded.identity, **asked)
     check_run(run, wanted, resume)
-    units = prepare_units(data, config.data, tokenizer, run / "data", privacy.kind)
+    drawn = canaries_of_run(canaries, run)
+    extra, empty = (drawn.inserted, drawn.left_out) if drawn else ([], 0)
+    units = prepare_units(data, config.data, tokenizer, run / "data", privacy.kind, extra, empty)
     for line in units.report.lines():
         console.print(line, markup=False)
+    if drawn:
+        most = 1 if privacy.kind == "sequence" else privacy.windows
+        check_they_fit(drawn, tokenizer, config.data.length, most)
+        check_they_are_read(drawn, units.windows, tokenizer, config, units=len(units))
     book = Ledger(ledger)
     delta = privacy.delta or book.delta() or default_delta(len(units))
     if delta >= 1 / len(units):
@@ -120,6 +130,7 @@ def train_private_expert(
             "licence": config.licence,
             "contact": config.contact,
             "privacy": statement,
+            **(drawn.facts() if drawn else {}),
         }
         write_expert(out, finished, name, loaded, facts)
 

@@ -44,7 +44,7 @@ def texts_of(units, tokenizer):
     for number in range(len(units)):
         tokens = []
         for window in units.windows_of(number):
-            row = units._windows[int(window)]
+            row = units.windows[int(window)]
             real = row["tokens"][1:][row["segments"][1:] > 0]
             tokens += real.tolist()
         found.append(tokenizer.decode(tokens))

@@ -1,0 +1,116 @@
+"""The positive control of an extraction audit: a model that has learned its text by heart.
+
+A few of the owner's documents are read hundreds of times, without privacy, by a copy of the public
+feed-forward networks, which then answers alone. An audit that does not catch this model on these
+documents catches nothing, and a rate of 0 elsewhere means nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexolmo_jax import sharding
+from flexolmo_jax.config import DataConfig, ExpertTraining, OptimizerConfig
+from flexolmo_jax.data.loader import Batch
+from flexolmo_jax.federation.anchor import read_anchor
+from flexolmo_jax.model import FlexOlmo
+from flexolmo_jax.modeling.experts import join
+from flexolmo_jax.training.loop import (
+    Breakdown,
+    OrdinarySteps,
+    check_run,
+    describe_run,
+    record_run,
+    train,
+)
+from flexolmo_jax.training.step import ExpertAloneLoss, with_parts
+
+DOCUMENTS = 8
+MORE = 32  # tokens of a document beyond the length of a passage: so many places to start from
+PASSAGES = 100  # that are tried, at most
+CAUGHT = 0.5  # more of them must be extracted
+
+
+def control_config(length: int) -> ExpertTraining:
+    """How it is trained, on passages of so many tokens."""
+    return ExpertTraining(
+        data=DataConfig(batch_size=16, length=length, heldout=0.0),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=10),
+        steps=400,
+        checkpoint_every=100,
+    )
+
+
+def control_documents(documents: Sequence[Sequence[int]], length: int) -> list[Sequence[int]]:
+    """The beginnings of the first documents that are long enough; ids, without separators.
+
+    Raises:
+      ValueError: there is none.
+    """
+    long = [ids[: length + MORE] for ids in documents if len(ids) > length][:DOCUMENTS]
+    if not long:
+        raise ValueError(
+            f"--control needs documents of more than {length} tokens to learn by heart, and there "
+            "is none; give more --data"
+        )
+    return long
+
+
+def train_control(
+    anchor: Path, documents: Sequence[Sequence[int]], length: int, run: Path
+) -> FlexOlmo:
+    """The anchor, its feed-forward networks overfitted; goes on where it was killed.
+
+    Args:
+      anchor: an anchor package, or a Hugging Face directory of an OLMo 2 model.
+      documents: what to learn by heart (`control_documents`).
+      length: of passages, in tokens.
+      run: folder of the run.
+
+    Raises:
+      ValueError, FloatingPointError, Interrupted: as `train`.
+    """
+    config = control_config(length)
+    loaded = read_anchor(anchor)
+    wanted = describe_run(
+        config, anchor=loaded.identity, documents=[list(ids) for ids in documents]
+    )
+    check_run(run, wanted, resume=True)
+    record_run(run, wanted)
+    weights = loaded.weights
+    loss = ExpertAloneLoss(loaded.config, config.output_z_loss)
+    steps = _Crops("the control, which learns by heart", config, loss, documents)
+    router = weights.public.router
+    frozen = (sharding.place(weights, steps.mesh), router)
+    learned = train(steps, jax.tree.map(jnp.array, weights.public.feed_forward), frozen, run)
+    expert = join(with_parts(weights.public, learned, router))
+    return FlexOlmo(weights.backbone, expert, loaded.config, ("control",), loaded.tokenizer)
+
+
+class _Crops(OrdinarySteps):
+    """Steps on passages that begin at random places of documents."""
+
+    def __init__(self, title, config, loss, documents: Sequence[Sequence[int]]):
+        super().__init__(title, config, loss, source=None)
+        self.documents = documents
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        length = self.training.data.length
+        shape = (self.training.data.batch_size, length + 1)
+        for step in range(start, self.training.steps):
+            generator = np.random.default_rng([self.training.seed, step])
+            tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+            for row in range(len(tokens)):
+                ids = self.documents[generator.integers(len(self.documents))]
+                first = generator.integers(max(len(ids) - length, 1))
+                crop = ids[first : first + length + 1]
+                tokens[row, : len(crop)], segments[row, : len(crop)] = crop, 1
+            yield Batch.of(tokens, segments)
+
+    def breakdown(self, step: int, metrics: dict[str, float], run: Path) -> Breakdown | None:
+        if np.isfinite(metrics["loss"] + metrics["grad_norm"]):
+            return None  # near 0, a loss has spikes that mean nothing
+        return Breakdown("the loss or its gradient is not finite", "The audit has no control")

@@ -1,0 +1,66 @@
+"""Rates and areas with their intervals, at 95% confidence."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000  # for the interval of an area
+
+
+class Rate(NamedTuple):
+    """A share of independent trials, with the exact interval of Clopper and Pearson."""
+
+    count: int
+    of: int
+    rate: float
+    low: float
+    high: float
+
+    @classmethod
+    def of_counts(cls, count: int, of: int) -> "Rate":
+        found = stats.binomtest(count, of).proportion_ci(CONFIDENCE, method="exact")
+        return cls(count, of, count / of, float(found.low), float(found.high))
+
+    def __str__(self) -> str:
+        return f"{self.rate:.2%} ({self.low:.2%} to {self.high:.2%})"
+
+
+class Area(NamedTuple):
+    """Area under the ROC curve: how often a member scores above a non-member; 0.5 is chance."""
+
+    area: float
+    low: float
+    high: float
+
+    @classmethod
+    def of_scores(cls, members: Sequence[float], others: Sequence[float]) -> "Area":
+        """By ranks; ties count half. The interval is the bootstrap's, of both groups."""
+        members, others = (np.asarray(x, np.float64) for x in (members, others))
+        generator = np.random.default_rng(0)  # of the interval only
+        drawn = [
+            _area(generator.choice(members, len(members)), generator.choice(others, len(others)))
+            for _ in range(RESAMPLES)
+        ]
+        low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        return cls(_area(members, others), float(low), float(high))
+
+    def __str__(self) -> str:
+        return f"{self.area:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def _area(members: np.ndarray, others: np.ndarray) -> float:
+    ranks = stats.rankdata(np.concatenate([members, others]))[: len(members)]
+    above = ranks.sum() - len(members) * (len(members) + 1) / 2
+    return float(above / (len(members) * len(others)))
+
+
+def as_json(value: Any) -> Any:
+    """Named tuples as objects, in depth."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {key: as_json(one) for key, one in value._asdict().items()}
+    if isinstance(value, dict):
+        return {key: as_json(one) for key, one in value.items()}
+    return [as_json(one) for one in value] if isinstance(value, (list, tuple)) else value
