@@ -2,6 +2,7 @@
 
 import argparse
 
+from flexolmo_jax.config import MEMORY
 from flexolmo_jax.privacy.arguments import add_privacy_commands, add_training_arguments
 
 
@@ -88,6 +89,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--out", required=True, metavar="DIR")
     merge.add_argument("--active", type=int, metavar="A", help="experts a token may use (all)")
+    memory = merge.add_mutually_exclusive_group()
+    memory.add_argument(
+        "--memory", type=float, nargs=2, metavar=("DECAY", "WEIGHT"), default=MEMORY,
+        help="how the router counts a document's earlier tokens in (default: %(default)s)",
+    )  # fmt: skip
+    memory.add_argument(
+        "--no-memory", action="store_const", const=None, dest="memory",
+        help="route each token by itself, as in the paper and in Hugging Face's gate",
+    )  # fmt: skip
 
     experts = commands.add_parser("experts", help="list, add or remove a merged model's experts")
     actions = experts.add_subparsers(dest="action", required=True, metavar="ACTION")

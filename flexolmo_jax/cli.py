@@ -295,8 +295,12 @@ def _privacy_budget(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import merge
 
-    merge(args.anchor, args.experts, args.out, active_experts=args.active)
-    console.print(f"wrote {args.out}: public + {len(args.experts)} experts", markup=False)
+    memory = args.memory and tuple(args.memory)
+    merge(args.anchor, args.experts, args.out, active_experts=args.active, memory=memory)
+    remembering = f"router memory {memory[0]:g} {memory[1]:g}" if memory else "no router memory"
+    console.print(
+        f"wrote {args.out}: public + {len(args.experts)} experts, {remembering}", markup=False
+    )
 
 
 def _experts_list(args: argparse.Namespace) -> None:
