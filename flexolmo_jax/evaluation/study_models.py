@@ -97,7 +97,7 @@ def _write_package(folder: Path, name: str, expert: Experts, anchor: LoadedAncho
 def refit(
     anchor: Path,
     experts: Mapping[str, Experts],
-    texts: Path,
+    texts: Mapping[str, Path],
     training: ExpertTraining,
     folder: Path,
 ) -> None:
@@ -106,13 +106,13 @@ def refit(
     Args:
       anchor: that the experts stand beside.
       experts: by owner; their rows are replaced.
-      texts: as `write_texts` wrote them.
+      texts: folders of `write_texts` by owner.
       training: says how rows are fitted.
     """
     loaded = read_anchor(anchor)
     assert loaded.tokenizer is not None
     for name, expert in experts.items():
-        text = str(texts / f"{name}.train.jsonl")
+        text = str(texts[name] / "train.jsonl")
         source, _ = prepare(text, training.data, loaded.tokenizer, folder / "data")
         fitted = fit_rows(expert, loaded, source, loaded.public_text, training)
         forget(folder / name)

@@ -3,16 +3,14 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy import sparse
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
 from flexolmo_jax.data.domain_embedding import DOCUMENTS
-from flexolmo_jax.data.proxies import pick_proxies
 from flexolmo_jax.data.sources import Document, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import tokenized, windows
@@ -39,31 +37,31 @@ class Sequences(NamedTuple):
     document: np.ndarray
 
 
-def find_texts(config: StudyConfig) -> dict[str, str]:
-    """Sources by "DOMAIN.SPLIT".
+def find_texts(config: StudyConfig, domain: str) -> dict[str, str]:
+    """The sources of a domain by split.
 
     Raises:
       ValueError: a file is missing.
     """
     if config.texts == CORPUS:
-        return {f"{d}.{s}": f"corpus:{d}" for d in config.domains for s in SPLITS}
+        return {split: f"corpus:{domain}" for split in SPLITS}
     found = {}
-    for domain, split in itertools.product(config.domains, SPLITS):
+    for split in SPLITS:
         file = Path(config.texts) / domain / f"{split}.jsonl"
         if not file.is_file():
             raise ValueError(
                 f"{file}: missing; expected texts to be {CORPUS!r}, or a folder that `flexolmo "
                 "data flexmix` wrote: set it with --texts FOLDER"
             )
-        found[f"{domain}.{split}"] = str(file)
+        found[split] = str(file)
     return found
 
 
-def digest_of_texts(config: StudyConfig) -> str:
-    """Changes when a byte of any text does."""
+def digest_of_texts(config: StudyConfig, domain: str) -> str:
+    """Changes when a byte of any of its texts does."""
     digest = hashlib.sha256()
-    for name, source in sorted(find_texts(config).items()):
-        digest.update(name.encode())
+    for split, source in find_texts(config, domain).items():
+        digest.update(split.encode())
         if config.texts == CORPUS:
             for document in read_documents(source):
                 digest.update(canonical_digest([document.text, document.group]).encode())
@@ -73,27 +71,29 @@ def digest_of_texts(config: StudyConfig) -> str:
     return digest.hexdigest()
 
 
-def write_texts(config: StudyConfig, folder: Path) -> None:
-    """Writes DOMAIN.SPLIT.jsonl of every domain, and pool.jsonl, the training text of all.
+def write_texts(config: StudyConfig, domain: str, folder: Path) -> None:
+    """Writes train.jsonl, tuning.jsonl and test.jsonl of a domain.
 
-    Documents come in the order of their digests. An owner's training text is cut at
-    `owner_bytes`, and so is the public part of the pool.
+    Documents come in the order of their digests. An owner's training text is cut at `owner_bytes`.
     """
-    pool: list[Document] = []
-    for name, source in find_texts(config).items():
-        domain, split = name.split(".")
+    for split, source in find_texts(config, domain).items():
         documents = [d for d in read_documents(source) if _belongs(d, split, config)]
         documents.sort(key=lambda d: hashlib.sha256(d.text.encode()).digest())
         if not documents:
             raise ValueError(
                 f"{source}: no document is for {split}; give more, or hold out another share"
             )
-        if split == "train":
-            cut = list(_first_bytes(documents, config.owner_bytes))
-            pool += cut
-            documents = documents if domain == "public" else cut
-        _write_documents(folder / f"{name}.jsonl", documents)
-    _write_documents(folder / "pool.jsonl", pool)
+        if split == "train" and domain != "public":
+            documents = list(_first_bytes(documents, config.owner_bytes))
+        _write_documents(folder / f"{split}.jsonl", documents)
+
+
+def write_pool(texts: Mapping[str, Path], most: int, file: Path) -> None:
+    """Everybody's training text in one file, of each domain at most so many bytes."""
+    pool: list[Document] = []
+    for folder in texts.values():
+        pool += _first_bytes(read_documents(folder / "train.jsonl"), most)
+    _write_documents(file, pool)
 
 
 def _belongs(document: Document, split: str, config: StudyConfig) -> bool:
@@ -123,55 +123,45 @@ def _write_documents(file: Path, documents: Iterable[Document]) -> None:
     replace_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_texts(folder: Path, domain: str, split: str) -> list[str]:
-    """The texts of a file that `write_texts` wrote."""
-    return [d.text for d in read_documents(folder / f"{domain}.{split}.jsonl")]
+def training_texts(folder: Path) -> list[str]:
+    """The texts of a train.jsonl that `write_texts` wrote."""
+    return [d.text for d in read_documents(folder / "train.jsonl")]
 
 
-def write_tokenizer(texts: Path, vocab_size: int, folder: Path) -> None:
+def write_tokenizer(public: Path, vocab_size: int, folder: Path) -> None:
     """A BPE of the public training text, the same for all seeds."""
-    tokenizer = Tokenizer.train(read_texts(texts, "public", "train"), vocab_size)
+    tokenizer = Tokenizer.train(training_texts(public), vocab_size)
     replace_file(folder / TOKENIZER, tokenizer.json)
 
 
-def write_embeddings(texts: Path, domains: Sequence[str], folder: Path) -> None:
-    """DOMAIN.npy: what the paper takes from an embedding model, of each domain's documents.
+def write_embedding(own: Path, public: Path, file: Path) -> None:
+    """What the paper takes from an embedding model, of a domain's documents; a .npy file.
 
     Hashed words and word pairs, weighted by how rare they are in public text (TF-IDF): no
     download, and nothing of other owners is needed.
     """
     hashed = HashingVectorizer(n_features=4096, ngram_range=(1, 2), alternate_sign=False)
     rarity = TfidfTransformer(sublinear_tf=True)
-    rarity.fit(hashed.transform(read_texts(texts, "public", "train")[:DOCUMENTS]))
-    for domain in domains:
-        documents = read_texts(texts, domain, "train")[:DOCUMENTS]
-        mean = sparse.csr_matrix(rarity.transform(hashed.transform(documents))).mean(axis=0)
-        np.save(folder / f"{domain}.npy", np.asarray(mean, np.float32).reshape(-1))
+    rarity.fit(hashed.transform(training_texts(public)[:DOCUMENTS]))
+    weighted = rarity.transform(hashed.transform(training_texts(own)[:DOCUMENTS]))
+    np.save(file, np.asarray(weighted.mean(axis=0), np.float32).reshape(-1))
 
 
-def write_proxies(texts: Path, owners: Sequence[str], share: float, folder: Path) -> None:
-    """proxies/OWNER.jsonl, and as many other public documents: what router tuning reads."""
-    public = texts / "public.train.jsonl"
-    accuracy = {}
-    for owner in owners:
-        picked = pick_proxies(
-            str(texts / f"{owner}.train.jsonl"), str(public), folder / "proxies" / f"{owner}.jsonl",
-            share=share,
-        )  # fmt: skip
-        accuracy[owner] = picked.accuracy
-    documents = list(read_documents(public))
-    sample = documents[: max(1, round(share * len(documents)))]  # they come in no order
-    _write_documents(folder / "proxies" / "public.jsonl", sample)
-    replace_file(folder / "accuracy.json", json.dumps(accuracy, indent=1))
+def write_public_sample(public: Path, share: float, file: Path) -> None:
+    """Some public documents, which stand beside the proxies in router tuning."""
+    documents = list(read_documents(public / "train.jsonl"))  # they come in no order
+    _write_documents(file, documents[: max(1, round(share * len(documents)))])
 
 
-def write_sequences(config: StudyConfig, texts: Path, tokenizer: Tokenizer, file: Path) -> None:
+def write_sequences(
+    config: StudyConfig, texts: Mapping[str, Path], tokenizer: Tokenizer, file: Path
+) -> None:
     """All sequences to score, by "SPLIT.DOMAIN" and "SPLIT.mixed", into one .npz file."""
     sizes = token_sizes(tokenizer)
     found: dict[str, Sequences] = {}
     for split, count in (("tuning", config.tune_sequences), ("test", config.test_sequences)):
         for domain in config.domains:
-            documents = read_documents(texts / f"{domain}.{split}.jsonl")
+            documents = read_documents(texts[domain] / f"{split}.jsonl")
             made = _sequences(documents, tokenizer, sizes, config, count)
             found[f"{split}.{domain}"] = made
         mixed = config.mixed_sequences if split == "test" else -(-config.mixed_sequences // 2)
