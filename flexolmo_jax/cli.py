@@ -455,6 +455,22 @@ def _data_fetch(args: argparse.Namespace) -> None:
     _show_rows(rows, as_json=False)
 
 
+def _data_flexmix(args: argparse.Namespace) -> None:
+    from flexolmo_jax.data.flexmix_mini import make_flexmix
+
+    card = make_flexmix(Path(args.fetched), Path(args.out))
+    rows = [
+        {
+            "domain": name,
+            **{f"{split} bytes": one["bytes"] for split, one in entry["splits"].items()},
+            "near-duplicates": entry["near_duplicates"],
+        }
+        for name, entry in card["domains"].items()
+    ]
+    _show_rows(rows, as_json=False)
+    console.print(f"{args.out}/card.md says what is in it", markup=False)
+
+
 def _data_proxies(args: argparse.Namespace) -> None:
     from flexolmo_jax.data.proxies import pick_proxies
 
@@ -483,6 +499,7 @@ COMMANDS = {
     "study": _study,
     "generate": _generate,
     "data fetch": _data_fetch,
+    "data flexmix": _data_flexmix,
     "data proxies": _data_proxies,
 }
 

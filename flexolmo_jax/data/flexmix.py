@@ -120,13 +120,18 @@ def prepare(
 
 def build(make: Callable[[], Windows]) -> Windows:
     """A builder, with its windows on disk."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    tfds.disable_progress_bar()
 
     def work() -> Windows:
         builder = make()
-        with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
-            builder.download_and_prepare()
+        quietly_prepare(builder)
         return builder
 
     return in_turn(work)
+
+
+def quietly_prepare(builder: tfds.core.DatasetBuilder) -> None:
+    """Writes a dataset's files, unless they are there already."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
+        builder.download_and_prepare()
