@@ -138,7 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
     study.add_argument("--seeds", type=int, nargs="+", default=[0], help="to run now (0)")
     study.add_argument(
         "--resume", action="store_true",
-        help="DIR may be there: what was made from the same values is used, and stays in the report",
+        help="DIR may be there: what was made from the same values is used again",
     )  # fmt: skip
 
     generate = command(commands, "generate", "continue a prompt")

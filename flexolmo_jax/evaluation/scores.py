@@ -77,9 +77,9 @@ def tuning_score(scores: Scores, sequences: Mapping[str, Sequences]) -> float:
     values = {
         name: bits_per_byte(scores[name], one.sizes)
         for name, one in sequences.items()
-        if name.startswith("tuning.")
+        if name.startswith("tune.")
     }
-    mixed = values.pop(f"tuning.{MIXED}")
+    mixed = values.pop(f"tune.{MIXED}")
     return (float(np.mean(list(values.values()))) + mixed) / 2
 
 

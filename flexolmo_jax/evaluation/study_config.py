@@ -11,6 +11,8 @@ from flexolmo_jax.config import (
     RouterTraining,
 )
 
+Router = Literal["logistic", "lda"]  # ways that an owner fits its router rows
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyConfig:
@@ -37,7 +39,7 @@ class StudyConfig:
     document_windows: int = 4  # at most so many sequences are cut from one document
     prefix: int = 32  # tokens that BTM and prompt routing look at before they decide
     proxies: float = 0.03  # share of the public documents that each owner picks as proxies
-    routers: tuple[Literal["logistic", "lda"], ...] = ("logistic", "lda")  # ways to fit rows
+    routers: tuple[Router, ...] = ("logistic", "lda")  # compared
     memories: tuple[tuple[float, float], ...] = ((0.8, 0.3), (0.9, 0.2), (0.95, 0.2))  # tried
     active: tuple[int, ...] = (1, 2, 4)  # experts a token may use that are tried, beside all
     decays: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)  # of BTM's evidence, tried

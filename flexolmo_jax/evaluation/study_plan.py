@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from flexolmo_jax.evaluation import scores, study_models, study_texts
 from flexolmo_jax.evaluation.scores import load_scores, save_scores, tuning_score
 from flexolmo_jax.evaluation.stages import Stage
-from flexolmo_jax.evaluation.study_config import StudyConfig
+from flexolmo_jax.evaluation.study_config import Router, StudyConfig
 from flexolmo_jax.evaluation.study_models import PACKAGE, merged, routed, trained
 from flexolmo_jax.evaluation.study_shared import EMBEDDING, POOL, SCORES, SEQUENCES, Shared
 from flexolmo_jax.evaluation.study_texts import MIXED, TOKENIZER, read_sequences
@@ -67,21 +68,21 @@ class _Planner:
         self.experts = {name: self._expert(name) for name in owners}
         self.paper = {name: self._paper(name, "paper", True) for name in owners}
         self.plain = {name: self._paper(name, "plain", False) for name in owners}
-        rows = {config.expert.router: self._packages(self.experts)}
+        rows: dict[str, _Packages] = {config.expert.router: self._packages(self.experts)}
         rows |= {
             router: self._refitted("rows", router, self.anchor, self.experts, False)
             for router in config.routers
             if router not in rows
         }
         self.btx = self._btx()
-        btx_rows = {
+        btx_rows: dict[str, _Packages] = {
             router: self._refitted("btx_rows", router, self.btx, self.dense, True)
             for router in config.routers
         }
         apart = self._refitted("uncoordinated", config.expert.router, self.anchor, self.dense, True)
 
         anchor, btx = self._place(self.anchor), self.btx.folder / "btx" / "anchor"
-        self._score("anchor", [self.anchor], lambda _: load(anchor), splits=("tuning", "test"))
+        self._score("anchor", [self.anchor], partial(_load, anchor), splits=("tune", "heldout"))
         self._score_owners()
         soup = self._score_soups()
         ours = _Family(anchor, rows, self._choice("flexolmo", anchor, rows))
@@ -145,7 +146,12 @@ class _Planner:
         return _Packages(places, tuple(trainings.values()))
 
     def _refitted(
-        self, kind: str, router: str, anchor: Stage, experts: Mapping[str, Stage], are_dense: bool
+        self,
+        kind: str,
+        router: Router,
+        anchor: Stage,
+        experts: Mapping[str, Stage],
+        are_dense: bool,
     ) -> "_Packages":
         """Rows that owners fit alone, for experts that have others or none."""
         training = dataclasses.replace(self.config.expert_training(self.seed), router=router)
@@ -185,7 +191,7 @@ class _Planner:
         model: Callable[[Path], FlexOlmo],
         *,
         without: tuple[str, ...] = (),
-        splits: tuple[str, ...] = ("test",),
+        splits: tuple[str, ...] = ("heldout",),
         domains: Sequence[str] = (),
         **made_from: Any,
     ) -> None:
@@ -202,29 +208,16 @@ class _Planner:
         self.scored[name] = self.add(f"scores/{name}", needs, work, **made_from)
 
     def _score_owners(self) -> None:
-        anchor = self._place(self.anchor)
+        anchor, both = self._place(self.anchor), ("tune", "heldout")
         for name in self.config.owners:
-            dense, expert, paper = (
-                (stages[name], self._place(stages[name]))
-                for stages in (self.dense, self.experts, self.paper)
-            )
-            self._score(
-                f"dense.{name}", [dense[0]], lambda _, path=dense[1]: load(path),
-                splits=("tuning", "test"),
-            )  # fmt: skip
-
-            def pair(_: Path, path: Path) -> FlexOlmo:
-                return load(path, anchor=anchor)
-
-            self._score(f"expert.{name}", [expert[0]], lambda _, path=expert[1]: pair(_, path))
-            self._score(
-                f"alone.{name}", [expert[0]], lambda _, path=expert[1]: pair(_, path),
-                without=("public",), domains=(name,),
-            )  # fmt: skip
-            self._score(
-                f"paper_expert.{name}", [paper[0]], lambda _, path=paper[1]: pair(_, path),
-                domains=(name,),
-            )  # fmt: skip
+            dense, expert, paper = self.dense[name], self.experts[name], self.paper[name]
+            whole = partial(_load, self._place(dense))
+            pair = partial(_load, self._place(expert), anchor=anchor)
+            as_in_paper = partial(_load, self._place(paper), anchor=anchor)
+            self._score(f"dense.{name}", [dense], whole, splits=both)
+            self._score(f"expert.{name}", [expert], pair)
+            self._score(f"alone.{name}", [expert], pair, without=("public",), domains=(name,))
+            self._score(f"paper_expert.{name}", [paper], as_in_paper, domains=(name,))
 
     def _score_soups(self) -> Stage:
         """The uniform soup, and one whose weights are chosen; returns the stage that does."""
@@ -242,7 +235,7 @@ class _Planner:
 
         def choose(folder: Path) -> None:
             sequences = read_sequences(self.shared.sequences.folder / SEQUENCES)
-            names = [name for name in sequences if name.startswith("tuning.")]
+            names = [name for name in sequences if name.startswith("tune.")]
             own = np.array(
                 [tuning_score(load_scores(s.folder / SCORES), sequences) for s in scored]
             )
@@ -251,8 +244,8 @@ class _Planner:
                 weights = np.exp((own.min() - own) / temperature)
                 weights = (weights / weights.sum()).tolist()
                 found = tuning_score(scores.score(soup(weights), sequences, names), sequences)
-                tried.append({"temperature": temperature, "weights": weights, "tuning": found})
-            best = min(tried, key=lambda one: one["tuning"])
+                tried.append({"temperature": temperature, "weights": weights, "tune": found})
+            best = min(tried, key=lambda one: one["tune"])
             replace_file(folder / CHOICE, json.dumps({**best, "tried": tried}, indent=1))
 
         chosen = self.add(
@@ -271,7 +264,7 @@ class _Planner:
 
         def work(folder: Path) -> None:
             sequences = read_sequences(self.shared.sequences.folder / SEQUENCES)
-            names = [name for name in sequences if name.startswith("tuning.")]
+            names = [name for name in sequences if name.startswith("tune.")]
             models = {
                 router: load(merged(anchor, packages.paths, folder))
                 for router, packages in rows.items()
@@ -286,9 +279,9 @@ class _Planner:
                             active=option["active"], memory=_pair(option["memory"]),
                         )  # fmt: skip
                         found = tuning_score(scores.score(model, sequences, names), sequences)
-                        tried.append({**option, "tuning": found})
+                        tried.append({**option, "tune": found})
                 seen = [t for t in tried if {k: t[k] for k in options[0]} in options]
-                chosen = min(seen, key=lambda t: t["tuning"])
+                chosen = min(seen, key=lambda t: t["tune"])
                 return {k: chosen[k] for k in options[0]}
 
             choice = best([{"router": r, "memory": None, "active": None} for r in rows])
@@ -304,61 +297,40 @@ class _Planner:
 
     def _score_btx(self, btx: "_Family") -> None:
         uniform = [self.btx.folder / "btx" / name for name in self.config.owners]
-        self._score(
-            "btx_uniform", [self.btx], lambda folder: load(merged(btx.anchor, uniform, folder))
-        )
+        self._score("btx_uniform", [self.btx], partial(_merged, btx.anchor, uniform))
         for router, packages in btx.rows.items():
-            self._score(
-                f"btx_{router}", packages.needs,
-                lambda folder, p=packages: load(merged(btx.anchor, p.paths, folder)),
-            )  # fmt: skip
+            whole = partial(_merged, btx.anchor, packages.paths)
+            self._score(f"btx_{router}", packages.needs, whole)
         self._score("btx_best", btx.needs, btx.chosen)
 
     def _score_paper(self) -> None:
         anchor = self._place(self.anchor)
         paper, plain = self._packages(self.paper), self._packages(self.plain)
-
-        def model(folder: Path, packages: "_Packages", active: int | None) -> FlexOlmo:
-            return routed(load(merged(anchor, packages.paths, folder)), active=active)
-
         for k in (*self._actives(), None):
-            self._score(
-                f"paper_top{k or 'all'}", paper.needs,
-                lambda folder, k=k: model(folder, paper, k), active=k,
-            )  # fmt: skip
-        self._score(
-            "paper_without_bias", paper.needs,
-            lambda folder: study_models.without_bias(model(folder, paper, None)),
-        )  # fmt: skip
-        self._score("paper_plain", plain.needs, lambda folder: model(folder, plain, None))
+            whole = partial(_merged, anchor, paper.paths, active=k)
+            self._score(f"paper_top{k or 'all'}", paper.needs, whole, active=k)
+        no_bias = partial(_merged, anchor, paper.paths, bias=False)
+        self._score("paper_without_bias", paper.needs, no_bias)
+        self._score("paper_plain", plain.needs, partial(_merged, anchor, plain.paths))
 
     def _actives(self) -> list[int]:
         return [k for k in self.config.active if k <= len(self.config.owners)]
 
     def _score_ours(self, ours: "_Family", apart: "_Packages") -> None:
         for router, packages in ours.rows.items():
-            self._score(
-                f"flexolmo_{router}", packages.needs,
-                lambda folder, p=packages: load(merged(ours.anchor, p.paths, folder)),
-            )  # fmt: skip
+            whole = partial(_merged, ours.anchor, packages.paths)
+            self._score(f"flexolmo_{router}", packages.needs, whole)
         for k in (*self._actives(), None):
-            self._score(
-                f"flexolmo_top{k or 'all'}", ours.needs,
-                lambda folder, k=k: ours.chosen(folder, active=k), active=k,
-            )  # fmt: skip
-        self._score(
-            "flexolmo_without_bias", ours.needs,
-            lambda folder: study_models.without_bias(ours.chosen(folder)),
-        )  # fmt: skip
-        self._score(
-            "flexolmo_uncoordinated", [*ours.needs, *apart.needs],
-            lambda folder: ours.chosen(folder, packages=apart),
-        )  # fmt: skip
+            whole = partial(ours.chosen, active=k)
+            self._score(f"flexolmo_top{k or 'all'}", ours.needs, whole, active=k)
+        self._score("flexolmo_without_bias", ours.needs, ours.without_bias)
+        needs = dict.fromkeys((*ours.needs, *apart.needs))
+        self._score("flexolmo_uncoordinated", tuple(needs), partial(ours.chosen, packages=apart))
         for count in range(2, len(self.config.owners)):
+            names = self.config.owners[:count]
             self._score(
-                f"owners.{count}", ours.needs, lambda folder, n=count: ours.grown(folder, n),
-                owners=self.config.owners[:count],
-            )  # fmt: skip
+                f"owners.{count}", ours.needs, partial(ours.grown, count=count), owners=names
+            )
 
     def _score_tuned(self, ours: "_Family") -> None:
         paper = self._packages(self.paper)
@@ -378,11 +350,12 @@ class _Planner:
             needs = (*proxies.values(), *needs)
             return self.add(f"tuned/{name}", needs, work, training=_values(training))
 
-        paper_tuned = tuned(
-            "paper", paper.needs, lambda folder: merged(ours.anchor, paper.paths, folder)
+        whole = partial(merged, ours.anchor, paper.paths)
+        paper_tuned, ours_tuned = (
+            tuned("paper", paper.needs, whole),
+            tuned("flexolmo", ours.needs, ours.merged),
         )
-        self._score("paper_tuned", [paper_tuned], lambda _: load(self._place(paper_tuned)))
-        ours_tuned = tuned("flexolmo", ours.needs, ours.merged)
+        self._score("paper_tuned", [paper_tuned], partial(_load, self._place(paper_tuned)))
         self._score(
             "flexolmo_tuned", [ours_tuned, *ours.needs],
             lambda _: ours.as_chosen(load(self._place(ours_tuned))),
@@ -397,11 +370,8 @@ class _Planner:
             stage = self._train(
                 f"unrestricted/{times:g}x", [self.anchor, pool], train_jointly, training, **where
             )
-            place = self._place(stage)
-            self._score(
-                f"unrestricted_{times:g}x", [stage],
-                lambda _, place=place: _grouped(load(place / "merged")),
-            )  # fmt: skip
+            whole = partial(_load, self._place(stage) / "merged", expert_compute="grouped")
+            self._score(f"unrestricted_{times:g}x", [stage], whole)
 
     def _score_removal(self, ours: "_Family") -> None:
         for name in self.config.owners:
@@ -413,7 +383,7 @@ class _Planner:
             model = ours.chosen(folder)
             shares = {
                 domain: scores.routing_shares(
-                    model, study_texts.first(sequences[f"test.{domain}"], ROUTING_SEQUENCES)
+                    model, study_texts.first(sequences[f"heldout.{domain}"], ROUTING_SEQUENCES)
                 )
                 for domain in self.config.domains
             }
@@ -468,6 +438,10 @@ class _Family:
         paths = (packages or self.packages()).paths
         return self.as_chosen(load(merged(self.anchor, paths, folder)), **changes)
 
+    def without_bias(self, folder: Path) -> FlexOlmo:
+        """The chosen form without router biases."""
+        return study_models.without_bias(self.chosen(folder))
+
     def grown(self, folder: Path, count: int) -> FlexOlmo:
         """The chosen form of two owners, to which others are added later, one by one."""
         two, later = self.packages().paths[:2], self.packages().paths[2:count]
@@ -481,13 +455,26 @@ def _pair(memory: Sequence[float] | None) -> tuple[float, float] | None:
     return None if memory is None else (memory[0], memory[1])
 
 
-def _grouped(model: FlexOlmo) -> FlexOlmo:
-    """The model, computing no expert for tokens that do not use it."""
-    return dataclasses.replace(model, config=model.config.replace(expert_compute="grouped"))
+def _load(path: Path, _: Path, anchor: Path | None = None, **changes: Any) -> FlexOlmo:
+    """What is at a path, with changes of its config."""
+    model = load(path, anchor=anchor)
+    return dataclasses.replace(model, config=model.config.replace(**changes))
+
+
+def _merged(
+    anchor: Path,
+    packages: Sequence[Path],
+    folder: Path,
+    active: int | None = None,
+    bias: bool = True,
+) -> FlexOlmo:
+    """A merged model without memory, as in the paper."""
+    model = routed(load(merged(anchor, packages, folder)), active=active)
+    return model if bias else study_models.without_bias(model)
 
 
 def _values(training) -> dict[str, Any]:
-    """A training's values as JSON; files are those of needed stages, so their folders are left out."""
+    """A training's values as JSON, without the folders of stages that it needs."""
     values = json.loads(json.dumps(dataclasses.asdict(training)))
     for name in ("tokenizer", "domain_embedding"):
         if values.get(name):

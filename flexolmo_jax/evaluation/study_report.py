@@ -239,8 +239,8 @@ def removal(results: Results, columns: Sequence[str]) -> np.ndarray:
 def _page(results: Results, report: dict[str, Any]) -> list[str]:
     config = results.config
     seeds = ", ".join(map(str, report["seeds"]))
-    counts = report["sequences"]["test.public"]
-    mixed = report["sequences"][f"test.{MIXED}"]["sequences"]
+    counts = report["sequences"]["heldout.public"]
+    mixed = report["sequences"][f"heldout.{MIXED}"]["sequences"]
     expert_tokens = config.expert.steps * config.expert.data.batch_size * config.length
     anchor_tokens = config.anchor.steps * config.anchor.data.batch_size * config.length
     minutes = sum(sum(one.values()) for one in report["minutes"].values())

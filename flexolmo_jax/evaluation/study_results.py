@@ -76,7 +76,7 @@ class Results:
         }
 
     def _sequences(self, column: str) -> Sequences:
-        return self.sequences[f"test.{MIXED if column == AFTER else column}"]
+        return self.sequences[f"heldout.{MIXED if column == AFTER else column}"]
 
     def _mask(self, column: str) -> np.ndarray:
         sizes = self._sequences(column).sizes
@@ -95,7 +95,7 @@ class Results:
         """Nats of each document, by column."""
         out = {}
         for column in self.columns:
-            name = f"test.{MIXED if column == AFTER else column}"
+            name = f"heldout.{MIXED if column == AFTER else column}"
             if name in scores:
                 nats = np.where(self._masks[column] > 0, scores[name], 0.0).sum(axis=1)
                 out[column] = np.bincount(self._sequences(column).document, nats)
@@ -126,15 +126,15 @@ class Results:
             best = min(tried, key=lambda one: one[0])
             found[f"btm_decay_top{active}"] = best[2]
             choices[f"btm_top{active}"] = {
-                "decay": best[1], "tried": [{"decay": d, "tuning": t} for t, d, _ in tried]
+                "decay": best[1], "tried": [{"decay": d, "tune": t} for t, d, _ in tried]
             }  # fmt: skip
         found["prompt_routing"] = {
             name: baselines.follow(one, self.prompts[name], config.prefix)
             for name, one in nats.items()
         }
         found["oracle"] = {
-            f"test.{name}": found[f"expert.{name}" if name != "public" else "anchor"][
-                f"test.{name}"
+            f"heldout.{name}": found[f"expert.{name}" if name != "public" else "anchor"][
+                f"heldout.{name}"
             ]
             for name in config.domains
         }

@@ -17,7 +17,7 @@ from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.evaluation.study_config import StudyConfig
 from flexolmo_jax.federation.package import canonical_digest, replace_file
 
-SPLITS = ("train", "tuning", "test")
+SPLITS = ("train", "tune", "heldout")
 MIXED = "mixed"  # the name of sequences that change their domain, beside the domains'
 CORPUS = "corpus"
 TOKENIZER = "tokenizer.json"
@@ -72,7 +72,7 @@ def digest_of_texts(config: StudyConfig, domain: str) -> str:
 
 
 def write_texts(config: StudyConfig, domain: str, folder: Path) -> None:
-    """Writes train.jsonl, tuning.jsonl and test.jsonl of a domain.
+    """Writes train.jsonl, tune.jsonl and heldout.jsonl of a domain.
 
     Documents come in the order of their digests. An owner's training text is cut at `owner_bytes`.
     """
@@ -100,8 +100,8 @@ def _belongs(document: Document, split: str, config: StudyConfig) -> bool:
     if config.texts != CORPUS:
         return True
     if is_heldout(document, config.heldout / 3):
-        return split == "tuning"
-    return split == ("test" if is_heldout(document, config.heldout) else "train")
+        return split == "tune"
+    return split == ("heldout" if is_heldout(document, config.heldout) else "train")
 
 
 def _first_bytes(documents: Iterable[Document], most: int) -> Iterator[Document]:
@@ -159,12 +159,12 @@ def write_sequences(
     """All sequences to score, by "SPLIT.DOMAIN" and "SPLIT.mixed", into one .npz file."""
     sizes = token_sizes(tokenizer)
     found: dict[str, Sequences] = {}
-    for split, count in (("tuning", config.tune_sequences), ("test", config.test_sequences)):
+    for split, count in (("tune", config.tune_sequences), ("heldout", config.test_sequences)):
         for domain in config.domains:
             documents = read_documents(texts[domain] / f"{split}.jsonl")
             made = _sequences(documents, tokenizer, sizes, config, count)
             found[f"{split}.{domain}"] = made
-        mixed = config.mixed_sequences if split == "test" else -(-config.mixed_sequences // 2)
+        mixed = config.mixed_sequences if split == "heldout" else -(-config.mixed_sequences // 2)
         alone = {domain: found[f"{split}.{domain}"] for domain in config.domains}
         found[f"{split}.{MIXED}"] = _mixed(alone, sizes, mixed)
     arrays = {
@@ -202,7 +202,8 @@ def _sequences(
     count: int,
 ) -> Sequences:
     """The first sequences of each document, until there are `count`."""
-    tokens, predicted, owner = [], [], []
+    tokens: list[np.ndarray] = []
+    predicted, owner = [], []
     for number, ids in enumerate(tokenized(documents, tokenizer)):
         cut = windows([ids], config.length, tokenizer.separator)
         for window in itertools.islice(cut, config.document_windows):

@@ -45,11 +45,11 @@ def train_jointly(
     check_run(run, wanted, resume)
     source, _ = prepare(data, config.data, tokenizer, run / "data")
     record_run(run, wanted)
-    weights = jax.tree.map(jnp.asarray, loaded.weights)
+    weights = jax.tree.map(jnp.array, loaded.weights)
     experts = _upcycled(weights.public, config.model.num_experts, config.seed)
     loss = JointLoss(config.computing(config.model), config.output_z_loss, ROUTER_Z_LOSS)
     steps = OrdinarySteps("unrestricted", config, loss, source)
-    trained = train(steps, (jax.tree.map(jnp.array, weights.backbone), experts), None, run)
+    trained = train(steps, (weights.backbone, experts), None, run)
     _write(config, loaded, trained, out)
 
 
