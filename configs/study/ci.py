@@ -20,7 +20,7 @@ data = DataConfig(batch_size=16, length=64, heldout=0.0)
 
 config = StudyConfig(
     texts="corpus",
-    owners=("code", "math", "creative"),
+    owners=("code", "math", "educational", "creative"),
     anchor=AnchorTraining(
         model=ModelConfig(
             vocab_size=1024,
@@ -33,19 +33,19 @@ config = StudyConfig(
         ),
         data=data,
         optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=20, weight_decay=0.1),
-        steps=300,
+        steps=500,
         public_tokens=16_384,
     ),
     expert=ExpertTraining(
         data=data,
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=10),
-        steps=100,
+        steps=150,
         fit_tokens=16_384,
     ),
     router=RouterTraining(
         data=data,
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=5, weight_decay=0.1),
-        steps=20,
+        steps=30,
     ),
     dense_learning_rate=2e-3,
     unrestricted_learning_rate=2e-3,

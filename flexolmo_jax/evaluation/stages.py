@@ -2,10 +2,12 @@
 
 A stage's folder is named after its inputs and those of the stages it needs, never after code. So a
 changed value makes anew what depends on it and nothing else, going back to an old value finds the
-old result, and what was killed half way is taken up again.
+old result, and what was killed half way is taken up again. Several processes may work on the
+stages of one folder.
 """
 
 import dataclasses
+import fcntl
 import functools
 import json
 import shutil
@@ -56,7 +58,7 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """How long it took, all attempts but killed ones together."""
+        """How long it took, without attempts that were killed."""
         return json.loads((self.folder / DONE).read_text())["seconds"]
 
 
@@ -77,16 +79,23 @@ def run_stages(stages: Sequence[Stage]) -> None:
         passed = time.monotonic() - started
         title = f"[{number}/{len(waiting)}] {stage.name} (after {passed / 60:.1f} min)"
         console.print(title, markup=False, highlight=False)
-        begun = time.monotonic()
         stage.folder.mkdir(parents=True, exist_ok=True)
-        stage.work(stage.folder)
-        facts = {
-            "name": stage.name,
-            "made_from": stage.made_from,
-            "needs": [str(need.folder.relative_to(stage.root)) for need in stage.needs],
-            "seconds": round(time.monotonic() - begun, 2),
-        }
-        replace_file(stage.folder / DONE, json.dumps(facts, indent=1) + "\n")
+        with open(stage.folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it, for another seed
+            if not stage.is_done:
+                _run(stage)
+
+
+def _run(stage: Stage) -> None:
+    begun = time.monotonic()
+    stage.work(stage.folder)
+    facts = {
+        "name": stage.name,
+        "made_from": stage.made_from,
+        "needs": [str(need.folder.relative_to(stage.root)) for need in stage.needs],
+        "seconds": round(time.monotonic() - begun, 2),
+    }
+    replace_file(stage.folder / DONE, json.dumps(facts, indent=1) + "\n")
 
 
 def forget(folder: Path) -> None:

@@ -26,7 +26,8 @@ def change_map(
     axes.set_yticks(range(len(rows)), rows)
     axes.xaxis.tick_top()
     for (i, j), value in np.ndenumerate(change):
-        axes.text(j, i, f"{value:+.1%}", ha="center", va="center", fontsize=8)
+        colour = "white" if abs(value) > 0.15 else "black"
+        axes.text(j, i, f"{value:+.1%}", ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image, format="{x:+.0%}", label="change in bits per byte")
     figure.suptitle(title)
     figure.savefig(picture, dpi=130)
@@ -74,17 +75,20 @@ def curves(
     picture: Path,
     *,
     title: str,
-    label: str,
+    labels: tuple[str, str],
     level: Mapping[str, float],
+    shares: bool = False,
 ) -> None:
-    """Bits per byte over something that was varied.
+    """Bits per byte, or their change, over something that was varied.
 
     Args:
       ticks: what was tried.
       lines: by name: a mean and an error for each tick.
       picture: a .png file to write.
-      title, label: of the picture and of its x axis.
+      title: of the picture.
+      labels: of its x and y axes.
       level: by name: values to compare with, as dashed lines.
+      shares: the values are to be read as percentages.
     """
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -102,7 +106,9 @@ def curves(
     for number, (name, value) in enumerate(level.items()):
         axes.axhline(value, ls=("--", ":", "-.")[number % 3], color="grey", label=name)
     axes.set_xticks(range(len(ticks)), ticks)
-    axes.set(title=title, xlabel=label, ylabel="bits per byte (lower is better)")
+    axes.set(title=title, xlabel=labels[0], ylabel=labels[1])
+    if shares:
+        axes.yaxis.set_major_formatter("{x:+.0%}")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(picture, dpi=130)

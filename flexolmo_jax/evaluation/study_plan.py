@@ -99,7 +99,9 @@ class _Planner:
 
     # Training
 
-    def _train(self, name: str, needs: Sequence[Stage], train: Callable, training, **more) -> Stage:
+    def _train(
+        self, name: str, needs: Sequence[Stage], train: Callable, training: Any, /, **more: Any
+    ) -> Stage:
         return self.add(
             name, needs,
             lambda folder: trained(train, folder, config=training, **more),

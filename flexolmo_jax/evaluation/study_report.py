@@ -188,18 +188,23 @@ def _pictures(results: Results, routing: Mapping[str, np.ndarray], out: Path) ->
     ticks, lines = _top_k(results)
     study_pictures.curves(
         ticks, lines, out / "top_k.png", title="Mean over the owners' domains", level=level,
-        label="experts a token may use",
+        labels=("experts a token may use", "bits per byte (lower is better)"),
     )  # fmt: skip
     counts, names = _growth(config)
     study_pictures.curves(
         counts,
-        {
-            domain: [_point(results.value(name, domain)) for name in names]
-            for domain in config.domains
-        },
+        {domain: [_change(results, name, domain) for name in names] for domain in config.domains},
         out / "owners.png", title="Experts added one by one, in the order of the legend",
-        label="owners in the merged model", level={},
+        labels=("owners in the merged model", "change in bits per byte from the anchor"),
+        level={"no change": 0.0}, shares=True,
     )  # fmt: skip
+
+
+def _change(results: Results, method: str, column: str) -> tuple[float, float]:
+    """From the anchor, as a share; and its standard deviation over seeds."""
+    start = results.value("anchor", column).mean
+    value = results.value(method, column, minus="anchor")
+    return value.mean / start, value.spread / start
 
 
 def _point(value: Value) -> tuple[float, float]:
@@ -355,7 +360,7 @@ def _targets_table(targets: Sequence[dict[str, Any]]) -> list[str]:
         seeds = ", ".join(f"{seed:+.3f}" for seed in found["seeds"])
         numbers = f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
         rows.append([one["what"], numbers, seeds, one["reached"]])
-    return _table(["", "difference", "by seed", "lower"], rows)
+    return _table(["", "difference", "by seed", "FlexOlmo is lower"], rows)
 
 
 def _kept_table(results: Results, kept: Mapping[str, Mapping[str, float]]) -> list[str]:
