@@ -114,9 +114,9 @@ def make_flexmix(
         task = bars.add_task("", total=cap * len(domains))
         for number, domain in enumerate(domains):
             bars.update(task, description=domain, completed=cap * number)
-            rows = {_digest(row["text"]): row for row in _read(fetched / f"{domain}.jsonl")}
+            rows = sorted(_read(fetched / f"{domain}.jsonl"), key=_order)
             taken, repeated, size = [], 0, 0
-            for _, row in sorted(rows.items()):
+            for row in rows:
                 more = size + _size([row])
                 if more > cap:
                     continue
@@ -206,10 +206,10 @@ def describe(card: dict[str, Any]) -> str:
         "",
         f"Eight domains of real text, at most {card['cap'] / 1e6:g} MB each. `heldout` and `tune` "
         f"have {card['share']:.0%} of the bytes of each source, in whole groups: a book, an "
-        "article, a thread, a block of theorems is in one split. Near-duplicates (an estimated "
-        f"{card['near_duplicates']['alike']:.0%} of all runs of {card['near_duplicates']['words']} "
-        "words in common, MinHash) are in no two places of all the domains. `public` is broad: a "
-        "slice of every kind of text, from sources that no owner has.",
+        "article, a thread, a block of theorems is in one split. No document nearly repeats another, in "
+        f"any split of any domain: of the runs of {card['near_duplicates']['words']} words of two, "
+        f"less than {card['near_duplicates']['alike']:.0%} are in both, as MinHash estimates it. "
+        "`public` is broad: a slice of every kind of text, from sources that no owner has.",
         "",
         "The texts keep their owners' licences, named below; several may be used but not passed "
         "on, so these files stay on the machine that made them.",
@@ -305,6 +305,10 @@ def _size(rows: Iterable[Row]) -> int:
 
 def _source(row: Row) -> str:
     return row["source"].partition("/")[0]
+
+
+def _order(row: Row) -> tuple[bytes, str, str]:
+    return _digest(row["text"]), row["source"], row["group"]
 
 
 def _digest(text: str) -> bytes:

@@ -149,13 +149,12 @@ def test_a_layer_routes_by_what_is_remembered(model):
     routing, after = remember(logits, jnp.ones((2, 7), int), STRONG, jnp.zeros((4, 2)))
     np.testing.assert_allclose(past, after, atol=1e-6)
     plain = config.replace(memory=None)
-    shifted = layer
     expected, without, nothing = mix((layer,), x, allowed, plain)
     np.testing.assert_array_equal(logits, without)
     assert nothing is None and not np.allclose(out, expected)
     # By hand: the same mixture with the remembered logits put in the place of the rows' own.
     weights = jax.nn.softmax(routing, axis=0)
-    by_hand = shifted.feed_forward.add(jnp.zeros_like(x), x, weights)
+    by_hand = layer.feed_forward.add(jnp.zeros_like(x), x, weights)
     np.testing.assert_allclose(out, by_hand, atol=1e-5 * np.abs(by_hand).max())
 
 
