@@ -134,6 +134,18 @@ def make_parser() -> argparse.ArgumentParser:
         help="only the documents that training with this held-out share left out",
     )  # fmt: skip
 
+    study = command(
+        commands, "study", "FlexOlmo and every baseline on the same texts, over several seeds",
+        "Trains and compares all methods, stage by stage, and writes a report. " + note,
+    )  # fmt: skip
+    study.add_argument("config", help="a Python file that sets `config`, or ci or full")
+    study.add_argument("--out", required=True, metavar="DIR", help="stages, and the report")
+    study.add_argument("--seeds", type=int, nargs="+", default=[0], help="to run now (0)")
+    study.add_argument(
+        "--resume", action="store_true",
+        help="DIR may be there: what was made from the same values is used again",
+    )  # fmt: skip
+
     generate = command(commands, "generate", "continue a prompt")
     _model_arguments(generate)
     generate.add_argument("--prompt", required=True, metavar="TEXT", action="extend", nargs="+")

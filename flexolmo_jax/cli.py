@@ -35,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args([word for word in words if word != "--debug"])
     args.debug = "--debug" in words
     leave_libtpu_alone()
-    if args.command == "train":
+    if args.command in ("train", "study"):
         if arguments is None:
             _use_large_pages()
         keep_freed_memory()
-    if rest and args.command not in ("train", "plan"):
+    if rest and args.command not in ("train", "plan", "study"):
         parser.error(f"unknown argument {rest[0]}; see flexolmo {args.command} --help")
     args.overrides = rest
     warnings.showwarning = _show_warning
@@ -143,14 +143,15 @@ def _one_line(error: Exception) -> str:
     return text if isinstance(error, known) else f"{type(error).__name__}: {text}"
 
 
-def _config(args: argparse.Namespace, kind: type) -> Any:
-    """The config file's values, with what the command line changes."""
+def _config(args: argparse.Namespace, kind: type, folder: str = "") -> Any:
+    """The config file's values, with what the command line changes; ours are in CONFIGS/folder."""
     import tyro
 
-    from flexolmo_jax.config import load_config
+    from flexolmo_jax.config import CONFIGS, load_config
 
-    config = load_config(args.config, kind)
-    prog = " ".join(filter(None, ("flexolmo", args.command, args.stage, args.config)))
+    config = load_config(args.config, kind, CONFIGS / folder)
+    stage = getattr(args, "stage", None)
+    prog = " ".join(filter(None, ("flexolmo", args.command, stage, args.config)))
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -440,6 +441,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     _show_rows(rows, args.json)
 
 
+def _study(args: argparse.Namespace) -> None:
+    from flexolmo_jax.evaluation.study import run_study
+    from flexolmo_jax.evaluation.study_config import StudyConfig
+
+    config = _config(args, StudyConfig, "study")
+    run_study(config, Path(args.out), args.seeds, args.resume)
+    console.print(f"wrote {args.out}/report.md, report.json and pictures", markup=False)
+
+
 def _generate(args: argparse.Namespace) -> None:
     from flexolmo_jax.model import load
 
@@ -519,6 +529,7 @@ COMMANDS = {
     "experts remove": _experts_remove,
     "inspect": _inspect,
     "evaluate": _evaluate,
+    "study": _study,
     "generate": _generate,
     "data fetch": _data_fetch,
     "data flexmix": _data_flexmix,

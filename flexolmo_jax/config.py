@@ -323,21 +323,22 @@ class RouterTraining(Training):
     active_experts: int | None = None  # None: as the merged model says
 
 
-def load_config(path: str | Path, kind: type[Training]) -> Any:
+def load_config(path: str | Path, kind: type, folder: Path | None = None) -> Any:
     """Runs a config file and returns its `config`.
 
     Args:
       path: a Python file that sets `config`, or the name of one that comes with flexolmo_jax.
       kind: the class that `config` must be of.
+      folder: where those that come with flexolmo_jax are; default: CONFIGS.
 
     Raises:
       ValueError: the file is missing, fails, or holds a config of another stage.
     """
-    file = Path(path)
+    file, folder = Path(path), folder or CONFIGS
     if not file.is_file() and file.name == str(path):
-        file = CONFIGS / f"{file.stem}.py"
+        file = folder / f"{file.stem}.py"
     if not file.is_file():
-        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem != "__init__"))
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__"))
         raise ValueError(f"no config at {path}; give a Python file, or one of: {known}")
     try:
         values = runpy.run_path(str(file))

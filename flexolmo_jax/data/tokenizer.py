@@ -80,5 +80,9 @@ class Tokenizer:
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [[self.separator, *one.ids] for one in encoded]
 
+    def names(self) -> list[str]:
+        """Of all ids, in order; in a byte-level BPE each character of one stands for a byte."""
+        return [self._tokenizer.id_to_token(number) or "" for number in range(self.vocab_size)]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
