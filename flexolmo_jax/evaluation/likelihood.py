@@ -30,6 +30,9 @@ class Answer(NamedTuple):
     greedy: bool  # each of its tokens is the likeliest
 
 
+_Shape = tuple[int, int, int]  # of tokens; of the longest continuation; of queries of one row
+
+
 class _Row(NamedTuple):
     """What the network reads, and the queries that it answers."""
 
@@ -93,18 +96,20 @@ def likelihoods(
     return answers  # type: ignore[return-value]
 
 
-def _by_shape(queries: Sequence[Query], limit: int) -> list[tuple[tuple[int, int, int], list[_Row]]]:
+def _by_shape(
+    queries: Sequence[Query], limit: int
+) -> list[tuple[tuple[int, int, int], list[_Row]]]:
     """Rows by what they are filled up to, the longest first: (tokens, continuation, queries)."""
     rows: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(queries):
         if not context or not continuation or len(continuation) > limit:
             raise ValueError(
-                f"query {number}: expected a context and a continuation of 1 to {limit} tokens (the "
-                f"length that the model was made for), found {len(context)} and {len(continuation)}"
+                f"query {number}: expected a context, and a continuation of 1 to {limit} tokens "
+                f"(what the model was made for), found {len(context)} and {len(continuation)} tokens"
             )
         tokens = (*context[-limit:], *continuation)[-(limit + 1) : -1]
         rows.setdefault(tokens, []).append(number)
-    groups: dict[tuple[int, int, int], list[_Row]] = {}
+    groups: dict[_Shape, list[_Row]] = {}
     for tokens, numbers in rows.items():
         longest = max(len(queries[number].continuation) for number in numbers)
         length = min(at_least(len(tokens), 2, 32), limit)

@@ -85,7 +85,9 @@ SUITE = (
     PaperTask("Code4", "MBPP", "mbpp", "pass_at_1,none", 3, False, _CODE, _RUNS),
     PaperTask("Code4", "MBPP+", "mbpp_plus", "pass_at_1,none", 3, False, _CODE, _RUNS),
     PaperTask("Code4", "HumanEval", "humaneval", "pass@1,create_test", 0, False, _CODE, _RUNS),
-    PaperTask("Code4", "HumanEval+", "humaneval_plus", "pass@1,create_test", 0, False, _CODE, _RUNS),
+    PaperTask(
+        "Code4", "HumanEval+", "humaneval_plus", "pass@1,create_test", 0, False, _CODE, _RUNS
+    ),
 )  # fmt: skip
 COLUMNS = tuple(dict.fromkeys(task.column for task in SUITE))
 

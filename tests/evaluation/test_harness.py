@@ -86,7 +86,7 @@ TASKS = {
         metric_list: [{metric: exact_match, ignore_case: true}, {metric: bleu}]
     """,
 }
-DOCUMENTS = '''
+DOCUMENTS = """
 import datasets
 
 WORDS = "river theorem north ten minds open café nobody stays four".split()
@@ -104,7 +104,7 @@ def documents(**kwargs):
     ]
     made = datasets.Dataset.from_list(rows)
     return datasets.DatasetDict({"test": made.select(range(8)), "train": made.select(range(8, 12))})
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +162,7 @@ def theirs(folder):
 def test_answers_are_those_of_the_hugging_face_adapter(folder, theirs):
     ours = HarnessModel(load(folder))
     asked = instances("loglikelihood", *PAIRS)
-    for found, expected in zip(
-        ours.loglikelihood(asked), theirs.loglikelihood(asked), strict=True
-    ):
+    for found, expected in zip(ours.loglikelihood(asked), theirs.loglikelihood(asked), strict=True):
         assert found[0] == pytest.approx(expected[0], rel=1e-5, abs=1e-4)
         assert found[1] == expected[1]
     asked = instances("loglikelihood_rolling", *((text,) for text in TEXTS))

@@ -82,7 +82,7 @@ def test_an_expert_that_is_off_does_not_matter(model):
 def test_what_cannot_be_asked_is_refused(model):
     limit = model.config.max_length
     for query in (Query([], [1]), Query([1], []), Query([1], [2] * (limit + 1))):
-        with pytest.raises(ValueError, match=f"query 1: .* 1 to {limit} tokens"):
+        with pytest.raises(ValueError, match=f"query 1: expected .* 1 to {limit} tokens"):
             likelihoods(model, [Query([1], [2]), query])
     with pytest.raises(ValueError, match="must be below 512, .*; found 700"):
         likelihoods(model, [Query([1], [700])])
