@@ -46,7 +46,7 @@ def evaluate_harness(args: argparse.Namespace) -> None:
         whole = {**asked, "limit": args.limit, **found, "columns": columns, "not_run": missing}
         print(json.dumps(whole, indent=1, default=float))
         return
-    _show(names, found)
+    _show(found)
     if paper:
         _show_columns(columns, paper)
     for task in left_out:
@@ -57,33 +57,24 @@ def _runs_code(task: PaperTask) -> bool:
     return "--run-code" in task.needs
 
 
-def _show(names: Sequence[str], found: Mapping[str, Any]) -> None:
-    table = Table("task", "metric", "score", "standard error", "documents", "examples")
-    for name in names:
-        for task in _reported(name, found):
-            entry = found["results"][task]
-            for metric, value in entry.items():
-                short, _, kind = metric.partition(",")
-                if not kind or short.endswith("_stderr") or not isinstance(value, int | float):
-                    continue
-                error = entry.get(f"{short}_stderr,{kind}")
-                table.add_row(
-                    task,
-                    short if kind == "none" else f"{short} ({kind})",
-                    f"{value:.4f}",
-                    f"{error:.4f}" if isinstance(error, float) else "",
-                    f"{entry['sample_len']:,}",
-                    str(found["n-shot"].get(task, "")),
-                )
-    console.print(table)
-
-
-def _reported(name: str, found: Mapping[str, Any]) -> list[str]:
-    """The task or group itself; what a tag or a file stands for, all that is in no group."""
-    if name in found["results"]:
-        return [name]
+def _show(found: Mapping[str, Any]) -> None:
     inner = {task for tasks in found["group_subtasks"].values() for task in tasks}
-    return [task for task in found["results"] if task not in inner]
+    table = Table("task", "metric", "score", "standard error", "documents", "examples")
+    for name, entry in found["results"].items():
+        for metric, value in entry.items():
+            short, _, kind = metric.partition(",")
+            if name in inner or not kind or short.endswith("_stderr"):
+                continue
+            error = entry.get(f"{short}_stderr,{kind}")
+            table.add_row(
+                name,
+                short if kind == "none" else f"{short} ({kind})",
+                f"{value:.4f}",
+                f"{error:.4f}" if isinstance(error, float) else "",
+                f"{entry['sample_len']:,}",
+                str(found["n-shot"].get(name, "")),
+            )
+    console.print(table)
 
 
 def _show_columns(columns: Mapping[str, float | None], paper: Sequence[PaperTask]) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import logging
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -230,6 +231,8 @@ def evaluate_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     random.seed(SEED)  # as lm_eval.simple_evaluate does; then its results are the same
     np.random.seed(FEWSHOT_SEED)
+    if run_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks for it, too
     with _hub(download):
         loaded = load_tasks(tasks, data, shots)
         results = evaluate(

@@ -105,7 +105,7 @@ def _by_shape(
         if not context or not continuation or len(continuation) > limit:
             raise ValueError(
                 f"query {number}: expected a context, and a continuation of 1 to {limit} tokens "
-                f"(what the model was made for), found {len(context)} and {len(continuation)} tokens"
+                f"(what the model was made for), found {len(context)} and {len(continuation)}"
             )
         tokens = (*context[-limit:], *continuation)[-(limit + 1) : -1]
         rows.setdefault(tokens, []).append(number)

@@ -38,7 +38,7 @@ class PaperTask(NamedTuple):
 _CLOZE = "the harness scores the answers' texts, the paper a letter after all answers are listed"
 _EXACT = "exact match; the paper has F1"
 _CODE = "one greedy program; the paper samples 10 at temperature 0.8"
-_RUNS = "runs what the model writes (--run-code, and HF_ALLOW_CODE_EVAL=1 for its metric)"
+_RUNS = "--run-code: what the model writes is run on this machine"
 _BIOASQ = "its documents, for which BioASQ asks to register; a task file of your own"
 _JUDGE = "a judge (Llama-3.3-70B-Instruct, its own licence, about 140 GB); 5 samples, T = 0.8"
 
