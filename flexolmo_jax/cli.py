@@ -420,6 +420,17 @@ def _named_sources(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    for option, goes_with in (
+        ("heldout", "data"), ("task_data", "harness"), ("limit", "harness"), ("shots", "harness"),
+        ("download", "harness"), ("run_code", "harness"),
+    ):  # fmt: skip
+        if getattr(args, option) not in (None, False) and getattr(args, goes_with) is None:
+            raise ValueError(f"--{option.replace('_', '-')} is for --{goes_with}; leave it out")
+    if args.harness is not None:
+        from flexolmo_jax.evaluation.command import evaluate_harness
+
+        evaluate_harness(args)
+        return
     from flexolmo_jax.data.sources import Report
     from flexolmo_jax.evaluation.domains import bits_per_byte
     from flexolmo_jax.model import load
@@ -500,6 +511,15 @@ def _data_flexmix(args: argparse.Namespace) -> None:
     console.print(f"{args.out}/card.md says what is in it", markup=False)
 
 
+def _data_tasks(args: argparse.Namespace) -> None:
+    from flexolmo_jax.evaluation.task_data import fetch_task_data
+
+    rows = [
+        {"task": name, "documents": count} for name, count in fetch_task_data(args.folder).items()
+    ]
+    _show_rows(rows, as_json=False)
+
+
 def _data_proxies(args: argparse.Namespace) -> None:
     from flexolmo_jax.data.proxies import pick_proxies
 
@@ -533,6 +553,7 @@ COMMANDS = {
     "generate": _generate,
     "data fetch": _data_fetch,
     "data flexmix": _data_flexmix,
+    "data tasks": _data_tasks,
     "data proxies": _data_proxies,
 }
 

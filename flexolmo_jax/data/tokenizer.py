@@ -75,6 +75,10 @@ class Tokenizer:
         """Ids of a prompt, with whatever the tokenizer puts in front of one."""
         return self._tokenizer.encode(text).ids or [self.separator]
 
+    def encode(self, text: str, opened: bool) -> list[int]:
+        """Ids of a text as it is, or `opened` by what the tokenizer puts in front of a prompt."""
+        return self._tokenizer.encode(text, add_special_tokens=opened).ids
+
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of whole documents, each opened by the separator."""
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
