@@ -148,7 +148,7 @@ def make_flexmix(
 class Seen:
     """The documents that were taken, to be asked whether another is nearly one of them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         import datasketch  # of the extra `study`
 
         self._empty = datasketch.MinHash(PERMUTATIONS, hashfunc=zlib.crc32)
