@@ -36,7 +36,7 @@ class StudyConfig:
     tune_sequences: int = 48  # a domain
     test_sequences: int = 200  # a domain
     mixed_sequences: int = 200  # that change their domain in the middle; half as many for tuning
-    document_windows: int = 4  # at most so many sequences are cut from one document
+    document_windows: int = 3  # at most so many sequences are cut from one document
     prefix: int = 32  # tokens that BTM and prompt routing look at before they decide
     proxies: float = 0.03  # share of the public documents that each owner picks as proxies
     routers: tuple[Router, ...] = ("logistic", "lda")  # compared

@@ -29,7 +29,7 @@ class Sequences(NamedTuple):
     Attributes:
       tokens: int32 [N, S + 1]; the first S are read, the last S are predicted.
       sizes: int32 [N, S], bytes of each predicted token; 0 for padding and ends of documents.
-      document: int32 [N], which sequences are of one document.
+      document: int32 [N], which sequences are of one document, or of one group of them (a book).
     """
 
     tokens: np.ndarray
@@ -203,18 +203,20 @@ def _sequences(
 ) -> Sequences:
     """The first sequences of each document, until there are `count`."""
     tokens: list[np.ndarray] = []
-    predicted, owner = [], []
-    for number, ids in enumerate(tokenized(documents, tokenizer)):
+    predicted, group = [], []
+    numbers: dict[str, int] = {}
+    chosen, again = itertools.tee(documents)
+    for document, ids in zip(chosen, tokenized(again, tokenizer), strict=True):
         cut = windows([ids], config.length, tokenizer.separator)
         for window in itertools.islice(cut, config.document_windows):
             size = sizes[window.tokens[1:]] * (window.segments[1:] == 1)
             if len(tokens) < count and size.any():
                 tokens.append(window.tokens)
                 predicted.append(size)
-                owner.append(number)
+                group.append(numbers.setdefault(document.group, len(numbers)))
         if len(tokens) == count:
             break
-    return Sequences(np.stack(tokens), np.stack(predicted), np.asarray(owner, np.int32))
+    return Sequences(np.stack(tokens), np.stack(predicted), np.asarray(group, np.int32))
 
 
 def _mixed(alone: dict[str, Sequences], sizes: np.ndarray, count: int) -> Sequences:
