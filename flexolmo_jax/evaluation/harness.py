@@ -43,6 +43,7 @@ from flexolmo_jax.model import FlexOlmo
 ANSWER = 256  # tokens, where a task does not say; as in HFLM
 TOKENS = 8192  # of prompts and answers in a batch, about
 SEED, FEWSHOT_SEED = 0, 1234  # as in lm_eval.simple_evaluate
+BOOTSTRAP = 1000  # resamples, for the standard errors of what is not a mean
 MOST = 64  # prompts that are continued together
 
 
@@ -231,13 +232,15 @@ def evaluate_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     random.seed(SEED)  # as lm_eval.simple_evaluate does; then its results are the same
     np.random.seed(FEWSHOT_SEED)
+    os.environ["DISABLE_MULTIPROC"] = "1"  # it would fork beside JAX's threads
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks for it, too
-    with _hub(download):
+    with _hub(download), contextlib.redirect_stdout(sys.stderr):  # tasks may print
         loaded = load_tasks(tasks, data, shots)
         results = evaluate(
-            asked, loaded, limit=limit, log_samples=False, confirm_run_unsafe_code=run_code
-        )
+            asked, loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False,
+            confirm_run_unsafe_code=run_code,
+        )  # fmt: skip
     kept = ("results", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
     return {key: results[key] for key in kept}
 
