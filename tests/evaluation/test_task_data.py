@@ -5,14 +5,18 @@ import io
 import json
 import zipfile
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lm_eval.evaluator import evaluate
 
 from flexolmo_jax.data.fetch import Unavailable
 from flexolmo_jax.evaluation import task_data
-from flexolmo_jax.evaluation.harness import load_tasks
+from flexolmo_jax.evaluation.harness import evaluate_tasks, load_tasks
+from flexolmo_jax.evaluation.suite import chosen
 from flexolmo_jax.evaluation.task_data import MMLU, SOURCES, WITHOUT_QUESTION, fetch_task_data
+from flexolmo_jax.model import load
 
 CHOICES = {"text": ["sun", "moon", "sea"], "label": ["1", "2", "3"]}
 TABLES = {
@@ -119,6 +123,38 @@ def test_the_harness_reads_them(package, tmp_path):
     scored = list(tasks["hellaswag"].eval_docs)
     assert examples[0]["query"] == scored[0]["query"] == "Ice: A man melts. The ice"
     assert tasks["nq_open"].instances[0].args[0].count("who was it") == 2
+
+
+def test_scores_are_those_of_the_hugging_face_adapter(package, tmp_path, folder, theirs):
+    """Task by task."""
+    fetch_task_data(tmp_path / "data")
+    names = [*SOURCES, "mmlu"]
+    found = evaluate_tasks(load(folder), names, data=tmp_path / "data", shots=1)["results"]
+    expected = evaluate(theirs, load_tasks(names, tmp_path / "data", 1))["results"]
+    assert found == expected and set(names) < set(found)
+
+
+def test_columns_of_the_paper(package, tmp_path, world, flexolmo):
+    fetch_task_data(tmp_path / "data")
+    command = ("evaluate", "--model", world.merged, "--task-data", tmp_path / "data", "--shots", 1)
+    code, out, _ = flexolmo(*command, "--harness", "MC9", "NewsG", "Code4")
+    assert code == 0 and "winogrande" in out
+    assert "NewsG was not run; it needs a judge" in " ".join(out.split())
+    assert "HumanEval+ was not run; it needs --run-code" in " ".join(out.split())
+    code, out, _ = flexolmo(*command, "--harness", "MC9", "--limit", 1, "--json")
+    found = json.loads(out)
+    scores = [found["results"][task.task][task.metric] for task in chosen(["MC9"])]
+    assert code == 0 and found["columns"] == {"MC9": pytest.approx(100 * sum(scores) / 9)}
+    assert found["n-shot"]["piqa"] == 1 and found["n-samples"]["piqa"]["effective"] == 1
+
+
+def test_tasks_that_are_not_here_or_nowhere(world, refused):
+    command = ("evaluate", "--model", world.merged, "--harness")
+    said = refused(*command, "coqa")
+    assert "coqa: its documents are not on this machine" in said and "--download asks" in said
+    assert not datasets.config.HF_HUB_OFFLINE
+    said = refused(*command, "hellaswagg")
+    assert "no task of lm_eval is called 'hellaswagg'; close to it are hellaswag" in said
 
 
 def test_what_is_wrong_is_said(package, tmp_path, monkeypatch, refused):
