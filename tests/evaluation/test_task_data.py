@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import zipfile
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -171,7 +172,7 @@ def test_tasks_that_are_not_here_or_nowhere(world, refused):
 
 
 def test_what_is_wrong_is_said(package, tmp_path, monkeypatch, refused):
-    package = shutil.copy(package, tmp_path)
+    package = Path(shutil.copy(package, tmp_path))
     monkeypatch.setattr(task_data, "download", lambda *_: package)
     with pytest.raises(ValueError, match="no task's documents; `flexolmo data tasks"):
         load_tasks(["piqa"], tmp_path)
