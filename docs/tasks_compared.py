@@ -28,10 +28,10 @@ MAKE_GOLDEN = Path(__file__).parents[1] / "tests" / "interop" / "make_golden.py"
 PAGE = """\
 # Scores under two adapters
 
-`python docs/tasks_compared.py task_data --limit {limit} --few {few}`, {date}: a random FlexOlmo of four experts with FlexOlmo's
-own tokenizer, {limit} documents of each task ({few} of each of MMLU's 57 subjects), through
-lm-evaluation-harness's adapter for Hugging Face models (PyTorch, batches of 8) and through ours.
-Seconds are of a whole run, in which compiling takes most of ours.
+`python docs/tasks_compared.py task_data --limit {limit} --few {few}`, {date}: a random
+FlexOlmo of four experts with FlexOlmo's own tokenizer, {limit} documents of each task ({few} of each
+of MMLU's 57 subjects), through lm-evaluation-harness's adapter for Hugging Face models (PyTorch,
+batches of 8) and through ours. Seconds are of a whole run, compiling included.
 
 | task | metric | examples | documents | theirs | ours | theirs, s | ours, s |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
