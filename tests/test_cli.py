@@ -21,7 +21,8 @@ COMMANDS = [
     (), ("demo",), ("train",), ("train", "anchor"), ("train", "expert"), ("train", "router"),
     ("merge",), ("experts",), ("experts", "list"), ("experts", "add"), ("experts", "remove"),
     ("inspect",), ("evaluate",), ("generate",), ("data",), ("data", "fetch"), ("data", "flexmix"),
-    ("data", "proxies"),
+    ("data", "tasks"), ("data", "proxies"), ("study",), ("audit",), ("audit", "extraction"),
+    ("audit", "membership"), ("audit", "removal"), ("audit", "twin"),
 ]  # fmt: skip
 
 

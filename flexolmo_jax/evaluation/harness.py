@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 from rich.console import Console
@@ -40,9 +41,11 @@ import pyarrow.parquet as pq
 from flexolmo_jax.evaluation.likelihood import Query, at_least, likelihoods
 from flexolmo_jax.model import FlexOlmo
 
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what its own tasks leave open
 ANSWER = 256  # tokens, where a task does not say; as in HFLM
 TOKENS = 8192  # of prompts and answers in a batch, about
 SEED, FEWSHOT_SEED = 0, 1234  # as in lm_eval.simple_evaluate
+BOOTSTRAP = 1000  # resamples, for the standard errors of what is not a mean
 MOST = 64  # prompts that are continued together
 
 
@@ -228,16 +231,18 @@ def evaluate_tasks(
         `HarnessModel`.
     """
     asked = HarnessModel(model, without, only)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     random.seed(SEED)  # as lm_eval.simple_evaluate does; then its results are the same
     np.random.seed(FEWSHOT_SEED)
+    os.environ["DISABLE_MULTIPROC"] = "1"  # it would fork beside JAX's threads
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric asks for it, too
-    with _hub(download):
+    no_bars = mock.patch("lm_eval.api.task.tqdm", lambda documents, **_: documents)  # 57 for MMLU
+    with _hub(download), no_bars, contextlib.redirect_stdout(sys.stderr):  # tasks may print
         loaded = load_tasks(tasks, data, shots)
         results = evaluate(
-            asked, loaded, limit=limit, log_samples=False, confirm_run_unsafe_code=run_code
-        )
+            asked, loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False,
+            confirm_run_unsafe_code=run_code,
+        )  # fmt: skip
     kept = ("results", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better")
     return {key: results[key] for key in kept}
 
@@ -247,7 +252,7 @@ def load_tasks(
 ) -> dict[str, Any]:
     """Tasks with their documents, for `lm_eval.evaluator.evaluate`; arguments as in
     `evaluate_tasks`."""
-    manager = TaskManager()
+    manager = _manager(data)
     unknown = [n for n in names if n not in manager.task_index and not Path(n).is_file()]
     if unknown:
         close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=5, cutoff=0.5)
@@ -256,8 +261,6 @@ def load_tasks(
             + (f"; close to it are {', '.join(close)}" if close else "")
             + "; a YAML file of your own may be named too"
         )
-    if data is not None:
-        _use_task_data(manager, data)
     together: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
         try:
@@ -277,9 +280,16 @@ def load_tasks(
     return together
 
 
-def _use_task_data(manager: TaskManager, folder: Path) -> None:
-    """Makes the tasks whose documents are in a folder read them there."""
+@functools.cache
+def _manager(folder: Path | None) -> TaskManager:
+    """Of all the harness's tasks, which take seconds to list.
+
+    Those whose documents are in the folder read them there.
+    """
+    manager = TaskManager()
     index = manager.task_index
+    if folder is None:
+        return manager
     found = {path.name for path in folder.glob("*") if any(path.glob("*.parquet"))} & set(index)
     if not found:
         raise ValueError(f"{folder}: no task's documents; `flexolmo data tasks {folder}` gets some")
@@ -289,6 +299,7 @@ def _use_task_data(manager: TaskManager, folder: Path) -> None:
         if not (folder / name / "train.parquet").exists():
             config["training_split"] = None  # then examples are other documents of the scored split
         index[name] = dataclasses.replace(index[name], yaml_path=None, cfg=config)
+    return manager
 
 
 def _read(folder: Path, **options: Any) -> datasets.DatasetDict:

