@@ -102,6 +102,7 @@ class SourceWindows(tfds.core.GeneratorBasedBuilder):
 
 
 Windows = TypeVar("Windows", bound=SourceWindows)
+Builder = TypeVar("Builder", bound=tfds.core.DatasetBuilder)
 
 
 def prepare(
@@ -120,18 +121,14 @@ def prepare(
 
 def build(make: Callable[[], Windows]) -> Windows:
     """A builder, with its windows on disk."""
-
-    def work() -> Windows:
-        builder = make()
-        quietly_prepare(builder)
-        return builder
-
-    return in_turn(work)
+    return in_turn(lambda: prepared(make))
 
 
-def quietly_prepare(builder: tfds.core.DatasetBuilder) -> None:
-    """Writes a dataset's files, unless they are there already."""
+def prepared(make: Callable[[], Builder]) -> Builder:
+    """A builder, with its files on disk: written unless they are there already."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     tfds.disable_progress_bar()
+    builder = make()
     with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
         builder.download_and_prepare()
+    return builder

@@ -21,6 +21,7 @@ import importlib.util
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flexolmo_jax.data import fetch
 from flexolmo_jax.data.extract import Row
-from flexolmo_jax.data.flexmix import quietly_prepare
+from flexolmo_jax.data.flexmix import prepared
 from flexolmo_jax.federation.package import new_directory
 
 SPLITS = ("train", "tune", "heldout")
@@ -138,8 +139,7 @@ def make_flexmix(
         used = {name for entry in card["domains"].values() for name in entry["packages"]}
         card["packages"] = {name: about["packages"][name] for name in sorted(used)}
         for domain in fetch.DOMAINS:
-            builder = FlexmixMini(folder=folder, config=domain, data_dir=folder / "tfds")
-            quietly_prepare(builder)
+            prepared(partial(FlexmixMini, folder=folder, config=domain, data_dir=folder / "tfds"))
         (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         (folder / "card.md").write_text(describe(card), encoding="utf-8")
     return card
@@ -148,7 +148,7 @@ def make_flexmix(
 class Seen:
     """The documents that were taken, to be asked whether another is nearly one of them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         import datasketch  # of the extra `study`
 
         self._empty = datasketch.MinHash(PERMUTATIONS, hashfunc=zlib.crc32)
@@ -206,9 +206,10 @@ def describe(card: dict[str, Any]) -> str:
         "",
         f"Eight domains of real text, at most {card['cap'] / 1e6:g} MB each. `heldout` and `tune` "
         f"have {card['share']:.0%} of the bytes of each source, in whole groups: a book, an "
-        "article, a thread, a block of theorems is in one split. No document nearly repeats another, in "
-        f"any split of any domain: of the runs of {card['near_duplicates']['words']} words of two, "
-        f"less than {card['near_duplicates']['alike']:.0%} are in both, as MinHash estimates it. "
+        "article, a thread, a block of theorems is in one split. No document nearly repeats "
+        f"another, in any split of any domain: of the runs of {card['near_duplicates']['words']} "
+        f"words of two, less than {card['near_duplicates']['alike']:.0%} are in both, as MinHash "
+        "estimates it. "
         "`public` is broad: a slice of every kind of text, from sources that no owner has.",
         "",
         "The texts keep their owners' licences, named below; several may be used but not passed "
@@ -272,7 +273,8 @@ def _read(file: Path) -> Iterator[Row]:
 def _write_splits(folder: Path, divided: dict[str, list[Row]]) -> dict[str, Any]:
     """Writes the files of a domain; returns what the card says of them."""
     folder.mkdir()
-    splits, sources = {}, {}
+    splits: dict[str, Any] = {}
+    sources: dict[str, int] = {}
     for name, rows in divided.items():
         if not rows:
             raise ValueError(

@@ -176,23 +176,25 @@ def test_only_what_came_before_is_remembered(model):
     np.testing.assert_array_equal(np.asarray(strong.logits(changed))[:, :12], found[:, :12])
 
 
-@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[2:]], ids=["three", "one"])
-@pytest.mark.parametrize("active", [None, 2])
+@pytest.mark.parametrize(
+    ("prompts", "active"), [(PROMPTS, None), (PROMPTS[2:], 2)], ids=["three", "one, 2 of 4"]
+)
 def test_the_decode_state_is_that_of_the_whole_text(model, prompts, active):
     """Step by step, from stacks and unstacked: the tokens that one forward pass finds likeliest."""
     strong = remembering(model)
-    config = strong.config.replace(active_experts=active)
+    strong = dataclasses.replace(strong, config=strong.config.replace(active_experts=active))
     for unstacked in (None, strong._unstacked(len(prompts))):
         (found,) = decode.generate(
-            strong.backbone, strong.experts, unstacked, prompts, config, max_new_tokens=12,
+            strong.backbone, strong.experts, unstacked, prompts, strong.config,
+            max_new_tokens=12,
             allowed=np.ones((len(prompts), 4), bool), stop=None,
             sampling=Sampling(0.0, None, None), seed=0,
         )  # fmt: skip
         for prompt, new in zip(prompts, found, strict=True):
-            text = np.array([[*prompt, *new]])
-            out = forward(strong.backbone, (strong.experts,), text, config)
-            scores = strong.backbone.logits(out.hidden, config)[0, len(prompt) - 1 : -1]
-            assert new == np.argmax(scores, axis=-1).tolist()
+            text = np.zeros((1, 32), int)  # what comes later cannot be seen
+            text[0, : len(prompt) + len(new)] = [*prompt, *new]
+            likeliest = np.argmax(strong.logits(text)[0], axis=-1)
+            assert new == likeliest[len(prompt) - 1 :][: len(new)].tolist()
     without = remembering(model, None).generate(prompts, 12)
     assert active or found != without
 
@@ -228,7 +230,7 @@ def test_the_router_is_tuned_as_it_will_be_used(model):
     row = experts.router.row[...]
     slope = jax.jit(jax.grad(loss))(row)
     assert np.isfinite(slope).all() and slope[:, :4].any() and not slope[:, 4:].any()
-    step = 3e-2 * slope / jnp.linalg.norm(slope)
+    step = 1e-2 * slope / jnp.linalg.norm(slope)
     measured = (loss(row + step) - loss(row - step)) / (2 * jnp.linalg.norm(step))
     np.testing.assert_allclose(measured, jnp.linalg.norm(slope), rtol=2e-2)
 
