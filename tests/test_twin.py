@@ -14,7 +14,7 @@ def trial(world, tmp_path_factory):
     few = tmp_path_factory.mktemp("few") / "few.jsonl"
     few.write_text("".join(world.texts["math"].read_text().splitlines(keepends=True)[:20]))
     config = world.config_file("alone")
-    private = (config, "--dp-windows", "4", "--data.batch-size", "64", "--steps", "8")
+    private = (config, "--dp-windows", "8", "--data.batch-size", "64", "--steps", "8")
     twin = (
         config, "--steps", "1500", "--data.batch-size", "16", "--optimizer.learning-rate", "1e-2",
         "--checkpoint-every", "1500", "--log-every", "100",

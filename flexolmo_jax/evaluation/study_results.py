@@ -97,7 +97,8 @@ class Results:
         for column in self.columns:
             name = f"heldout.{MIXED if column == AFTER else column}"
             if name in scores:
-                nats = np.where(self._masks[column] > 0, scores[name], 0.0).sum(axis=1)
+                kept = np.where(self._masks[column] > 0, scores[name], 0.0)
+                nats = kept.sum(axis=1, dtype=np.float64)
                 out[column] = np.bincount(self._sequences(column).document, nats)
         return out
 

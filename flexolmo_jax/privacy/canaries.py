@@ -9,7 +9,6 @@ the package's manifest holds how many there are, and a digest that binds the own
 import json
 import math
 import secrets
-import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from flexolmo_jax.federation.package import canonical_digest, replace_file
 
 FILE = "canaries.json"  # in the run folder
 FORMAT = 1
-WORDS, LETTERS = 16, 5  # of a canary: 80 random letters, 376 bits
+WORDS = 64  # of a canary
 
 
 class Canary(NamedTuple):
@@ -42,9 +41,21 @@ class Canaries:
         self.candidates = tuple(candidates)
 
     @classmethod
-    def draw(cls, count: int) -> "Canaries":
-        """2 * count candidates, of which each is put in with probability 1/2, on its own."""
-        return cls([Canary(_text(), bool(secrets.randbits(1))) for _ in range(2 * count)])
+    def draw(cls, count: int, tokenizer: Tokenizer) -> "Canaries":
+        """2 * count candidates, of which each is put in with probability 1/2, on its own.
+
+        A text is of random pieces of the vocabulary, all equally likely: no text is harder to
+        guess, and none leaves more of a trace where it is learned.
+        """
+        every = (tokenizer.decode([token]).strip() for token in range(tokenizer.vocab_size))
+        words = sorted(
+            {word for word in every if word.isprintable() and word and "\ufffd" not in word}
+        )
+
+        def text() -> str:
+            return " ".join(secrets.choice(words) for _ in range(WORDS))
+
+        return cls([Canary(text(), bool(secrets.randbits(1))) for _ in range(2 * count)])
 
     @classmethod
     def read(cls, run: Path) -> "Canaries":
@@ -105,12 +116,13 @@ class Canaries:
         return list(tokenized((Document(c.text, c.text) for c in self.candidates), tokenizer))
 
 
-def canaries_of_run(count: int, run: Path) -> Canaries | None:
+def canaries_of_run(count: int, run: Path, tokenizer: Tokenizer) -> Canaries | None:
     """The canaries of a run that starts or goes on, drawn if it has none yet.
 
     Args:
       count: N of --canaries; 2N candidates. 0: no canaries.
       run: its folder.
+      tokenizer: of the anchor.
 
     Raises:
       ValueError: count is negative, or the run has others.
@@ -122,7 +134,7 @@ def canaries_of_run(count: int, run: Path) -> Canaries | None:
 
     def find() -> Canaries:
         if not (run / FILE).exists():
-            Canaries.draw(count).write(run)
+            Canaries.draw(count, tokenizer).write(run)
         return Canaries.read(run)
 
     found = in_turn(find)
@@ -193,9 +205,3 @@ def _holds(stream: np.ndarray, ids: Sequence[int]) -> bool:
     wanted = np.asarray(ids, stream.dtype)
     starts = np.flatnonzero(stream[: len(stream) - len(wanted) + 1] == wanted[0])
     return any(np.array_equal(stream[s : s + len(wanted)], wanted) for s in starts)
-
-
-def _text() -> str:
-    letters = (secrets.choice(string.ascii_lowercase) for _ in range(WORDS * LETTERS))
-    flat = "".join(letters)
-    return " ".join(flat[start : start + LETTERS] for start in range(0, len(flat), LETTERS))

@@ -16,6 +16,7 @@ from flexolmo_jax import sharding
 from flexolmo_jax.config import DataConfig, ExpertTraining, OptimizerConfig
 from flexolmo_jax.data.loader import Batch
 from flexolmo_jax.federation.anchor import read_anchor
+from flexolmo_jax.federation.package import canonical_digest
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.modeling.experts import join
 from flexolmo_jax.training.loop import (
@@ -75,9 +76,8 @@ def train_control(
     """
     config = control_config(length)
     loaded = read_anchor(anchor)
-    wanted = describe_run(
-        config, anchor=loaded.identity, documents=[list(ids) for ids in documents]
-    )
+    digest = canonical_digest([list(ids) for ids in documents])
+    wanted = describe_run(config, anchor=loaded.identity, documents=digest)
     check_run(run, wanted, resume=True)
     record_run(run, wanted)
     weights = loaded.weights

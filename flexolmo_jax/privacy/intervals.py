@@ -1,6 +1,5 @@
 """Rates and areas with their intervals, at 95% confidence."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,16 +12,16 @@ RESAMPLES = 2000  # for the interval of an area
 class Rate(NamedTuple):
     """A share of independent trials, with the exact interval of Clopper and Pearson."""
 
-    count: int
+    hits: int
     of: int
     rate: float
     low: float
     high: float
 
     @classmethod
-    def of_counts(cls, count: int, of: int) -> "Rate":
-        found = stats.binomtest(count, of).proportion_ci(CONFIDENCE, method="exact")
-        return cls(count, of, count / of, float(found.low), float(found.high))
+    def of_counts(cls, hits: int, of: int) -> "Rate":
+        found = stats.binomtest(hits, of).proportion_ci(CONFIDENCE, method="exact")
+        return cls(hits, of, hits / of, float(found.low), float(found.high))
 
     def __str__(self) -> str:
         return f"{self.rate:.2%} ({self.low:.2%} to {self.high:.2%})"
@@ -36,9 +35,8 @@ class Area(NamedTuple):
     high: float
 
     @classmethod
-    def of_scores(cls, members: Sequence[float], others: Sequence[float]) -> "Area":
+    def of_scores(cls, members: np.ndarray, others: np.ndarray) -> "Area":
         """By ranks; ties count half. The interval is the bootstrap's, of both groups."""
-        members, others = (np.asarray(x, np.float64) for x in (members, others))
         generator = np.random.default_rng(0)  # of the interval only
         drawn = [
             _area(generator.choice(members, len(members)), generator.choice(others, len(others)))

@@ -69,7 +69,7 @@ def train_expert(
         config, source=named_source(data), anchor=loaded.identity, canaries=canaries or None
     )
     check_run(run, wanted, resume)
-    drawn = canaries_of_run(canaries, run)
+    drawn = canaries_of_run(canaries, run, tokenizer)
     extra = drawn.inserted if drawn else []
     source, report = prepare(data, config.data, tokenizer, run / "data", extra)
     for line in report.lines():

@@ -85,7 +85,7 @@ def train_private_expert(
     asked["canaries"] = canaries or None
     wanted = describe_run(config, source=named_source(data), anchor=loaded.identity, **asked)
     check_run(run, wanted, resume)
-    drawn = canaries_of_run(canaries, run)
+    drawn = canaries_of_run(canaries, run, tokenizer)
     extra, empty = (drawn.inserted, drawn.left_out) if drawn else ([], 0)
     units = prepare_units(data, config.data, tokenizer, run / "data", privacy.kind, extra, empty)
     for line in units.report.lines():

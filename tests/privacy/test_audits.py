@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.cli import main
+from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.federation.package import read_manifest, write_manifest
 from flexolmo_jax.model import load
@@ -141,7 +142,7 @@ def test_an_expert_that_is_left_is_found(audited, world, monkeypatch, tmp_path, 
 
 def refusals(world, audited, folder):
     package, anchor, run = audited / "out", world.anchor, audited / "run"
-    Canaries.draw(3).write(folder / "others")
+    Canaries.draw(3, read_anchor(anchor).tokenizer).write(folder / "others")
     (folder / "empty").mkdir()
     member = ["audit", "membership", "--anchor", anchor]
     left = ["audit", "removal", "--model", audited / "merged", "--expert"]

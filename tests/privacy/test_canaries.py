@@ -49,18 +49,20 @@ def holds(stream: np.ndarray, ids) -> bool:
     )
 
 
-def test_texts_are_random_and_coins_fair():
-    one, other = Canaries.draw(500), Canaries.draw(500)
+def test_texts_are_random_and_coins_fair(tokenizer):
+    one, other = Canaries.draw(500, tokenizer), Canaries.draw(500, tokenizer)
     texts = {c.text for c in (*one.candidates, *other.candidates)}
-    assert len(texts) == 2000 and all(len(text) == 16 * 5 + 15 for text in texts)
+    assert len(texts) == 2000 and all(len(text.split(" ")) == 64 for text in texts)
+    words = {word for text in texts for word in text.split(" ")}
+    assert len(words) > tokenizer.vocab_size / 4
     coins = np.array([c.inserted for c in one.candidates])
     assert 400 < coins.sum() < 600  # 6 standard deviations
     assert coins.tolist() != [c.inserted for c in other.candidates]
     assert len(one.inserted) + one.left_out == 1000
 
 
-def test_the_commitment_binds_to_texts_coins_and_their_order():
-    drawn = Canaries.draw(2)
+def test_the_commitment_binds_to_texts_coins_and_their_order(tokenizer):
+    drawn = Canaries.draw(2, tokenizer)
     first, *rest = drawn.candidates
     others = [
         [Canary(first.text, not first.inserted), *rest],
@@ -99,7 +101,7 @@ def test_those_that_were_put_in_are_trained_on_and_no_others(trained, world, tok
 
 @pytest.mark.parametrize("kind", ["document", "group", "sequence"])
 def test_of_private_units_one_left_out_is_a_unit_of_nothing(world, tokenizer, tmp_path, kind):
-    canaries = Canaries.draw(COUNT)
+    canaries = Canaries.draw(COUNT, tokenizer)
     data = world.config("alone", data=world.config("alone").data).data
     source = world.texts["math"]
     rows = [json.loads(line) for line in source.open()]
@@ -129,7 +131,7 @@ def test_of_private_units_one_left_out_is_a_unit_of_nothing(world, tokenizer, tm
 
 def test_a_private_run_has_them_too(world, tmp_path, flexolmo):
     words = training(
-        world, tmp_path, "--dp-epsilon", 8, "--dp-windows", 4, "--data.batch-size", 16, "--steps", 6
+        world, tmp_path, "--dp-epsilon", 8, "--dp-windows", 8, "--data.batch-size", 16, "--steps", 6
     )
     code, _, error = flexolmo(*words)
     assert code == 0, error
@@ -152,7 +154,7 @@ REFUSED = {
         ["--dp-epsilon", 8, "--dp-unit", "sequence"], "windows of 32 tokens, and this run protects"
     ),
     "too few private steps": (
-        ["--dp-epsilon", 8, "--dp-windows", 4, "--steps", 2], "fewer than the"
+        ["--dp-epsilon", 8, "--dp-windows", 8, "--steps", 2], "fewer than the"
     ),
 }  # fmt: skip
 

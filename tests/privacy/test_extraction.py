@@ -168,8 +168,8 @@ def test_the_report_counts():
     ]
     made = extraction.report(found, protocol, 2.0)
     assert (made["prefixes"], made["documents"], made["attempts"]) == (4, 3, 40)
-    assert made["extracted"].count == 2 and made["continuation"].count == 1
-    counts = {(r["samples"], r["chance"]): r["rate"].count for r in made["discoverable"]}
+    assert made["extracted"].hits == 2 and made["continuation"].hits == 1
+    counts = {(r["samples"], r["chance"]): r["rate"].hits for r in made["discoverable"]}
     # 1 - 0.95^10 is 0.40, and 1 - 0.95^100 is 0.994
     assert [counts[1, p] for p in (0.1, 0.5, 0.9)] == [1, 1, 0]
     assert [counts[10, p] for p in (0.1, 0.5, 0.9)] == [2, 1, 1]

@@ -72,8 +72,8 @@ def of(members, controls):
 def test_members_are_counted_at_a_rate_of_false_alarms():
     found = of(np.arange(50, 250), np.arange(200))
     one, tenth = found.caught
-    assert (one.false_alarms.count, one.members.count) == (2, 52)  # above 197
-    assert (tenth.false_alarms.count, tenth.members.count) == (0, 50)  # above 199
+    assert (one.false_alarms.hits, one.members.hits) == (2, 52)  # above 197
+    assert (tenth.false_alarms.hits, tenth.members.hits) == (0, 50)  # above 199
     assert one.members.of == one.false_alarms.of == 200
     assert found.area.area == pytest.approx(1 - 0.5 * (150 / 200) ** 2, abs=0.003)
 
