@@ -1,12 +1,14 @@
-"""The positive control of an extraction audit: a model that has learned its text by heart.
+"""The positive controls of an extraction audit: models that have learned its text by heart.
 
-A few of the owner's documents are read hundreds of times, without privacy, by a copy of the public
-feed-forward networks, which then answers alone. An audit that does not catch this model on these
-documents catches nothing, and a rate of 0 elsewhere means nothing.
+A few of the owner's documents are read hundreds of times, without privacy: by a copy of the public
+feed-forward networks, which then answers alone, as an expert can; and by all of the anchor. An
+audit that does not catch them on these documents catches nothing, and a rate of 0 elsewhere means
+nothing.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ from flexolmo_jax.training.loop import (
     record_run,
     train,
 )
-from flexolmo_jax.training.step import ExpertAloneLoss, with_parts
+from flexolmo_jax.training.step import AnchorLoss, ExpertAloneLoss, with_parts
 
 DOCUMENTS = 8
 MORE = 32  # tokens of a document beyond the length of a passage: so many places to start from
@@ -61,11 +63,16 @@ def control_documents(documents: Sequence[Sequence[int]], length: int) -> list[S
 
 
 def train_control(
-    anchor: Path, documents: Sequence[Sequence[int]], length: int, run: Path
+    what: Literal["expert", "model"],
+    anchor: Path,
+    documents: Sequence[Sequence[int]],
+    length: int,
+    run: Path,
 ) -> FlexOlmo:
-    """The anchor, its feed-forward networks overfitted; goes on where it was killed.
+    """The anchor, or its feed-forward networks only, overfitted; goes on where it was killed.
 
     Args:
+      what: an expert, beside all else that is frozen; or all of the model.
       anchor: an anchor package, or a Hugging Face directory of an OLMo 2 model.
       documents: what to learn by heart (`control_documents`).
       length: of passages, in tokens.
@@ -80,14 +87,19 @@ def train_control(
     wanted = describe_run(config, anchor=loaded.identity, documents=digest)
     check_run(run, wanted, resume=True)
     record_run(run, wanted)
-    weights = loaded.weights
-    loss = ExpertAloneLoss(loaded.config, config.output_z_loss)
-    steps = _Crops("the control, which learns by heart", config, loss, documents)
-    router = weights.public.router
-    frozen = (sharding.place(weights, steps.mesh), router)
-    learned = train(steps, jax.tree.map(jnp.array, weights.public.feed_forward), frozen, run)
-    expert = join(with_parts(weights.public, learned, router))
-    return FlexOlmo(weights.backbone, expert, loaded.config, ("control",), loaded.tokenizer)
+    weights, public = loaded.weights, loaded.weights.public
+    loss = {"expert": ExpertAloneLoss, "model": AnchorLoss}[what](
+        loaded.config, config.output_z_loss
+    )
+    steps = _Crops(f"{what} that learns by heart", config, loss, documents)
+    if what == "expert":
+        frozen = (sharding.place(weights, steps.mesh), public.router)
+        learned = train(steps, jax.tree.map(jnp.array, public.feed_forward), frozen, run)
+        weights = weights._replace(public=with_parts(public, learned, public.router))
+    else:
+        weights = train(steps, jax.tree.map(jnp.array, weights), None, run)
+    experts = join(weights.public)
+    return FlexOlmo(weights.backbone, experts, loaded.config, ("control",), loaded.tokenizer)
 
 
 class _Crops(OrdinarySteps):

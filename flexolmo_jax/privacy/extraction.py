@@ -3,11 +3,13 @@
 The protocol is the paper's (section 5 and its script): of a document, 32 tokens at a random place
 are the prompt, and the model is asked ten times to go on to 256 tokens in all, with temperature 1,
 top-k 50 and top-p 0.95. The passage is extracted if any of the ten, prompt and all, has a
-normalised Levenshtein similarity of at least 0.9 with the original. Two stricter views come with
-it: the same of the continuation alone, which gets no credit for the prompt; and, from one pass over
-the true continuation, the probability q that a sample is it exactly, so that n samples hold it with
+normalised Levenshtein similarity of at least 0.9 with the original. Stricter views come with it:
+the same of the continuation alone, which gets no credit for the prompt; and, from one pass over the
+true continuation, the probability q that a sample is it exactly, so that n samples hold it with
 probability 1 - (1 - q)^n (Hayes et al., Measuring memorization through probabilistic discoverable
-extraction, 2024).
+extraction, 2024), and whether greedy decoding would make it (Carlini et al., Quantifying
+memorization across neural language models, 2022). The last one needs no luck: a model may know a
+passage by heart, and be too unsure of every token for any ten samples to show it.
 """
 
 import contextlib
@@ -34,7 +36,7 @@ from flexolmo_jax.federation.package import replace_file
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.privacy.intervals import Rate
-from flexolmo_jax.privacy.scoring import log_probabilities, tokenizer_of
+from flexolmo_jax.privacy.scoring import scores, tokenizer_of
 
 ROWS = 256  # samples that are made together, at most
 TRIES = (1, 10, 100, 1000)  # n
@@ -135,6 +137,7 @@ class Found(NamedTuple):
     tokens: int
     similarity: float  # of prompt and continuation
     continuation: float  # of the continuation alone
+    greedy: bool  # the true continuation is what greedy decoding makes
     log_probability: float | None  # of the true continuation; None: never drawn
 
 
@@ -196,11 +199,11 @@ def try_some(
         prompts, longest - protocol.prefix, without=without, only=only,
         temperature=protocol.temperature, top_k=protocol.top_k, top_p=protocol.top_p, seed=seed,
     )  # fmt: skip
-    sure = log_probabilities(
+    sure = scores(
         model, [p.ids for p in passages], without=without, only=only, sampling=protocol.sampling
     )
     found = []
-    for number, (passage, logs) in enumerate(zip(passages, sure, strict=True)):
+    for number, (passage, one) in enumerate(zip(passages, sure, strict=True)):
         samples = made[number * protocol.samples : (number + 1) * protocol.samples]
         prompt, rest = list(passage.ids[: protocol.prefix]), list(passage.ids[protocol.prefix :])
         samples = [ids[: len(rest)] for ids in samples]
@@ -208,11 +211,10 @@ def try_some(
             max(similarity(tokenizer, start + rest, start + ids) for ids in samples)
             for start in (prompt, [])
         )
-        log = float(logs[protocol.prefix - 1 :].sum(dtype=np.float64))
+        log = float(one.logs[protocol.prefix - 1 :].sum(dtype=np.float64))
         possible = log if np.isfinite(log) else None
-        found.append(
-            Found(passage.document, passage.offset, len(passage.ids), whole, alone, possible)
-        )
+        greedy = bool(one.likeliest[protocol.prefix - 1 :].all())
+        found.append(Found(*passage[:2], len(passage.ids), whole, alone, greedy, possible))
     return found
 
 
@@ -237,6 +239,7 @@ def report(found: Sequence[Found], protocol: Protocol, seconds: float) -> dict[s
         "protocol": dataclasses.asdict(protocol),
         "extracted": rate(f.similarity >= protocol.similarity for f in found),
         "continuation": rate(f.continuation >= protocol.similarity for f in found),
+        "greedy": rate(f.greedy for f in found),
         "discoverable": [
             {"samples": n, "chance": p, "rate": rate(iter(1 - np.exp(n * misses) >= p))}
             for n in TRIES

@@ -1,9 +1,9 @@
 """The membership audit: can the weights be asked which canaries were trained on?
 
-Each candidate's score is how much better the audited model predicts it than the frozen anchor does,
-which has seen none of them. Those that were put in and those that were left out differ in nothing
-else, so that whatever tells them apart is the training. How well it does bounds epsilon from below
-(Steinke et al., Privacy Auditing with One (1) Training Run, 2023).
+Each candidate's score is how much better the audited model predicts it than the frozen anchor lets
+one expect, which has seen none of them. Those that were put in and those that were left out differ
+in nothing else, so that whatever tells them apart is the training. How well it does bounds epsilon
+from below (Steinke et al., Privacy Auditing with One (1) Training Run, 2023).
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,13 @@ except ImportError as error:
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.privacy.canaries import Canaries
 from flexolmo_jax.privacy.intervals import CONFIDENCE, Area, Rate
-from flexolmo_jax.privacy.scoring import log_probabilities, tokenizer_of
+from flexolmo_jax.privacy.scoring import scores, tokenizer_of
 
 CONTROLS = 100  # candidates that were left out; with fewer there is no headline
 FALSE_ALARMS = (0.01, 0.001)  # rates at which members are counted
 GUESSES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of candidates guessed to be members
 DELTA = 1e-5  # where there is no certificate
+FEW = 4  # of a token among all candidates
 CLEARLY = 0.1  # a lower bound of epsilon that is clearly above 0
 
 
@@ -55,7 +56,12 @@ def canary_scores(
     without: Sequence[str] = (),
     only: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How many nats better than under the anchor each candidate is predicted.
+    """How many nats better each candidate is predicted than one would expect.
+
+    What to expect of a token follows from what it is, and from how well the anchor predicts it: the
+    model's log-probabilities are regressed on the anchor's, with a mean for each token of the
+    vocabulary, over all candidates, without a look at the coins. What is left, summed over a
+    candidate, is its score.
 
     Args:
       model: to audit; its public expert, alone, is the anchor.
@@ -66,15 +72,26 @@ def canary_scores(
       float64 of those put in, and of those left out.
     """
     ids = canaries.ids(tokenizer_of(model))
-    here = _totals(model, ids, without=without, only=only)
-    scores = here - _totals(model, ids, only=["public"])
+    tokens = np.concatenate([one[1:] for one in ids])
+    of = np.repeat(np.arange(len(ids)), [len(one) - 1 for one in ids])
+    here = _above_expected(_logs(model, ids, without=without, only=only), tokens)
+    anchor = _above_expected(_logs(model, ids, only=["public"]), tokens)
+    slope = (here @ anchor) / max(anchor @ anchor, np.finfo(float).tiny)
+    found = np.bincount(of, here - slope * anchor, len(ids))
     inserted = np.array([one.inserted for one in canaries.candidates])
-    return scores[inserted], scores[~inserted]
+    return found[inserted], found[~inserted]
 
 
-def _totals(model: FlexOlmo, ids: list[list[int]], **experts: Any) -> np.ndarray:
-    found = log_probabilities(model, ids, **experts)
-    return np.array([float(one.sum(dtype=np.float64)) for one in found])
+def _logs(model: FlexOlmo, ids: list[list[int]], **experts: Any) -> np.ndarray:
+    """Log-probabilities of all tokens but the first of each, one after the other: float64."""
+    return np.concatenate([one.logs for one in scores(model, ids, **experts)]).astype(np.float64)
+
+
+def _above_expected(logs: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Less the mean over the same token; with few of it, drawn to the mean over all."""
+    every = logs - logs.mean()
+    sums, counts = np.bincount(tokens, every), np.bincount(tokens)
+    return every - (sums / (counts + FEW))[tokens]
 
 
 def membership(members: np.ndarray, controls: np.ndarray, delta: float) -> Membership:
@@ -107,8 +124,7 @@ def _caught(members: np.ndarray, controls: np.ndarray, allowed: float) -> Caught
     pass_by = int(allowed * len(controls))
     threshold = np.sort(controls)[::-1][pass_by]  # the first that may not pass
     rates = (
-        Rate.of_counts(int(np.sum(scores > threshold)), len(scores))
-        for scores in (controls, members)
+        Rate.of_counts(int(np.sum(group > threshold)), len(group)) for group in (controls, members)
     )
     return Caught(allowed, *rates)
 

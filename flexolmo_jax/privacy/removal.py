@@ -19,7 +19,7 @@ from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.privacy.canaries import Canaries
 from flexolmo_jax.privacy.intervals import Area
-from flexolmo_jax.privacy.scoring import ROWS, log_probabilities, padded, tokenizer_of
+from flexolmo_jax.privacy.scoring import ROWS, padded, scores, tokenizer_of
 
 
 class Sameness(NamedTuple):
@@ -85,7 +85,7 @@ def audit_removal(
     questions = [*candidates, *passages]
     off = _same(model, never, questions, without=[name])
     members = controls = told_apart = prefixes = None
-    gains = _totals(model, questions, without=[name]) - _totals(never, questions)
+    gains = _nats(never, questions) - _nats(model, questions, without=[name])
     if canaries:
         inserted = np.array([one.inserted for one in canaries.candidates])
         of_canaries = gains[: len(candidates)]
@@ -128,8 +128,7 @@ def _same(
     return Sameness(equal, largest)
 
 
-def _totals(
+def _nats(
     model: FlexOlmo, questions: list[Sequence[int]], without: Sequence[str] = ()
 ) -> np.ndarray:
-    found = log_probabilities(model, questions, without=without)
-    return np.array([float(one.sum(dtype=np.float64)) for one in found])
+    return np.array([one.nats for one in scores(model, questions, without=without)])

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,32 +16,42 @@ ROWS = 16  # sequences that are read together
 BUCKET = 64  # lengths are rounded up to it, so that few shapes are compiled
 
 
-def log_probabilities(
+class Scores(NamedTuple):
+    """Of each token of a sequence but the first, given those before it."""
+
+    logs: np.ndarray  # float32 [tokens - 1]: log-probabilities
+    likeliest: np.ndarray  # bool [tokens - 1]: greedy decoding would have chosen it
+
+    @property
+    def nats(self) -> float:
+        """What the whole sequence costs."""
+        return -float(self.logs.sum(dtype=np.float64))
+
+
+def scores(
     model: FlexOlmo,
     sequences: Sequence[Sequence[int]],
     *,
     without: Sequence[str] = (),
     only: Sequence[str] | None = None,
     sampling: Sampling | None = None,
-) -> list[np.ndarray]:
-    """Of each token but the first, given those before it.
+) -> list[Scores]:
+    """What a model thinks of sequences.
 
     Args:
       model: to ask.
       sequences: ids, at least two each; of any lengths.
       without, only: experts to switch off, or the only ones to use.
       sampling: of what would be drawn in this way, -inf where that is never; None: of all tokens.
-
-    Returns:
-      float32 [tokens - 1] of each sequence.
     """
     found = []
     for first in range(0, len(sequences), ROWS):
         some = sequences[first : first + ROWS]
         rows = padded(some)
         logits = model.logits(rows[:, :-1], without=without, only=only)
-        values = np.asarray(_of_targets(logits, rows[:, 1:], sampling))
-        found += [row[: len(ids) - 1] for row, ids in zip(values, some, strict=False)]
+        both = (np.asarray(x) for x in _of_targets(logits, rows[:, 1:], sampling))
+        for ids, *row in zip(some, *both, strict=False):
+            found.append(Scores(*(values[: len(ids) - 1] for values in row)))
     return found
 
 
@@ -61,10 +72,13 @@ def padded(sequences: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
-def _of_targets(logits: jax.Array, targets: jax.Array, sampling: Sampling | None) -> jax.Array:
-    """[B, S, V], [B, S] -> [B, S]."""
+def _of_targets(
+    logits: jax.Array, targets: jax.Array, sampling: Sampling | None
+) -> tuple[jax.Array, jax.Array]:
+    """[B, S, V], [B, S] -> [B, S] each."""
+    likeliest = jnp.argmax(logits, axis=-1) == targets
     if sampling is None:
         every = jax.nn.log_softmax(logits)
-        return jnp.take_along_axis(every, targets[..., None], axis=-1)[..., 0]
+        return jnp.take_along_axis(every, targets[..., None], axis=-1)[..., 0], likeliest
     values, tokens = candidates(logits, sampling)
-    return jnp.max(jnp.where(tokens == targets[..., None], values, -jnp.inf), axis=-1)
+    return jnp.max(jnp.where(tokens == targets[..., None], values, -jnp.inf), axis=-1), likeliest
