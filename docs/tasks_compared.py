@@ -29,9 +29,9 @@ PAGE = """\
 # Scores under two adapters
 
 `python docs/tasks_compared.py task_data --limit {limit} --few {few}`, {date}: a random
-FlexOlmo of four experts with FlexOlmo's own tokenizer, {limit} documents of each task ({few} of each
-of MMLU's 57 subjects), through lm-evaluation-harness's adapter for Hugging Face models (PyTorch,
-batches of 8) and through ours. Seconds are of a whole run, compiling included.
+FlexOlmo of four experts with FlexOlmo's own tokenizer, {limit} documents of each task ({few} of
+each of MMLU's 57 subjects), through lm-evaluation-harness's adapter for Hugging Face models
+(PyTorch, batches of 8) and through ours. Seconds are of a whole run, compiling included.
 
 | task | metric | examples | documents | theirs | ours | theirs, s | ours, s |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -65,10 +65,12 @@ def main() -> None:
             )
             end = time.monotonic()
             pair = expected[task.task][task.metric], found["results"][task.task][task.metric]
-            count, shots = found["results"][task.task]["sample_len"], found["n-shot"][task.task]
+            count = found["results"][task.task]["sample_len"]
             scores = " | ".join(f"{value:.4f}" for value in pair)
             times = f"{middle - start:.1f} | {end - middle:.1f}"
-            rows.append(f"| {task.task} | {task.metric} | {shots} | {count} | {scores} | {times} |")
+            rows.append(
+                f"| {task.task} | {task.metric} | {task.shots} | {count} | {scores} | {times} |"
+            )
             print(rows[-1], flush=True)
             differing += [
                 f"{name} {metric}"

@@ -94,7 +94,7 @@ class HarnessModel(TemplateLM):
         queries = [Query(context, continuation) for _, context, continuation in requests]
         with _progress("log-likelihoods", len(queries)) as advance:
             found = likelihoods(self._flexolmo, queries, **self._masks, advance=advance)
-        return [tuple(answer) for answer in found]
+        return [(answer.nats, answer.greedy) for answer in found]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
         """Nats of whole texts, in windows of the length that the model was made for."""
@@ -326,7 +326,7 @@ def _why(name: str, error: Exception) -> str:
 @contextlib.contextmanager
 def _hub(allowed: bool) -> Iterator[None]:
     """Keeps `datasets` from asking the hub, unless it may; what is cached is found either way."""
-    places = (datasets.config, huggingface_hub.constants)
+    places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [place.HF_HUB_OFFLINE for place in places]
     datasets.disable_progress_bars()
     if not allowed:

@@ -109,7 +109,7 @@ def column_scores(
     scores: dict[str, float | None] = {}
     for column in dict.fromkeys(task.column for task in tasks):
         values = [
-            results[task.task].get(task.metric) if task.task in results else None
+            results[task.task].get(task.metric) if task.task and task.task in results else None
             for task in tasks
             if task.column == column
         ]
