@@ -20,7 +20,7 @@ from flexolmo_jax.evaluation.suite import chosen
 from flexolmo_jax.evaluation.task_data import MMLU, SOURCES, WITHOUT_QUESTION, fetch_task_data
 from flexolmo_jax.model import load
 
-CHOICES = {"text": ["sun", "moon", "sea"], "label": ["1", "2", "3"]}
+CHOICES = {"text": ["sun", "moon", "sea", "sand", "salt"], "label": list("12345")}
 TABLES = {
     "arc_easy": {"id": "x", "question": "What shines?", "choices": CHOICES, "answerKey": "1"},
     "commonsense_qa": {"id": "x", "question": "Where?", "question_concept": "x"}
@@ -119,7 +119,7 @@ def test_documents_are_as_the_sets_have_them(tmp_path, flexolmo):
         return found[0]
 
     assert rows("arc_easy", "validation")["choices"] == CHOICES
-    asked = {"text": CHOICES["text"], "label": ["A", "B", "C"]}
+    asked = {"text": CHOICES["text"], "label": list("ABCDE")}
     expected = {"question": "What shines?", "choices": asked, "answerKey": "B"}
     assert rows("arc_challenge", "test") == rows("commonsense_qa", "train") == expected
     assert rows("openbookqa", "test")["question_stem"] == "What shines?"
