@@ -17,12 +17,16 @@ import time
 import zipfile
 from pathlib import Path
 
-from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
+from flexolmo_jax.cli import leave_libtpu_alone
 
-from flexolmo_jax.evaluation.harness import BOOTSTRAP, evaluate_tasks, load_tasks
-from flexolmo_jax.evaluation.suite import SUITE
-from flexolmo_jax.model import load
+leave_libtpu_alone()  # before JAX is imported
+
+from lm_eval.evaluator import evaluate  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+from flexolmo_jax.evaluation.harness import BOOTSTRAP, evaluate_tasks, load_tasks  # noqa: E402
+from flexolmo_jax.evaluation.suite import SUITE  # noqa: E402
+from flexolmo_jax.model import load  # noqa: E402
 
 MAKE_GOLDEN = Path(__file__).parents[1] / "tests" / "interop" / "make_golden.py"
 PAGE = """\
@@ -36,6 +40,7 @@ each of MMLU's 57 subjects), through lm-evaluation-harness's adapter for Hugging
 | task | metric | examples | documents | theirs | ours | theirs, s | ours, s |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {rows}
+
 {verdict}
 """
 
