@@ -17,25 +17,30 @@ import time
 import zipfile
 from pathlib import Path
 
-from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
+from flexolmo_jax.cli import leave_libtpu_alone
 
-from flexolmo_jax.evaluation.harness import BOOTSTRAP, evaluate_tasks, load_tasks
-from flexolmo_jax.evaluation.suite import SUITE
-from flexolmo_jax.model import load
+leave_libtpu_alone()  # before JAX is imported
+
+from lm_eval.evaluator import evaluate  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+
+from flexolmo_jax.evaluation.harness import BOOTSTRAP, evaluate_tasks, load_tasks  # noqa: E402
+from flexolmo_jax.evaluation.suite import SUITE  # noqa: E402
+from flexolmo_jax.model import load  # noqa: E402
 
 MAKE_GOLDEN = Path(__file__).parents[1] / "tests" / "interop" / "make_golden.py"
 PAGE = """\
 # Scores under two adapters
 
 `python docs/tasks_compared.py task_data --limit {limit} --few {few}`, {date}: a random
-FlexOlmo of four experts with FlexOlmo's own tokenizer, {limit} documents of each task ({few} of each
-of MMLU's 57 subjects), through lm-evaluation-harness's adapter for Hugging Face models (PyTorch,
-batches of 8) and through ours. Seconds are of a whole run, compiling included.
+FlexOlmo of four experts with FlexOlmo's own tokenizer, {limit} documents of each task ({few} of
+each of MMLU's 57 subjects), through lm-evaluation-harness's adapter for Hugging Face models
+(PyTorch, batches of 8) and through ours. Seconds are of a whole run, compiling included.
 
 | task | metric | examples | documents | theirs | ours | theirs, s | ours, s |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {rows}
+
 {verdict}
 """
 
@@ -65,10 +70,12 @@ def main() -> None:
             )
             end = time.monotonic()
             pair = expected[task.task][task.metric], found["results"][task.task][task.metric]
-            count, shots = found["results"][task.task]["sample_len"], found["n-shot"][task.task]
+            count = found["results"][task.task]["sample_len"]
             scores = " | ".join(f"{value:.4f}" for value in pair)
             times = f"{middle - start:.1f} | {end - middle:.1f}"
-            rows.append(f"| {task.task} | {task.metric} | {shots} | {count} | {scores} | {times} |")
+            rows.append(
+                f"| {task.task} | {task.metric} | {task.shots} | {count} | {scores} | {times} |"
+            )
             print(rows[-1], flush=True)
             differing += [
                 f"{name} {metric}"

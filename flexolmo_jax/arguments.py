@@ -142,14 +142,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--heldout", type=float, metavar="SHARE",
         help="only the documents that training with this held-out share left out",
     )  # fmt: skip
-    of_tasks = evaluate.add_argument_group("tasks")
-    of_tasks.add_argument("--task-data", metavar="DIR", help="what `flexolmo data tasks` wrote")
-    of_tasks.add_argument("--limit", type=int, metavar="N", help="documents of each task")
-    of_tasks.add_argument("--shots", type=int, metavar="N", help="examples in each prompt")
-    of_tasks.add_argument(
+    harness = evaluate.add_argument_group("tasks")
+    harness.add_argument("--task-data", metavar="DIR", help="what `flexolmo data tasks` wrote")
+    harness.add_argument("--limit", type=int, metavar="N", help="documents of each task")
+    harness.add_argument("--shots", type=int, metavar="N", help="examples in each prompt")
+    harness.add_argument(
         "--download", action="store_true", help="ask the Hugging Face hub for what is not here"
     )
-    of_tasks.add_argument(
+    harness.add_argument(
         "--run-code", action="store_true",
         help="run the programs that the model writes, on this machine, where a task needs it",
     )  # fmt: skip

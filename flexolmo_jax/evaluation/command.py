@@ -24,7 +24,7 @@ def evaluate_harness(args: argparse.Namespace) -> None:
     from flexolmo_jax.evaluation.harness import evaluate_tasks
 
     paper = chosen(args.harness)
-    runs = [task for task in paper if task.task and (args.run_code or not _runs_code(task))]
+    runs = [task for task in paper if task.can_run(args.run_code)]
     names = [name for name in args.harness if name not in (ALL, *COLUMNS)]
     names += [task.task for task in runs if task.task and task.task not in names]
     left_out = [task for task in paper if task not in runs]
@@ -53,12 +53,9 @@ def evaluate_harness(args: argparse.Namespace) -> None:
         console.print(f"{task.name} was not run; it needs {task.needs}", markup=False)
 
 
-def _runs_code(task: PaperTask) -> bool:
-    return "--run-code" in task.needs
-
-
 def _show(found: Mapping[str, Any]) -> None:
-    inner = {task for tasks in found["group_subtasks"].values() for task in tasks}
+    groups = found["group_subtasks"]
+    inner = {task for tasks in groups.values() for task in tasks}
     table = Table("task", "metric", "score", "standard error", "documents", "examples")
     for name, entry in found["results"].items():
         for metric, value in entry.items():
@@ -66,15 +63,23 @@ def _show(found: Mapping[str, Any]) -> None:
             if name in inner or not kind or short.endswith("_stderr"):
                 continue
             error = entry.get(f"{short}_stderr,{kind}")
+            shots = {found["n-shot"][task] for task in _tasks_of(name, groups)}
             table.add_row(
                 name,
                 short if kind == "none" else f"{short} ({kind})",
                 f"{value:.4f}",
                 f"{error:.4f}" if isinstance(error, float) else "",
                 f"{entry['sample_len']:,}",
-                str(found["n-shot"].get(name, "")),
+                " to ".join(map(str, sorted({min(shots), max(shots)}))),
             )
     console.print(table)
+
+
+def _tasks_of(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """The tasks of a group and of its groups; a task itself."""
+    if name not in groups:
+        return [name]
+    return [task for child in groups[name] for task in _tasks_of(child, groups)]
 
 
 def _show_columns(columns: Mapping[str, float | None], paper: Sequence[PaperTask]) -> None:

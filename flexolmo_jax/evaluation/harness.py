@@ -13,7 +13,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -94,7 +94,7 @@ class HarnessModel(TemplateLM):
         queries = [Query(context, continuation) for _, context, continuation in requests]
         with _progress("log-likelihoods", len(queries)) as advance:
             found = likelihoods(self._flexolmo, queries, **self._masks, advance=advance)
-        return [tuple(answer) for answer in found]
+        return [(answer.nats, answer.greedy) for answer in found]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
         """Nats of whole texts, in windows of the length that the model was made for."""
@@ -252,7 +252,7 @@ def load_tasks(
 ) -> dict[str, Any]:
     """Tasks with their documents, for `lm_eval.evaluator.evaluate`; arguments as in
     `evaluate_tasks`."""
-    manager = _manager(data)
+    manager = _manager()
     unknown = [n for n in names if n not in manager.task_index and not Path(n).is_file()]
     if unknown:
         close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=5, cutoff=0.5)
@@ -261,10 +261,12 @@ def load_tasks(
             + (f"; close to it are {', '.join(close)}" if close else "")
             + "; a YAML file of your own may be named too"
         )
+    local = {} if data is None else _local(manager.task_index, data)
     together: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
         try:
-            loaded = manager.load([name])
+            with mock.patch.dict(manager.task_index, local):
+                loaded = manager.load([name])
         except Exception as error:
             raise ValueError(_why(name, error)) from error
         given = shots.get(name) if isinstance(shots, dict) else shots
@@ -281,25 +283,24 @@ def load_tasks(
 
 
 @functools.cache
-def _manager(folder: Path | None) -> TaskManager:
-    """Of all the harness's tasks, which take seconds to list.
+def _manager() -> TaskManager:
+    """Of all the harness's tasks, which take seconds to list."""
+    return TaskManager()
 
-    Those whose documents are in the folder read them there.
-    """
-    manager = TaskManager()
-    index = manager.task_index
-    if folder is None:
-        return manager
+
+def _local(index: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Entries of the index for tasks whose documents are in a folder, so that they read them."""
     found = {path.name for path in folder.glob("*") if any(path.glob("*.parquet"))} & set(index)
     if not found:
         raise ValueError(f"{folder}: no task's documents; `flexolmo data tasks {folder}` gets some")
+    entries = {}
     for name in found:
         config = load_yaml(index[name].yaml_path)
         config["custom_dataset"] = functools.partial(_read, folder / name)
         if not (folder / name / "train.parquet").exists():
             config["training_split"] = None  # then examples are other documents of the scored split
-        index[name] = dataclasses.replace(index[name], yaml_path=None, cfg=config)
-    return manager
+        entries[name] = dataclasses.replace(index[name], yaml_path=None, cfg=config)
+    return entries
 
 
 def _read(folder: Path, **options: Any) -> datasets.DatasetDict:
@@ -326,7 +327,7 @@ def _why(name: str, error: Exception) -> str:
 @contextlib.contextmanager
 def _hub(allowed: bool) -> Iterator[None]:
     """Keeps `datasets` from asking the hub, unless it may; what is cached is found either way."""
-    places = (datasets.config, huggingface_hub.constants)
+    places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [place.HF_HUB_OFFLINE for place in places]
     datasets.disable_progress_bars()
     if not allowed:

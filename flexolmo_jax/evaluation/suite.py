@@ -5,6 +5,7 @@ even where a task has the same name; `differs` says what differs beyond that. Co
 each other here, not with the paper's numbers.
 """
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ class PaperTask(NamedTuple):
       in_package: its documents are among those that `flexolmo data tasks` gets.
       differs: from what the paper measured.
       needs: what it takes beyond documents and a model; empty for most.
+      module: of Python, without which the harness cannot set it up.
     """
 
     column: str
@@ -33,6 +35,16 @@ class PaperTask(NamedTuple):
     in_package: bool = False
     differs: str = ""
     needs: str = ""
+    module: str = ""
+
+    def can_run(self, run_code: bool) -> bool:
+        """Whether what it needs is here, documents aside; `run_code` lets it run programs."""
+        if self.task is None or (self.needs == _RUNS and not run_code):
+            return False
+        try:
+            return not self.module or importlib.util.find_spec(self.module) is not None
+        except ModuleNotFoundError:  # of a parent
+            return False
 
 
 _CLOZE = "the harness scores the answers' texts, the paper a letter after all answers are listed"
@@ -52,7 +64,11 @@ SUITE = (
     PaperTask("MC9", "PIQA", "piqa", "acc_norm,none", 5, True, _CLOZE),
     PaperTask("MC9", "SIQA", "social_iqa", "acc,none", 5, True, _CLOZE),
     PaperTask("MC9", "WinoGrande", "winogrande", "acc,none", 5, True, _CLOZE),
-    PaperTask("GEN5", "CoQA", "coqa", "f1,none", 0),
+    PaperTask(
+        "GEN5", "CoQA", "coqa", "f1,none", 0,
+        needs="transformers 4: the harness imports what 5 has no more",
+        module="transformers.data.metrics.squad_metrics",
+    ),
     PaperTask(
         "GEN5", "SQuAD", "squadv2", "HasAns_f1,none", 5, False,
         "F1 on SQuAD 2's answerable questions, which are SQuAD 1.1's",
@@ -70,7 +86,7 @@ SUITE = (
     PaperTask("Math2", "GSM8K", "gsm8k_cot", "exact_match,flexible-extract", 8),
     PaperTask(
         "Math2", "MATH", "minerva_math", "exact_match,none", 4,
-        needs="pip install 'lm_eval[math]'",
+        needs="pip install 'lm_eval[math]'", module="math_verify",
     ),
     PaperTask("NewsG", "NewsG", None, needs=_JUDGE),
     PaperTask("PoemG", "PoemG", None, needs=_JUDGE),
@@ -109,7 +125,7 @@ def column_scores(
     scores: dict[str, float | None] = {}
     for column in dict.fromkeys(task.column for task in tasks):
         values = [
-            results[task.task].get(task.metric) if task.task in results else None
+            results[task.task].get(task.metric) if task.task and task.task in results else None
             for task in tasks
             if task.column == column
         ]

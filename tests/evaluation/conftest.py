@@ -34,7 +34,13 @@ def folder(request, tmp_path_factory):
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.separator)
     make = runpy.run_path(str(MAKE_GOLDEN))["random_model"]
     make(
-        "flex_olmo", 11, vocab_size=304, num_experts=4, num_experts_per_tok=2, **ids
+        "flex_olmo",
+        11,
+        vocab_size=304,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=320,
+        **ids,
     ).save_pretrained(folder)
     return folder
 

@@ -116,7 +116,7 @@ def own_tasks(tmp_path_factory):
 def own_tasks_only(monkeypatch):
     """The harness's own take seconds to list."""
     none = harness.TaskManager(include_defaults=False)
-    monkeypatch.setattr(harness, "_manager", lambda folder: none)
+    monkeypatch.setattr(harness, "_manager", lambda: none)
 
 
 def instances(kind, *arguments):
@@ -204,14 +204,12 @@ def test_what_cannot_be_asked_is_refused(model, own_tasks):
 
 
 def test_the_command_shows_a_table_or_json(world, flexolmo, own_tasks):
-    command = ("evaluate", "--model", world.merged, "--harness", *own_tasks, "--limit", 2)
+    command = ("evaluate", "--model", world.merged, "--harness", *own_tasks[:2], "--limit", 2)
     code, out, _ = flexolmo(*command)
-    assert code == 0
-    for name in TASKS:
-        assert name in out
+    assert code == 0 and "choice" in out and "letters" in out and "acc_norm" in out
     code, out, _ = flexolmo(*command, "--json", "--without", "math")
     found = json.loads(out)
-    assert code == 0 and list(found["results"]) == list(TASKS)
+    assert code == 0 and list(found["results"]) == ["choice", "letters"]
     assert found["without"] == ["math"] and found["n-samples"]["choice"]["effective"] == 2
 
 

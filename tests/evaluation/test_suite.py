@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-from lm_eval.tasks import TaskManager
-
-from flexolmo_jax.evaluation.suite import COLUMNS, SUITE, chosen, column_scores
+from flexolmo_jax.evaluation import harness
+from flexolmo_jax.evaluation.suite import COLUMNS, SUITE, PaperTask, chosen, column_scores
 from flexolmo_jax.evaluation.task_data import SOURCES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "tasks.md"
@@ -22,12 +20,8 @@ def test_they_are_the_papers_31():
     assert {task.task for task in SUITE if task.in_package} == {*SOURCES, "mmlu"}
 
 
-@pytest.fixture(scope="module")
-def index():
-    return TaskManager().task_index
-
-
-def test_the_harness_has_them_with_these_metrics(index):
+def test_the_harness_has_them_with_these_metrics():
+    index = harness._manager().task_index
     for task in SUITE:
         if task.task is None:
             assert task.needs
@@ -56,6 +50,16 @@ def test_the_document_lists_them():
         said = "; ".join(x for x in (task.differs, task.needs and f"needs {task.needs}") if x)
         cells = (task.column, task.name, *named, shots, where, said)
         assert f"| {' | '.join(map(str, cells))} |\n" in text
+
+
+def test_what_can_be_run():
+    def names(run_code):
+        return {task.name for task in SUITE if task.can_run(run_code)}
+
+    assert names(True) - names(False) == {task.name for task in chosen(["Code4"])}
+    assert {"ARC-E", "MMLU", "GSM8K"} < names(False) and not {"NewsG", "COVID-QA"} & names(True)
+    assert not PaperTask("X", "x", "x", module="json.nothing").can_run(False)
+    assert not PaperTask("X", "x", "x", module="nowhere.nothing").can_run(False)
 
 
 def test_scores_of_columns():

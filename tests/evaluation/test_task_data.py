@@ -20,7 +20,7 @@ from flexolmo_jax.evaluation.suite import chosen
 from flexolmo_jax.evaluation.task_data import MMLU, SOURCES, WITHOUT_QUESTION, fetch_task_data
 from flexolmo_jax.model import load
 
-CHOICES = {"text": ["sun", "moon", "sea"], "label": ["1", "2", "3"]}
+CHOICES = {"text": ["sun", "moon", "sea", "sand", "salt"], "label": list("12345")}
 TABLES = {
     "arc_easy": {"id": "x", "question": "What shines?", "choices": CHOICES, "answerKey": "1"},
     "commonsense_qa": {"id": "x", "question": "Where?", "question_concept": "x"}
@@ -44,15 +44,20 @@ TABLES["arc_challenge"] = TABLES["arc_easy"]
 SUBJECT = {"question": "2+2?", "subject": "anatomy", "choices": list("3456"), "answer": 1}
 
 
-def made_of(task):
-    """The documents of a task as Ai2's harness hands them on, before each request."""
-    asked = {"query": "Question: What shines?\nAnswer:", "choices": CHOICES["text"], "gold": 1}
+def made_of(task, number):
+    """A document of a task as Ai2's harness hands it on; the second differs from the first."""
+    now = " now" * number
+    asked = {"query": f"Question: What shines{now}?\nAnswer:", "choices": CHOICES["text"]}
+    stored = {
+        key: value + now if key in ("goal", "context", "sentence") else value
+        for key, value in TABLES.get(task, {}).items()
+    }
+    query = f"Title -- A passage\nQuestion: two lines\nQuestion: is it{now}?\nAnswer:"
     return {
-        "boolq": {"query": "Title -- A passage\nQuestion: two lines\nQuestion: is it?\nAnswer:"}
-        | {"choices": ["yes", "no"], "gold": 0},
-        "hellaswag": {"query": "Ice: A man melts. The ice", "choices": ["a", "b", "c", "d"]}
+        "boolq": {"query": query, "choices": ["yes", "no"], "gold": 0},
+        "hellaswag": {"query": f"Ice: A man melts. The ice{now}", "choices": list("abcd")}
         | {"gold": 2},
-    }.get(task, {**asked, **TABLES.get(task, {}), **asked})
+    }.get(task, stored | asked | {"gold": 1})
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +80,7 @@ def package(tmp_path_factory):
                 table(folder, TABLES[task])
             for folder in source.requests.values():
                 rows = [
-                    {"idx": idx, "doc_id": number + offset, "doc": made_of(task)}
+                    {"idx": idx, "doc_id": number + offset, "doc": made_of(task, number)}
                     for offset in (0, WITHOUT_QUESTION)
                     for number in range(2)
                     for idx in range(3)
@@ -114,7 +119,7 @@ def test_documents_are_as_the_sets_have_them(tmp_path, flexolmo):
         return found[0]
 
     assert rows("arc_easy", "validation")["choices"] == CHOICES
-    asked = {"text": CHOICES["text"], "label": ["A", "B", "C"]}
+    asked = {"text": CHOICES["text"], "label": list("ABCDE")}
     expected = {"question": "What shines?", "choices": asked, "answerKey": "B"}
     assert rows("arc_challenge", "test") == rows("commonsense_qa", "train") == expected
     assert rows("openbookqa", "test")["question_stem"] == "What shines?"
@@ -141,18 +146,21 @@ def test_the_harness_reads_them(data):
     assert tasks["nq_open"].instances[0].args[0].count("who was it") == 2  # the other document
 
 
+@pytest.mark.parametrize("folder", ["plain"], indirect=True)
 def test_scores_are_those_of_the_hugging_face_adapter(data, folder, theirs):
     """Task by task."""
-    names = [*SOURCES, "mmlu"]
+    names = [*SOURCES, "mmlu_anatomy"]
     found = evaluate_tasks(load(folder), names, data=data, shots=1)["results"]
     assert found == evaluate(theirs, load_tasks(names, data, 1))["results"]
-    assert set(names) < set(found)
+    assert list(found) == names
 
 
 def test_columns_of_the_paper(data, world, flexolmo):
     command = ("evaluate", "--model", world.merged, "--task-data", data, "--shots", 1)
     code, out, _ = flexolmo(*command, "--harness", "MC9", "NewsG", "Code4")
     assert code == 0 and "winogrande" in out
+    (line,) = [line for line in out.splitlines() if " boolq " in line]
+    assert line.replace("│", " ").split()[-2:] == ["2", "1"]  # documents, examples
     assert "NewsG was not run; it needs a judge" in " ".join(out.split())
     assert "HumanEval+ was not run; it needs --run-code" in " ".join(out.split())
     code, out, _ = flexolmo(*command, "--harness", "MC9", "--limit", 1, "--json")
@@ -164,8 +172,8 @@ def test_columns_of_the_paper(data, world, flexolmo):
 
 def test_tasks_that_are_not_here_or_nowhere(world, refused):
     command = ("evaluate", "--model", world.merged, "--harness")
-    said = refused(*command, "coqa")
-    assert "coqa: its documents are not on this machine" in said and "--download asks" in said
+    said = refused(*command, "nq_open")
+    assert "nq_open: its documents are not on this machine" in said and "--download asks" in said
     assert not datasets.config.HF_HUB_OFFLINE
     said = refused(*command, "hellaswagg")
     assert "no task of lm_eval is called 'hellaswagg'; close to it are hellaswag" in said
