@@ -17,6 +17,7 @@ SCORES = "scores.npz"
 SEQUENCES = "sequences.npz"
 EMBEDDING = "embedding.npy"
 POOL = "pool.jsonl"
+LEARNT_FROM = 2000  # documents of each side, by the classifier that picks proxies
 
 
 @dataclasses.dataclass
@@ -75,9 +76,13 @@ def plan_shared(config: StudyConfig, root: Path) -> Shared:
             if domain == "public":
                 study_texts.write_public_sample(public.folder, share, file)
             else:
-                pick_proxies(str(own), str(folders["public"] / "train.jsonl"), file, share=share)
+                everything = str(folders["public"] / "train.jsonl")
+                pick_proxies(str(own), everything, file, share=share, most=LEARNT_FROM)
 
-        return stage(f"proxies/{domain}", (texts[domain], public), pick, share=config.proxies)
+        return stage(
+            f"proxies/{domain}", (texts[domain], public), pick,
+            share=config.proxies, most=LEARNT_FROM,
+        )  # fmt: skip
 
     pool = stage(
         "pool", everyone,

@@ -10,10 +10,11 @@ import pytest
 from flexolmo_jax.data.sources import read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 
+LENGTHS = {"opened": 64, "plain": 320}  # that a model was made for; nq_open's answers have 256
 MAKE_GOLDEN = Path(__file__).parents[1] / "interop" / "make_golden.py"
 
 
-@pytest.fixture(scope="session", params=["opened", "plain"])
+@pytest.fixture(scope="session", params=LENGTHS)
 def folder(request, tmp_path_factory):
     """A random FlexOlmo of four experts in Hugging Face's form.
 
@@ -39,7 +40,7 @@ def folder(request, tmp_path_factory):
         vocab_size=304,
         num_experts=4,
         num_experts_per_tok=2,
-        max_position_embeddings=320,
+        max_position_embeddings=LENGTHS[request.param],
         **ids,
     ).save_pretrained(folder)
     return folder

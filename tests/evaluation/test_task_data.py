@@ -150,15 +150,15 @@ def test_the_harness_reads_them(data):
 def test_scores_are_those_of_the_hugging_face_adapter(data, folder, theirs):
     """Task by task."""
     names = [*SOURCES, "mmlu_anatomy"]
-    found = evaluate_tasks(load(folder), names, data=data, shots=1)["results"]
-    assert found == evaluate(theirs, load_tasks(names, data, 1))["results"]
+    found = evaluate_tasks(load(folder), names, data=data, shots=1, limit=1)["results"]
+    assert found == evaluate(theirs, load_tasks(names, data, 1), limit=1)["results"]
     assert list(found) == names
 
 
 def test_columns_of_the_paper(data, world, flexolmo):
     command = ("evaluate", "--model", world.merged, "--task-data", data, "--shots", 1)
-    code, out, _ = flexolmo(*command, "--harness", "MC9", "NewsG", "Code4")
-    assert code == 0 and "winogrande" in out
+    code, out, _ = flexolmo(*command, "--harness", "boolq", "NewsG", "Code4")
+    assert code == 0
     (line,) = [line for line in out.splitlines() if " boolq " in line]
     assert line.replace("│", " ").split()[-2:] == ["2", "1"]  # documents, examples
     assert "NewsG was not run; it needs a judge" in " ".join(out.split())
