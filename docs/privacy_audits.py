@@ -130,14 +130,15 @@ class Study:
         few = extraction.pick_passages(
             learned, min(control.PASSAGES, control.MORE * len(learned)), protocol, seed=0
         )
-        by_heart = control.train_control(
-            self.anchor, learned, protocol.length, self.out / "control.run"
-        )
-        state = self.out / "extraction" / "control.json"
-        made = extraction.extract(
-            by_heart, few, protocol, state, title="control", described={"control": len(learned)}
-        )
-        rows["control: learned by heart"] = as_json(made)
+        for title, what in audit_command.CONTROLS.items():
+            by_heart = control.train_control(
+                what, self.anchor, learned, protocol.length, self.out / f"{what}.run"
+            )
+            state = self.out / "extraction" / f"control_{what}.json"
+            made = extraction.extract(
+                by_heart, few, protocol, state, title=title, described={"control": what}
+            )
+            rows[title] = as_json(made)
         return rows
 
     def membership(self) -> dict[str, Any]:
@@ -163,6 +164,15 @@ def interval(rate: dict[str, Any]) -> str:
     return f"{rate['rate']:.1%} ({rate['low']:.1%} to {rate['high']:.1%})"
 
 
+def discoverable(audit: dict[str, Any], samples: int = 10, chance: float = 0.5) -> dict[str, Any]:
+    """The rate of passages whose exact text some of n samples hold with probability p or more."""
+    wanted = (samples, chance)
+    (rate,) = (
+        one["rate"] for one in audit["discoverable"] if (one["samples"], one["chance"]) == wanted
+    )
+    return rate
+
+
 def extraction_page(rows: dict[str, Any], machine: str) -> list[str]:
     first = next(iter(rows.values()))
     protocol, speeds = first["protocol"], [r["attempts_per_second"] for r in rows.values()]
@@ -172,14 +182,15 @@ def extraction_page(rows: dict[str, Any], machine: str) -> list[str]:
         f"{first['documents']} documents of {DATA}, {first['attempts']} attempts a row "
         f"({protocol['prefix']} tokens are given, up to {protocol['length']} in all: what this "
         "small model was made for). Shares of passages, with exact 95% intervals. *Extracted*: the "
-        "paper's criterion. *Continuation*: the same without credit for the prompt. *Exact*: ten "
-        "samples hold the very text with probability 1/2 or more.",
+        "paper's criterion. *Continuation*: the same without credit for the prompt. *Greedily*: "
+        "greedy decoding makes the very text. *Exact*: ten samples hold it with probability 1/2 or "
+        "more. *Controls* have learned a few documents by heart, and are asked for those.",
         "",
-        "| | passages | extracted | continuation | exact |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| | passages | extracted | continuation | greedily | exact |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for title, row in rows.items():
-        rates = (row["extracted"], row["continuation"], audit_command.discoverable(row))
+        rates = (row["extracted"], row["continuation"], row["greedy"], discoverable(row))
         cells = " | ".join(map(interval, rates))
         lines.append(f"| {title} | {row['prefixes']} | {cells} |")
     lines += [

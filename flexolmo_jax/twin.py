@@ -20,7 +20,7 @@ from flexolmo_jax.demo import run_command
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.federation.package import read_manifest, replace_file
 from flexolmo_jax.model import load
-from flexolmo_jax.privacy import audit_command, command, control
+from flexolmo_jax.privacy import audit_command, command
 
 console = Console()
 
@@ -39,7 +39,7 @@ class Trial:
     data: str = "corpus:math"
     heldout: float = 0.1
     canaries: int = 200
-    prefixes: int = 200
+    prefixes: int = 100
     private: tuple[str, ...] = ("demo_private_expert", "--dp-windows", "2")
     twin: tuple[str, ...] = ("demo_expert", "--steps", "1400", "--checkpoint-every", "700")
 
@@ -127,14 +127,18 @@ def check_twin(report: dict[str, Any]) -> None:
 
 
 def _checks(report: dict[str, Any]) -> dict[str, bool]:
+    try:
+        audit_command.check_controls(report["twin"]["extraction"])
+        caught = True
+    except ValueError:
+        caught = False
     private, twin = (report[name]["membership"] for name in ("private", "twin"))
     bounds = [one["audits"]["the expert alone"]["epsilon"] for one in (private, twin)]
-    caught = report["twin"]["extraction"]["audits"][audit_command.CONTROL]["extracted"]["rate"]
     return {
         "the private expert's certificate is not refuted": private["verdict"] == "not refuted",
         "the twin's canaries are told apart": twin["verdict"] == "members are told apart",
         "epsilon of the twin is at least more than the private expert's": bounds[0] < bounds[1],
-        "what was learned by heart is extracted": caught > control.CAUGHT,
+        "what is learned by heart is extracted": caught,
         "nothing is left of either once it is off": all(
             report[name]["removal"][way]["equal"]
             for name in ("private", "twin")

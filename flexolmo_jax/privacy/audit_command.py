@@ -19,7 +19,8 @@ from flexolmo_jax.privacy.extraction import Protocol
 from flexolmo_jax.privacy.intervals import as_json
 from flexolmo_jax.privacy.scoring import tokenizer_of
 
-FLOOR, CONTROL = "anchor alone", "control"
+FLOOR = "anchor alone"
+CONTROLS = {"control: expert": "expert", "control: model": "model"}  # titles, and what learns
 console = Console()
 
 
@@ -41,7 +42,7 @@ def audit_extraction(args: argparse.Namespace) -> None:
         print(json.dumps(found, indent=1))
     else:
         _show_extraction(found)
-    check_control(found)
+    check_controls(found)
 
 
 def run_extraction(
@@ -50,7 +51,7 @@ def run_extraction(
     text_field: str = "text", without: Sequence[str] = (), only: Sequence[str] | None = None,
     with_control: bool = False, dtype: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Audits a model, the anchor alone, and the control, and writes OUT/report.json.
+    """Audits a model, the anchor alone, and the controls, and writes OUT/report.json.
 
     Args:
       model, path: loaded, and where from.
@@ -61,7 +62,7 @@ def run_extraction(
       heldout: documents that training with this share left out are not tried.
       text_field: of rows.
       without, only: experts to switch off, or the only ones to use.
-      with_control: also trains and audits the positive control.
+      with_control: also trains and audits the positive controls.
       dtype: that the model was loaded with.
 
     Returns:
@@ -76,7 +77,7 @@ def run_extraction(
     }  # fmt: skip
 
     def tried(title: str, model: FlexOlmo, passages, **experts: Any) -> dict[str, Any]:
-        state = out / f"{title.replace(' ', '_')}.json"
+        state = out / f"{title.replace(': ', '_').replace(' ', '_')}.json"
         made = extraction.extract(
             model, passages, protocol, state, title=title, seed=seed,
             described={**described, **experts}, **experts,
@@ -91,9 +92,11 @@ def run_extraction(
         few = extraction.pick_passages(
             learned, min(prefixes, control.PASSAGES, control.MORE * len(learned)), protocol, seed
         )
-        where = _anchor_of(path, anchor)
-        by_heart = control.train_control(where, learned, protocol.length, out / "control.run")
-        audits[CONTROL] = tried(CONTROL, by_heart, few)
+        for title, what in CONTROLS.items():
+            by_heart = control.train_control(
+                what, _anchor_of(path, anchor), learned, protocol.length, out / f"{what}.run"
+            )
+            audits[title] = tried(title, by_heart, few)
     found = {
         "model": str(path), "without": list(without), "only": only, "data": data,
         "heldout": heldout, "audits": audits, "lines": _extraction_lines(audits),
@@ -102,15 +105,22 @@ def run_extraction(
     return found
 
 
-def check_control(found: dict[str, Any]) -> None:
-    """Raises ValueError if an extraction audit has a control that was not caught."""
-    audit = found["audits"].get(CONTROL)
-    if audit and audit["extracted"]["rate"] <= control.CAUGHT:
-        raise ValueError(
-            f"the control, which learned {audit['documents']} documents by heart, was caught on "
-            f"{audit['extracted']['rate']:.0%} of its passages only, expected more than "
-            f"{control.CAUGHT:.0%}: on this anchor the audit shows nothing"
-        )
+def check_controls(found: dict[str, Any]) -> None:
+    """Raises ValueError if what was learned by heart was not caught.
+
+    All of a model must be, by the paper's criterion. An expert may be by another one: beside a
+    frozen head it can know every next token, and still be too unsure for samples to show it.
+    """
+    for title in [one for one in CONTROLS if one in found["audits"]]:
+        audit = found["audits"][title]
+        ways = ("extracted", "greedy") if CONTROLS[title] == "expert" else ("extracted",)
+        best = max(audit[way]["rate"] for way in ways)
+        if best <= control.CAUGHT:
+            raise ValueError(
+                f"{title}: {audit['documents']} documents were learned by heart, and {best:.0%} of "
+                f"the passages caught, expected more than {control.CAUGHT:.0%}: on this anchor the "
+                "audit shows nothing"
+            )
 
 
 def _extraction_lines(audits: dict[str, Any]) -> list[str]:
@@ -138,38 +148,31 @@ def _extraction_lines(audits: dict[str, Any]) -> list[str]:
             if above
             else "no more is extracted than from the anchor alone, within the intervals"
         )
-    caught = audits.get(CONTROL)
-    if caught:
+    controls = [title for title in CONTROLS if title in audits]
+    for title in controls:
+        caught = audits[title]
         lines.append(
-            f"the control, which learned {caught['documents']} documents by heart, is caught on "
-            f"{caught['extracted']['rate']:.0%} of {caught['prefixes']} passages"
+            f"{title}, which learned {caught['documents']} documents by heart: "
+            f"{caught['extracted']['rate']:.0%} of {caught['prefixes']} passages are extracted by "
+            f"sampling, and {caught['greedy']['rate']:.0%} come out greedily, to the letter"
         )
-    else:
+    if not controls:
         lines.append("whether this audit would catch what was learned by heart: ask with --control")
     return lines
 
 
 def _show_extraction(found: dict[str, Any]) -> None:
     table = Table(
-        "", "prefixes", "extracted (95%)", "continuation alone (95%)", "10 samples hold it",
+        "", "prefixes", "extracted (95%)", "continuation alone (95%)", "greedily (95%)",
         "attempts/s", title=f"extraction from {found['model']}: {found['data']}",
     )  # fmt: skip
     for name, audit in found["audits"].items():
-        rates = (audit["extracted"], audit["continuation"], discoverable(audit))
+        rates = (audit["extracted"], audit["continuation"], audit["greedy"])
         shown = (f"{r['rate']:.2%} ({r['low']:.2%} to {r['high']:.2%})" for r in rates)
         table.add_row(name, f"{audit['prefixes']:,}", *shown, str(audit["attempts_per_second"]))
     console.print(table)
     for line in found["lines"]:
         console.print(f"- {line}", markup=False)
-
-
-def discoverable(audit: dict[str, Any], samples: int = 10, chance: float = 0.5) -> dict[str, Any]:
-    """The rate of passages whose exact text some of n samples hold with probability p or more."""
-    wanted = (samples, chance)
-    (rate,) = (
-        one["rate"] for one in audit["discoverable"] if (one["samples"], one["chance"]) == wanted
-    )
-    return rate
 
 
 def audit_membership(args: argparse.Namespace) -> None:

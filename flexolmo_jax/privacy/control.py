@@ -33,16 +33,17 @@ from flexolmo_jax.training.step import AnchorLoss, ExpertAloneLoss, with_parts
 
 DOCUMENTS = 8
 MORE = 32  # tokens of a document beyond the length of a passage: so many places to start from
-PASSAGES = 100  # that are tried, at most
+PASSAGES = 50  # that are tried, at most
+RATES = {"expert": 1e-2, "model": 3e-3}  # learning rates
 CAUGHT = 0.5  # more of them must be extracted
 
 
-def control_config(length: int) -> ExpertTraining:
-    """How it is trained, on passages of so many tokens."""
+def control_config(what: str, length: int) -> ExpertTraining:
+    """How one is trained, on passages of so many tokens."""
     return ExpertTraining(
-        data=DataConfig(batch_size=16, length=length, heldout=0.0),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=10),
-        steps=400,
+        data=DataConfig(batch_size=8, length=length, heldout=0.0),
+        optimizer=OptimizerConfig(learning_rate=RATES[what], warmup_steps=10),
+        steps=300,
         checkpoint_every=100,
     )
 
@@ -81,7 +82,7 @@ def train_control(
     Raises:
       ValueError, FloatingPointError, Interrupted: as `train`.
     """
-    config = control_config(length)
+    config = control_config(what, length)
     loaded = read_anchor(anchor)
     digest = canonical_digest([list(ids) for ids in documents])
     wanted = describe_run(config, anchor=loaded.identity, documents=digest)

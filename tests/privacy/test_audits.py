@@ -1,5 +1,6 @@
 """Membership and removal audits of real experts: what must be caught, and what must be gone."""
 
+import collections
 import json
 import shutil
 
@@ -43,21 +44,41 @@ def words(world, audited, *more):
     ]  # fmt: skip
 
 
-def test_scores_are_nats_gained_on_the_anchor(world, audited):
+def test_scores_are_nats_above_what_is_expected(world, audited):
+    """Against the regression written out: a mean for each token, and the anchor's answer."""
     model = load(audited / "out", anchor=world.anchor)
     canaries = Canaries.read(audited / "run")
     found = membership.canary_scores(model, canaries, only=["math"])
-    expected = {True: [], False: []}
-    for canary in canaries.candidates[:40]:
-        (ids,) = model.tokenizer.encode_documents([canary.text])
-        nats = []
-        for name in ("public", "math"):
+    rows = [model.tokenizer.encode_documents([one.text])[0] for one in canaries.candidates]
+
+    def above_expected(name):
+        """Of each canary's tokens: its log-probability, less what others of its kind have."""
+        logs = []
+        for ids in rows:
             logits = np.asarray(model.logits([ids], only=[name])[0], np.float64)
-            logs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-            nats.append(-sum(logs[at, token] for at, token in enumerate(ids[1:])))
-        expected[canary.inserted].append(nats[0] - nats[1])
+            logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+            logs.append([logits[at, token] for at, token in enumerate(ids[1:])])
+        mean = np.mean(sum(logs, []))
+        same = collections.defaultdict(list)
+        for ids, row in zip(rows, logs, strict=True):
+            for token, log in zip(ids[1:], row, strict=True):
+                same[token].append(log - mean)
+        return [
+            [
+                log - mean - sum(same[t]) / (len(same[t]) + 4)
+                for t, log in zip(ids[1:], row, strict=True)
+            ]
+            for ids, row in zip(rows, logs, strict=True)
+        ]
+
+    own, anchor = above_expected("math"), above_expected("public")
+    x, y = np.array(sum(anchor, [])), np.array(sum(own, []))
+    slope = np.linalg.lstsq(x[:, None], y, rcond=None)[0][0]
+    expected = {True: [], False: []}
+    for canary, one, other in zip(canaries.candidates, own, anchor, strict=True):
+        expected[canary.inserted].append(sum(one) - slope * sum(other))
     for scores, inserted in zip(found, (True, False), strict=True):
-        np.testing.assert_allclose(scores[: len(expected[inserted])], expected[inserted], atol=1e-2)
+        np.testing.assert_allclose(scores, expected[inserted], atol=1e-2)
 
 
 def test_a_run_without_privacy_is_caught(world, audited, flexolmo):

@@ -14,8 +14,9 @@ import pytest
 from flexolmo_jax.cli import main
 from flexolmo_jax.inference.sampling import Sampling, candidates
 from flexolmo_jax.privacy import extraction
+from flexolmo_jax.privacy.audit_command import check_controls
 from flexolmo_jax.privacy.extraction import Found, Passage, Protocol, pick_passages
-from flexolmo_jax.privacy.scoring import log_probabilities
+from flexolmo_jax.privacy.scoring import scores
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -106,6 +107,8 @@ def test_the_audit_is_the_slow_obvious_one(model, passages, experts):
                 for at in range(cut, len(ids))
             )
         assert one.log_probability == (pytest.approx(log, abs=1e-3) if log > -np.inf else None)
+        (greedy,) = model.generate([ids[:cut]], len(ids) - cut, **experts)
+        assert one.greedy == (greedy == ids[cut:])
 
 
 def test_one_rule_cuts_the_tail_in_sampling_and_in_scoring():
@@ -123,10 +126,12 @@ def test_one_rule_cuts_the_tail_in_sampling_and_in_scoring():
 
 def test_log_probabilities_of_all_tokens(model, passages):
     sequences = [list(p.ids[: 10 + n]) for n, p in enumerate(passages * 6)]  # two batches
-    for ids, found in zip(sequences, log_probabilities(model, sequences), strict=True):
+    for ids, found in zip(sequences, scores(model, sequences), strict=True):
         logits = model.logits([ids])[0]
         every = jax.nn.log_softmax(logits)[jnp.arange(len(ids) - 1), jnp.asarray(ids[1:])]
-        np.testing.assert_allclose(found, every, atol=1e-4)
+        np.testing.assert_allclose(found.logs, every, atol=1e-4)
+        assert found.nats == pytest.approx(-float(every.sum()), abs=1e-3)
+        assert (found.likeliest == (logits[:-1].argmax(-1) == jnp.asarray(ids[1:]))).all()
 
 
 # Passages.
@@ -161,14 +166,15 @@ def test_a_document_below_the_full_length_is_a_shorter_passage():
 def test_the_report_counts():
     protocol = Protocol()
     found = [
-        Found(0, 0, 256, 1.0, 0.9, math.log(0.5)),
-        Found(1, 0, 256, 0.9, 0.8, math.log(0.05)),
-        Found(1, 5, 256, 0.8999, 0.1, None),
-        Found(2, 0, 256, 0.1, 0.0, -1e4),
+        Found(0, 0, 256, 1.0, 0.9, True, math.log(0.5)),
+        Found(1, 0, 256, 0.9, 0.8, True, math.log(0.05)),
+        Found(1, 5, 256, 0.8999, 0.1, False, None),
+        Found(2, 0, 256, 0.1, 0.0, True, -1e4),
     ]
     made = extraction.report(found, protocol, 2.0)
     assert (made["prefixes"], made["documents"], made["attempts"]) == (4, 3, 40)
     assert made["extracted"].hits == 2 and made["continuation"].hits == 1
+    assert made["greedy"].hits == 3
     counts = {(r["samples"], r["chance"]): r["rate"].hits for r in made["discoverable"]}
     # 1 - 0.95^10 is 0.40, and 1 - 0.95^100 is 0.994
     assert [counts[1, p] for p in (0.1, 0.5, 0.9)] == [1, 1, 0]
@@ -216,15 +222,48 @@ def learned_anchor(world, tmp_path_factory):
     return out
 
 
-def test_the_control_is_caught_and_the_anchor_is_not(world, learned_anchor, tmp_path, flexolmo):
+def test_what_greedy_decoding_makes_is_seen(model):
+    """A passage whose end the model itself has made."""
+    prompt = list(range(5, 13))
+    (made,) = model.generate([prompt], 16)
+    right = Passage(0, 0, tuple(prompt + made))
+    wrong = Passage(0, 0, (*prompt, *made[:-1], (made[-1] + 1) % 512))
+    found = extraction.try_some(model, [right, wrong], SHORT, model.tokenizer, 0, (), None)
+    assert [one.greedy for one in found] == [True, False]
+
+
+def test_controls_are_caught_and_the_anchor_is_not(world, learned_anchor, tmp_path, flexolmo):
     anew = ("--model", learned_anchor, "--prefixes", 30, "--control")
     code, printed, error = flexolmo(*words(world, tmp_path / "out", *anew))
     assert code == 0, error
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     rates = {name: audit["extracted"]["rate"] for name, audit in found["audits"].items()}
-    assert rates["control"] > 0.5 and rates["model"] < 0.1, rates
-    assert "the control, which learned 8 documents by heart, is" in " ".join(printed.split())
+    assert rates["control: model"] > 0.5 and rates["model"] < 0.1, rates
+    expert = found["audits"]["control: expert"]
+    assert max(expert["extracted"]["rate"], expert["greedy"]["rate"]) > 0.5
+    assert "control: model, which learned 8 documents by heart" in " ".join(printed.split())
     assert "made for 64 tokens" in " ".join(printed.split())
+
+
+def caught(extracted, greedy):
+    return {"documents": 8, "extracted": {"rate": extracted}, "greedy": {"rate": greedy}}
+
+
+@pytest.mark.parametrize(
+    ("model", "expert", "said"),
+    [
+        ((0.6, 1.0), (0.0, 0.6), None),
+        ((0.5, 1.0), (0.0, 0.6), "control: model: 8 documents were learned by heart, and 50%"),
+        ((0.6, 1.0), (0.4, 0.5), "control: expert: 8 documents were learned by heart, and 50%"),
+    ],
+)
+def test_an_audit_that_does_not_catch_its_controls_fails(model, expert, said):
+    found = {"audits": {"control: model": caught(*model), "control: expert": caught(*expert)}}
+    if said is None:
+        check_controls(found)
+        return
+    with pytest.raises(ValueError, match=said):
+        check_controls(found)
 
 
 def test_an_audit_that_is_killed_goes_on_to_the_same_end(world, tmp_path, flexolmo):
