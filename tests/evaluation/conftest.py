@@ -10,15 +10,15 @@ import pytest
 from flexolmo_jax.data.sources import read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 
-LENGTHS = {"opened": 64, "plain": 320}  # that a model was made for; nq_open's answers have 256
 MAKE_GOLDEN = Path(__file__).parents[1] / "interop" / "make_golden.py"
 
 
-@pytest.fixture(scope="session", params=LENGTHS)
+@pytest.fixture(scope="session", params=["opened", "plain"])
 def folder(request, tmp_path_factory):
     """A random FlexOlmo of four experts in Hugging Face's form.
 
-    Its tokenizer puts the separator in front of a text, as ours do, or does not, as OLMo's.
+    Its tokenizer puts the separator in front of a text, as ours do, or does not, as OLMo's; it was
+    made for 64 tokens, or, "long", for more than the 256 of some answers.
     """
     for package in ("torch", "transformers", "accelerate"):
         pytest.importorskip(package, reason="needs the extra `reference`")
@@ -26,7 +26,7 @@ def folder(request, tmp_path_factory):
     documents = itertools.islice(read_documents("corpus:public"), 20)
     tokenizer = Tokenizer.train((document.text for document in documents), 300)
     saved = json.loads(tokenizer.json)
-    if request.param == "plain":
+    if request.param != "opened":
         saved["post_processor"] = None
     (folder / "tokenizer.json").write_text(json.dumps(saved))
     special = dict.fromkeys(("bos_token", "eos_token"), tokenizer.separator_text)
@@ -40,7 +40,7 @@ def folder(request, tmp_path_factory):
         vocab_size=304,
         num_experts=4,
         num_experts_per_tok=2,
-        max_position_embeddings=LENGTHS[request.param],
+        max_position_embeddings=320 if request.param == "long" else 64,
         **ids,
     ).save_pretrained(folder)
     return folder

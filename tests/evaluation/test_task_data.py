@@ -146,7 +146,7 @@ def test_the_harness_reads_them(data):
     assert tasks["nq_open"].instances[0].args[0].count("who was it") == 2  # the other document
 
 
-@pytest.mark.parametrize("folder", ["plain"], indirect=True)
+@pytest.mark.parametrize("folder", ["long"], indirect=True)
 def test_scores_are_those_of_the_hugging_face_adapter(data, folder, theirs):
     """Task by task."""
     names = [*SOURCES, "mmlu_anatomy"]
