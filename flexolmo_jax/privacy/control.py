@@ -107,7 +107,7 @@ class _Crops(OrdinarySteps):
     """Steps on passages that begin at random places of documents."""
 
     def __init__(self, title, config, loss, documents: Sequence[Sequence[int]]):
-        super().__init__(title, config, loss, source=None)
+        super().__init__(title, config, loss, source=None)  # type: ignore[arg-type]
         self.documents = documents
 
     def batches(self, start: int) -> Iterator[Batch]:
@@ -117,7 +117,7 @@ class _Crops(OrdinarySteps):
             generator = np.random.default_rng([self.training.seed, step])
             tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
             for row in range(len(tokens)):
-                ids = self.documents[generator.integers(len(self.documents))]
+                ids = self.documents[int(generator.integers(len(self.documents)))]
                 first = generator.integers(max(len(ids) - length, 1))
                 crop = ids[first : first + length + 1]
                 tokens[row, : len(crop)], segments[row, : len(crop)] = crop, 1

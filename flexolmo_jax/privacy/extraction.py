@@ -195,7 +195,7 @@ def try_some(
     """All samples of some passages, made together."""
     prompts = [list(p.ids[: protocol.prefix]) for p in passages for _ in range(protocol.samples)]
     longest = max(len(p.ids) for p in passages)
-    made = model.generate(
+    made: Any = model.generate(  # ids for ids
         prompts, longest - protocol.prefix, without=without, only=only,
         temperature=protocol.temperature, top_k=protocol.top_k, top_p=protocol.top_p, seed=seed,
     )  # fmt: skip
