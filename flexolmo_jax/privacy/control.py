@@ -118,7 +118,7 @@ class _Crops(OrdinarySteps):
             tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
             for row in range(len(tokens)):
                 ids = self.documents[int(generator.integers(len(self.documents)))]
-                first = generator.integers(max(len(ids) - length, 1))
+                first = int(generator.integers(max(len(ids) - length, 1)))
                 crop = ids[first : first + length + 1]
                 tokens[row, : len(crop)], segments[row, : len(crop)] = crop, 1
             yield Batch.of(tokens, segments)
