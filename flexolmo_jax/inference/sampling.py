@@ -54,11 +54,11 @@ def candidates(logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Ar
     """
     logits, size = logits / sampling.temperature, logits.shape[-1]
     tokens = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), logits.shape)
-    nucleus = sampling.top_p is not None and sampling.top_p < 1
-    if nucleus or (sampling.top_k or size) < size:
+    top_p = 1.0 if sampling.top_p is None else sampling.top_p
+    if top_p < 1 or (sampling.top_k or size) < size:
         logits, tokens = jax.lax.top_k(logits, min(sampling.top_k or size, size))
-    if nucleus:  # the fewest tokens, of the top k, whose probabilities reach top_p
+    if top_p < 1:  # the fewest tokens, of the top k, whose probabilities reach top_p
         probabilities = jax.nn.softmax(logits)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        logits = jnp.where(before < sampling.top_p, logits, -jnp.inf)
+        logits = jnp.where(before < top_p, logits, -jnp.inf)
     return jax.nn.log_softmax(logits), tokens

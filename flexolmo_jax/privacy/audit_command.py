@@ -20,7 +20,7 @@ from flexolmo_jax.privacy.intervals import as_json
 from flexolmo_jax.privacy.scoring import tokenizer_of
 
 FLOOR = "anchor alone"
-CONTROLS = {"control: expert": "expert", "control: model": "model"}  # titles, and what learns
+CONTROLS: dict[str, control.What] = {"control: expert": "expert", "control: model": "model"}
 console = Console()
 
 
@@ -290,7 +290,8 @@ def run_removal(
     if run is None and data is None:
         raise ValueError("nothing to ask the models: give --run (canaries), --data (text), or both")
     package = _package_of(path, name)
-    canaries = run and _canaries_of(package, read_manifest(package, kind="expert"), run)
+    about = read_manifest(package, kind="expert")
+    canaries = _canaries_of(package, about, run) if run else None
     passages: list[Sequence[int]] = []
     if data is not None:
         model = load(path)

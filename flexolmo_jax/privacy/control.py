@@ -31,6 +31,7 @@ from flexolmo_jax.training.loop import (
 )
 from flexolmo_jax.training.step import AnchorLoss, ExpertAloneLoss, with_parts
 
+What = Literal["expert", "model"]
 DOCUMENTS = 8
 MORE = 32  # tokens of a document beyond the length of a passage: so many places to start from
 PASSAGES = 50  # that are tried, at most
@@ -64,7 +65,7 @@ def control_documents(documents: Sequence[Sequence[int]], length: int) -> list[S
 
 
 def train_control(
-    what: Literal["expert", "model"],
+    what: What,
     anchor: Path,
     documents: Sequence[Sequence[int]],
     length: int,
@@ -107,7 +108,7 @@ class _Crops(OrdinarySteps):
     """Steps on passages that begin at random places of documents."""
 
     def __init__(self, title, config, loss, documents: Sequence[Sequence[int]]):
-        super().__init__(title, config, loss, source=None)
+        super().__init__(title, config, loss, source=None)  # type: ignore[arg-type]
         self.documents = documents
 
     def batches(self, start: int) -> Iterator[Batch]:
@@ -117,8 +118,8 @@ class _Crops(OrdinarySteps):
             generator = np.random.default_rng([self.training.seed, step])
             tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
             for row in range(len(tokens)):
-                ids = self.documents[generator.integers(len(self.documents))]
-                first = generator.integers(max(len(ids) - length, 1))
+                ids = self.documents[int(generator.integers(len(self.documents)))]
+                first = int(generator.integers(max(len(ids) - length, 1)))
                 crop = ids[first : first + length + 1]
                 tokens[row, : len(crop)], segments[row, : len(crop)] = crop, 1
             yield Batch.of(tokens, segments)
