@@ -232,7 +232,11 @@ def test_what_greedy_decoding_makes_is_seen(model):
     assert [one.greedy for one in found] == [True, False]
 
 
-def test_controls_are_caught_and_the_anchor_is_not(world, learned_anchor, tmp_path, flexolmo):
+def test_controls_are_caught_and_the_anchor_is_not(
+    world, learned_anchor, tmp_path, flexolmo, monkeypatch
+):
+    monkeypatch.setattr(control, "DOCUMENTS", 2)  # as many as so small an expert can hold
+    monkeypatch.setattr(control, "MORE", 8)
     anew = ("--model", learned_anchor, "--prefixes", 16, "--control")
     code, printed, error = flexolmo(*words(world, tmp_path / "out", *anew))
     assert code == 0, error
