@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,11 +20,7 @@ from flexolmo_jax.privacy.intervals import as_json
 from flexolmo_jax.privacy.scoring import tokenizer_of
 
 FLOOR = "anchor alone"
-# Titles, and what learns by heart.
-CONTROLS: dict[str, Literal["expert", "model"]] = {
-    "control: expert": "expert",
-    "control: model": "model",
-}
+CONTROLS: dict[str, control.What] = {"control: expert": "expert", "control: model": "model"}
 console = Console()
 
 
@@ -294,8 +290,8 @@ def run_removal(
     if run is None and data is None:
         raise ValueError("nothing to ask the models: give --run (canaries), --data (text), or both")
     package = _package_of(path, name)
-    manifest = read_manifest(package, kind="expert")
-    canaries = _canaries_of(package, manifest, run) if run is not None else None
+    about = read_manifest(package, kind="expert")
+    canaries = _canaries_of(package, about, run) if run else None
     passages: list[Sequence[int]] = []
     if data is not None:
         model = load(path)

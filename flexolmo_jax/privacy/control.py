@@ -31,6 +31,7 @@ from flexolmo_jax.training.loop import (
 )
 from flexolmo_jax.training.step import AnchorLoss, ExpertAloneLoss, with_parts
 
+What = Literal["expert", "model"]
 DOCUMENTS = 8
 MORE = 32  # tokens of a document beyond the length of a passage: so many places to start from
 PASSAGES = 50  # that are tried, at most
@@ -64,7 +65,7 @@ def control_documents(documents: Sequence[Sequence[int]], length: int) -> list[S
 
 
 def train_control(
-    what: Literal["expert", "model"],
+    what: What,
     anchor: Path,
     documents: Sequence[Sequence[int]],
     length: int,

@@ -195,10 +195,11 @@ def try_some(
     """All samples of some passages, made together."""
     prompts = [list(p.ids[: protocol.prefix]) for p in passages for _ in range(protocol.samples)]
     longest = max(len(p.ids) for p in passages)
-    made: Any = model.generate(  # ids for ids
+    answers = model.generate(
         prompts, longest - protocol.prefix, without=without, only=only,
         temperature=protocol.temperature, top_k=protocol.top_k, top_p=protocol.top_p, seed=seed,
     )  # fmt: skip
+    made = [list(map(int, ids)) for ids in answers]
     sure = scores(
         model, [p.ids for p in passages], without=without, only=only, sampling=protocol.sampling
     )

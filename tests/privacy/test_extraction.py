@@ -13,7 +13,7 @@ import pytest
 
 from flexolmo_jax.cli import main
 from flexolmo_jax.inference.sampling import Sampling, candidates
-from flexolmo_jax.privacy import extraction
+from flexolmo_jax.privacy import control, extraction
 from flexolmo_jax.privacy.audit_command import check_controls
 from flexolmo_jax.privacy.extraction import Found, Passage, Protocol, pick_passages
 from flexolmo_jax.privacy.scoring import scores
@@ -205,7 +205,7 @@ config = AnchorTraining(
     data=DataConfig(batch_size=8, length=32), optimizer=OptimizerConfig(learning_rate=1e-2),
     steps=300, public_tokens=4096,
     model=ModelConfig(
-        vocab_size=512, width=64, num_layers=2, num_heads=2, ffn_width=192, max_length=64
+        vocab_size=512, width=128, num_layers=2, num_heads=2, ffn_width=384, max_length=64
     ),
 )
 """
@@ -232,8 +232,12 @@ def test_what_greedy_decoding_makes_is_seen(model):
     assert [one.greedy for one in found] == [True, False]
 
 
-def test_controls_are_caught_and_the_anchor_is_not(world, learned_anchor, tmp_path, flexolmo):
-    anew = ("--model", learned_anchor, "--prefixes", 30, "--control")
+def test_controls_are_caught_and_the_anchor_is_not(
+    world, learned_anchor, tmp_path, flexolmo, monkeypatch
+):
+    monkeypatch.setattr(control, "DOCUMENTS", 2)  # as many as so small an expert can hold
+    monkeypatch.setattr(control, "MORE", 8)
+    anew = ("--model", learned_anchor, "--prefixes", 16, "--control")
     code, printed, error = flexolmo(*words(world, tmp_path / "out", *anew))
     assert code == 0, error
     found = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -241,7 +245,7 @@ def test_controls_are_caught_and_the_anchor_is_not(world, learned_anchor, tmp_pa
     assert rates["control: model"] > 0.5 and rates["model"] < 0.1, rates
     expert = found["audits"]["control: expert"]
     assert max(expert["extracted"]["rate"], expert["greedy"]["rate"]) > 0.5
-    assert "control: model, which learned 8 documents by heart" in " ".join(printed.split())
+    assert "control: model, which learned 2 documents by heart" in " ".join(printed.split())
     assert "made for 64 tokens" in " ".join(printed.split())
 
 
