@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.cli import leave_libtpu_alone
+from flexolmo_jax.process import leave_libtpu_alone
 
 leave_libtpu_alone()  # before JAX is imported
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from flexolmo_jax.cli import leave_libtpu_alone
+from flexolmo_jax.process import leave_libtpu_alone
 
 leave_libtpu_alone()  # before JAX is imported
 
@@ -81,12 +81,13 @@ SIZES = {
     ),
     "ci": Size(
         ("math", "educational"), "creative",
-        grid((16, 64), (0.05, 0.2), (60,), (5e-4, 1.5e-3)), (0, 1, 2), (1.0, 2.0, 8.0, NEVER), 4,
+        grid((24, 48), (0.1,), (40,), (5e-4, 1.5e-3)), (0, 1, 2), (1.0, 2.0, 8.0, NEVER), 1,
+        ("--steps", "400"),
     ),
     "large": Size(
         ("academic", "conversation"), "math",
-        grid((256, 1024), (0.05, 0.2), (300,), (5e-4, 1.5e-3)), (0, 1, 2),
-        (1.0, 2.0, 8.0, NEVER), 4, ("--steps", "2400"), ("--steps", "1000"),
+        grid((96, 192), (0.1,), (80,), (5e-4, 1.5e-3)), (0, 1, 2),
+        (1.0, 2.0, 8.0, NEVER), 1, ("--steps", "2400"), ("--steps", "500"),
     ),
 }  # fmt: skip
 

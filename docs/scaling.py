@@ -23,7 +23,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from flexolmo_jax.cli import leave_libtpu_alone
+from flexolmo_jax.process import leave_libtpu_alone
 
 leave_libtpu_alone()  # before JAX is imported
 

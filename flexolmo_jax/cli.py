@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import ctypes
-import importlib.util
 import io
 import json
 import os
@@ -18,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from flexolmo_jax.arguments import make_parser
+from flexolmo_jax.process import keep_freed_memory, leave_libtpu_alone, use_large_pages
 
 console = Console()
 INTERRUPTED = 130
-LARGE_PAGES = "glibc.malloc.hugetlb"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,11 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args([word for word in words if word != "--debug"])
     args.debug = "--debug" in words
     leave_libtpu_alone()
-    if args.command == "train":
+    if args.command in ("train", "study"):
         if arguments is None:
-            _use_large_pages()
+            use_large_pages()
         keep_freed_memory()
-    if rest and args.command not in ("train", "plan"):
+    if rest and args.command not in ("train", "plan", "study"):
         parser.error(f"unknown argument {rest[0]}; see flexolmo {args.command} --help")
     args.overrides = rest
     warnings.showwarning = _show_warning
@@ -85,54 +83,6 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
         print(f"flexolmo: warning: {message}", file=sys.stderr)
 
 
-def leave_libtpu_alone() -> None:
-    """Keeps JAX from looking for a TPU where libtpu is there for planning only; before its import.
-
-    It would print pages of warnings, and jaxlib 0.10.2 then crashes in a trace
-    (PluginTracer::Start).
-    """
-    has_tpu = any(Path("/dev").glob("accel*")) or any(Path("/dev").glob("vfio/*"))
-    if importlib.util.find_spec("libtpu") and not has_tpu:
-        has_cuda = importlib.util.find_spec("jax_cuda13_plugin")
-        os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if has_cuda else "cpu")
-
-
-def with_large_pages() -> dict[str, str]:
-    """The environment in which glibc's malloc takes the system's large pages.
-
-    A training step on CPU goes through gigabytes; in pages of 4 KB, a good part of its time goes
-    into finding them.
-    """
-    given = os.environ.get("GLIBC_TUNABLES")
-    if given and LARGE_PAGES in given:  # also where somebody has turned them off
-        return dict(os.environ)
-    tunables = f"{given}:{LARGE_PAGES}=1" if given else f"{LARGE_PAGES}=1"
-    return {**os.environ, "GLIBC_TUNABLES": tunables}
-
-
-def _use_large_pages() -> None:
-    """Starts this program anew if it is without them: glibc asks for its settings only then."""
-    wanted = with_large_pages()
-    if sys.platform == "linux" and wanted != os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to hold on to large buffers; must come before any thread starts.
-
-    By default every large buffer goes back to the system when a training step on CPU ends, and
-    the next step gets it anew, cleared page by page; or, beside other programs that
-    fragment memory, waits for the system to make room for large pages.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # as in malloc.h
-        never = -1  # the largest size there is; 2**31 - 1 bytes are one step of a small model
-        mallopt(arena_max, 1)  # others would map and unmap what is larger than 64 MB
-        mallopt(mmap_threshold, never)
-        mallopt(trim_threshold, never)
-
-
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if "No space left on device" in text:
@@ -143,14 +93,15 @@ def _one_line(error: Exception) -> str:
     return text if isinstance(error, known) else f"{type(error).__name__}: {text}"
 
 
-def _config(args: argparse.Namespace, kind: type) -> Any:
-    """The config file's values, with what the command line changes."""
+def _config(args: argparse.Namespace, kind: type, folder: str = "") -> Any:
+    """The config file's values, with what the command line changes; ours are in CONFIGS/folder."""
     import tyro
 
-    from flexolmo_jax.config import load_config
+    from flexolmo_jax.config import CONFIGS, load_config
 
-    config = load_config(args.config, kind)
-    prog = " ".join(filter(None, ("flexolmo", args.command, args.stage, args.config)))
+    config = load_config(args.config, kind, CONFIGS / folder)
+    stage = getattr(args, "stage", None)
+    prog = " ".join(filter(None, ("flexolmo", args.command, stage, args.config)))
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -324,8 +275,12 @@ def _audit_twin(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import merge
 
-    merge(args.anchor, args.experts, args.out, active_experts=args.active)
-    console.print(f"wrote {args.out}: public + {len(args.experts)} experts", markup=False)
+    memory = args.memory and tuple(args.memory)
+    merge(args.anchor, args.experts, args.out, active_experts=args.active, memory=memory)
+    remembering = f"router memory {memory[0]:g} {memory[1]:g}" if memory else "no router memory"
+    console.print(
+        f"wrote {args.out}: public + {len(args.experts)} experts, {remembering}", markup=False
+    )
 
 
 def _experts_list(args: argparse.Namespace) -> None:
@@ -415,6 +370,17 @@ def _named_sources(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    for option, goes_with in (
+        ("heldout", "data"), ("task_data", "harness"), ("limit", "harness"), ("shots", "harness"),
+        ("download", "harness"), ("run_code", "harness"),
+    ):  # fmt: skip
+        if getattr(args, option) not in (None, False) and getattr(args, goes_with) is None:
+            raise ValueError(f"--{option.replace('_', '-')} is for --{goes_with}; leave it out")
+    if args.harness is not None:
+        from flexolmo_jax.evaluation.command import evaluate_harness
+
+        evaluate_harness(args)
+        return
     from flexolmo_jax.data.sources import Report
     from flexolmo_jax.evaluation.domains import bits_per_byte
     from flexolmo_jax.model import load
@@ -434,6 +400,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     if not args.json:
         rows = [{**row, "bits_per_byte": f"{row['bits_per_byte']:.4f}"} for row in rows]
     _show_rows(rows, args.json)
+
+
+def _study(args: argparse.Namespace) -> None:
+    from flexolmo_jax.evaluation.study import run_study
+    from flexolmo_jax.evaluation.study_config import StudyConfig
+
+    config = _config(args, StudyConfig, "study")
+    run_study(config, Path(args.out), args.seeds, args.resume)
+    console.print(f"wrote {args.out}/report.md, report.json and pictures", markup=False)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -470,6 +445,31 @@ def _data_fetch(args: argparse.Namespace) -> None:
     _show_rows(rows, as_json=False)
 
 
+def _data_flexmix(args: argparse.Namespace) -> None:
+    from flexolmo_jax.data.flexmix_mini import make_flexmix
+
+    card = make_flexmix(Path(args.fetched), Path(args.out))
+    rows = [
+        {
+            "domain": name,
+            **{f"{split} bytes": one["bytes"] for split, one in entry["splits"].items()},
+            "near-duplicates": entry["near_duplicates"],
+        }
+        for name, entry in card["domains"].items()
+    ]
+    _show_rows(rows, as_json=False)
+    console.print(f"{args.out}/card.md says what is in it", markup=False)
+
+
+def _data_tasks(args: argparse.Namespace) -> None:
+    from flexolmo_jax.evaluation.task_data import fetch_task_data
+
+    rows = [
+        {"task": name, "documents": count} for name, count in fetch_task_data(args.folder).items()
+    ]
+    _show_rows(rows, as_json=False)
+
+
 def _data_proxies(args: argparse.Namespace) -> None:
     from flexolmo_jax.data.proxies import pick_proxies
 
@@ -499,8 +499,11 @@ COMMANDS = {
     "experts remove": _experts_remove,
     "inspect": _inspect,
     "evaluate": _evaluate,
+    "study": _study,
     "generate": _generate,
     "data fetch": _data_fetch,
+    "data flexmix": _data_flexmix,
+    "data tasks": _data_tasks,
     "data proxies": _data_proxies,
 }
 

@@ -13,6 +13,7 @@ COMPUTE = (
     "remat",
     "unroll",
 )  # fields that change no number
+MEMORY = (0.8, 0.3)  # decay and weight of a merged model's router memory, where none are chosen
 
 
 def _require(ok: bool, message: str) -> None:
@@ -38,6 +39,8 @@ class ModelConfig:
     num_experts: int = 1  # E; the anchor alone is a model of one expert
     active_experts: int | None = None  # A; None means all
     renormalize: bool = False  # scale the weights of the active experts to sum to 1
+    memory: tuple[float, float] | None = None  # (decay, weight): how a merged model's router counts
+    # a document's earlier tokens in (modeling/router.py); chosen at merge, as active_experts
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
@@ -76,6 +79,8 @@ class ModelConfig:
             self.active_experts is None or self.active_experts >= 1,
             f"active_experts must be at least 1, found {self.active_experts}",
         )
+        if self.memory is not None:
+            check_memory(*self.memory)
         for name in ("dtype", "expert_compute", "attention", "remat"):
             known, found = get_args(self.__annotations__[name]), getattr(self, name)
             _require(found in known, f"{name} must be one of {', '.join(known)}, found {found!r}")
@@ -105,9 +110,18 @@ class ModelConfig:
         """What two models must agree on to share experts, as JSON values."""
         same = dataclasses.asdict(self)
         same |= {"num_kv_heads": self.kv_heads, "head_width": self.head_size}
-        for name in (*COMPUTE, "num_experts", "active_experts", "max_length"):
+        for name in (*COMPUTE, "num_experts", "active_experts", "memory", "max_length"):
             del same[name]
         return same
+
+
+def check_memory(decay: float, weight: float) -> None:
+    """Raises ValueError if a router cannot remember so."""
+    _require(
+        0 < decay < 1 and 0 < weight < float("inf"),
+        f"memory must be a decay in (0, 1) and a weight above 0, found {decay} and {weight}; for a "
+        "router without memory, say so: memory=None, --no-memory",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +219,10 @@ class AnchorTraining(Training):
             f"data.length={self.data.length} is longer than model.max_length="
             f"{self.model.max_length}",
         )
+        _require(
+            self.model.memory is None,
+            "model.memory is for merged models: choose it with `flexolmo merge --memory`",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,23 +230,31 @@ class ExpertTraining(Training):
     """Stage 2: one owner's expert, by the owner alone, on closed text.
 
     `gating="alone"` fixes the expert's gate to 1 while it trains and then fits its router rows and
-    biases by logistic regression against the anchor's public text (the default recipe);
+    biases against the anchor's public text (the default recipe), as `router` says: by logistic
+    regression, or as the linear discriminant of two Gaussians of one covariance ("lda");
     `gating="pair"` is the paper's form: a softmax over the public and the new expert, rows learned
     jointly from the domain embedding.
     """
 
     gating: Literal["alone", "pair"] = "alone"
+    router: Literal["logistic", "lda"] = "logistic"  # with "alone": how the rows are fitted
     router_z_loss: float = 0.0  # with gating="pair"
     domain_embedding: str | None = None  # with "pair": "wordllama", or a .npy of [D] or [N, D]
     fit_tokens: int = 32_768  # with "alone": tokens of each side that the rows are fitted on
     fit_prior: float = 0.3  # with "alone": share of text taken to be the owner's; less is humbler
-    fit_ridge: float = 1e-3  # with "alone": ridge penalty of the whitened rows
+    fit_ridge: float = 1e-3  # with "logistic": ridge penalty of the whitened rows
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("gating", "router"):
+            known, found = get_args(self.__annotations__[name]), getattr(self, name)
+            _require(
+                found in known, f"{name} must be {' or '.join(map(repr, known))}, found {found!r}"
+            )
         _require(
-            self.gating in ("alone", "pair"),
-            f"gating must be 'alone' or 'pair', found {self.gating!r}",
+            self.gating == "alone" or self.router == "logistic",
+            f"router={self.router!r} with gating='pair': the paper's form learns its rows; leave "
+            "router out",
         )
         _require(0 < self.fit_prior < 1, f"fit_prior must be in (0, 1), found {self.fit_prior}")
         _require(
@@ -297,21 +323,22 @@ class RouterTraining(Training):
     active_experts: int | None = None  # None: as the merged model says
 
 
-def load_config(path: str | Path, kind: type[Training]) -> Any:
+def load_config(path: str | Path, kind: type, folder: Path | None = None) -> Any:
     """Runs a config file and returns its `config`.
 
     Args:
       path: a Python file that sets `config`, or the name of one that comes with flexolmo_jax.
       kind: the class that `config` must be of.
+      folder: where those that come with flexolmo_jax are; default: CONFIGS.
 
     Raises:
       ValueError: the file is missing, fails, or holds a config of another stage.
     """
-    file = Path(path)
+    file, folder = Path(path), folder or CONFIGS
     if not file.is_file() and file.name == str(path):
-        file = CONFIGS / f"{file.stem}.py"
+        file = folder / f"{file.stem}.py"
     if not file.is_file():
-        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem != "__init__"))
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__"))
         raise ValueError(f"no config at {path}; give a Python file, or one of: {known}")
     try:
         values = runpy.run_path(str(file))

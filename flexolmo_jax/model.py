@@ -100,6 +100,7 @@ class FlexOlmo:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
+        until: Sequence[str] = (),
     ) -> list[str] | list[list[int]]:
         """Continues prompts, all in one batch.
 
@@ -110,12 +111,15 @@ class FlexOlmo:
           temperature: 0 takes the likeliest token.
           top_k, top_p: cut the tail of the distribution.
           seed: of the random choices.
+          until: texts that end a continuation: it is cut before the first of them. Ids may go on
+            a little after it.
 
         Returns:
           the continuations, without the prompts: texts for texts, ids for ids.
 
         Raises:
-          ValueError: as `logits`; a text without a tokenizer; an empty prompt; a bad option.
+          ValueError: as `logits`; a text, or `until`, without a tokenizer; an empty prompt; a bad
+            option.
         """
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"prompts must be a list with at least one prompt, found {prompts!r}")
@@ -123,8 +127,21 @@ class FlexOlmo:
         ids = self._prompt_ids(prompts)
         mask = self.allowed(len(ids), without, only, allowed)
         sampling = Sampling(temperature, top_k, top_p)
-        (made,) = self._continue(ids, max_new_tokens, mask, sampling, seed, every=None)
-        return [self._need_tokenizer().decode(one) for one in made] if are_texts else made
+        ends = [until] if isinstance(until, str) else list(until)
+        if not all(ends):
+            raise ValueError("until must not have an empty text, which is everywhere")
+        texts: list[str] = []
+        pieces = self._continue(ids, max_new_tokens, mask, sampling, seed, 16 if ends else None)
+        for made in pieces:
+            if are_texts or ends:
+                texts = [self._need_tokenizer().decode(one) for one in made]
+            longest = max(map(len, made))  # a shorter one has met the separator
+            if ends and all(
+                len(ids) < longest or any(end in text for end in ends)
+                for ids, text in zip(made, texts, strict=True)
+            ):
+                break
+        return [_cut(text, ends) for text in texts] if are_texts else made
 
     def stream(
         self,
@@ -283,6 +300,13 @@ class FlexOlmo:
         if self.tokenizer is None:
             raise ValueError("this model came without a tokenizer.json; give token ids instead")
         return self.tokenizer
+
+
+def _cut(text: str, ends: Sequence[str]) -> str:
+    """What comes before any of `ends`."""
+    for end in ends:
+        text = text.split(end)[0]
+    return text
 
 
 def load(

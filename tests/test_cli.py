@@ -20,7 +20,9 @@ pytestmark = pytest.mark.usefixtures("quick")
 COMMANDS = [
     (), ("demo",), ("train",), ("train", "anchor"), ("train", "expert"), ("train", "router"),
     ("merge",), ("experts",), ("experts", "list"), ("experts", "add"), ("experts", "remove"),
-    ("inspect",), ("evaluate",), ("generate",), ("data",), ("data", "fetch"), ("data", "proxies"),
+    ("inspect",), ("evaluate",), ("generate",), ("data",), ("data", "fetch"), ("data", "flexmix"),
+    ("data", "tasks"), ("data", "proxies"), ("study",), ("audit",), ("audit", "extraction"),
+    ("audit", "membership"), ("audit", "removal"), ("audit", "twin"),
 ]  # fmt: skip
 
 

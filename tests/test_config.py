@@ -23,6 +23,7 @@ PRESETS = sorted(file.stem for file in CONFIGS.glob("*.py") if file.stem != "__i
         ({"num_layers": -1}, "num_layers must be positive, found -1"),
         ({"num_experts": 0}, "num_experts must be at least 1"),
         ({"active_experts": 0}, "active_experts must be at least 1"),
+        ({"memory": (1.0, 0.3)}, r"memory must be a decay in \(0, 1\)"),
         ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, found 'float16'"),
     ],
 )
@@ -53,6 +54,8 @@ DATA = {"batch_size": 2, "length": 8}
         (fo.ExpertTraining, {"log_every": 0}, "log_every must be positive"),
         (fo.ExpertTraining, {"checkpoint_every": 0}, "checkpoint_every must be positive"),
         (fo.ExpertTraining, {"gating": "both"}, "gating must be 'alone' or 'pair'"),
+        (fo.ExpertTraining, {"router": "svm"}, "router must be 'logistic' or 'lda', found 'svm'"),
+        (fo.ExpertTraining, {"gating": "pair", "router": "lda"}, "learns its rows; leave router"),
         (
             fo.AnchorTraining,
             {"model": fo.ModelConfig(**SIZES, max_length=4)},
@@ -74,7 +77,13 @@ def test_a_training_that_cannot_be_is_refused(kind, values, message):
 
 def test_the_architecture_is_what_experts_must_share():
     base = fo.ModelConfig(**SIZES)
-    for same in ({"dtype": "bfloat16"}, {"remat": "layer"}, {"num_experts": 4}, {"max_length": 9}):
+    for same in (
+        {"dtype": "bfloat16"},
+        {"remat": "layer"},
+        {"num_experts": 4},
+        {"max_length": 9},
+        {"memory": (0.8, 0.3)},
+    ):
         assert base.replace(**same).architecture() == base.architecture()
     for other in ({"width": 32}, {"rope_theta": 1e4}, {"renormalize": True}, {"vocab_size": 51}):
         assert base.replace(**other).architecture() != base.architecture()

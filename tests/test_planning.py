@@ -205,7 +205,8 @@ def small(tmp_path):
     file.write_text(
         "from flexolmo_jax.config import *\n"
         "model = ModelConfig(vocab_size=2048, width=512, num_layers=3, num_heads=4,"
-        " ffn_width=1024, num_experts=6, active_experts=2, dtype='bfloat16')\n"
+        " ffn_width=1024, num_experts=6, active_experts=2, memory=(0.8, 0.3),"
+        " dtype='bfloat16')\n"
         "config = RouterTraining(data=DataConfig(batch_size=8, length=512), steps=9,"
         " optimizer=OptimizerConfig(learning_rate=1e-3))\n"
     )

@@ -362,14 +362,18 @@ def _archive(package: Package, root: Path) -> Path | None:
     return next(_kept(package, root).glob("*.*"), None)
 
 
-def _download(package: Package, root: Path) -> Path:
-    """The package's archive, downloaded unless an earlier run did."""
+def download(package: Package, root: Path) -> Path:
+    """The package's archive in ROOT/downloads, downloaded unless an earlier run did.
+
+    Raises:
+      Unavailable: it cannot be had.
+    """
     if kept := _archive(package, root):
         return kept
     command, hint = _client_command(package)
     beside = root / "downloads" / (_kept(package, root).name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    beside.mkdir(parents=True)
     _run(command, beside, hint)
     found = [path.name for path in beside.glob("*.*")]
     pinned = re.compile(rf"-{re.escape(package.version)}(-|\.\D)" if package.version else r"_.+_")
@@ -404,7 +408,7 @@ def _extract_package(package: Package, parts: Sequence[Part], root: Path) -> Non
     if package.client == "here":
         opened = Path(sysconfig.get_paths()["stdlib"])
     else:
-        _unpack(_download(package, root), opened)
+        _unpack(download(package, root), opened)
     failed = []
     for part in parts:
         try:

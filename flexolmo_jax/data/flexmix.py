@@ -110,6 +110,7 @@ class SourceWindows(tfds.core.GeneratorBasedBuilder):
 
 
 Windows = TypeVar("Windows", bound=SourceWindows)
+Builder = TypeVar("Builder", bound=tfds.core.DatasetBuilder)
 
 
 def prepare(
@@ -133,13 +134,14 @@ def prepare(
 
 def build(make: Callable[[], Windows]) -> Windows:
     """A builder, with its windows on disk."""
+    return in_turn(lambda: prepared(make))
+
+
+def prepared(make: Callable[[], Builder]) -> Builder:
+    """A builder, with its files on disk: written unless they are there already."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     tfds.disable_progress_bar()
-
-    def work() -> Windows:
-        builder = make()
-        with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
-            builder.download_and_prepare()
-        return builder
-
-    return in_turn(work)
+    builder = make()
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
+        builder.download_and_prepare()
+    return builder

@@ -53,7 +53,8 @@ def read_documents(
     Args:
       source: a .jsonl, .parquet or text file, a folder of such files (searched in depth, in the
         order of their names), "corpus:NAME" of the texts that come with flexolmo_jax, or
-        "tfds:NAME[/CONFIG]" of a dataset that is already prepared.
+        "tfds:NAME[/CONFIG]" of a dataset that is already prepared; with "[SPLIT]" behind it, in
+        brackets, of one split only.
       text_field: the field of a row that holds the text.
       group_field: the field of a row that names its group; rows without it stand alone.
       report: is filled with counts and bad rows (unreadable, no text, empty).
@@ -191,7 +192,7 @@ def _parquet_rows(file: Path, text_field: str, group_field: str):
 def _tfds_rows(source: str, text_field: str, group_field: str):
     import tensorflow_datasets as tfds  # heavy, and needed for this kind of source only
 
-    name = source.removeprefix("tfds:")
+    name, _, only = source.removeprefix("tfds:").removesuffix("]").partition("[")
     try:
         builder = tfds.builder(name)
         splits = builder.as_data_source()
@@ -201,10 +202,14 @@ def _tfds_rows(source: str, text_field: str, group_field: str):
             f"({type(error).__name__}: {str(error).splitlines()[0]}); prepare it first with "
             f"`tfds build {name} --file_format=array_record`"
         ) from error
+    if only and only not in splits:
+        raise ValueError(f"{source}: no split {only!r}; found {', '.join(splits)}")
     for split, rows in splits.items():
+        if only and split != only:
+            continue
         for number in range(len(rows)):
             row = rows[number]
-            where = f"{source}[{split}]:{number}"
+            where = f"tfds:{name}[{split}]:{number}"
             if text_field not in row:
                 raise ValueError(f"{source}: no feature {text_field!r}; found {', '.join(row)}")
             both = row[text_field], row.get(group_field)

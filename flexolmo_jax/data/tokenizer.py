@@ -75,10 +75,18 @@ class Tokenizer:
         """Ids of a prompt, with whatever the tokenizer puts in front of one."""
         return self._tokenizer.encode(text).ids or [self.separator]
 
+    def encode(self, text: str, opened: bool) -> list[int]:
+        """Ids of a text as it is, or `opened` by what the tokenizer puts in front of a prompt."""
+        return self._tokenizer.encode(text, add_special_tokens=opened).ids
+
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of whole documents, each opened by the separator."""
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [[self.separator, *one.ids] for one in encoded]
+
+    def names(self) -> list[str]:
+        """Of all ids, in order; in a byte-level BPE each character of one stands for a byte."""
+        return [self._tokenizer.id_to_token(number) or "" for number in range(self.vocab_size)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -26,8 +26,8 @@ def heat_map(scores: dict[str, dict[str, float]], picture: Path, *, baseline: st
     for i in range(len(models)):
         for j in range(len(domains)):
             axes.text(
-                j, i, f"{values[i, j]:.3f}\n{change[i, j]:+.1%}",
-                ha="center", va="center", fontsize=7,
+                j, i, f"{values[i, j]:.3f}\n{change[i, j]:+.1%}", ha="center", va="center",
+                fontsize=7, color="white" if abs(change[i, j]) > 0.15 else "black",
             )  # fmt: skip
     figure.colorbar(image, label=f"bits per byte, change from {baseline}", format="{x:+.0%}")
     figure.savefig(picture, dpi=130)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flexolmo_jax import sharding
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import MEMORY, ModelConfig, check_memory
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.distributed import all_together
 from flexolmo_jax.federation.anchor import (
@@ -131,6 +131,7 @@ def merge(
     out: str | Path,
     *,
     active_experts: int | None = None,
+    memory: tuple[float, float] | None = MEMORY,
 ) -> None:
     """Merges an anchor and expert packages into a model: checks all of them, trains nothing.
 
@@ -139,6 +140,8 @@ def merge(
       experts: expert packages; their order is the order in the model.
       out: the merged model: one manifest that names them by relative path and digest.
       active_experts: how many a token may use; None for all.
+      memory: decay and weight of what the router remembers of a document's earlier tokens
+        (`remember`); None for a router that looks at each token alone, as in the paper.
 
     Raises:
       ValueError: a package is damaged or made for something else, or a name comes twice.
@@ -150,6 +153,8 @@ def merge(
     _check_distinct(entries)
     if active_experts is not None and active_experts < 1:
         raise ValueError(f"active_experts must be at least 1, found {active_experts}")
+    if memory is not None:
+        check_memory(*memory)
     manifest = {
         "format": FORMAT,
         "made_by": f"flexolmo_jax {__version__}",
@@ -157,6 +162,7 @@ def merge(
         "anchor": {"path": _relative(Path(anchor), out), "identity": facts.identity},
         "experts": entries,
         "active_experts": active_experts,
+        "memory": memory and dict(zip(("decay", "weight"), memory, strict=True)),
         "files": {},
     }
     with new_directory(out) as folder:
@@ -300,8 +306,11 @@ def _load_unchecked(
         experts.router = join_files([tuned], empty)
     backbone, experts = sharding.place((anchor.weights.backbone, experts), mesh, over, dtype)
     names = ("public", *(entry["name"] for entry in manifest["experts"]))
-    config = dataclasses.replace(
-        anchor.config, num_experts=len(names), active_experts=manifest["active_experts"]
+    memory = manifest.get("memory")  # not in the manifests of older versions
+    config = anchor.config.replace(
+        num_experts=len(names),
+        active_experts=manifest["active_experts"],
+        memory=memory and (memory["decay"], memory["weight"]),
     )
     return LoadedModel(backbone, experts, config, names, anchor.tokenizer)
 

@@ -29,11 +29,12 @@ class State(NamedTuple):
     logits: jax.Array  # float32 [B, V], of the next token
     done: jax.Array  # bool [B]
     cache: KVCache | tuple[KVCache, ...]
+    past: jax.Array | None  # float32 [L, E, B]: what the router remembers, if it does
     made: jax.Array  # int32 [B, room]
 
 
 ROWS = sharding.ROWS
-STATE = State(P(), ROWS, ROWS, P(None, *ROWS), ROWS)  # type: ignore[arg-type]
+STATE = State(P(), ROWS, ROWS, P(None, *ROWS), P(None, None, *ROWS), ROWS)  # type: ignore[arg-type]
 
 
 def generate(
@@ -141,7 +142,7 @@ def _read(weights, tokens, padding, allowed, done, *, config, room) -> State:
     made = jnp.zeros((batch, room), jnp.int32)
     logits = _next_logits(weights, out.hidden[:, -1], config)
     assert out.cache is not None
-    return State(jnp.int32(0), logits, done, out.cache, made)
+    return State(jnp.int32(0), logits, done, out.cache, out.past, made)
 
 
 def _loop(weights, state, padding, allowed, key, stop, limit, *, config, sampling, mesh) -> State:
@@ -176,7 +177,7 @@ def _make(weights, state, padding, allowed, key, stop, limit, *, config, samplin
         return (state.step < limit) & (sharding.total(jnp.sum(~state.done)) > 0)
 
     def one(state):
-        step, logits, done, cache, made = state
+        step, logits, done, cache, past, made = state
         token = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
         token = jnp.where(done, stop, token)
         made = jax.lax.dynamic_update_slice_in_dim(made, token[:, None], step, axis=1)
@@ -184,9 +185,9 @@ def _make(weights, state, padding, allowed, key, stop, limit, *, config, samplin
         out = forward(
             backbone, (experts,), jnp.maximum(token, 0)[:, None], config,
             positions=(at - padding)[:, None], allowed=allowed, cache=cache, at=at,
-            visible=is_text & (jnp.arange(slots) <= at), layers=layers,
+            visible=is_text & (jnp.arange(slots) <= at), past=past, layers=layers,
         )  # fmt: skip
         logits = _next_logits(weights, out.hidden[:, 0], config)
-        return State(step + 1, logits, done | (token == stop), out.cache, made)
+        return State(step + 1, logits, done | (token == stop), out.cache, out.past, made)
 
     return jax.lax.while_loop(more, one, state)

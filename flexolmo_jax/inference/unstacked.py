@@ -10,12 +10,13 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.stored import Stored, rounded, store
 from flexolmo_jax.modeling.transformer import Backbone, Layers
+
+PROJECTIONS = tuple(f"attention.{name}" for name in "qkvo")
 
 
 class Unstacked(NamedTuple):
@@ -35,9 +36,18 @@ def unstack(
       turned: matrices with their summed axes last in memory, for a batch of one.
       int8: matrices as 8-bit integers, a scale for each output channel.
     """
+    change = jax.jit(functools.partial(store, turned=turned, int8=int8))
 
-    def take(tree, index):
-        return jax.tree.map(lambda leaf: jnp.array(leaf[index]), tree)
+    def take(tree, index):  # leaf by leaf: no third copy of all weights at any time
+        def one(path, leaf):
+            name, leaf = _name(path), leaf[index]
+            if name in PROJECTIONS[:3]:  # [D, N, H] -> [D, N*H]
+                leaf = leaf.reshape(len(leaf), -1)
+            elif name in PROJECTIONS:  # [N, H, D] -> [N*H, D]
+                leaf = leaf.reshape(-1, leaf.shape[-1])
+            return change(leaf) if name in PROJECTIONS or "feed_forward" in name else leaf
+
+        return jax.tree_util.tree_map_with_path(one, tree)
 
     num_layers, num_experts = experts.router.bias.shape
     layers = tuple(
@@ -47,9 +57,7 @@ def unstack(
         )
         for number in range(num_layers)
     )
-    weights = Unstacked(layers, jnp.array(backbone.head_matrix(config)))
-    change = jax.jit(functools.partial(store, turned=turned, int8=int8))
-    return _on_matrices(change, _flat(weights))
+    return Unstacked(layers, change(backbone.head_matrix(config)))
 
 
 def round_to_int8(backbone: Backbone, experts: Experts) -> tuple[Backbone, Experts]:
@@ -60,36 +68,13 @@ def round_to_int8(backbone: Backbone, experts: Experts) -> tuple[Backbone, Exper
 
     def change(path, leaf):
         name = _name(path)
-        if name.endswith(("attention.q", "attention.k", "attention.v")):  # [L, D, N, H]
+        if name.endswith(PROJECTIONS[:3]):  # [L, D, N, H]
             return rounded(leaf.reshape(*leaf.shape[:2], -1)).reshape(leaf.shape)
-        if name.endswith("attention.o"):  # [L, N, H, D]
+        if name.endswith(PROJECTIONS[3]):  # [L, N, H, D]
             return rounded(leaf.reshape(len(leaf), -1, leaf.shape[-1])).reshape(leaf.shape)
         return rounded(leaf) if "feed_forward" in name or name.endswith("head") else leaf
 
     return jax.jit(functools.partial(jax.tree_util.tree_map_with_path, change))((backbone, experts))
-
-
-def _flat(weights: Unstacked) -> Unstacked:
-    """Projections as plain matrices: [D, N, H] -> [D, N*H], [N, H, D] -> [N*H, D]."""
-
-    def flat(path, leaf):
-        if not _name(path).endswith(("attention.q", "attention.k", "attention.v", "attention.o")):
-            return leaf
-        rows = -1 if _name(path).endswith("o") else leaf.shape[0]
-        return leaf.reshape(rows, leaf.shape[-1] if rows < 0 else -1)
-
-    return jax.tree_util.tree_map_with_path(flat, weights)
-
-
-def _on_matrices(change, weights: Unstacked) -> Unstacked:
-    """Applies `change` to what products read: projections, experts and the head."""
-
-    def one(path, leaf):
-        name = _name(path)
-        is_matrix = "feed_forward" in name or (leaf.ndim == 2 and "router" not in name)
-        return change(leaf) if is_matrix and "norm" not in name else leaf
-
-    return jax.tree_util.tree_map_with_path(one, weights)
 
 
 def _name(path: tuple) -> str:

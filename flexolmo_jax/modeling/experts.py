@@ -14,7 +14,7 @@ from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.grouped import grouped_swiglu
 from flexolmo_jax.modeling.layers import Expert, dot, normal
-from flexolmo_jax.modeling.router import Router, route
+from flexolmo_jax.modeling.router import Router, remember, route
 
 MANY = 64  # tokens from which on it pays to leave some out of an expert's product
 
@@ -194,7 +194,9 @@ def mix(
     allowed: jax.Array,
     config: ModelConfig,
     skip: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+    segments: jax.Array | None = None,
+    past: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The mixture of all experts of all stacks.
 
     `config.expert_compute` says how: "dense" computes every expert for every token and is the
@@ -204,15 +206,25 @@ def mix(
       stacks: one or more stacks (without the layer axis); experts are numbered through them.
       x: [B, S, D].
       allowed: bool [B, E].
-      config: says how many experts are active and whether their weights are renormalised.
+      config: says how many experts are active, whether their weights are renormalised, and whether
+        the router remembers.
       skip: do not read experts that no token uses; not for training.
+      segments: int32 [B, S], with `config.memory`: documents. Default: one a row.
+      past: float32 [E, B], with `config.memory`: as in `remember`. Default: nothing came before.
 
     Returns:
-      [B, S, D], and the router's logits, float32 [E, B, S].
+      [B, S, D]; the router's logits of these tokens alone, float32 [E, B, S]; with `config.memory`
+      the next `past`, else None.
     """
     logits = jnp.concatenate([stack.router(x) for stack in stacks])
     active = config.active_experts or len(logits)
-    weights = route(logits, allowed, active, config.renormalize)
+    if config.memory is None:
+        weights = route(logits, allowed, active, config.renormalize)
+    else:
+        segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
+        past = jnp.zeros_like(logits[..., 0]) if past is None else past
+        routing, past = remember(logits, segments, config.memory, past)
+        weights = route(routing, allowed, active, config.renormalize)
     total, first = jnp.zeros_like(x), 0
     for stack in stacks:
         last = first + stack.router.bias.shape[0]
@@ -228,4 +240,4 @@ def mix(
         out = sharding.from_tensor(sharding.from_experts(out) if is_away else out)
         total = total + out if apart else out
         first = last
-    return total, logits
+    return total, logits, past

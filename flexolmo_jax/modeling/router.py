@@ -63,6 +63,48 @@ def route(logits: jax.Array, allowed: jax.Array, active: int, renormalize: bool)
     return kept / _ordered_sum(kept if renormalize else exp)
 
 
+@jax.named_scope("remember")
+def remember(
+    logits: jax.Array, segments: jax.Array, memory: tuple[float, float], past: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Logits that count in the earlier tokens of a document; not in the paper.
+
+    To an expert's logit at token t is added weight * sum over s < t of decay^(t - s) * its logit at
+    s, over the tokens of the same document. One token says little of the subject of a text, and
+    its neighbours say more. An expert remembers its own logits only, so what others there are, or
+    are allowed, changes nothing in it. A constant common to all experts cancels in the softmax, so
+    these are as good as logits relative to the public expert's.
+
+    Args:
+      logits: float32 [E, B, S].
+      segments: int32 [B, S]: documents; each begins with nothing to remember.
+      memory: (decay, weight).
+      past: float32 [E, B]: the decayed sum up to the token before the first one, of the same
+        document; 0 where there is none.
+
+    Returns:
+      float32 [E, B, S], to route by; and [E, B], the sum up to the last token: the next `past`.
+    """
+    decay, weight = memory
+    goes_on = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    kept = jnp.where(goes_on, decay, 0.0)  # [B, S]: share of the sum that each token finds
+
+    def times(factor, sums):  # a logit may be -inf (`fill_up`), and 0 times that is not 0
+        return jnp.where(factor > 0, factor * sums, 0.0)
+
+    def after(one, other):
+        return one[0] * other[0], times(other[0], one[1]) + other[1]
+
+    def expert(own):  # one at a time, as in `Router`: no expert's rounding depends on the others
+        logits, past = own
+        factors = jnp.pad(kept, ((0, 0), (1, 0)))
+        terms = jnp.concatenate([past[:, None], logits], axis=1)
+        _, sums = jax.lax.associative_scan(after, (factors, terms), axis=1)  # [B, 1 + S]
+        return logits + weight * times(kept, sums[:, :-1]), sums[:, -1]
+
+    return jax.lax.map(expert, (logits, past))
+
+
 def _ordered_sum(x: jax.Array) -> jax.Array:
     """Sum over the first axis from first to last: an added 0 in any place changes no bit."""
     total = x[0]

@@ -52,11 +52,11 @@ class Layer(nnx.Module):
         out = checkpoint_name(out, ANSWER)
         return x + self.attention_norm(out, config.norm_eps), cache
 
-    def consult(self, x, stacks, allowed, config, skip=False):
-        """x + norm(experts(x)), and the router's logits; shapes as in `mix`."""
-        out, logits = mix(stacks, x, allowed, config, skip)
+    def consult(self, x, stacks, allowed, config, skip=False, segments=None, past=None):
+        """x + norm(experts(x)), the router's logits and what it remembers; shapes as in `mix`."""
+        out, logits, past = mix(stacks, x, allowed, config, skip, segments, past)
         out = checkpoint_name(out, ANSWER)
-        return x + self.experts_norm(out, config.norm_eps), logits
+        return x + self.experts_norm(out, config.norm_eps), logits, past
 
 
 class Backbone(nnx.Module):
@@ -93,6 +93,7 @@ class Output(NamedTuple):
     hidden: jax.Array  # [B, S, D], after the last norm
     router_logits: jax.Array  # float32 [L, E, B, S]
     cache: KVCache | tuple[KVCache, ...] | None
+    past: jax.Array | None  # float32 [L, E, B], with config.memory: what the router remembers
 
 
 def init_anchor(config: ModelConfig, key: jax.Array) -> Anchor:
@@ -133,6 +134,7 @@ def forward(
     at: jax.Array | int = 0,
     positions: jax.Array | None = None,
     visible: jax.Array | None = None,
+    past: jax.Array | None = None,
     layers: Layers | None = None,
 ) -> Output:
     """Runs the network: scanned over layers, or one by one where `layers` are given.
@@ -148,6 +150,8 @@ def forward(
       positions: int32 [B, S], of each token in its document; default: from `segments`.
       visible: bool [B, S_max], with a cache and S = 1: what the new token may look at. Without
         it, this call's tokens look at each other only (prefill).
+      past: float32 [L, E, B], with `config.memory`: what the router remembers of earlier tokens of
+        the document that each row goes on with (`Output.past`). Default: nothing came before.
       layers: read instead of the stacks (inference/unstacked.py); then `cache` is one for each
         layer, and an expert that no token uses is not read at all.
     """
@@ -163,27 +167,29 @@ def forward(
 
     def layer_step(carry, slices):
         x, cache = carry
-        layer, stacks, number = slices
+        layer, stacks, number, past = slices
         layer = sharding.gather(layer, config)
         stacks = tuple(sharding.gather_experts(stack, config) for stack in stacks)
         x, cache = layer.attend(x, positions, segments, config, cache, at, visible, number)
-        x, router_logits = layer.consult(x, stacks, allowed, config)
-        return (x, cache), router_logits
+        x, *routing = layer.consult(x, stacks, allowed, config, segments=segments, past=past)
+        return (x, cache), routing
 
     x = sharding.look_up(backbone.embed[...], tokens, config)
     if layers is not None:
-        caches, router = [], []
-        for (layer, experts), one in zip(layers, cache or [None] * len(layers), strict=True):
+        caches, routing = [], []
+        for number, (layer, experts) in enumerate(layers):
+            one, before = (None if of is None else of[number] for of in (cache, past))
             x, one = layer.attend(x, positions, segments, config, one, at, visible)
-            x, logits = layer.consult(x, experts, allowed, config, skip=True)
+            x, *found = layer.consult(x, experts, allowed, config, True, segments, before)
             caches.append(one)
-            router.append(logits)
+            routing.append(found)
         hidden = backbone.norm(x, config.norm_eps)
-        return Output(hidden, jnp.stack(router), tuple(caches) if cache else None)
+        stacked = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *routing)
+        return Output(hidden, stacked[0], tuple(caches) if cache else None, stacked[1])
     if config.remat != "none" or sharding.is_spread():
         layer_step = jax.checkpoint(layer_step, policy=REMAT[config.remat])
     numbers = None if cache is None else jnp.arange(config.num_layers)
-    (x, cache), router_logits = jax.lax.scan(
-        layer_step, (x, cache), (backbone.layers, stacks, numbers), unroll=config.unroll
+    (x, cache), (router_logits, past) = jax.lax.scan(
+        layer_step, (x, cache), (backbone.layers, stacks, numbers, past), unroll=config.unroll
     )
-    return Output(backbone.norm(x, config.norm_eps), router_logits, cache)
+    return Output(backbone.norm(x, config.norm_eps), router_logits, cache, past)

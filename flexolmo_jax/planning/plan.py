@@ -347,6 +347,7 @@ def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> tuple[Any, tupl
         lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), _weights(model, mesh)
     )
     weights = _placed(weights, mesh, sharding.SERVING)
+    num_experts = weights[1].router.bias.shape[1]
     shape = (model.num_layers, batch, model.kv_heads, length, model.head_size)
     axes = sharding.AXES
     cache = KVCache(*(abstract(shape, model.dtype, None, axes) for _ in range(2)))
@@ -355,9 +356,10 @@ def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> tuple[Any, tupl
         abstract((batch, model.vocab_size), jnp.float32, axes),
         abstract((batch,), jnp.bool_, axes),
         cache,
+        model.memory
+        and abstract((model.num_layers, num_experts, batch), jnp.float32, None, None, axes),
         abstract((batch, decode.BUCKET), jnp.int32, axes),
     )
-    num_experts = weights[1].router.bias.shape[1]
     arguments = (
         (*weights, None), state, abstract((batch,), jnp.int32, axes),
         abstract((batch, num_experts), jnp.bool_, axes),

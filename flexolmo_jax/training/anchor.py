@@ -14,7 +14,7 @@ from flexolmo_jax.data.flexmix import prepare
 from flexolmo_jax.data.sources import Document, is_heldout, named_source, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.distributed import by_first, in_turn
-from flexolmo_jax.federation.anchor import write_anchor
+from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anchor
 from flexolmo_jax.modeling.transformer import Anchor, init_anchor
 from flexolmo_jax.training.loop import (
     RUN_FILE,
@@ -30,7 +30,13 @@ from flexolmo_jax.training.step import AnchorLoss
 
 
 def train_anchor(
-    config: AnchorTraining, *, data: str, out: Path, run: Path, resume: bool = False
+    config: AnchorTraining,
+    *,
+    data: str,
+    out: Path,
+    run: Path,
+    resume: bool = False,
+    start: Path | None = None,
 ) -> None:
     """Trains an anchor and writes its package.
 
@@ -40,11 +46,15 @@ def train_anchor(
       out: the anchor package; must not exist.
       run: folder of the run: windows, checkpoints, metrics, plot.
       resume: go on from the newest checkpoint in `run`.
+      start: an anchor package whose weights to start from, of the same sizes and tokenizer;
+        default: random ones.
 
     Raises:
       ValueError, FloatingPointError, Interrupted: as the parts say.
     """
-    wanted = describe_run(config, source=named_source(data))
+    given = None if start is None else read_anchor(start)
+    made_from = {} if given is None else {"start": given.identity}
+    wanted = describe_run(config, source=named_source(data), **made_from)
     check_run(run, wanted, resume)
     tokenizer = in_turn(lambda: _tokenizer(config, data, run))
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -52,13 +62,18 @@ def train_anchor(
             f"the tokenizer has {tokenizer.vocab_size} ids, more than model.vocab_size="
             f"{config.model.vocab_size}; make the model's vocabulary at least as large"
         )
+    if given is not None:
+        _check_same(given, config, tokenizer)
     source, report = prepare(data, config.data, tokenizer, run / "data")
     for line in report.lines():
         console.print(line, markup=False)
     record_run(run, wanted)
-    weights = sharding.build(
-        lambda: init_anchor(config.model, jax.random.key(config.seed)), mesh_of(config)
-    )
+    if given is None:
+        weights = sharding.build(
+            lambda: init_anchor(config.model, jax.random.key(config.seed)), mesh_of(config)
+        )
+    else:
+        weights = given.weights
     loss = AnchorLoss(config.computing(config.model), config.output_z_loss)
     weights = train(OrdinarySteps("anchor", config, loss, source), weights, None, run)
     by_first(lambda: _write(config, data, out, weights, tokenizer))
@@ -80,6 +95,18 @@ def _write(
     }
     public_text = _sample(shuffled, tokenizer, config.public_tokens)
     write_anchor(out, weights, config.model, tokenizer, public_text, facts)
+
+
+def _check_same(start: LoadedAnchor, config: AnchorTraining, tokenizer: Tokenizer) -> None:
+    ours, theirs = config.model.architecture(), start.config.architecture()
+    for field in ours:
+        if ours[field] != theirs[field]:
+            raise ValueError(
+                f"cannot start from an anchor of another model: expected {field}={ours[field]}, "
+                f"found {theirs[field]}"
+            )
+    if start.tokenizer is None or start.tokenizer.digest != tokenizer.digest:
+        raise ValueError("cannot start from an anchor with another tokenizer: name its own")
 
 
 def _tokenizer(config: AnchorTraining, data: str, run: Path) -> Tokenizer:

@@ -81,6 +81,7 @@ def train_expert(
     facts = {
         "tokens_seen": config.steps * config.data.batch_size * config.data.length,
         "gating": config.gating,
+        "router": config.router if config.gating == "alone" else None,
         "domain_embedding": source_name(config.domain_embedding),
         "licence": config.licence,
         "contact": config.contact,
@@ -131,6 +132,7 @@ def fit_rows(
         own,
         public,
         anchor.config,
+        router=config.router,
         ridge=config.fit_ridge,
         prior=config.fit_prior,
     )

@@ -73,6 +73,11 @@ def train_private_expert(
                 f"{field} with --dp-epsilon: every device works on units of its own, with whole "
                 f"weights; leave {field} out"
             )
+    if config.router != "logistic":
+        raise ValueError(
+            f"router={config.router!r} with --dp-epsilon: rows follow from one noisy release, in "
+            "a way of their own; leave router out"
+        )
     config = privacy.applied_to(config)
     loaded, tokenizer = anchor_to_train_beside(anchor)
     texts = list(public_text_of(loaded, public, anchor)) if config.gating == "alone" else []

@@ -1,4 +1,4 @@
-"""An owner fits its own router rows: whitened logistic regression against public text.
+"""An owner fits its own router rows: a linear classifier of its tokens against public ones.
 
 Not in the paper. Rows that are learned on the owner's text alone become detectors of a direction
 common to all text, and swamp each other after the merge; here each row separates the owner's
@@ -7,7 +7,7 @@ Nothing of other owners is used.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ def fit_router(
     public: Batch,
     config: ModelConfig,
     *,
+    router: Literal["logistic", "lda"],
     ridge: float,
     prior: float,
 ) -> Experts:
@@ -41,7 +42,9 @@ def fit_router(
       own: a batch of the owner's text.
       public: a batch of public text.
       config: of the anchor.
-      ridge: penalty on the squared length of the whitened row, relative to the mean loss.
+      router: by logistic regression (`separate`), or as a linear discriminant (`discriminate`).
+      ridge: of `separate`: penalty on the squared length of the whitened row, relative to the
+        mean loss.
       prior: share of all text that is taken to be the owner's; 0.5 weighs both sides alike.
 
     Returns:
@@ -72,7 +75,10 @@ def fit_router(
         )
         x = attend(x, layer)
         inputs = np.asarray(x, np.float64).reshape(-1, config.width)[real]
-        row, bias = separate(inputs, is_own, ridge=ridge, prior=prior)
+        if router == "lda":
+            row, bias = discriminate(inputs, is_own, prior=prior)
+        else:
+            row, bias = separate(inputs, is_own, ridge=ridge, prior=prior)
         own_slice.router.row[...] = jnp.asarray(row[None], jnp.float32)
         own_slice.router.bias[...] = jnp.asarray([bias], jnp.float32)
         x = consult(x, layer, (public_slice, own_slice))
@@ -104,6 +110,21 @@ def separate(
     model = LogisticRegression(C=1.0 / (ridge * len(white)), class_weight=weights, max_iter=1000)
     model.fit(white, is_own)
     return public.row(model.coef_[0], float(model.intercept_[0]))
+
+
+def discriminate(
+    inputs: np.ndarray, is_own: np.ndarray, *, prior: float
+) -> tuple[np.ndarray, float]:
+    """As `separate`, if both kinds of text were Gaussian with one covariance.
+
+    Closed form. Discriminants that owners fit apart, each against the same public text, would be
+    those of all fitted together if the covariance were common to all.
+    """
+    own, public = inputs[is_own], inputs[~is_own]
+    pooled = (np.cov(own, rowvar=False) + np.cov(public, rowvar=False)) / 2
+    whitening = Whitening.of(public.mean(axis=0), pooled)
+    white = whitening.whitened(own.mean(axis=0)[None])[0]
+    return whitening.row(white, -float(white @ white) / 2 + np.log(prior / (1 - prior)))
 
 
 class Whitening(NamedTuple):

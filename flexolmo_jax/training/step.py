@@ -147,6 +147,21 @@ class RouterLoss:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class JointLoss:
+    """Not a stage: all weights of a mixture are trained, on pooled text (training/joint.py)."""
+
+    config: ModelConfig
+    output_z_loss: float
+    router_z_loss: float
+
+    def __call__(self, weights: tuple[Backbone, Experts], frozen: None, batch: Batch):
+        backbone, experts = weights
+        return language_model_loss(
+            backbone, (experts,), batch, self.config, self.output_z_loss, self.router_z_loss
+        )
+
+
 class RouterRows(NamedTuple):
     """What stage 3 trains. The public expert's bias is 0 by definition, so it is not here."""
 

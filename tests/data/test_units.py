@@ -68,7 +68,7 @@ def document(row):
 def test_a_document_is_a_unit_of_windows_of_its_own(prepared, rows, tokenizer):
     units = prepared(rows, "document")
     assert texts_of(units, tokenizer) == [row["text"] for row in training(rows)]
-    windows = units._windows
+    windows = units.windows
     for number in range(len(windows)):
         segments = windows[number]["segments"]
         # One document, and at its very end the separator.
@@ -89,7 +89,7 @@ def test_a_group_is_a_unit_with_all_of_its_documents(prepared, rows, tokenizer):
 
 def test_a_sequence_is_one_window(prepared, rows):
     units = prepared(rows, "sequence")
-    assert len(units) == len(units._windows)
+    assert len(units) == len(units.windows)
     assert all(len(units.windows_of(n)) == 1 for n in range(len(units)))
 
 

@@ -74,12 +74,14 @@ MIXTURES = {  # (E, A, renormalize): the experts that are kept, in several ways
 }
 
 
+@pytest.mark.parametrize("memory", [None, (0.9, 1.0)], ids=["forgetful", "remembering"])
 @pytest.mark.parametrize(
     ("mixture", "keeps"), MIXTURES.items(), ids=["3 of 5", "3 of 3, renormalized", "1 of 4"]
 )
-def test_a_masked_expert_equals_one_that_was_never_merged_bit_for_bit(mixture, keeps):
+def test_a_masked_expert_equals_one_that_was_never_merged_bit_for_bit(mixture, keeps, memory):
     num_experts, active, renormalize = mixture
     config = BASE.replace(num_experts=num_experts, active_experts=active, renormalize=renormalize)
+    config = config.replace(memory=memory)
     backbone, experts = random_model(config)
     tokens = random_tokens(config)
     everything = run(backbone, (experts,), tokens, config, allowed=mask(num_experts, slice(None)))
@@ -144,14 +146,14 @@ def test_the_mixture_is_its_definition(active, renormalize):
     layer, x = random_layer(config)
     allowed = jnp.array([[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 0, 1]], bool)
     apply = jax.jit(lambda *args: mix(*args, config), compiler_options=QUICK)
-    found, _ = apply((layer,), x, allowed)
+    found, *_ = apply((layer,), x, allowed)
     expected = naive_mixture(layer, x, allowed, active, renormalize)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
     # Equal logits: still exactly A experts, the first ones.
     layer.router.row[...] = jnp.zeros_like(layer.router.row[...])
     layer.router.bias[...] = jnp.zeros_like(layer.router.bias[...])
-    found, router_logits = apply((layer,), x, allowed)
+    found, router_logits, _ = apply((layer,), x, allowed)
     expected = naive_mixture(layer, x, allowed, active, renormalize)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     weights = route(router_logits, allowed, active, renormalize)
@@ -176,8 +178,9 @@ def test_a_bias_can_only_hold_back():
     np.testing.assert_allclose(held_back[1], none[1] - 7, atol=1e-5)
 
 
-def test_packed_documents_see_only_themselves():
-    config = BASE.replace(num_experts=3, active_experts=2)
+@pytest.mark.parametrize("memory", [None, (0.9, 1.0)], ids=["forgetful", "remembering"])
+def test_packed_documents_see_only_themselves(memory):
+    config = BASE.replace(num_experts=3, active_experts=2, memory=memory)
     backbone, experts = random_model(config)
     tokens = random_tokens(config, shape=(2, 12))
     segments = jnp.array([[1] * 5 + [2] * 7, [0] * 3 + [4] * 4 + [3] * 5])  # 0 is padding

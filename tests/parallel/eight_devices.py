@@ -119,7 +119,7 @@ def alone(name, config):
 
 STAGES = ["anchor", "alone", "pair", "router"]
 VARIANTS = {
-    (2, 1): {"remat": "layer", "tie_embeddings": True},
+    (2, 1): {"remat": "layer", "tie_embeddings": True, "memory": (0.8, 0.3)},
     (4, 1): {"remat": "products", "expert_compute": "grouped", "active_experts": 3},
     (1, 2): {"remat": "wide", "tie_embeddings": True, "expert_compute": "grouped"},
 }
@@ -140,9 +140,12 @@ def test_so_they_are_recomputed_grouped_and_in_parts(name, shape):
     assert_close(found, alone(name, config))
 
 
-@pytest.fixture(scope="module", params=[None, 3], ids=["all", "three"])
+MIXTURES = {"all": {"memory": (0.8, 0.3)}, "three": {"active_experts": 3}}
+
+
+@pytest.fixture(scope="module", params=MIXTURES)
 def models(request, mesh):
-    config = CONFIG.replace(active_experts=request.param)
+    config = CONFIG.replace(**MIXTURES[request.param])
     backbone, experts = weights(config)
     names = tuple("abcdefg")
     plain = FlexOlmo(backbone, experts, config, names, None)

@@ -265,6 +265,11 @@ def test_an_embedding_of_private_text_is_refused(world, tmp_path, refused):
     assert "domain_embedding with --dp-epsilon" in refused(*words)
 
 
+def test_another_way_to_fit_rows_is_refused(world, tmp_path, refused):
+    words = training(world, tmp_path, "--dp-epsilon", 1, "--router", "lda")
+    assert "router='lda' with --dp-epsilon: rows follow from one noisy release" in refused(*words)
+
+
 # The release that router rows are fitted to.
 
 

@@ -34,7 +34,7 @@ from flexolmo_jax.training.checkpoint import Checkpoints
 from flexolmo_jax.training.expert import train_expert
 from flexolmo_jax.training.loop import Interrupted
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
-from flexolmo_jax.training.router_fit import separate
+from flexolmo_jax.training.router_fit import discriminate, separate
 from flexolmo_jax.training.router_tuning import train_router
 from flexolmo_jax.training.step import (
     AnchorLoss,
@@ -383,20 +383,52 @@ def test_fitted_rows_tell_the_owners_unseen_text_from_public_text(world):
         assert scores[: len(own)].mean() > even > scores[len(own) :].mean()
 
 
+def test_discriminants_fitted_apart_are_those_fitted_together():
+    """Of three owners with a common covariance: the rows of one joint discriminant analysis."""
+    rng = np.random.default_rng(0)
+    mixing = rng.standard_normal((5, 5))
+    means = 2 * rng.standard_normal((4, 5)) + 5
+    texts = [rng.standard_normal((40_000, 5)) @ mixing + mean for mean in means]
+    inverse = np.linalg.inv(np.cov(np.concatenate([t - t.mean(0) for t in texts]), rowvar=False))
+    for own in texts[1:]:
+        both = np.concatenate([own, texts[0]])
+        is_own = np.arange(len(both)) < len(own)
+        row, bias = discriminate(both, is_own, prior=0.5)
+        joint = inverse @ (own.mean(0) - texts[0].mean(0))
+        middle = (own.mean(0) + texts[0].mean(0)) / 2
+        found, expected = both @ row + bias, (both - middle) @ joint
+        assert np.corrcoef(found, expected)[0, 1] > 0.98
+        assert ((found > 0) == (expected > 0)).mean() > 0.97
+
+
+def test_an_owner_may_fit_a_discriminant(world, tmp_path):
+    config = world.config("alone", router="lda", steps=2)
+    again(world, "alone", tmp_path / "lda", tmp_path / "run", config=config)
+    assert read_manifest(tmp_path / "lda")["router"] == "lda"
+    assert read_manifest(world.experts["math"])["router"] == "logistic"
+    assert read_manifest(world.experts["code"])["router"] is None  # gating="pair"
+    pair = load_pair(tmp_path / "lda", read_anchor(world.anchor))
+    own, public = (heldout_texts(world, name) for name in ("math", "public"))
+    for layer in range(2):
+        scores = router_logits(pair, own + public, layer)
+        assert roc_auc_score([1] * len(own) + [0] * len(public), scores) > 0.8
+
+
 def test_fitted_biases_only_hold_back(world):
     expert = load_pair(world.experts["math"], read_anchor(world.anchor)).experts
     assert bool(jnp.all(expert.router.bias[...] <= 0))
     assert not bool(jnp.any(expert.router.bias[:, 0]))
 
 
+@pytest.mark.parametrize("fit", [functools.partial(separate, ridge=1e-6), discriminate])
 @pytest.mark.parametrize("offset", [-3.0, 3.0])
-def test_separate_gives_log_odds_whatever_the_sign_of_the_intercept(offset):
+def test_a_fit_gives_log_odds_whatever_the_sign_of_the_intercept(offset, fit):
     """Of two Gaussians of one covariance, whose log odds are known."""
     rng = np.random.default_rng(0)
     direction, mean = np.eye(6)[0], np.array([offset, 10, 0, 0, 0, 0])
     is_own = np.arange(10_000) < 5_000
     inputs = rng.standard_normal((10_000, 6)) + mean + is_own[:, None] * direction
-    row, bias = separate(inputs, is_own, ridge=1e-6, prior=0.3)
+    row, bias = fit(inputs, is_own, prior=0.3)
     assert bias < 0 if offset > 0 else bias == 0
     exact = (inputs - mean) @ direction - 0.5 + math.log(0.3 / 0.7)
     found = inputs @ row + bias
@@ -523,8 +555,8 @@ def test_no_seed_and_no_text_of_the_owner_is_in_a_package(closed):
     manifest = read_manifest(package)
     assert set(manifest) == {
         "format", "made_by", "kind", "name", "anchor", "model", "tokenizer", "privacy",
-        "tokens_seen", "gating", "domain_embedding", "licence", "contact", "tensors", "files",
-        "digest",
+        "tokens_seen", "gating", "router", "domain_embedding", "licence", "contact", "tensors",
+        "files", "digest",
     }  # fmt: skip
 
 

@@ -1,0 +1,47 @@
+"""A study: FlexOlmo and every baseline on the same texts, for several seeds, as a list of stages.
+
+    flexolmo study configs/study/ci.py --out DIR
+
+What is compared, and how, is in docs/study.md.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from flexolmo_jax.evaluation.stages import run_stages
+from flexolmo_jax.evaluation.study_config import StudyConfig
+from flexolmo_jax.evaluation.study_plan import plan_seed
+from flexolmo_jax.evaluation.study_report import write_report
+from flexolmo_jax.evaluation.study_shared import plan_shared
+
+
+def run_study(config: StudyConfig, out: Path, seeds: Sequence[int], resume: bool = False) -> None:
+    """Runs a study for some seeds, and writes what there is of all seeds in the folder.
+
+    Args:
+      config: the study.
+      out: the folder: stages, then report.md, report.json and pictures.
+      seeds: to run now; those that were run before with the same values stay in the report.
+      resume: the folder may be there; whatever in it is still valid is used.
+
+    Raises:
+      ValueError: the folder is there and `resume` was not asked for; a text is missing.
+      FloatingPointError, Interrupted: as the trainings say.
+    """
+    if not resume and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: already there; go on with it with --resume, or choose another")
+    if len(set(seeds)) != len(seeds) or not seeds:
+        raise ValueError(f"seeds must differ, found {list(seeds)}")
+    out.mkdir(parents=True, exist_ok=True)
+    root = out.absolute()
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    shared = plan_shared(config, root)
+    run_stages([*shared.stages, *(s for n in seeds for s in plan_seed(config, shared, n).stages)])
+    there = sorted(int(f.name.removeprefix("seed")) for f in root.glob("seed*") if f.is_dir())
+    plans = {seed: plan_seed(config, shared, seed) for seed in there}
+    done = {n: plan for n, plan in plans.items() if all(s.is_done for s in plan.stages)}
+    write_report(config, shared, done, out)

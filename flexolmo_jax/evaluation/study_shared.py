@@ -1,0 +1,127 @@
+"""The stages of a study that depend on no seed: texts, tokenizer, proxies, sequences to score."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flexolmo_jax.data.proxies import pick_proxies
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.evaluation import baselines, study_texts
+from flexolmo_jax.evaluation.scores import save_scores
+from flexolmo_jax.evaluation.stages import Stage
+from flexolmo_jax.evaluation.study_config import StudyConfig
+from flexolmo_jax.evaluation.study_texts import TOKENIZER, read_sequences
+
+SCORES = "scores.npz"
+SEQUENCES = "sequences.npz"
+EMBEDDING = "embedding.npy"
+POOL = "pool.jsonl"
+LEARNT_FROM = 2000  # documents of each side, by the classifier that picks proxies
+
+
+@dataclasses.dataclass
+class Shared:
+    """The stages that all seeds share; those in dicts by domain."""
+
+    texts: dict[str, Stage]
+    pool: Stage
+    tokenizer: Stage
+    embeddings: dict[str, Stage]
+    proxies: dict[str, Stage]
+    sequences: Stage
+    prompts: Stage
+
+    @property
+    def stages(self) -> list[Stage]:
+        """In order."""
+        return [
+            *self.texts.values(), self.pool, self.tokenizer, *self.embeddings.values(),
+            *self.proxies.values(), self.sequences, self.prompts,
+        ]  # fmt: skip
+
+
+def plan_shared(config: StudyConfig, root: Path) -> Shared:
+    """The stages that depend on no seed."""
+
+    def stage(name: str, needs: Sequence[Stage], work: Callable[[Path], None], **made_from: Any):
+        return Stage(name, root, made_from, tuple(needs), work)
+
+    def text(domain: str) -> Stage:
+        most = None if domain == "public" else config.owner_bytes
+        return stage(
+            f"texts/{domain}", [],
+            lambda folder: study_texts.write_texts(config, domain, folder),
+            digest=study_texts.digest_of_texts(config, domain), most=most, heldout=config.heldout,
+        )  # fmt: skip
+
+    texts = {domain: text(domain) for domain in config.domains}
+    folders = {domain: one.folder for domain, one in texts.items()}
+    public, everyone = texts["public"], tuple(texts.values())
+
+    def embedding(domain: str) -> Stage:
+        own = texts[domain]
+        return stage(
+            f"embeddings/{domain}", (own, public),
+            lambda folder: study_texts.write_embedding(
+                own.folder, public.folder, folder / EMBEDDING
+            ),
+        )  # fmt: skip
+
+    def proxies(domain: str) -> Stage:
+        own = folders[domain] / "train.jsonl"
+
+        def pick(folder: Path) -> None:
+            share, file = config.proxies, folder / f"{domain}.jsonl"
+            if domain == "public":
+                study_texts.write_public_sample(public.folder, share, file)
+            else:
+                everything = str(folders["public"] / "train.jsonl")
+                pick_proxies(str(own), everything, file, share=share, most=LEARNT_FROM)
+
+        return stage(
+            f"proxies/{domain}", (texts[domain], public), pick,
+            share=config.proxies, most=LEARNT_FROM,
+        )  # fmt: skip
+
+    pool = stage(
+        "pool", everyone,
+        lambda folder: study_texts.write_pool(folders, config.owner_bytes, folder / POOL),
+    )  # fmt: skip
+    tokenizer = stage(
+        "tokenizer", [public],
+        lambda folder: study_texts.write_tokenizer(
+            public.folder, config.model.vocab_size, folder
+        ),
+        vocab_size=config.model.vocab_size,
+    )  # fmt: skip
+
+    def read_tokenizer() -> Tokenizer:
+        return Tokenizer.load(tokenizer.folder / TOKENIZER)
+
+    sequences = stage(
+        "sequences", (*everyone, tokenizer),
+        lambda folder: study_texts.write_sequences(
+            config, folders, read_tokenizer(), folder / SEQUENCES
+        ),
+        length=config.length, windows=config.document_windows,
+        counts=(config.tune_sequences, config.test_sequences, config.mixed_sequences),
+    )  # fmt: skip
+
+    def classify(folder: Path) -> None:
+        """The domain that a classifier takes each prompt for, in place of scores."""
+        train = [study_texts.training_texts(one) for one in folders.values()]
+        classifier, read = baselines.domain_classifier(train), read_tokenizer()
+        chosen = {
+            name: classifier.predict([read.decode(row[: config.prefix]) for row in one.tokens])
+            for name, one in read_sequences(sequences.folder / SEQUENCES).items()
+        }
+        save_scores(folder / SCORES, chosen)
+
+    prompts = stage("prompts", (*everyone, tokenizer, sequences), classify, prefix=config.prefix)
+    return Shared(
+        texts, pool, tokenizer,
+        {domain: embedding(domain) for domain in config.domains},
+        {domain: proxies(domain) for domain in config.domains},
+        sequences, prompts,
+    )  # fmt: skip
