@@ -167,6 +167,30 @@ def world(tmp_path_factory, compiled) -> World:
     return made
 
 
+LEARNED = """from flexolmo_jax.config import *
+
+config = AnchorTraining(
+    data=DataConfig(batch_size=8, length=32), optimizer=OptimizerConfig(learning_rate=1e-2),
+    steps=300, public_tokens=4096,
+    model=ModelConfig(
+        vocab_size=512, width=128, num_layers=2, num_heads=2, ffn_width=384, max_length=64
+    ),
+)
+"""
+
+
+@pytest.fixture(scope="session")
+def learned_anchor(world, tmp_path_factory) -> Path:
+    """An anchor that has learned something: beside a head of noise, no expert learns anything."""
+    folder = tmp_path_factory.mktemp("learned")
+    (folder / "config.py").write_text(LEARNED)
+    out = folder / "anchor"
+    words = ["train", "anchor", folder / "config.py", "--data", world.texts["public"], "--out", out]
+    with compiling_quickly(), contextlib.redirect_stdout(io.StringIO()):
+        assert main([str(word) for word in words]) == 0
+    return out
+
+
 @pytest.fixture
 def copied(world, tmp_path) -> World:
     """The packages and the merged model in a folder of the test's own, to be tampered with."""

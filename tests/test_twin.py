@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from flexolmo_jax.privacy import control
 from flexolmo_jax.twin import Trial, check_twin, run_twin
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -16,24 +17,18 @@ def trial(world, tmp_path_factory):
     config = world.config_file("alone")
     private = (config, "--dp-windows", "8", "--data.batch-size", "64", "--steps", "8")
     twin = (
-        config, "--steps", "1500", "--data.batch-size", "16", "--optimizer.learning-rate", "1e-2",
-        "--checkpoint-every", "1500", "--log-every", "100",
+        config, "--steps", "800", "--data.batch-size", "16", "--optimizer.learning-rate", "3e-3",
+        "--checkpoint-every", "800", "--log-every", "100",
     )  # fmt: skip
-    return Trial(str(few), 0.1, canaries=130, prefixes=30, private=private, twin=twin)
+    return Trial(str(few), 0.1, canaries=130, prefixes=16, private=private, twin=twin)
 
 
-def test_the_two_reports_differ_as_they_should(world, trial, tmp_path, capfd):
-    report = run_twin(tmp_path / "out", world.anchor, 4.0, trial)
-    # Beside an anchor as small as the tests', frozen, no expert can learn a text by heart. The
-    # report says so; all of the model can, and is caught.
-    checks = dict(report["checks"])
-    assert not checks.pop("what is learned by heart is extracted")
-    with pytest.raises(ValueError, match="what is learned by heart is extracted"):
-        check_twin(report)
-    controls = report["twin"]["extraction"]["audits"]
-    assert controls["control: model"]["extracted"]["rate"] > 0.5
-    assert all(checks.values()), checks
-    check_twin({**report, "checks": checks})
+def test_the_two_reports_differ_as_they_should(learned_anchor, trial, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(control, "DOCUMENTS", 2)  # as many as so small an expert can hold
+    monkeypatch.setattr(control, "MORE", 8)
+    report = run_twin(tmp_path / "out", learned_anchor, 4.0, trial)
+    assert all(report["checks"].values()), report["checks"]
+    check_twin(report)
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     private, twin = (report[name]["membership"] for name in ("private", "twin"))
     assert private["certificate"]["epsilon"] <= 4 and twin["certificate"] is None

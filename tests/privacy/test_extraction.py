@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax.cli import main
 from flexolmo_jax.inference.sampling import Sampling, candidates
 from flexolmo_jax.privacy import control, extraction
 from flexolmo_jax.privacy.audit_command import check_controls
@@ -197,39 +196,6 @@ def same(report):
     for audit in report["audits"].values():
         del audit["attempts_per_second"]
     return report
-
-
-ANCHOR = """from flexolmo_jax.config import *
-
-config = AnchorTraining(
-    data=DataConfig(batch_size=8, length=32), optimizer=OptimizerConfig(learning_rate=1e-2),
-    steps=300, public_tokens=4096,
-    model=ModelConfig(
-        vocab_size=512, width=128, num_layers=2, num_heads=2, ffn_width=384, max_length=64
-    ),
-)
-"""
-
-
-@pytest.fixture(scope="module")
-def learned_anchor(world, tmp_path_factory):
-    """An anchor that has learned something: what is read from a head of noise stays noise."""
-    folder = tmp_path_factory.mktemp("learned")
-    (folder / "config.py").write_text(ANCHOR)
-    out = folder / "anchor"
-    words = ["train", "anchor", folder / "config.py", "--data", world.texts["public"], "--out", out]
-    assert main([str(word) for word in words]) == 0
-    return out
-
-
-def test_what_greedy_decoding_makes_is_seen(model):
-    """A passage whose end the model itself has made."""
-    prompt = list(range(5, 13))
-    (made,) = model.generate([prompt], 16)
-    right = Passage(0, 0, tuple(prompt + made))
-    wrong = Passage(0, 0, (*prompt, *made[:-1], (made[-1] + 1) % 512))
-    found = extraction.try_some(model, [right, wrong], SHORT, model.tokenizer, 0, (), None)
-    assert [one.greedy for one in found] == [True, False]
 
 
 def test_controls_are_caught_and_the_anchor_is_not(
