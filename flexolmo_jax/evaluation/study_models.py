@@ -28,18 +28,27 @@ PACKAGE = "package"  # of a stage's folder: what came of it
 RUN = "run"  # and the folder of the training run
 
 
-def trained(train: Callable[..., None], folder: Path, **more) -> None:
+def trained(
+    train: Callable[..., None], folder: Path, *, windows: Path | None = None, **more
+) -> None:
     """Runs one of the training functions in a stage's folder, or goes on where it was killed.
 
     Args:
       train: takes out, run, resume and `more`.
       folder: of the stage; holds the package and metrics afterwards, no checkpoints.
+      windows: where the training windows are already; they are not made again.
     """
     out, run = folder / PACKAGE, folder / RUN
     forget(out)  # of a kill while it was written
+    if windows is not None and not (run / "data").is_symlink():
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "data").symlink_to(windows)
     train(out=out, run=run, resume=(run / "config.json").exists(), **more)
     forget(run / "checkpoints")
-    forget(run / "data")
+    if windows is None:
+        forget(run / "data")
+    else:
+        (run / "data").unlink()
 
 
 def unrestricted_steps(config: StudyConfig, times: float) -> int:
@@ -98,6 +107,7 @@ def refit(
     anchor: Path,
     experts: Mapping[str, Experts],
     texts: Mapping[str, Path],
+    windows: Mapping[str, Path],
     training: ExpertTraining,
     folder: Path,
 ) -> None:
@@ -107,17 +117,17 @@ def refit(
       anchor: that the experts stand beside.
       experts: by owner; their rows are replaced.
       texts: folders of `write_texts` by owner.
+      windows: by owner: folders where the training windows are, or will be.
       training: says how rows are fitted.
     """
     loaded = read_anchor(anchor)
     assert loaded.tokenizer is not None
     for name, expert in experts.items():
         text = str(texts[name] / "train.jsonl")
-        source, _ = prepare(text, training.data, loaded.tokenizer, folder / "data")
+        source, _ = prepare(text, training.data, loaded.tokenizer, windows[name])
         fitted = fit_rows(expert, loaded, source, loaded.public_text, training)
         forget(folder / name)
         _write_package(folder, name, fitted, loaded)
-    forget(folder / "data")
 
 
 def experts_of(anchor: Path, packages: Mapping[str, Path]) -> dict[str, Experts]:

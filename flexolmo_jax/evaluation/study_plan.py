@@ -14,7 +14,7 @@ from flexolmo_jax.evaluation.scores import load_scores, save_scores, tuning_scor
 from flexolmo_jax.evaluation.stages import Stage
 from flexolmo_jax.evaluation.study_config import Router, StudyConfig
 from flexolmo_jax.evaluation.study_models import PACKAGE, merged, routed, trained
-from flexolmo_jax.evaluation.study_shared import EMBEDDING, POOL, SCORES, SEQUENCES, Shared
+from flexolmo_jax.evaluation.study_shared import EMBEDDING, POOL, SCORES, SEQUENCES, WINDOWS, Shared
 from flexolmo_jax.evaluation.study_texts import MIXED, TOKENIZER, read_sequences
 from flexolmo_jax.federation.merge import add_expert
 from flexolmo_jax.federation.package import replace_file
@@ -51,6 +51,7 @@ class _Planner:
         self.stages: list[Stage] = []
         self.scored: dict[str, Stage] = {}
         self.texts = {domain: one.folder for domain, one in shared.texts.items()}
+        self.windows = {name: one.folder / WINDOWS for name, one in shared.windows.items()}
         self.tokenizer = str(shared.tokenizer.folder / TOKENIZER)
 
     def add(
@@ -126,13 +127,15 @@ class _Planner:
     def _dense(self, name: str) -> Stage:
         training = self.config.dense_training(self.tokenizer, self.seed)
         where = {"data": self._text(name), "start": self._place(self.anchor)}
-        needs = (self.anchor, self.shared.texts[name])
+        where["windows"] = self.windows[name]
+        needs = (self.anchor, self.shared.windows[name])
         return self._train(f"dense/{name}", needs, train_anchor, training, **where)
 
     def _expert(self, name: str) -> Stage:
         training = self.config.expert_training(self.seed)
         where = {"data": self._text(name), "anchor": self._place(self.anchor), "name": name}
-        needs = (self.anchor, self.shared.texts[name])
+        where["windows"] = self.windows[name]
+        needs = (self.anchor, self.shared.windows[name])
         return self._train(f"expert/{name}", needs, train_expert, training, **where)
 
     def _paper(self, name: str, kind: str, with_embedding: bool) -> Stage:
@@ -140,7 +143,8 @@ class _Planner:
         row = str(embedding.folder / EMBEDDING) if with_embedding else None
         training = self.config.paper_training(row, self.seed)
         where = {"data": self._text(name), "anchor": self._place(self.anchor), "name": name}
-        needs = (self.anchor, self.shared.texts[name], *([embedding] if with_embedding else []))
+        where["windows"] = self.windows[name]
+        needs = (self.anchor, self.shared.windows[name], *([embedding] if with_embedding else []))
         return self._train(f"{kind}/{name}", needs, train_expert, training, **where)
 
     def _packages(self, trainings: Mapping[str, Stage]) -> "_Packages":
@@ -165,9 +169,10 @@ class _Planner:
                 found = study_models.dense_experts(places)
             else:
                 found = study_models.experts_of(beside, places)
-            study_models.refit(beside, found, self.texts, training, folder)
+            study_models.refit(beside, found, self.texts, self.windows, training, folder)
 
-        needs = (anchor, *experts.values())
+        windows = (self.shared.windows[name] for name in experts)
+        needs = (anchor, *experts.values(), *windows)
         fit = {name: getattr(training, name) for name in ("fit_tokens", "fit_prior", "fit_ridge")}
         stage = self.add(f"{kind}/{router}", needs, work, router=router, **fit)
         return _Packages({name: stage.folder / name for name in experts}, (stage, *needs))

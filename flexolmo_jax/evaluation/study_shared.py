@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flexolmo_jax.data.flexmix import prepare
 from flexolmo_jax.data.proxies import pick_proxies
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.evaluation import baselines, study_texts
@@ -17,6 +18,7 @@ SCORES = "scores.npz"
 SEQUENCES = "sequences.npz"
 EMBEDDING = "embedding.npy"
 POOL = "pool.jsonl"
+WINDOWS = "windows"
 LEARNT_FROM = 2000  # documents of each side, by the classifier that picks proxies
 
 
@@ -27,6 +29,7 @@ class Shared:
     texts: dict[str, Stage]
     pool: Stage
     tokenizer: Stage
+    windows: dict[str, Stage]
     embeddings: dict[str, Stage]
     proxies: dict[str, Stage]
     sequences: Stage
@@ -36,8 +39,8 @@ class Shared:
     def stages(self) -> list[Stage]:
         """In order."""
         return [
-            *self.texts.values(), self.pool, self.tokenizer, *self.embeddings.values(),
-            *self.proxies.values(), self.sequences, self.prompts,
+            *self.texts.values(), self.pool, self.tokenizer, *self.windows.values(),
+            *self.embeddings.values(), *self.proxies.values(), self.sequences, self.prompts,
         ]  # fmt: skip
 
 
@@ -99,6 +102,16 @@ def plan_shared(config: StudyConfig, root: Path) -> Shared:
     def read_tokenizer() -> Tokenizer:
         return Tokenizer.load(tokenizer.folder / TOKENIZER)
 
+    def windows(owner: str) -> Stage:
+        """An owner's training windows, for all stages that read them."""
+        source, data = str(folders[owner] / "train.jsonl"), config.expert.data
+
+        def cut(folder: Path) -> None:
+            prepare(source, data, read_tokenizer(), folder / WINDOWS)
+
+        values = dataclasses.asdict(data)
+        return stage(f"windows/{owner}", (texts[owner], tokenizer), cut, data=values)
+
     sequences = stage(
         "sequences", (*everyone, tokenizer),
         lambda folder: study_texts.write_sequences(
@@ -121,6 +134,7 @@ def plan_shared(config: StudyConfig, root: Path) -> Shared:
     prompts = stage("prompts", (*everyone, tokenizer, sequences), classify, prefix=config.prefix)
     return Shared(
         texts, pool, tokenizer,
+        {owner: windows(owner) for owner in config.owners},
         {domain: embedding(domain) for domain in config.domains},
         {domain: proxies(domain) for domain in config.domains},
         sequences, prompts,
