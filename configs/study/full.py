@@ -3,7 +3,8 @@
     flexolmo data fetch FETCHED && flexolmo data flexmix FETCHED flexmix
     flexolmo study configs/study/full.py --out DIR --seeds 0 1 2 --texts flexmix
 
-2 cores: about half an hour a seed. Seeds may be run on different days, with --resume.
+Not run in full yet; estimated from measured speeds: 50 minutes a seed on one core. Seeds may be run
+on different days, or one on each core at the same time, with --resume.
 """
 
 from flexolmo_jax.config import (
