@@ -3,7 +3,7 @@
     flexolmo study configs/study/ci.py --out DIR
 
 Every method and picture is there, but the models are too small, and see too little, for the
-figures to say much. One core: about 5 minutes.
+figures to say much. 2 cores: 4 minutes.
 """
 
 from flexolmo_jax.config import (

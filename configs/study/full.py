@@ -4,7 +4,7 @@
     flexolmo study configs/study/full.py --out DIR --seeds 0 1 2 --texts flexmix
 
 Not run in full yet; estimated from measured speeds: 50 minutes a seed on one core. Seeds may be run
-on different days, or one on each core at the same time, with --resume.
+on different days, with --resume.
 """
 
 from flexolmo_jax.config import (
