@@ -5,10 +5,12 @@
 What is compared, and how, is in docs/study.md.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from flexolmo_jax.evaluation.stages import run_stages
 from flexolmo_jax.evaluation.study_config import StudyConfig
@@ -36,12 +38,34 @@ def run_study(config: StudyConfig, out: Path, seeds: Sequence[int], resume: bool
         raise ValueError(f"seeds must differ, found {list(seeds)}")
     out.mkdir(parents=True, exist_ok=True)
     root = out.absolute()
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     shared = plan_shared(config, root)
-    run_stages([*shared.stages, *(s for n in seeds for s in plan_seed(config, shared, n).stages)])
+    with _compiled_programs_in(root / "compiled"):
+        run_stages(shared.stages)
+        for seed in seeds:
+            jax.clear_caches()  # programs hold memory maps; at 65530 of them Linux ends a process
+            run_stages(plan_seed(config, shared, seed).stages)
     there = sorted(int(f.name.removeprefix("seed")) for f in root.glob("seed*") if f.is_dir())
     plans = {seed: plan_seed(config, shared, seed) for seed in there}
     done = {n: plan for n, plan in plans.items() if all(s.is_done for s in plan.stages)}
     write_report(config, shared, done, out)
+
+
+@contextlib.contextmanager
+def _compiled_programs_in(folder: Path) -> Iterator[None]:
+    """Keeps compiled programs on disk, for the next seed; unless the user keeps them elsewhere."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    if before[0] is not None:
+        yield
+        return
+
+    def switch(values):
+        for name, value in zip(names, values, strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it looks at the folder only once
+
+    switch([str(folder), 0.5])
+    try:
+        yield
+    finally:
+        switch(before)

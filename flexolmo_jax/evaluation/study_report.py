@@ -21,7 +21,9 @@ from flexolmo_jax.evaluation.study_shared import SCORES, Shared
 from flexolmo_jax.evaluation.study_texts import MIXED
 from flexolmo_jax.federation.package import replace_file
 
-PICTURES = ("methods.png", "removal.png", "routing.png", "owners.png", "top_k.png")
+# Bits per byte: half of the gap to a decayed BTM that an exploratory study of five owners saw, with
+# experts and dense models trained as here (2.225 against 2.029; after a change 2.484, 2.253).
+HALF_OF_GAP = {"owners": 0.098, AFTER: 0.115}
 
 
 def titles(config: StudyConfig) -> dict[str, str]:
@@ -138,30 +140,32 @@ def _kept_methods(config: StudyConfig) -> list[str]:
 
 def _targets(results: Results) -> list[dict[str, Any]]:
     """What the merged model should reach, and whether it does."""
-    config, mixed = results.config, (MIXED,)
+    config, owners = results.config, results.config.owners
     router = results.choices[min(results.choices)]["flexolmo"]["router"]
     wanted = [
-        ("better than the public anchor", "anchor", config.owners),
-        ("better than the uniform soup", "soup_uniform", config.owners),
-        ("better than the weighted soup", "soup_weighted", config.owners),
-        ("better than prompt routing", "prompt_routing", config.owners),
-        ("better than BTX with the same rows", f"btx_{router}", config.owners),
-        ("better than BTX at its best", "btx_best", config.owners),
+        ("better than the public anchor", "anchor", owners, 0.0),
+        ("better than the uniform soup", "soup_uniform", owners, 0.0),
+        ("better than the weighted soup", "soup_weighted", owners, 0.0),
+        ("better than prompt routing", "prompt_routing", owners, 0.0),
+        ("better than BTX with the same rows", f"btx_{router}", owners, 0.0),
+        ("better than BTX at its best", "btx_best", owners, 0.0),
     ]
     if 1.0 in config.unrestricted_flops:
-        wanted.append(("at least equal to unrestricted, 1x", "unrestricted_1x", config.owners))
+        wanted.append(("at least equal to unrestricted, 1x", "unrestricted_1x", owners, 0.0))
     wanted += [
-        ("mixed: better than BTM top-2, prefix", "btm_prefix_top2", mixed),
-        ("mixed: better than BTM top-2, running", "btm_running_top2", mixed),
-        ("mixed: gap to BTM top-2, decayed", "btm_decay_top2", mixed),
-        ("gap to BTM top-2, decayed", "btm_decay_top2", config.owners),
+        ("mixed: better than BTM top-2, prefix", "btm_prefix_top2", (MIXED,), 0.0),
+        ("mixed: better than BTM top-2, running", "btm_running_top2", (MIXED,), 0.0),
+        ("gap to BTM top-2, decayed", "btm_decay_top2", owners, HALF_OF_GAP["owners"]),
+        ("after the change: gap to the same", "btm_decay_top2", (AFTER,), HALF_OF_GAP[AFTER]),
     ]
     out = []
-    for title, other, columns in wanted:
+    for title, other, columns, limit in wanted:
         found = results.value("flexolmo", *columns, minus=other)
-        everywhere = all(one < 0 for one in found.seeds)
-        verdict = "yes" if found.high < 0 and everywhere else "no" if found.low > 0 else "unclear"
-        out.append({"what": title, "difference": found.json(), "reached": verdict})
+        everywhere = all(one < limit for one in found.seeds)
+        below, above = found.high < limit and everywhere, found.low > limit
+        verdict = "yes" if below else "no" if above else "unclear"
+        wish = {"what": title, "difference": found.json(), "limit": limit, "reached": verdict}
+        out.append(wish)
     return out
 
 
@@ -278,7 +282,7 @@ def _page(results: Results, report: dict[str, Any]) -> list[str]:
         "## What was to be reached",
         "",
         "FlexOlmo, routed as chosen, less the other method, paired; owners' mean or mixed "
-        "sequences. *yes*: the interval is below 0, and so is every seed.",
+        "sequences. *yes*: the interval is below the limit, and so is every seed.",
         "",
         *_targets_table(report["targets"]),
         "",
@@ -359,8 +363,8 @@ def _targets_table(targets: Sequence[dict[str, Any]]) -> list[str]:
         found = one["difference"]
         seeds = ", ".join(f"{seed:+.3f}" for seed in found["seeds"])
         numbers = f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
-        rows.append([one["what"], numbers, seeds, one["reached"]])
-    return _table(["", "difference", "by seed", "FlexOlmo is lower"], rows)
+        rows.append([one["what"], f"{one['limit']:.3f}", numbers, seeds, one["reached"]])
+    return _table(["", "limit", "difference", "by seed", "reached"], rows)
 
 
 def _kept_table(results: Results, kept: Mapping[str, Mapping[str, float]]) -> list[str]:

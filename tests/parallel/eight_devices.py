@@ -43,13 +43,15 @@ OF_TRAINING |= {"4x1x2": (1, 2), "2x2x2": (2, 2)}  # x tensor
 @pytest.fixture(scope="module", params=SHAPES)
 def mesh(request):
     assert jax.device_count() == 8
-    return sharding.make_mesh(SHAPES[request.param])
+    yield sharding.make_mesh(SHAPES[request.param])
+    jax.clear_caches()  # compiled programs hold memory maps; at 65530 of them Linux ends a process
 
 
 @pytest.fixture(scope="module", params=OF_TRAINING)
 def training_mesh(request):
     experts, tensor = OF_TRAINING[request.param]
-    return sharding.make_mesh(experts, tensor_parallel=tensor)
+    yield sharding.make_mesh(experts, tensor_parallel=tensor)
+    jax.clear_caches()
 
 
 def weights(config):
