@@ -39,7 +39,7 @@ config = StudyConfig(
     ),
     expert=ExpertTraining(
         data=data,
-        optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=10),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=10),
         steps=200,
     ),
     router=RouterTraining(
@@ -49,6 +49,6 @@ config = StudyConfig(
         active_experts=4,
         expert_compute="grouped",
     ),
-    dense_learning_rate=1.5e-3,
-    unrestricted_learning_rate=1.5e-3,
+    dense_learning_rate=3e-3,
+    unrestricted_learning_rate=3e-3,
 )
