@@ -114,18 +114,6 @@ def _config(args: argparse.Namespace, kind: type, folder: str = "") -> Any:
     raise ValueError(message.split(" For full helptext")[0] or "a value of the config is wrong")
 
 
-def _places(args: argparse.Namespace, config: Any) -> dict[str, Any]:
-    """Where a stage reads and writes. Raises ValueError if it could not, before any work."""
-    out = Path(args.out)
-    source = args.source or config.data.source
-    if source is None:
-        raise ValueError("no text to train on: name it with --data")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: already there; choose another --out, or take it away first")
-    run = Path(args.run) if args.run else out.absolute().with_name(out.absolute().name + ".run")
-    return {"data": source, "out": out, "run": run, "resume": args.resume}
-
-
 def _demo(args: argparse.Namespace) -> None:
     from flexolmo_jax.demo import run_demo
 
@@ -141,7 +129,7 @@ def _join(args: argparse.Namespace) -> None:
     from flexolmo_jax.training import loop
 
     distributed.start(*explicit, wait=args.wait)
-    console.quiet = loop.console.quiet = not distributed.is_first()
+    loop.console.quiet = not distributed.is_first()
 
 
 def _leave_the_others() -> None:
@@ -155,65 +143,23 @@ def _leave_the_others() -> None:
 
 def _train_anchor(args: argparse.Namespace) -> None:
     from flexolmo_jax.config import AnchorTraining
-    from flexolmo_jax.training.anchor import train_anchor
+    from flexolmo_jax.training import command
 
-    config = _config(args, AnchorTraining)
-    places = _places(args, config)
-    train_anchor(config, **places)
-    _show_training(places, {"anchor": (places["out"], None)}, config)
+    command.anchor(args, _config(args, AnchorTraining))
 
 
 def _train_expert(args: argparse.Namespace) -> None:
     from flexolmo_jax.config import ExpertTraining
-    from flexolmo_jax.privacy.command import privacy_asked_for, train_with_privacy
-    from flexolmo_jax.training.expert import train_expert
+    from flexolmo_jax.training import command
 
-    config = _config(args, ExpertTraining)
-    places = _places(args, config)
-    anchor = Path(args.anchor)
-    privacy = privacy_asked_for(args)
-    more = {"anchor": anchor, "name": args.name, "public": args.public, **places}
-    more["canaries"] = args.canaries
-    if privacy is None:
-        train_expert(config, **more)
-    else:
-        config = privacy.applied_to(config)
-        train_with_privacy(config, privacy, args.dp_ledger, **more)
-    models = {"anchor": (anchor, None), f"with {args.name}": (places["out"], anchor)}
-    _show_training(places, models, config)
+    command.expert(args, _config(args, ExpertTraining))
 
 
 def _train_router(args: argparse.Namespace) -> None:
     from flexolmo_jax.config import RouterTraining
-    from flexolmo_jax.training.router_tuning import train_router
+    from flexolmo_jax.training import command
 
-    config = _config(args, RouterTraining)
-    places = _places(args, config)
-    model = Path(args.model)
-    train_router(config, model=model, **places)
-    _show_training(places, {"merged": (model, None), "tuned": (places["out"], None)}, config)
-
-
-def _show_training(places: dict[str, Any], models: dict[str, tuple], config: Any) -> None:
-    """The result in a table: what it says of documents that no training saw."""
-    from flexolmo_jax.distributed import is_first
-    from flexolmo_jax.evaluation.domains import heldout_documents, score
-    from flexolmo_jax.model import load
-
-    if not is_first():
-        return
-    data = config.data
-    heldout = heldout_documents(places["data"], data)
-    if heldout:
-        table = Table(title=f"{len(heldout)} held-out documents")
-        table.add_column("model")
-        table.add_column("bits per byte", justify="right")
-        for name, (path, anchor) in models.items():
-            value = score(load(path, anchor=anchor), heldout, length=data.length).bits_per_byte
-            table.add_row(name, f"{value:.3f}")
-        console.print(table)
-    where = f"wrote {places['out']}; metrics and loss.png are in {places['run']}"
-    console.print(where, markup=False)
+    command.router(args, _config(args, RouterTraining))
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -90,6 +90,14 @@ class World:
         config = load_config(self.config_file(stage), CONFIGS[stage][0])
         return dataclasses.replace(config, **changes)
 
+    def expert_words(self, out, *more, name="mine", data="math", config="alone", run=None):
+        """The command that trains an expert beside the anchor."""
+        run = ("--run", run) if run else ()
+        return (
+            "train", "expert", self.config_file(config), "--data", self.texts.get(data, data),
+            "--anchor", self.anchor, "--name", name, "--out", out, *run, *more,
+        )  # fmt: skip
+
 
 def _slice_of_corpus(name: str, file: Path, count: int) -> Path:
     documents = itertools.islice(read_documents(f"corpus:{name}"), count)

@@ -2,12 +2,9 @@
 
 import json
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -211,15 +208,6 @@ def damage(package: Path) -> Path:
     return file
 
 
-def expert(world, out, *more, name="mine", data="math", config="alone", run=None):
-    """The arguments of an expert's training."""
-    run = ("--run", run) if run else ()
-    return (
-        "train", "expert", world.config_file(config), "--data", world.texts.get(data, data),
-        "--anchor", world.anchor, "--name", name, "--out", out, *run, *more,
-    )  # fmt: skip
-
-
 def test_a_package_made_for_another_anchor(world, refused, flexolmo, tmp_path):
     code, *_ = flexolmo(
         "train", "anchor", world.config_file("anchor"), "--data", world.texts["code"],
@@ -257,12 +245,12 @@ def test_a_missing_tensor(copied, refused):
 
 def test_of_a_truncated_checkpoint_the_one_before_is_used(world, flexolmo, tmp_path):
     out, run = tmp_path / "mine", tmp_path / "run"
-    assert flexolmo(*expert(world, out, run=run))[0] == 0
+    assert flexolmo(*world.expert_words(out, run=run))[0] == 0
     shutil.rmtree(out)
     step = run / "checkpoints" / "8"
     file = max(step.rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
     os.truncate(file, file.stat().st_size // 2)
-    code, _, said = flexolmo(*expert(world, out, "--resume", run=run))
+    code, _, said = flexolmo(*world.expert_words(out, "--resume", run=run))
     assert code == 0
     assert "checkpoint 8 cannot be read" in said and "going on from checkpoint 6" in said
     assert "resuming after step 6" in said
@@ -317,7 +305,7 @@ def test_an_empty_corpus(world, refused, tmp_path):
         (tmp_path / "missing.txt", "no such file or folder"),
     ):
         run = tmp_path / f"run of {source.name}"
-        assert message in refused(*expert(world, tmp_path / "mine", data=source, run=run))
+        assert message in refused(*world.expert_words(tmp_path / "mine", data=source, run=run))
         said = refused("evaluate", "--model", world.anchor, "--data", f"x={source}")
         assert message in said
     assert not (tmp_path / "mine").exists()
@@ -325,15 +313,15 @@ def test_an_empty_corpus(world, refused, tmp_path):
 
 def test_the_command_can_be_given_again_with_the_right_source(world, flexolmo, refused, tmp_path):
     """What a wrong source leaves behind is no run that has to be resumed or taken away."""
-    refused(*expert(world, tmp_path / "mine", data=tmp_path / "typo.jsonl"))
-    assert flexolmo(*expert(world, tmp_path / "mine", "--steps", "2"))[0] == 0
+    refused(*world.expert_words(tmp_path / "mine", data=tmp_path / "typo.jsonl"))
+    assert flexolmo(*world.expert_words(tmp_path / "mine", "--steps", "2"))[0] == 0
 
 
 def test_a_run_is_resumed_with_the_same_text_and_anchor_only(world, refused, flexolmo, tmp_path):
     run = tmp_path / "run"
-    assert flexolmo(*expert(world, tmp_path / "mine", "--steps", "2", run=run))[0] == 0
+    assert flexolmo(*world.expert_words(tmp_path / "mine", "--steps", "2", run=run))[0] == 0
     again = ("--steps", "2", "--resume")
-    said = refused(*expert(world, tmp_path / "other", *again, data="code", run=run))
+    said = refused(*world.expert_words(tmp_path / "other", *again, data="code", run=run))
     assert "cannot resume" in said and "code.jsonl" in said
 
 
@@ -355,14 +343,14 @@ def test_heads_that_do_not_divide_the_width(world, refused, tmp_path):
     [("--stepss", "5"), ("--steps", "many"), ("--steps",), ("--data.lenght", "5"), ("x",)],
 )
 def test_a_bad_override_is_exit_2(world, flexolmo, tmp_path, override):
-    code, _, error = flexolmo(*expert(world, tmp_path / "mine", *override))
+    code, _, error = flexolmo(*world.expert_words(tmp_path / "mine", *override))
     assert code == 2 and error and "Traceback" not in error
     assert not list(tmp_path.iterdir())
 
 
 def test_an_override_that_a_config_refuses_is_one_line(world, refused, tmp_path):
     assert "steps must be positive, found -5" in refused(
-        *expert(world, tmp_path / "m", "--steps", "-5")
+        *world.expert_words(tmp_path / "m", "--steps", "-5")
     )
 
 
@@ -372,9 +360,9 @@ def test_other_wrong_input(world, refused, tmp_path):
     full.mkdir()
     (full / "x").write_text("x")
     cases = [
-        (expert(world, full), "already there"),
-        (expert(world, out, name="a/b"), "cannot be an expert's name"),
-        (expert(world, out, config="pair", data=tmp_path / "none.txt"), "no such file"),
+        (world.expert_words(full), "already there"),
+        (world.expert_words(out, name="a/b"), "cannot be an expert's name"),
+        (world.expert_words(out, config="pair", data=tmp_path / "none.txt"), "no such file"),
         (("merge", "--anchor", out, "--expert", out, "--out", full), "no such folder"),
         (("generate", "--model", out, "--prompt", "x"), "no such folder"),
         (("generate", "--model", full, "--prompt", "x"), "no manifest.json there"),
@@ -397,7 +385,7 @@ def test_other_wrong_input(world, refused, tmp_path):
 
 
 def test_too_few_tokens_to_fit_rows_on(world, refused, tmp_path):
-    said = refused(*expert(world, tmp_path / "mine", "--fit-tokens", "1"))
+    said = refused(*world.expert_words(tmp_path / "mine", "--fit-tokens", "1"))
     assert "fit_tokens" in said
 
 
@@ -419,172 +407,3 @@ def test_debug_shows_the_traceback(world, flexolmo):
 def test_an_unknown_argument_is_exit_2(world, flexolmo):
     code, _, error = flexolmo("inspect", world.anchor, "--jsn")
     assert code == 2 and "unrecognized" in error or "unknown argument --jsn" in error
-
-
-# A full disk.
-
-
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """fill(free) -> a folder on a disk with so many bytes left; None where none can be mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    try:
-        mounted = os.geteuid() == 0 and not subprocess.run(command, capture_output=True).returncode
-    except OSError:
-        mounted = False
-    if not mounted:
-        yield None
-        return
-
-    def fill(free: int) -> Path:
-        (folder / "filler").unlink(missing_ok=True)
-        room = shutil.disk_usage(folder).free
-        (folder / "filler").write_bytes(bytes(room - free))
-        return folder
-
-    yield fill
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def limited(arguments, size):
-    """Runs a command in a process that may write no file larger than `size`."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return subprocess.run(
-        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, arguments)],
-        capture_output=True, text=True, preexec_fn=limit,
-    )  # fmt: skip
-
-
-def is_clear(error, message):
-    """Whether what was said ends in one line; a progress bar may stand before it."""
-    *before, last = error.strip().splitlines()
-    assert "Traceback" not in error and not any("rror" in line for line in before), error
-    assert last.startswith("flexolmo: error: ") and message in last, error
-    return True
-
-
-@pytest.mark.parametrize("free", [0, 40_000])
-def test_a_full_disk_while_an_expert_is_written(world, tmp_path, tiny_disk, flexolmo, free):
-    run = tmp_path / "run"
-    if tiny_disk is None:
-        done = limited(expert(world, tmp_path / "disk" / "mine", "--steps", "2", run=run), 10_000)
-        assert done.returncode == 2 and is_clear(done.stderr, "arge")
-        assert not (tmp_path / "disk" / "mine").exists()
-        return
-    disk = tiny_disk(free)
-    code, _, error = flexolmo(*expert(world, disk / "mine", "--steps", "2", run=run))
-    assert code == 2 and is_clear(error, "the disk is full")
-    assert [p.name for p in disk.iterdir()] == ["filler"]
-    (disk / "filler").unlink()
-    assert flexolmo(*expert(world, disk / "mine", "--steps", "2", "--resume", run=run))[0] == 0
-    assert fo.load(disk / "mine", anchor=world.anchor).expert_names == ("public", "mine")
-
-
-@pytest.mark.parametrize("free", [0, 16_000, 300_000])
-def test_a_full_disk_while_training(world, tmp_path, tiny_disk, flexolmo, free):
-    """First the windows do not fit, then the checkpoints."""
-    if tiny_disk is None:
-        done = limited(expert(world, tmp_path / "mine", run=tmp_path / "disk" / "run"), 10_000)
-        assert done.returncode == 2 and is_clear(done.stderr, "arge")
-        return
-    disk = tiny_disk(free)
-    arguments = expert(world, tmp_path / "mine", run=disk / "run")
-    code, _, error = flexolmo(*arguments)
-    assert code == 2 and is_clear(error, "the disk is full")
-    assert not (tmp_path / "mine").exists()
-    (disk / "filler").unlink()
-    assert flexolmo(*arguments, "--resume")[0] == 0
-    theirs, ours = (read_manifest(p)["tensors"] for p in (world.experts["math"], tmp_path / "mine"))
-    assert ours == theirs
-
-
-def test_a_full_disk_while_merging(copied, tmp_path, tiny_disk, refused):
-    if tiny_disk is None:
-        done = limited(("experts", "remove", copied.merged, "math"), 100)
-        assert done.returncode == 2 and is_clear(done.stderr, "arge")
-        assert fo.load(copied.merged).expert_names == ("public", "math", "code")
-        return
-    disk = tiny_disk(1_000_000)
-    shutil.move(copied.merged, disk / "merged")
-    before = (disk / "merged" / "manifest.json").read_bytes()
-    tiny_disk(0)
-    said = refused(
-        "merge",
-        "--anchor",
-        copied.anchor,
-        "--expert",
-        copied.experts["math"],
-        "--out",
-        disk / "new",
-    )
-    assert "the disk is full (no space left on device): make room" in said
-    assert sorted(p.name for p in disk.iterdir()) == ["filler", "merged"]
-    assert (disk / "merged" / "manifest.json").read_bytes() == before
-
-
-# Processes that are stopped from outside.
-
-
-def saved(run):
-    """The steps of the checkpoints that are complete."""
-    return [int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit()]
-
-
-def started(arguments):
-    """A command in a process of its own, once it has taken its first steps."""
-    run = Path(arguments[arguments.index("--run") + 1])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, arguments)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if saved(run):
-            return process
-        time.sleep(0.02)
-    process.kill()
-    raise AssertionError(process.communicate()[1])
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_process_that_is_stopped_goes_on_where_it_was(world, flexolmo, tmp_path, number):
-    long = ("--steps", "3000", "--checkpoint-every", "20", "--log-every", "1")
-    arguments = expert(world, tmp_path / "mine", *long, run=tmp_path / "run")
-    process = started(arguments)
-    process.send_signal(number)
-    error = process.communicate(timeout=60)[1]
-    assert not (tmp_path / "mine").exists()
-    done = max(saved(tmp_path / "run"))
-    assert 20 <= done < 3000
-    if number == signal.SIGTERM:
-        assert process.returncode == 0
-        assert f"stopped after step {done}; go on with --resume" in error
-    else:
-        assert process.returncode == -signal.SIGKILL
-        assert done % 20 == 0
-    assert "Traceback" not in error
-
-
-def test_training_runs_with_large_pages(world, tmp_path):
-    """The program starts itself anew, with all that it was given."""
-    out = tmp_path / "out"
-    script = tmp_path / "sitecustomize.py"
-    script.write_text(
-        "import os, sys\n"
-        f"open({str(tmp_path / 'starts')!r}, 'a').write(os.environ.get('GLIBC_TUNABLES', '') + '|')"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, expert(world, out))],
-        capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(tmp_path), "GLIBC_TUNABLES": "glibc.malloc.check=0"},
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert read_manifest(out)["name"] == "mine"
-    first, second, *_ = (tmp_path / "starts").read_text().split("|")
-    assert first == "glibc.malloc.check=0"
-    assert second == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"

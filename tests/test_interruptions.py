@@ -1,0 +1,188 @@
+"""What comes from outside: a full disk, signals, and the start of the process itself."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import flexolmo_jax as fo
+from flexolmo_jax.federation.package import read_manifest
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+# A full disk.
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """fill(free) -> a folder on a disk with so many bytes left; None where none can be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    try:
+        mounted = os.geteuid() == 0 and not subprocess.run(command, capture_output=True).returncode
+    except OSError:
+        mounted = False
+    if not mounted:
+        yield None
+        return
+
+    def fill(free: int) -> Path:
+        (folder / "filler").unlink(missing_ok=True)
+        room = shutil.disk_usage(folder).free
+        (folder / "filler").write_bytes(bytes(room - free))
+        return folder
+
+    yield fill
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def limited(arguments, size):
+    """Runs a command in a process that may write no file larger than `size`."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return subprocess.run(
+        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, arguments)],
+        capture_output=True, text=True, preexec_fn=limit,
+    )  # fmt: skip
+
+
+def is_clear(error, message):
+    """Whether what was said ends in one line; a progress bar may stand before it."""
+    *before, last = error.strip().splitlines()
+    assert "Traceback" not in error and not any("rror" in line for line in before), error
+    assert last.startswith("flexolmo: error: ") and message in last, error
+    return True
+
+
+@pytest.mark.parametrize("free", [0, 40_000])
+def test_a_full_disk_while_an_expert_is_written(world, tmp_path, tiny_disk, flexolmo, free):
+    run = tmp_path / "run"
+    if tiny_disk is None:
+        done = limited(
+            world.expert_words(tmp_path / "disk" / "mine", "--steps", "2", run=run), 10_000
+        )
+        assert done.returncode == 2 and is_clear(done.stderr, "arge")
+        assert not (tmp_path / "disk" / "mine").exists()
+        return
+    disk = tiny_disk(free)
+    code, _, error = flexolmo(*world.expert_words(disk / "mine", "--steps", "2", run=run))
+    assert code == 2 and is_clear(error, "the disk is full")
+    assert [p.name for p in disk.iterdir()] == ["filler"]
+    (disk / "filler").unlink()
+    assert flexolmo(*world.expert_words(disk / "mine", "--steps", "2", "--resume", run=run))[0] == 0
+    assert fo.load(disk / "mine", anchor=world.anchor).expert_names == ("public", "mine")
+
+
+@pytest.mark.parametrize("free", [0, 16_000, 300_000])
+def test_a_full_disk_while_training(world, tmp_path, tiny_disk, flexolmo, free):
+    """First the windows do not fit, then the checkpoints."""
+    if tiny_disk is None:
+        done = limited(world.expert_words(tmp_path / "mine", run=tmp_path / "disk" / "run"), 10_000)
+        assert done.returncode == 2 and is_clear(done.stderr, "arge")
+        return
+    disk = tiny_disk(free)
+    arguments = world.expert_words(tmp_path / "mine", run=disk / "run")
+    code, _, error = flexolmo(*arguments)
+    assert code == 2 and is_clear(error, "the disk is full")
+    assert not (tmp_path / "mine").exists()
+    (disk / "filler").unlink()
+    assert flexolmo(*arguments, "--resume")[0] == 0
+    theirs, ours = (read_manifest(p)["tensors"] for p in (world.experts["math"], tmp_path / "mine"))
+    assert ours == theirs
+
+
+def test_a_full_disk_while_merging(copied, tmp_path, tiny_disk, refused):
+    if tiny_disk is None:
+        done = limited(("experts", "remove", copied.merged, "math"), 100)
+        assert done.returncode == 2 and is_clear(done.stderr, "arge")
+        assert fo.load(copied.merged).expert_names == ("public", "math", "code")
+        return
+    disk = tiny_disk(1_000_000)
+    shutil.move(copied.merged, disk / "merged")
+    before = (disk / "merged" / "manifest.json").read_bytes()
+    tiny_disk(0)
+    said = refused(
+        "merge",
+        "--anchor",
+        copied.anchor,
+        "--expert",
+        copied.experts["math"],
+        "--out",
+        disk / "new",
+    )
+    assert "the disk is full (no space left on device): make room" in said
+    assert sorted(p.name for p in disk.iterdir()) == ["filler", "merged"]
+    assert (disk / "merged" / "manifest.json").read_bytes() == before
+
+
+# Processes that are stopped from outside.
+
+
+def saved(run):
+    """The steps of the checkpoints that are complete."""
+    return [int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit()]
+
+
+def started(arguments):
+    """A command in a process of its own, once it has taken its first steps."""
+    run = Path(arguments[arguments.index("--run") + 1])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, arguments)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if saved(run):
+            return process
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_is_stopped_goes_on_where_it_was(world, flexolmo, tmp_path, number):
+    long = ("--steps", "3000", "--checkpoint-every", "20", "--log-every", "1")
+    arguments = world.expert_words(tmp_path / "mine", *long, run=tmp_path / "run")
+    process = started(arguments)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert not (tmp_path / "mine").exists()
+    done = max(saved(tmp_path / "run"))
+    assert 20 <= done < 3000
+    if number == signal.SIGTERM:
+        assert process.returncode == 0
+        assert f"stopped after step {done}; go on with --resume" in error
+    else:
+        assert process.returncode == -signal.SIGKILL
+        assert done % 20 == 0
+    assert "Traceback" not in error
+
+
+def test_training_runs_with_large_pages(world, tmp_path):
+    """The program starts itself anew, with all that it was given."""
+    out = tmp_path / "out"
+    script = tmp_path / "sitecustomize.py"
+    script.write_text(
+        "import os, sys\n"
+        f"open({str(tmp_path / 'starts')!r}, 'a').write(os.environ.get('GLIBC_TUNABLES', '') + '|')"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, world.expert_words(out))],
+        capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "GLIBC_TUNABLES": "glibc.malloc.check=0"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert read_manifest(out)["name"] == "mine"
+    first, second, *_ = (tmp_path / "starts").read_text().split("|")
+    assert first == "glibc.malloc.check=0"
+    assert second == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
