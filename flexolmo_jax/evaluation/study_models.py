@@ -21,7 +21,8 @@ from flexolmo_jax.flops import expert_alone_step_flops, forward_flops
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Anchor
-from flexolmo_jax.training.expert import fit_rows
+from flexolmo_jax.training.expert import fit_rows, public_batch
+from flexolmo_jax.training.router_inputs import whitened_by
 from flexolmo_jax.training.step import with_parts
 
 PACKAGE = "package"  # of a stage's folder: what came of it
@@ -160,6 +161,24 @@ def without_bias(model: FlexOlmo) -> FlexOlmo:
     experts = jax.tree.map(jnp.array, model.experts)
     experts.router.bias[...] = jnp.zeros_like(experts.router.bias[...])
     return dataclasses.replace(model, experts=experts)
+
+
+def bias_folded(model: FlexOlmo, anchor: Path) -> FlexOlmo:
+    """The model with its router biases folded into the rows, for a router that has none.
+
+    Args:
+      model: merged.
+      anchor: its anchor, whose public text says which row is about 1 for every input.
+    """
+    loaded = read_anchor(anchor)
+    assert loaded.tokenizer is not None
+    text = public_batch(loaded.public_text, loaded.tokenizer, loaded.config.max_length, 256)
+    public = whitened_by(text, loaded.weights, loaded.config)
+    constant = jnp.asarray([one.constant for one in public], jnp.float32)  # [L, D]
+    experts = jax.tree.map(jnp.array, model.experts)
+    bias = experts.router.bias[...][..., None]  # [L, E, 1]
+    experts.router.row[...] = experts.router.row[...] + bias * constant[:, None]
+    return without_bias(dataclasses.replace(model, experts=experts))
 
 
 def load_all(anchor: Path, dense: Mapping[str, Path]) -> list[FlexOlmo]:

@@ -331,6 +331,7 @@ class _Planner:
             whole = partial(ours.chosen, active=k)
             self._score(f"flexolmo_top{k or 'all'}", ours.needs, whole, active=k)
         self._score("flexolmo_without_bias", ours.needs, ours.without_bias)
+        self._score("flexolmo_bias_folded", ours.needs, ours.bias_folded)
         needs = dict.fromkeys((*ours.needs, *apart.needs))
         self._score("flexolmo_uncoordinated", tuple(needs), partial(ours.chosen, packages=apart))
         for count in range(2, len(self.config.owners)):
@@ -448,6 +449,10 @@ class _Family:
     def without_bias(self, folder: Path) -> FlexOlmo:
         """The chosen form without router biases."""
         return study_models.without_bias(self.chosen(folder))
+
+    def bias_folded(self, folder: Path) -> FlexOlmo:
+        """The chosen form with its biases folded into the rows."""
+        return study_models.bias_folded(self.chosen(folder), self.anchor)
 
     def grown(self, folder: Path, count: int) -> FlexOlmo:
         """The chosen form of two owners, to which others are added later, one by one."""

@@ -66,6 +66,7 @@ def ablation_titles() -> dict[str, str]:
     return {
         "flexolmo": "FlexOlmo, routed as chosen",
         "flexolmo_without_bias": "- router bias",
+        "flexolmo_bias_folded": "- router bias, which is folded into the rows",
         "flexolmo_uncoordinated": "- coordination (experts are the dense models' networks)",
         "paper_topall": "FlexOlmo, paper's form",
         "paper_without_bias": "- router bias",

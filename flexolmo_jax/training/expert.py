@@ -125,7 +125,7 @@ def fit_rows(
     own = some_batch(source, config.fit_tokens, config.seed)
     assert anchor.tokenizer is not None
     length = config.data.length
-    public = _public_batch(public_text, anchor.tokenizer, length, config.fit_tokens // length)
+    public = public_batch(public_text, anchor.tokenizer, length, config.fit_tokens // length)
     return fit_router(
         sharding.place(anchor.weights, None),  # on this process's first device
         expert,
@@ -173,7 +173,12 @@ def public_text_of(anchor: LoadedAnchor, public: str | None, where: Path) -> Ite
     return anchor.public_text
 
 
-def _public_batch(texts: Iterable[str], tokenizer: Tokenizer, length: int, count: int) -> Batch:
+def public_batch(texts: Iterable[str], tokenizer: Tokenizer, length: int, count: int) -> Batch:
+    """The first windows of public texts, at most `count` of `length` tokens, as one batch.
+
+    Raises:
+      ValueError: there is no text.
+    """
     documents = (Document(text, text) for text in texts)
     cut = windows(tokenized(documents, tokenizer), length, tokenizer.separator)
     batch = next(stacked(itertools.islice(cut, count), count), None)

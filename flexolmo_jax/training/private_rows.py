@@ -10,9 +10,8 @@ mean m the row is that of a linear discriminant with the public covariance,
 which needs nothing else of the owner's. The rest is of public text, or follows from the release.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +24,16 @@ from flexolmo_jax.data.sources import Document
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.units import Units
 from flexolmo_jax.data.windows import tokenized, windows
-from flexolmo_jax.modeling.attention import segment_positions
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Anchor
 from flexolmo_jax.privacy.mechanism import Clipping, clipped_sum, with_noise
 from flexolmo_jax.training.router_fit import Whitening
+from flexolmo_jax.training.router_inputs import (
+    inputs_of_layers,
+    mean_of,
+    of_the_anchor,
+    whitened_by,
+)
 
 CLIP_QUANTILE = 0.9  # of public documents that are shorter than what units are clipped to
 AT_ONCE = 64  # units that are read together
@@ -87,11 +91,9 @@ def look_at_public(
     if not rows:
         raise ValueError("the public text to fit router rows against is empty; name some more")
     units = Batch.of(*(np.stack(part) for part in zip(*rows, strict=True)))
-    one = _alone(config)
     every = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), units)
-    stats = jax.jit(_mean_and_covariance, static_argnames="config")(every, anchor, config=one)
-    means, covariances = (np.asarray(x, np.float64) for x in stats)
-    whitenings = [Whitening.of(*pair) for pair in zip(means, covariances, strict=True)]
+    whitenings = whitened_by(every, anchor, config)
+    one = of_the_anchor(config)
     into = _coordinates(whitenings)
     measure = jax.jit(
         lambda units: jax.lax.map(lambda unit: unit_mean(unit, anchor, into, one), units)
@@ -111,7 +113,7 @@ def clipped_total(
     Returns:
       float32 [L, D].
     """
-    into, one = _coordinates(public.whitenings), _alone(config)
+    into, one = _coordinates(public.whitenings), of_the_anchor(config)
     clip = Clipping(public.clip, at_a_time)
 
     @jax.jit
@@ -177,42 +179,8 @@ def unit_mean(
       float32 [L, D].
     """
     real = (unit.segments > 0)[..., None]
-    means = _of_each_layer(unit, anchor, config, lambda x: _mean(x, real))
+    means = inputs_of_layers(unit, anchor, config, lambda x: mean_of(x, real))
     return jnp.einsum("Lde,Le->Ld", into[1], means - into[0])
-
-
-def _mean_and_covariance(batch: Batch, anchor: Anchor, config: ModelConfig):
-    real = (batch.segments > 0)[..., None]
-
-    def look(x):
-        mean = _mean(x, real)
-        centred = jnp.where(real, x - mean, 0)
-        return mean, jnp.einsum("BSd,BSe->de", centred, centred) / jnp.sum(real)
-
-    return _of_each_layer(batch, anchor, config, look)
-
-
-def _mean(x: jax.Array, real: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(real, x, 0), axis=(0, 1)) / jnp.maximum(jnp.sum(real), 1)
-
-
-def _of_each_layer(batch: Batch, anchor: Anchor, config: ModelConfig, look: Callable) -> Any:
-    """look(x) of the inputs of every layer's experts, float32 [B, S, D], stacked."""
-    positions = segment_positions(batch.segments)
-    everyone = jnp.ones((len(batch.tokens), 1), bool)
-
-    def step(x, slices):
-        layer, public = slices
-        x = layer.attend(x, positions, batch.segments, config)[0]
-        seen = look(x.astype(jnp.float32))
-        return layer.consult(x, (public,), everyone, config)[0], seen
-
-    x = anchor.backbone.embed[...][batch.tokens].astype(config.dtype)
-    return jax.lax.scan(step, x, (anchor.backbone.layers, anchor.public))[1]
-
-
-def _alone(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, num_experts=1, remat="none", expert_compute="dense")
 
 
 def _coordinates(whitenings: Sequence[Whitening]) -> tuple[jax.Array, jax.Array]:

@@ -95,8 +95,7 @@ def separate(
 ) -> tuple[np.ndarray, float]:
     """The row r and bias b <= 0 with r.x + b the log odds that x is the owner's.
 
-    A positive intercept is folded into the row: v = S^-1 m / (m' S^-1 m), of the public mean m and
-    covariance S, has v.m = 1, so adding c*v to the row adds about c to every logit.
+    A positive intercept is folded into the row (`Whitening.constant`).
 
     Args:
       inputs: float64 [T, D], the inputs of a layer's experts.
@@ -145,6 +144,16 @@ class Whitening(NamedTuple):
         """[T, D] -> [T, D]."""
         return np.linalg.solve(self.factor, (inputs - self.mean).T).T
 
+    @property
+    def constant(self) -> np.ndarray:
+        """The row that is about 1 for every input: float64 [D].
+
+        v = S^-1 m / (m' S^-1 m), of the public mean m and covariance S: v.m = 1, and of all such
+        rows it varies least. Adding c*v to a row adds about c to its every logit.
+        """
+        direction = np.linalg.solve(self.covariance, self.mean)
+        return direction / (self.mean @ direction)
+
     def row(self, white: np.ndarray, intercept: float) -> tuple[np.ndarray, float]:
         """The row and bias <= 0 of a score that is white.z + intercept in these coordinates.
 
@@ -153,6 +162,5 @@ class Whitening(NamedTuple):
         row = np.linalg.solve(self.factor.T, white)
         bias = float(intercept - row @ self.mean)
         if bias > 0:
-            direction = np.linalg.solve(self.covariance, self.mean)
-            row, bias = row + bias * direction / (self.mean @ direction), 0.0
+            row, bias = row + bias * self.constant, 0.0
         return row, bias

@@ -16,7 +16,10 @@ from flexolmo_jax.evaluation.study_config import StudyConfig
 from flexolmo_jax.evaluation.study_plan import plan_seed
 from flexolmo_jax.evaluation.study_results import AFTER, Results
 from flexolmo_jax.evaluation.study_shared import plan_shared
+from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.model import load
+from flexolmo_jax.modeling.transformer import forward
+from flexolmo_jax.training.expert import public_batch
 
 TINY = """from flexolmo_jax.config import *
 from flexolmo_jax.evaluation.study_config import StudyConfig
@@ -177,6 +180,27 @@ def test_routing_shares_are_the_mean_weights(model, quick, memory):
     assert (whole > 0).all() and not np.allclose(shares, whole)
 
 
+def test_a_bias_is_folded_into_the_row(world, make_expert, tmp_path, quick):
+    """The logits of public text are about what they were with the bias."""
+    packages = [make_expert(tmp_path / "shy", "shy", bias=-1.5), world.experts["math"]]
+    model = load(study_models.merged(world.anchor, packages, tmp_path))
+    folded = study_models.bias_folded(model, world.anchor)
+    assert not folded.experts.router.bias[...].any()
+    text = public_batch(read_anchor(world.anchor).public_text, model.tokenizer, 64, 64)
+
+    def logits(model):
+        """Of the expert that had the bias, in the first layer: the others read what it changes."""
+        out = forward(
+            model.backbone, (model.experts,), text.tokens, model.config, segments=text.segments
+        )
+        return np.asarray(out.router_logits)[0, 1][np.asarray(text.segments) > 0]
+
+    before, after = logits(model), logits(folded)
+    bare = logits(study_models.without_bias(model))
+    assert (after - bare).mean() == pytest.approx(-1.5, abs=0.1)
+    assert np.abs(after - before).mean() < 0.5 * np.abs(bare - before).mean()
+
+
 # The plan
 
 
@@ -254,8 +278,8 @@ def test_the_report_holds_every_method_and_both_seeds(studied, config):
         "anchor", "dense.math", "expert.code", "soup_uniform", "soup_weighted", "prompt_routing",
         "btm_prefix_top1", "btm_running_top2", "btm_decay_top2", "btx_uniform", "btx_logistic",
         "btx_best", "paper_top1", "paper_topall", "paper_tuned", "paper_plain", "flexolmo",
-        "flexolmo_tuned", "flexolmo_uncoordinated", "flexolmo_without_bias", "unrestricted_1x",
-        "without.math", "oracle",
+        "flexolmo_tuned", "flexolmo_uncoordinated", "flexolmo_without_bias",
+        "flexolmo_bias_folded", "unrestricted_1x", "without.math", "oracle",
     } <= bits.keys()  # fmt: skip
     for column in (*config.domains, "mixed", AFTER):
         value = bits["flexolmo"][column]
