@@ -87,7 +87,8 @@ def write_report(
     results = Results(config, shared, plans)
     routing = _mean_routing(plans)
     report = {
-        "config": json.loads(json.dumps(dataclasses.asdict(config))),
+        "config": json.loads(json.dumps(dataclasses.asdict(config)))
+        | {"texts": Path(config.texts).name},  # whose folder is nobody's business
         "seeds": list(plans),
         "machine": _machine(),
         "minutes": {seed: _minutes(plan.stages) for seed, plan in plans.items()},
