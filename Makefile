@@ -13,7 +13,7 @@ audit: $(VENV)/privacy.installed
 	$(BIN)/flexolmo audit twin
 
 test: $(VENV)/$(EXTRAS).installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 bench: $(VENV)/reference.installed
 	$(BIN)/python -m benchmarks
