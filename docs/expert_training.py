@@ -46,8 +46,8 @@ TRIED = [  # what is trained, optimizer, learning rate
 PAGE = """\
 # What an expert learns of what a dense model learns
 
-`python docs/expert_training.py STUDY OUT`, {date}, {cores} cores ({machine}). The anchor and the
-training windows are those of the [full study](study.md)'s seed 0; every model sees the same
+`python docs/expert_training.py STUDY OUT`, {date}, {cores} of {all} cores ({machine}). The anchor
+and the training windows are those of the [full study](study.md)'s seed 0; every model sees the same
 {tokens:,} tokens of its owner's, in the same order. *expert*: a feed-forward network whose gate is
 fixed to 1, all else frozen; *dense*: every weight is trained. Bits per byte on the tuning split,
 and in brackets how much lower than the anchor's; the best of a row's kind is in bold.
@@ -153,7 +153,8 @@ def main() -> None:
         shares.append(f"{o} {kept:.0%}")
     expert = trial.config.expert
     page = PAGE.format(
-        date=datetime.date.today(), cores=len(os.sched_getaffinity(0)), machine=platform.machine(),
+        date=datetime.date.today(), cores=len(os.sched_getaffinity(0)), all=os.cpu_count(),
+        machine=platform.machine(),
         tokens=expert.steps * expert.data.batch_size * expert.data.length,
         domains=" | ".join(OWNERS), columns=" | ".join("---:" for _ in OWNERS), rows=rows,
         shares=", ".join(shares),

@@ -214,15 +214,15 @@ def page(report: Report) -> str:
             "| --- | ---: | ---: | ---: | ---: |",
             *report.removal(),
             "",
-            "Same direction: what an expert brought goes with it, the rest stays.",
+            "Same direction: what an expert brought goes with it, the rest stays, or gains where "
+            "the expert stood in the way of another.",
             "",
             "## Not compared",
             "",
             "Table 4 (a larger anchor), hidden states as first rows (table 3), and the tasks: "
             "models of this size answer them by chance. Seed 0, no examples, the first 500 "
             "documents of each (`flexolmo evaluate --harness TASK ... --limit 500 --shots 0`; "
-            "HellaSwag and PIQA have answers longer than the 128 tokens that these models were "
-            "made for):",
+            "PIQA has answers longer than the 128 tokens that these models were made for):",
             "",
             "| task | metric | anchor | merged |",
             "| --- | --- | ---: | ---: |",
