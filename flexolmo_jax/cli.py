@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     try:
         if args.command == "train" and args.resume and (Path(args.out) / "manifest.json").exists():
-            console.print(f"{args.out}: already done", markup=False)
+            console.print(f"{args.out}: already done", markup=False, soft_wrap=True)
         else:
             if args.command == "train":
                 _join(args)
@@ -225,7 +225,9 @@ def _merge(args: argparse.Namespace) -> None:
     merge(args.anchor, args.experts, args.out, active_experts=args.active, memory=memory)
     remembering = f"router memory {memory[0]:g} {memory[1]:g}" if memory else "no router memory"
     console.print(
-        f"wrote {args.out}: public + {len(args.experts)} experts, {remembering}", markup=False
+        f"wrote {args.out}: public + {len(args.experts)} experts, {remembering}",
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -354,7 +356,9 @@ def _study(args: argparse.Namespace) -> None:
 
     config = _config(args, StudyConfig, "study")
     run_study(config, Path(args.out), args.seeds, args.resume)
-    console.print(f"wrote {args.out}/report.md, report.json and pictures", markup=False)
+    console.print(
+        f"wrote {args.out}/report.md, report.json and pictures", markup=False, soft_wrap=True
+    )
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -404,7 +408,7 @@ def _data_flexmix(args: argparse.Namespace) -> None:
         for name, entry in card["domains"].items()
     ]
     _show_rows(rows, as_json=False)
-    console.print(f"{args.out}/card.md says what is in it", markup=False)
+    console.print(f"{args.out}/card.md says what is in it", markup=False, soft_wrap=True)
 
 
 def _data_tasks(args: argparse.Namespace) -> None:
@@ -424,6 +428,7 @@ def _data_proxies(args: argparse.Namespace) -> None:
         f"wrote {args.out}: {picked.documents} of {picked.of_public} public documents; the "
         f"classifier tells yours from public ones with {picked.accuracy:.0%} accuracy",
         markup=False,
+        soft_wrap=True,
     )
 
 

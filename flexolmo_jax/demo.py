@@ -153,5 +153,7 @@ def _show(report: dict[str, Any], out: Path) -> None:
     for domain, sample in report["samples"].items():
         console.print(f"{domain}: {sample!r}", markup=False, highlight=False)
     console.print(
-        f"{report['seconds']:.0f} seconds; report.json and report.png are in {out}", markup=False
+        f"{report['seconds']:.0f} seconds; report.json and report.png are in {out}",
+        markup=False,
+        soft_wrap=True,
     )

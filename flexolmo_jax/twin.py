@@ -172,4 +172,6 @@ def _show(report: dict[str, Any], out: Path) -> None:
     console.print(table)
     for what, ok in report["checks"].items():
         console.print(f"{'[green]yes[/]' if ok else '[red]NO[/]'}: {what}")
-    console.print(f"{report['seconds']:.0f} seconds; {out / 'report.json'}", markup=False)
+    console.print(
+        f"{report['seconds']:.0f} seconds; {out / 'report.json'}", markup=False, soft_wrap=True
+    )

@@ -51,6 +51,7 @@ def train_with_privacy(
             f"the ledger is {file}; what follows on held-out documents is for you, and is not "
             "covered by the statement",
             markup=False,
+            soft_wrap=True,
         )
 
 

@@ -64,7 +64,7 @@ def _show(places: dict[str, Any], models: dict[str, tuple], config: Training) ->
             table.add_row(name, f"{value:.3f}")
         console.print(table)
     where = f"wrote {places['out']}; metrics and loss.png are in {places['run']}"
-    console.print(where, markup=False)
+    console.print(where, markup=False, soft_wrap=True)
 
 
 def _places(args: argparse.Namespace, config: Training) -> dict[str, Any]:
