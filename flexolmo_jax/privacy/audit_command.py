@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -367,7 +368,7 @@ def trained_documents(
     every = read_documents(data, text_field=text_field, report=report)
     texts = [d.text for d in every if not is_heldout(d, heldout)]
     for line in report.lines():
-        console.print(line, markup=False)
+        print(line, file=sys.stderr)  # standard output may be JSON
     return [ids[1:] for ids in tokenizer_of(model).encode_documents(texts)]
 
 
