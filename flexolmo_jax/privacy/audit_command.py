@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,7 @@ def audit_extraction(args: argparse.Namespace) -> None:
         text_field=args.text_field, without=args.without, only=args.only,
         with_control=args.control, dtype=args.dtype,
     )  # fmt: skip
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        _show_extraction(found)
+    _tell(found, _show_extraction, args.json)
     check_controls(found)
 
 
@@ -183,10 +180,7 @@ def audit_membership(args: argparse.Namespace) -> None:
       ValueError: the input is wrong; the certificate is refuted.
     """
     found = run_membership(Path(args.model), Path(args.run), args.anchor, args.expert)
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        _show_membership(found)
+    _tell(found, _show_membership, args.json)
     check_certificate(found)
 
 
@@ -262,10 +256,7 @@ def audit_removal(args: argparse.Namespace) -> None:
         Path(args.model), args.expert, args.run and Path(args.run), args.data,
         prefixes=args.prefixes, heldout=args.heldout, text_field=args.text_field,
     )  # fmt: skip
-    if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        _show_removal(found)
+    _tell(found, _show_removal, args.json)
     check_removal(found)
 
 
@@ -358,6 +349,14 @@ def _show_removal(found: dict[str, Any]) -> None:
     )
     for line in found["lines"]:
         console.print(f"- {line}", markup=False)
+
+
+def _tell(found: dict[str, Any], show: Callable[[dict[str, Any]], None], as_json: bool) -> None:
+    """A report on standard output: as JSON, or as a reader wants it."""
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(found)
 
 
 def trained_documents(
