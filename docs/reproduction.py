@@ -221,8 +221,16 @@ def page(report: Report) -> str:
             "",
             "Table 4 (a larger anchor), hidden states as first rows (table 3), and the tasks: "
             "models of this size answer them by chance. Seed 0, no examples, the first 500 "
-            "documents of each (`flexolmo evaluate --harness TASK ... --limit 500 --shots 0`; "
-            "PIQA has answers longer than the 128 tokens that these models were made for):",
+            "documents of each; PIQA has answers longer than the 128 tokens that these models "
+            "were made for.",
+            "",
+            "    flexolmo data tasks task_data",
+            "    flexolmo merge --anchor STUDY/seed0/anchor-*/package --active 4 --out merged \\",
+            "        --expert STUDY/seed0/expert/*/package",
+            "    flexolmo evaluate --model MODEL --task-data task_data --limit 500 --shots 0 \\",
+            "        --json --harness arc_easy arc_challenge boolq commonsense_qa openbookqa \\",
+            "        social_iqa winogrande hellaswag > MODEL.json   # of the anchor, and of merged",
+            "    python docs/reproduction.py STUDY --tasks ANCHOR.json MERGED.json",
             "",
             "| task | metric | anchor | merged |",
             "| --- | --- | ---: | ---: |",
