@@ -8,8 +8,9 @@ What is in OUT already is not done again. The two sizes write docs/privacy_curve
 and their part of docs/privacy.md; `--size smallest` runs the same path in minutes, to see that it
 works, and writes into OUT only.
 
-Batch, clip norm, steps and learning rate are chosen at one epsilon on the text of an owner that
-the curve is not about, so that the choice costs the others no budget.
+For each epsilon, batch, clip norm, steps, learning rate, and whether all weights are trained or
+factors of low rank, are chosen on the text of an owner that the curve is not about, so that the
+choice costs the others no budget.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from flexolmo_jax.config import ExpertTraining, load_config  # noqa: E402
 from flexolmo_jax.evaluation.domains import heldout_documents, score  # noqa: E402
 from flexolmo_jax.federation.merge import merge  # noqa: E402
 from flexolmo_jax.federation.package import read_manifest  # noqa: E402
-from flexolmo_jax.model import load  # noqa: E402
+from flexolmo_jax.model import FlexOlmo, load  # noqa: E402
 
 DOCS = Path(__file__).parent
 NEVER = math.inf  # epsilon of an ordinary run
@@ -49,11 +51,13 @@ class Choice:
     clip: float
     steps: int
     rate: float
+    rank: int  # of the factors that are trained; 0: all weights
 
     def words(self) -> list[str]:
         return [
             "--data.batch-size", str(self.batch), "--dp-clip", str(self.clip),
             "--steps", str(self.steps), "--optimizer.learning-rate", str(self.rate),
+            *(["--dp-rank", str(self.rank)] if self.rank else []),
         ]  # fmt: skip
 
 
@@ -61,32 +65,32 @@ class Choice:
 class Size:
     closed: tuple[str, ...]  # owners
     tuned_on: str
+    tuned_unit: str  # of privacy, there; such that about as many are protected as in the curve
     grid: tuple[Choice, ...]
     seeds: tuple[int, ...]
     epsilons: tuple[float, ...]
     windows: int  # of a document in a step
     anchor: tuple[str, ...] = ()  # words for `train anchor demo_anchor`
     ordinary: tuple[str, ...] = ()  # for `train expert demo_expert` without privacy
-    tuned_at: float = 8.0  # epsilon
 
 
-def grid(batches, clips, steps, rates) -> tuple[Choice, ...]:
-    return tuple(Choice(*one) for one in itertools.product(batches, clips, steps, rates))
+def grid(batches, clips, steps, rates, ranks) -> tuple[Choice, ...]:
+    return tuple(Choice(*one) for one in itertools.product(batches, clips, steps, rates, ranks))
 
 
 SIZES = {
     "smallest": Size(
-        ("math",), "educational", grid((16,), (0.1,), (4, 8), (1.5e-3,)), (0,), (8.0, NEVER), 1,
-        ("--steps", "60"), ("--steps", "30"),
+        ("math",), "educational", "document", grid((16,), (0.1,), (8,), (1.5e-3,), (0, 4)), (0,),
+        (8.0, NEVER), 1, ("--steps", "60"), ("--steps", "30"),
     ),
     "ci": Size(
-        ("math", "educational"), "creative",
-        grid((24, 48), (0.1,), (40,), (5e-4, 1.5e-3)), (0, 1, 2), (1.0, 2.0, 8.0, NEVER), 1,
-        ("--steps", "400"),
+        ("math", "educational"), "creative", "sequence",
+        grid((128,), (0.1,), (40,), (1.5e-3, 5e-3), (0, 8)), (0, 1, 2),
+        (1.0, 2.0, 8.0, NEVER), 1, ("--steps", "400"),
     ),
     "large": Size(
-        ("academic", "conversation"), "math",
-        grid((96, 192), (0.1,), (80,), (5e-4, 1.5e-3)), (0, 1, 2),
+        ("academic", "conversation"), "math", "document",
+        grid((192,), (0.1,), (80,), (1.5e-3, 5e-3), (0, 8)), (0, 1, 2),
         (1.0, 2.0, 8.0, NEVER), 1, ("--steps", "2400"), ("--steps", "500"),
     ),
 }  # fmt: skip
@@ -109,7 +113,9 @@ class Study:
         words = ["anchor", "demo_anchor", "--data", self.source("public"), *self.size.anchor]
         return self.train(path, [*words, "--seed", str(seed)])
 
-    def expert(self, seed: int, owner: str, epsilon: float, choice: Choice) -> Path:
+    def expert(
+        self, seed: int, owner: str, epsilon: float, choice: Choice, unit: str = "document"
+    ) -> Path:
         how = "ordinary" if epsilon == NEVER else self.name(epsilon, choice)
         path = self.out / f"expert{seed}_{owner}_{how}"
         words = ["expert", "demo_expert", "--data", self.source(owner), "--name", owner]
@@ -118,7 +124,7 @@ class Study:
             return self.train(path, [*words, *self.size.ordinary])
         # A ledger for each run: these owners publish nothing.
         private = ["--dp-epsilon", str(epsilon), "--dp-ledger", f"{path}.budget.json"]
-        private += ["--dp-windows", str(self.size.windows)]
+        private += ["--dp-windows", str(self.size.windows), "--dp-unit", unit]
         return self.train(path, [*words, *private, *choice.words()])
 
     @staticmethod
@@ -128,45 +134,54 @@ class Study:
     def train(self, path: Path, words: list[str]) -> Path:
         if not (path / "manifest.json").exists():
             command = [sys.executable, "-m", "flexolmo_jax.cli", "train", *words]
-            subprocess.run([*command, "--out", str(path), "--resume"], check=True)
+            compiled = {"JAX_COMPILATION_CACHE_DIR": str(self.out / "compiled")}
+            words = [*command, "--out", str(path), "--resume"]
+            subprocess.run(words, check=True, env={**os.environ, **compiled})
         return path
 
-    def merged(self, seed: int, private: dict[str, float], choice: Choice) -> dict[str, float]:
+    def merged(
+        self, seed: int, private: dict[str, float], choices: dict[float, Choice]
+    ) -> dict[str, float]:
         """Bits per byte of each domain, where each owner has asked for such an epsilon."""
-        names = [self.name(epsilon, choice) for epsilon in private.values()]
+        names = [f"{epsilon:g}" for epsilon in private.values()]
         path = self.out / "_".join([f"merged{seed}", *private, *names])
-        experts = [self.expert(seed, owner, e, choice) for owner, e in private.items()]
-        file = path.with_suffix(f"{path.suffix}.scores.json")
+        experts = [self.expert(seed, owner, e, choices[e]) for owner, e in private.items()]
+        file = path.with_suffix(".scores.json")
         if not file.exists():
             if not path.exists():
                 merge(self.anchor(seed), experts, path)
-            save(file, self.scores(path))
+            save(file, self.scores(load(path)))
         return json.loads(file.read_text())
 
-    def scores(self, path: Path) -> dict[str, float]:
-        model = load(path)
+    def scores(self, model: FlexOlmo) -> dict[str, float]:
         return {name: score(model, texts).bits_per_byte for name, texts in self.texts.items()}
 
-    def tune(self) -> tuple[Choice, list[dict[str, Any]]]:
-        """The best choice on the text of an owner that the curve is not about; and all of them."""
-        owner, seed = self.size.tuned_on, self.size.seeds[0]
-        tried = [
-            {
-                **vars(one),
-                "bits_per_byte": self.merged(seed, {owner: self.size.tuned_at}, one)[owner],
-            }
-            for one in self.size.grid
-        ]
-        best = min(range(len(tried)), key=lambda number: tried[number]["bits_per_byte"])
-        return self.size.grid[best], tried
+    def tune(self, epsilon: float) -> list[dict[str, Any]]:
+        """What each choice gives the expert alone, of an owner that the curve is not about."""
+        owner, seed, tried = self.size.tuned_on, self.size.seeds[0], []
+        for choice in self.size.grid:
+            package = self.expert(seed, owner, epsilon, choice, self.size.tuned_unit)
+            file = package.with_suffix(f"{package.suffix}.scores.json")
+            if not file.exists():
+                model = load(package, anchor=self.anchor(seed))
+                found = score(model, self.texts[owner], only=[owner])
+                save(file, {owner: found.bits_per_byte})
+            value = json.loads(file.read_text())[owner]
+            tried.append({"epsilon": epsilon, **vars(choice), "bits_per_byte": value})
+        return tried
 
-    def run(self) -> dict[str, Any]:
-        choice, tried = self.tune()
+    def run(self, seeds: Sequence[int]) -> dict[str, Any]:
         closed, points, noise = self.size.closed, [], {}
-        for seed in self.size.seeds:
+        tried = {epsilon: self.tune(epsilon) for epsilon in self.size.epsilons if epsilon != NEVER}
+        choices = {
+            epsilon: self.size.grid[min(range(len(of)), key=lambda n: of[n]["bits_per_byte"])]
+            for epsilon, of in tried.items()
+        }
+        choices[NEVER] = self.size.grid[0]  # which an ordinary run does not look at
+        for seed in seeds:
             anchor = self.out / f"anchor{seed}.scores.json"
             if not anchor.exists():
-                save(anchor, self.scores(self.anchor(seed)))
+                save(anchor, self.scores(load(self.anchor(seed))))
             points.append({"seed": seed, "epsilon": None} | scored(json.loads(anchor.read_text())))
             together = [dict.fromkeys(closed, epsilon) for epsilon in self.size.epsilons]
             alone = [
@@ -176,16 +191,18 @@ class Study:
             ]
             for private in together + [one for one in alone if one not in together]:
                 asked = {owner: shown(epsilon) for owner, epsilon in private.items()}
-                found = self.merged(seed, private, choice)
+                found = self.merged(seed, private, choices)
                 points.append({"seed": seed, "epsilon": asked} | scored(found))
-        for owner, epsilon in itertools.product(closed, self.size.epsilons):
+        for owner, (epsilon, choice) in itertools.product(closed, choices.items()):
             if epsilon != NEVER:
-                package = self.expert(self.size.seeds[0], owner, epsilon, choice)
+                package = self.expert(seeds[0], owner, epsilon, choice)
                 noise[f"{owner} {epsilon:g}"] = read_manifest(package)["privacy"]
         setting = dataclasses.asdict(self.size)
         return {
             "setting": {**setting, "epsilons": [shown(one) for one in self.size.epsilons]},
-            "chosen": vars(choice), "tried": tried, "points": points, "statements": noise,
+            "chosen": {shown(e): vars(one) for e, one in choices.items() if e != NEVER},
+            "tried": [one for of in tried.values() for one in of],
+            "points": points, "statements": noise,
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         }  # fmt: skip
 
@@ -217,9 +234,31 @@ def cell(found: dict, epsilon: dict[str, str], domain: str) -> str:
     return f"{statistics.mean(here):.3f} ({statistics.mean(changes):+.1%}{spread})"
 
 
+def tuning_table(found: dict) -> list[str]:
+    """Of each epsilon what was chosen, and the best that each rank came to."""
+    setting = found["setting"]
+    ranks = sorted({one["rank"] for one in setting["grid"]})
+    named = [f"rank {rank}" if rank else "all weights" for rank in ranks]
+    lines = [
+        "| epsilon | batch | clip norm | steps | learning rate | trained | "
+        + " | ".join(f"{name}, best" for name in named)
+        + " |",
+        "| ---: | ---: | ---: | ---: | ---: | --- |" + " ---: |" * len(ranks),
+    ]
+    for epsilon, one in found["chosen"].items():
+        tried = [of for of in found["tried"] if shown(of["epsilon"]) == epsilon]
+        best = (min(of["bits_per_byte"] for of in tried if of["rank"] == r) for r in ranks)
+        cells = [
+            epsilon, str(one["batch"]), f"{one['clip']:g}", str(one["steps"]), f"{one['rate']:g}",
+            named[ranks.index(one["rank"])], *(f"{value:.3f}" for value in best),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def page(found: dict, size: str) -> list[str]:
     """The part of docs/privacy.md about one size."""
-    setting, chosen = found["setting"], found["chosen"]
+    setting = found["setting"]
     closed, epsilons = setting["closed"], setting["epsilons"]
     domains = ["public", *closed]
     head = ["", "| | " + " | ".join(domains) + " |", "| --- |" + " ---: |" * len(domains)]
@@ -229,10 +268,11 @@ def page(found: dict, size: str) -> list[str]:
         f"`python docs/privacy_curve.py OUT --size {size}{corpus}`, {found['machine']}. Held-out "
         f"bits per byte (lower is better), mean of {len(setting['seeds'])} seeds, and the change "
         "from the anchor (mean; smallest and largest of the seeds). Unit: document; at most "
-        f"{setting['windows']} windows of one in a step. Batch {chosen['batch']}, clip norm "
-        f"{chosen['clip']:g}, {chosen['steps']} steps and learning rate {chosen['rate']:g} are the "
-        f"best of {len(found['tried'])} on {setting['tuned_on']} at epsilon "
-        f"{setting['tuned_at']:g}.",
+        f"{setting['windows']} windows of one in a step. Chosen for each epsilon, of "
+        f"{len(setting['grid'])} settings, by what they give an expert on {setting['tuned_on']} "
+        f"(unit: {setting['tuned_unit']}) alone:",
+        "",
+        *tuning_table(found),
         "",
         "All owners ask for the same epsilon (delta "
         + ", ".join(sorted({f"{one['delta']:.2g}" for one in found["statements"].values()}))
@@ -290,11 +330,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--corpus", type=Path, help="of `flexolmo data fetch`, for large")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="work on these only, and write no page: processes may "
+        "share seeds, once the first one has come to its merged models",
+    )  # fmt: skip
     args = parser.parse_args()
     if (args.size == "large") != (args.corpus is not None):
         parser.error("--corpus goes with --size large")
     args.out.mkdir(parents=True, exist_ok=True)
-    found = Study(args.out, SIZES[args.size], args.corpus).run()
+    found = Study(args.out, SIZES[args.size], args.corpus).run(args.seeds or SIZES[args.size].seeds)
+    if args.seeds:
+        return
     where = args.out if args.size == "smallest" else DOCS
     save(where / f"privacy_curve_{args.size}.json", found)
     draw(found, where / f"privacy_curve_{args.size}.png")
