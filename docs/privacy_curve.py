@@ -85,12 +85,12 @@ SIZES = {
     ),
     "ci": Size(
         ("math", "educational"), "creative", "sequence",
-        grid((128,), (0.1,), (40,), (1.5e-3, 5e-3), (0, 8)), (0, 1, 2),
+        grid((128,), (0.1,), (40,), (5e-3, 1.5e-2), (0, 8)), (0, 1, 2),
         (1.0, 2.0, 8.0, NEVER), 1, ("--steps", "400"),
     ),
     "large": Size(
-        ("academic", "conversation"), "math", "document",
-        grid((192,), (0.1,), (80,), (1.5e-3, 5e-3), (0, 8)), (0, 1, 2),
+        ("math", "news"), "educational", "document",
+        grid((192,), (0.1,), (40,), (5e-3, 1.5e-2), (0,)), (0, 1, 2),
         (1.0, 2.0, 8.0, NEVER), 1, ("--steps", "2400"), ("--steps", "500"),
     ),
 }  # fmt: skip
