@@ -8,9 +8,8 @@ What is in OUT already is not done again. The two sizes write docs/privacy_curve
 and their part of docs/privacy.md; `--size smallest` runs the same path in minutes, to see that it
 works, and writes into OUT only.
 
-For each epsilon, batch, clip norm, steps, learning rate, and whether all weights are trained or
-factors of low rank, are chosen on the text of an owner that the curve is not about, so that the
-choice costs the others no budget.
+For each epsilon, batch, clip norm, steps and learning rate are chosen on the text of an owner that
+the curve is not about, so that the choice costs the others no budget.
 """
 
 import argparse
@@ -51,13 +50,11 @@ class Choice:
     clip: float
     steps: int
     rate: float
-    rank: int  # of the factors that are trained; 0: all weights
 
     def words(self) -> list[str]:
         return [
             "--data.batch-size", str(self.batch), "--dp-clip", str(self.clip),
             "--steps", str(self.steps), "--optimizer.learning-rate", str(self.rate),
-            *(["--dp-rank", str(self.rank)] if self.rank else []),
         ]  # fmt: skip
 
 
@@ -74,23 +71,23 @@ class Size:
     ordinary: tuple[str, ...] = ()  # for `train expert demo_expert` without privacy
 
 
-def grid(batches, clips, steps, rates, ranks) -> tuple[Choice, ...]:
-    return tuple(Choice(*one) for one in itertools.product(batches, clips, steps, rates, ranks))
+def grid(batches, clips, steps, rates) -> tuple[Choice, ...]:
+    return tuple(Choice(*one) for one in itertools.product(batches, clips, steps, rates))
 
 
 SIZES = {
     "smallest": Size(
-        ("math",), "educational", "document", grid((16,), (0.1,), (8,), (1.5e-3,), (0, 4)), (0,),
+        ("math",), "educational", "document", grid((16,), (0.1,), (4, 8), (1.5e-3,)), (0,),
         (8.0, NEVER), 1, ("--steps", "60"), ("--steps", "30"),
     ),
     "ci": Size(
         ("math", "educational"), "creative", "sequence",
-        grid((128,), (0.1,), (40,), (5e-3, 1.5e-2), (0, 8)), (0, 1, 2),
+        grid((128,), (0.1,), (40,), (5e-3, 1.5e-2, 4.5e-2)), (0, 1, 2),
         (1.0, 2.0, 8.0, NEVER), 1, ("--steps", "400"),
     ),
     "large": Size(
         ("math", "news"), "educational", "document",
-        grid((192,), (0.1,), (40,), (5e-3, 1.5e-2), (0,)), (0, 1, 2),
+        grid((192,), (0.1,), (40,), (1.5e-2,)), (0, 1, 2),
         (1.0, 2.0, 8.0, NEVER), 1, ("--steps", "2400"), ("--steps", "500"),
     ),
 }  # fmt: skip
@@ -235,22 +232,14 @@ def cell(found: dict, epsilon: dict[str, str], domain: str) -> str:
 
 
 def tuning_table(found: dict) -> list[str]:
-    """Of each epsilon what was chosen, and the best that each rank came to."""
-    setting = found["setting"]
-    ranks = sorted({one["rank"] for one in setting["grid"]})
-    named = [f"rank {rank}" if rank else "all weights" for rank in ranks]
-    lines = [
-        "| epsilon | batch | clip norm | steps | learning rate | trained | "
-        + " | ".join(f"{name}, best" for name in named)
-        + " |",
-        "| ---: | ---: | ---: | ---: | ---: | --- |" + " ---: |" * len(ranks),
-    ]
-    for epsilon, one in found["chosen"].items():
-        tried = [of for of in found["tried"] if shown(of["epsilon"]) == epsilon]
-        best = (min(of["bits_per_byte"] for of in tried if of["rank"] == r) for r in ranks)
+    """Of each epsilon what was chosen, and what the others came to."""
+    lines = ["| epsilon | batch | clip norm | steps | learning rate | bits per byte |"]
+    lines += ["| ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for one in found["tried"]:
+        chosen = found["chosen"][shown(one["epsilon"])].items() <= one.items()
         cells = [
-            epsilon, str(one["batch"]), f"{one['clip']:g}", str(one["steps"]), f"{one['rate']:g}",
-            named[ranks.index(one["rank"])], *(f"{value:.3f}" for value in best),
+            shown(one["epsilon"]), str(one["batch"]), f"{one['clip']:g}", str(one["steps"]),
+            f"{one['rate']:g}", f"{one['bits_per_byte']:.3f}" + " (chosen)" * chosen,
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -277,7 +277,6 @@ class PrivacyConfig:
     clip: float = 0.1  # C, the length that the gradient of a unit is clipped to
     unit: str = "document"  # or "sequence" (a window), or "group:FIELD" (a patient, an author)
     windows: int = 8  # most windows of a unit in a step; of a longer one, so many are drawn
-    rank: int | None = None  # train factors of this rank beside the public network; None: all of it
     at_a_time: int = 8  # units whose gradients a device holds at the same time
     limit: float | None = None  # epsilon of all runs in the ledger; None: as it is, or `epsilon`
 
@@ -294,9 +293,9 @@ class PrivacyConfig:
             or (self.kind, bool(self.group_field)) == ("group", True),
             f"unit must be document, sequence or group:FIELD, found {self.unit!r}",
         )
-        for name in ("windows", "at_a_time", "rank"):
+        for name in ("windows", "at_a_time"):
             found = getattr(self, name)
-            _require(found is None or found > 0, f"{name} must be positive, found {found}")
+            _require(found > 0, f"{name} must be positive, found {found}")
 
     @property
     def kind(self) -> str:

@@ -41,11 +41,6 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="most windows of a unit in a step; of longer ones so many are drawn (default: 8)",
     )  # fmt: skip
     group.add_argument(
-        "--dp-rank", type=int, metavar="R",
-        help="train factors of rank R beside the public feed-forward network: less noise, and less "
-        "that can be learned (default: all weights)",
-    )  # fmt: skip
-    group.add_argument(
         "--dp-at-a-time", type=int, metavar="N",
         help="units whose gradients a device holds at once; less memory with fewer (default: 8)",
     )  # fmt: skip

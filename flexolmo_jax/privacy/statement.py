@@ -75,7 +75,6 @@ def make_statement(
         "mean_batch": mechanism.mean_batch,
         "largest_batch": mechanism.largest_batch,
         "steps": mechanism.steps,
-        "rank": privacy.rank,  # of what is trained; None: all weights
         "clip_norm": privacy.clip,
         "noise_multiplier": mechanism.noise_multiplier,
         "rows_clip_norm": rows_clip,

@@ -28,7 +28,6 @@ from flexolmo_jax.privacy.statement import make_statement
 from flexolmo_jax.training import private_rows
 from flexolmo_jax.training.expert import anchor_to_train_beside, public_text_of
 from flexolmo_jax.training.loop import RUN_FILE, check_run, console, describe_run, record_run, train
-from flexolmo_jax.training.low_rank import LowRankLoss, expanded, initial_factors
 from flexolmo_jax.training.private_steps import PrivateSteps
 from flexolmo_jax.training.step import ExpertAloneLoss, ExpertPairLoss, Loss, with_parts
 
@@ -79,11 +78,6 @@ def train_private_expert(
             f"router={config.router!r} with --dp-epsilon: rows follow from one noisy release, in "
             "a way of their own; leave router out"
         )
-    if privacy.rank and config.gating != "alone":
-        raise ValueError(
-            f"--dp-rank with gating={config.gating!r}: factors are trained with the gate fixed to "
-            "1 only; leave one of them out"
-        )
     config = privacy.applied_to(config)
     loaded, tokenizer = anchor_to_train_beside(anchor)
     texts = list(public_text_of(loaded, public, anchor)) if config.gating == "alone" else []
@@ -113,7 +107,7 @@ def train_private_expert(
     model = config.computing(loaded.config).replace(expert_compute="dense")  # see `ragged_dot`
     expert = jax.tree.map(jnp.array, loaded.weights.public)
     title = f"expert {name}"
-    loss, trainable, frozen = _what_is_trained(config, privacy.rank, model, loaded, expert)
+    loss, trainable, frozen = _what_is_trained(config, model, loaded, expert)
     steps = PrivateSteps(title, config, privacy, loss, units, book, entry, delta)
     trained = train(steps, trainable, frozen, run)
 
@@ -121,8 +115,7 @@ def train_private_expert(
         finished, rows_clip = trained, None
         if config.gating == "alone":
             found = _release(run, book, entry, units, loaded, texts, config, privacy, steps.secret)
-            network = expanded(expert.feed_forward, trained) if privacy.rank else trained
-            finished = with_parts(expert, network, expert.router)
+            finished = with_parts(expert, trained, expert.router)
             finished = private_rows.with_rows(finished, *found[:2])
             rows_clip = found[2]
         others = [one.counted for one in book.finish(entry.id)[:-1]]
@@ -181,14 +174,10 @@ def _entered(
 
 
 def _what_is_trained(
-    config: ExpertTraining, rank: int | None, model: ModelConfig, loaded: LoadedAnchor,
-    expert: Experts,
-) -> tuple[Loss, object, object]:  # fmt: skip
+    config: ExpertTraining, model: ModelConfig, loaded: LoadedAnchor, expert: Experts
+) -> tuple[Loss, object, object]:
     if config.gating == "alone":
         frozen = (loaded.weights, loaded.weights.public.router)
-        if rank:
-            factors = initial_factors(expert.feed_forward, rank, jax.random.key(config.seed))
-            return LowRankLoss(model, config.output_z_loss), factors, frozen
         return ExpertAloneLoss(model, config.output_z_loss), expert.feed_forward, frozen
     pair = model.replace(num_experts=2)
     loss = ExpertPairLoss(pair, config.output_z_loss, config.router_z_loss)

@@ -22,7 +22,6 @@ from flexolmo_jax.modeling.experts import fill_up, select  # noqa: E402
 from flexolmo_jax.modeling.transformer import Anchor, abstract_model  # noqa: E402
 from flexolmo_jax.privacy.accounting import Mechanism  # noqa: E402
 from flexolmo_jax.privacy.mechanism import Clipping  # noqa: E402
-from flexolmo_jax.training.low_rank import LowRankLoss, initial_factors  # noqa: E402
 from flexolmo_jax.training.private_steps import private_step  # noqa: E402
 from flexolmo_jax.training.step import (  # noqa: E402
     AnchorLoss,
@@ -90,9 +89,6 @@ def stage(name, config, multiple=1):
         return ExpertAloneLoss(pair, 1e-4), own.feed_forward, (anchor, own.router)
     if name == "pair":
         return ExpertPairLoss(pair, 1e-4, 1e-3), own, anchor
-    if name == "low rank":
-        factors = initial_factors(own.feed_forward, 2, jax.random.key(2))
-        return LowRankLoss(pair, 1e-4), factors, (anchor, own.router)
     filled = fill_up(experts, multiple)
     return RouterLoss(config, 1e-4, 1e-3), RouterRows.of(filled.router), (backbone, filled)
 
@@ -254,7 +250,7 @@ def test_an_optimizer_step_keeps_everything_in_its_place(mesh):
     assert_close(sharding.on_host(trainable), jax.device_get(expected))
 
 
-@pytest.mark.parametrize("name", ["alone", "pair", "low rank"])
+@pytest.mark.parametrize("name", ["alone", "pair"])
 def test_a_private_step_is_that_of_one_device(name):
     """Clipped unit by unit on each device, summed, and the noise added once."""
     mesh = sharding.make_mesh()
