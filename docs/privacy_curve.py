@@ -61,7 +61,7 @@ class Choice:
 @dataclasses.dataclass(frozen=True)
 class Size:
     closed: tuple[str, ...]  # owners
-    tuned_on: str
+    tuned_on: str | None  # None: there is one choice, made elsewhere
     tuned_unit: str  # of privacy, there; such that about as many are protected as in the curve
     grid: tuple[Choice, ...]
     seeds: tuple[int, ...]
@@ -86,7 +86,7 @@ SIZES = {
         (1.0, 2.0, 8.0, NEVER), 1, ("--steps", "400"),
     ),
     "large": Size(
-        ("math", "news"), "educational", "document",
+        ("math", "news"), None, "document",
         grid((192,), (0.1,), (40,), (1.5e-2,)), (0, 1, 2),
         (1.0, 2.0, 8.0, NEVER), 1, ("--steps", "2400"), ("--steps", "500"),
     ),
@@ -99,7 +99,7 @@ class Study:
     def __init__(self, out: Path, size: Size, corpus: Path | None):
         self.out, self.size, self.corpus = out, size, corpus
         data = load_config("demo_expert", ExpertTraining).data
-        domains = ("public", *size.closed, size.tuned_on)
+        domains = ("public", *size.closed, *([size.tuned_on] if size.tuned_on else []))
         self.texts = {name: heldout_documents(self.source(name), data) for name in domains}
 
     def source(self, domain: str) -> str:
@@ -156,6 +156,8 @@ class Study:
     def tune(self, epsilon: float) -> list[dict[str, Any]]:
         """What each choice gives the expert alone, of an owner that the curve is not about."""
         owner, seed, tried = self.size.tuned_on, self.size.seeds[0], []
+        if owner is None:
+            return []
         for choice in self.size.grid:
             package = self.expert(seed, owner, epsilon, choice, self.size.tuned_unit)
             file = package.with_suffix(f"{package.suffix}.scores.json")
@@ -171,7 +173,9 @@ class Study:
         closed, points, noise = self.size.closed, [], {}
         tried = {epsilon: self.tune(epsilon) for epsilon in self.size.epsilons if epsilon != NEVER}
         choices = {
-            epsilon: self.size.grid[min(range(len(of)), key=lambda n: of[n]["bits_per_byte"])]
+            epsilon: self.size.grid[
+                min(range(len(of)), key=lambda n: of[n]["bits_per_byte"], default=0)
+            ]
             for epsilon, of in tried.items()
         }
         choices[NEVER] = self.size.grid[0]  # which an ordinary run does not look at
@@ -231,6 +235,22 @@ def cell(found: dict, epsilon: dict[str, str], domain: str) -> str:
     return f"{statistics.mean(here):.3f} ({statistics.mean(changes):+.1%}{spread})"
 
 
+def choice_of(found: dict) -> str:
+    """How the setting was chosen."""
+    setting = found["setting"]
+    if found["tried"]:
+        return (
+            f"Chosen for each epsilon, of {len(setting['grid'])} settings, by what they give an "
+            f"expert on {setting['tuned_on']} (unit: {setting['tuned_unit']}) alone:"
+        )
+    (one,) = setting["grid"]
+    return (
+        f"Batch {one['batch']}, clip norm {one['clip']:g}, {one['steps']} steps and learning rate "
+        f"{one['rate']:g}: steps, clip norm and rate as chosen at the other size, the batch larger "
+        "as there are more documents. Nothing was tuned on this text."
+    )
+
+
 def tuning_table(found: dict) -> list[str]:
     """Of each epsilon what was chosen, and what the others came to."""
     lines = ["| epsilon | batch | clip norm | steps | learning rate | bits per byte |"]
@@ -257,11 +277,9 @@ def page(found: dict, size: str) -> list[str]:
         f"`python docs/privacy_curve.py OUT --size {size}{corpus}`, {found['machine']}. Held-out "
         f"bits per byte (lower is better), mean of {len(setting['seeds'])} seeds, and the change "
         "from the anchor (mean; smallest and largest of the seeds). Unit: document; at most "
-        f"{setting['windows']} windows of one in a step. Chosen for each epsilon, of "
-        f"{len(setting['grid'])} settings, by what they give an expert on {setting['tuned_on']} "
-        f"(unit: {setting['tuned_unit']}) alone:",
+        f"{setting['windows']} windows of one in a step. {choice_of(found)}",
         "",
-        *tuning_table(found),
+        *(tuning_table(found) if found["tried"] else []),
         "",
         "All owners ask for the same epsilon (delta "
         + ", ".join(sorted({f"{one['delta']:.2g}" for one in found["statements"].values()}))
