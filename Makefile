@@ -17,6 +17,7 @@ test: $(VENV)/$(EXTRAS).installed
 
 bench: $(VENV)/reference.installed
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.profile
 
 lint: $(VENV)/linters.installed
 	$(BIN)/ruff check .

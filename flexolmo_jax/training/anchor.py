@@ -20,10 +20,10 @@ from flexolmo_jax.training.loop import (
     RUN_FILE,
     OrdinarySteps,
     check_run,
-    console,
     describe_run,
     mesh_of,
     record_run,
+    tell,
     train,
 )
 from flexolmo_jax.training.step import AnchorLoss
@@ -65,8 +65,7 @@ def train_anchor(
     if given is not None:
         _check_same(given, config, tokenizer)
     source, report = prepare(data, config.data, tokenizer, run / "data")
-    for line in report.lines():
-        console.print(line, markup=False)
+    tell(report)
     record_run(run, wanted)
     if given is None:
         weights = sharding.build(

@@ -24,10 +24,10 @@ from flexolmo_jax.privacy.canaries import canaries_of_run, check_they_are_read
 from flexolmo_jax.training.loop import (
     OrdinarySteps,
     check_run,
-    console,
     describe_run,
     mesh_of,
     record_run,
+    tell,
     train,
 )
 from flexolmo_jax.training.router_fit import fit_router
@@ -72,8 +72,7 @@ def train_expert(
     drawn = canaries_of_run(canaries, run, tokenizer)
     extra = drawn.inserted if drawn else []
     source, report = prepare(data, config.data, tokenizer, run / "data", extra)
-    for line in report.lines():
-        console.print(line, markup=False)
+    tell(report)
     if drawn:
         check_they_are_read(drawn, source.as_data_source("train"), tokenizer, config, units=None)
     record_run(run, wanted)

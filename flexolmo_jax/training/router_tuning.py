@@ -19,10 +19,10 @@ from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.training.loop import (
     OrdinarySteps,
     check_run,
-    console,
     describe_run,
     mesh_of,
     record_run,
+    tell,
     train,
 )
 from flexolmo_jax.training.step import RouterLoss, RouterRows
@@ -52,8 +52,7 @@ def train_router(
     wanted = describe_run(config, **made_from)
     check_run(run, wanted, resume)
     source, report = prepare(data, config.data, loaded.tokenizer, run / "data")
-    for line in report.lines():
-        console.print(line, markup=False)
+    tell(report)
     record_run(run, wanted)
     active = config.active_experts or loaded.config.active_experts
     model_config = config.computing(loaded.config).replace(active_experts=active)
