@@ -9,6 +9,8 @@ prints them.
 
 import argparse
 import dataclasses
+import datetime
+import json
 import os
 import platform
 import subprocess
@@ -250,7 +252,8 @@ def main() -> None:
     study.train()
     found = {
         "setting": dataclasses.asdict(size),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, "
+        f"{datetime.date.today()}",
         "extraction": study.extraction(),
         "membership": study.membership(),
         "removal": study.removal(),
@@ -263,7 +266,8 @@ def main() -> None:
     if args.size == "smallest":
         print("\n\n".join("\n".join(lines) for lines in parts.values()))
         return
-    save(DOCS / "privacy_audits.json", found)
+    here = json.dumps(found).replace(f"{args.out}/", "")  # where OUT lies is nobody's business
+    save(DOCS / "privacy_audits.json", json.loads(here))
     for mark, lines in parts.items():
         write_part(mark, lines)
 

@@ -14,6 +14,7 @@ the curve is not about, so that the choice costs the others no budget.
 
 import argparse
 import dataclasses
+import datetime
 import itertools
 import json
 import math
@@ -204,7 +205,8 @@ class Study:
             "chosen": {shown(e): vars(one) for e, one in choices.items() if e != NEVER},
             "tried": [one for of in tried.values() for one in of],
             "points": points, "statements": noise,
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, "
+            f"{datetime.date.today()}",
         }  # fmt: skip
 
 
