@@ -229,12 +229,17 @@ def values(found: dict, epsilon: dict[str, str] | None, domain: str) -> list[flo
     return [p["bits_per_byte"][domain] for p in found["points"] if p["epsilon"] == epsilon]
 
 
+def changes(found: dict, epsilon: dict[str, str], domain: str) -> list[float]:
+    """Of each seed, against its anchor."""
+    here, anchor = (values(found, one, domain) for one in (epsilon, None))
+    return [a / b - 1 for a, b in zip(here, anchor, strict=True)]
+
+
 def cell(found: dict, epsilon: dict[str, str], domain: str) -> str:
     """Mean over seeds, and the change from the anchor: mean, smallest and largest."""
-    here, anchor = (values(found, one, domain) for one in (epsilon, None))
-    changes = [a / b - 1 for a, b in zip(here, anchor, strict=True)]
-    spread = f"; {min(changes):+.1%} {max(changes):+.1%}" if len(changes) > 1 else ""
-    return f"{statistics.mean(here):.3f} ({statistics.mean(changes):+.1%}{spread})"
+    shares, here = changes(found, epsilon, domain), values(found, epsilon, domain)
+    spread = f"; {min(shares):+.1%} {max(shares):+.1%}" if len(shares) > 1 else ""
+    return f"{statistics.mean(here):.3f} ({statistics.mean(shares):+.1%}{spread})"
 
 
 def choice_of(found: dict) -> str:
@@ -278,8 +283,8 @@ def page(found: dict, size: str) -> list[str]:
     lines = [
         f"`python docs/privacy_curve.py OUT --size {size}{corpus}`, {found['machine']}. Held-out "
         f"bits per byte (lower is better), mean of {len(setting['seeds'])} seeds, and the change "
-        "from the anchor (mean; smallest and largest of the seeds). Unit: document; at most "
-        f"{setting['windows']} windows of one in a step. {choice_of(found)}",
+        "from the anchor (mean; smallest and largest of the seeds). Unit: document; windows of one "
+        f"in a step, at most: {setting['windows']}. {choice_of(found)}",
         "",
         *(tuning_table(found) if found["tried"] else []),
         "",
@@ -298,7 +303,9 @@ def page(found: dict, size: str) -> list[str]:
             asked = {**dict.fromkeys(closed, "none"), owner: epsilon}
             cells = (cell(found, asked, domain) for domain in domains)
             lines.append(f"| {owner}: epsilon {epsilon} | " + " | ".join(cells) + " |")
-    units = {key.split()[0]: one["units"] for key, one in found["statements"].items()}
+    units = ", ".join(
+        f"{owner} {found['statements'][f'{owner} {epsilons[0]}']['units']:,}" for owner in closed
+    )
     noises = ", ".join(
         f"{key}: {one['noise_multiplier']:g}" for key, one in found["statements"].items()
     )
@@ -311,15 +318,16 @@ def draw(found: dict, picture: Path) -> None:
     figure = Figure(figsize=(3.6 * len(setting["closed"]), 3.2), layout="constrained")
     panels = figure.subplots(1, len(setting["closed"]), squeeze=False)[0]
     for axes, owner in zip(panels, setting["closed"], strict=True):
-        for place, epsilon in enumerate(setting["epsilons"]):
-            asked = dict.fromkeys(setting["closed"], epsilon)
-            found_here = values(found, asked, owner)
-            axes.plot([place] * len(found_here), found_here, "o", color="C0")
-        axes.axhline(statistics.mean(values(found, None, owner)), ls="--", color="grey")
+        shares = [
+            changes(found, dict.fromkeys(setting["closed"], epsilon), owner)
+            for epsilon in setting["epsilons"]
+        ]
+        for of_seed in zip(*shares, strict=True):
+            axes.plot([100 * share for share in of_seed], "o-", color="C0", alpha=0.6)
+        axes.axhline(0, ls="--", color="grey")
         axes.set_xticks(range(len(setting["epsilons"])), setting["epsilons"])
-        axes.set(
-            title=f"{owner} (dashed: anchor)", xlabel="epsilon", ylabel="bits per byte, merged"
-        )
+        axes.set(title=owner, xlabel="epsilon", ylabel="bits per byte, change in %")
+    figure.suptitle("merged, against the anchor (dashed), each seed")
     figure.savefig(picture, dpi=130)
 
 
