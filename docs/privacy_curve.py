@@ -285,8 +285,7 @@ def page(found: dict, size: str) -> list[str]:
         f"bits per byte (lower is better), mean of {len(setting['seeds'])} seeds, and the change "
         "from the anchor (mean; smallest and largest of the seeds). Unit: document; windows of one "
         f"in a step, at most: {setting['windows']}. {choice_of(found)}",
-        "",
-        *(tuning_table(found) if found["tried"] else []),
+        *(["", *tuning_table(found)] if found["tried"] else []),
         "",
         "All owners ask for the same epsilon (delta "
         + ", ".join(sorted({f"{one['delta']:.2g}" for one in found["statements"].values()}))
