@@ -11,6 +11,7 @@ import collections
 import datetime
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -24,6 +25,8 @@ CASES = (  # name, case and option of `ours.build`, the program
     ("expert_step", "expert_step", "", "train_step"),
     ("anchor_step", "anchor_step", "", "train_step"),
     ("merged_forward, grouped", "merged_forward", "grouped", "logits"),
+    ("decode_1, float32", "decode_1", "float32", "_loop"),
+    ("decode_1, int8", "decode_1", "int8", "_loop"),
     ("moe_8_4, grouped", "moe_8_4", "grouped", "gradients"),
     ("moe_64_4, grouped", "moe_64_4", "grouped", "gradients"),
 )
@@ -85,7 +88,9 @@ def _traced(run, folder: Path, program: str) -> dict:
                 kind, scope = known.get(said["hlo_op"], ("", ""))
                 if kind in CONTAINERS:
                     continue
-                is_product = kind == "dot" or said["hlo_op"].startswith("ynn_fusion")
+                is_product = said["hlo_op"].startswith("ynn_fusion") or scope.endswith(
+                    "dot_general"
+                )
                 parts[_part(scope)][not is_product] += event.duration_ns / 1e9 / RUNS
     return {"seconds": seconds, "parts": dict(parts)}
 
@@ -137,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--suite", choices=("cpu", "smoke"), default="cpu")
+    parser.add_argument("--sizes", nargs="+", help="of the suite; default: all")
     parser.add_argument("--out", type=Path, default=Path("docs/profile.md"))
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
@@ -145,17 +151,18 @@ def main() -> None:
         return
     from benchmarks.sizes import SUITES
 
+    about = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, "
+    about += str(datetime.date.today())
     results: dict[str, dict[str, dict]] = {}
-    for name in SUITES[args.suite]:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in args.sizes or SUITES[args.suite]:
         for title, *case in CASES:
             words = [sys.executable, "-m", "benchmarks.profile", "--one", *case, args.suite, name]
             done = subprocess.run(
                 words, env=with_large_pages(), stdout=subprocess.PIPE, text=True, check=True
             )
             results.setdefault(name, {})[title] = json.loads(done.stdout.splitlines()[-1])
-    about = f"{os.cpu_count()} cores, {datetime.date.today()}"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page(results, about))
+            args.out.write_text(page(results, about))  # an interruption loses one case
     print(args.out.read_text())
 
 
