@@ -342,8 +342,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             model, source, without=args.without, only=args.only, heldout=args.heldout,
             text_field=args.text_field, report=report,
         )  # fmt: skip
-        for line in report.lines():
-            print(line, file=sys.stderr)
+        report.tell()
         rows.append({"data": name, **found._asdict(), "bad_rows": len(report.bad_rows)})
     if not args.json:
         rows = [{**row, "bits_per_byte": f"{row['bits_per_byte']:.4f}"} for row in rows]

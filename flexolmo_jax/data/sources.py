@@ -7,6 +7,7 @@ told the same held-out share leaves out the same documents, in whatever order th
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -38,6 +39,11 @@ class Report:
         if len(self.bad_rows) > most:
             out.append(f"... {len(self.bad_rows)} bad rows were skipped in all")
         return out
+
+    def tell(self) -> None:
+        """Prints `lines` on standard error: standard output may be JSON."""
+        for line in self.lines():
+            print(line, file=sys.stderr)
 
 
 def read_documents(

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -366,8 +365,7 @@ def trained_documents(
     report = Report()
     every = read_documents(data, text_field=text_field, report=report)
     texts = [d.text for d in every if not is_heldout(d, heldout)]
-    for line in report.lines():
-        print(line, file=sys.stderr)  # standard output may be JSON
+    report.tell()
     return [ids[1:] for ids in tokenizer_of(model).encode_documents(texts)]
 
 

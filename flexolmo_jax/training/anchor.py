@@ -23,7 +23,6 @@ from flexolmo_jax.training.loop import (
     describe_run,
     mesh_of,
     record_run,
-    tell,
     train,
 )
 from flexolmo_jax.training.step import AnchorLoss
@@ -65,7 +64,7 @@ def train_anchor(
     if given is not None:
         _check_same(given, config, tokenizer)
     source, report = prepare(data, config.data, tokenizer, run / "data")
-    tell(report)
+    report.tell()
     record_run(run, wanted)
     if given is None:
         weights = sharding.build(

@@ -27,7 +27,6 @@ from flexolmo_jax.training.loop import (
     describe_run,
     mesh_of,
     record_run,
-    tell,
     train,
 )
 from flexolmo_jax.training.router_fit import fit_router
@@ -72,7 +71,7 @@ def train_expert(
     drawn = canaries_of_run(canaries, run, tokenizer)
     extra = drawn.inserted if drawn else []
     source, report = prepare(data, config.data, tokenizer, run / "data", extra)
-    tell(report)
+    report.tell()
     if drawn:
         check_they_are_read(drawn, source.as_data_source("train"), tokenizer, config, units=None)
     record_run(run, wanted)

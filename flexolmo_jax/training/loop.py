@@ -21,7 +21,6 @@ from flexolmo_jax import sharding
 from flexolmo_jax.config import Training
 from flexolmo_jax.data.flexmix import SourceWindows
 from flexolmo_jax.data.loader import Batch, batches
-from flexolmo_jax.data.sources import Report
 from flexolmo_jax.distributed import is_first
 from flexolmo_jax.training.checkpoint import Checkpoints
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
@@ -77,12 +76,6 @@ def record_run(folder: Path, wanted: dict[str, Any]) -> None:
     partial = folder / f"{RUN_FILE}.partial"
     partial.write_text(json.dumps(wanted, indent=1))
     partial.replace(folder / RUN_FILE)
-
-
-def tell(report: Report) -> None:
-    """What reading a text met, on the screen."""
-    for line in report.lines():
-        console.print(line, markup=False)
 
 
 def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:

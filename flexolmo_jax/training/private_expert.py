@@ -27,7 +27,7 @@ from flexolmo_jax.privacy.ledger import Ledger, Run, marked_run
 from flexolmo_jax.privacy.statement import make_statement
 from flexolmo_jax.training import private_rows
 from flexolmo_jax.training.expert import anchor_to_train_beside, public_text_of
-from flexolmo_jax.training.loop import RUN_FILE, check_run, describe_run, record_run, tell, train
+from flexolmo_jax.training.loop import RUN_FILE, check_run, describe_run, record_run, train
 from flexolmo_jax.training.private_steps import PrivateSteps
 from flexolmo_jax.training.step import ExpertAloneLoss, ExpertPairLoss, Loss, with_parts
 
@@ -88,7 +88,7 @@ def train_private_expert(
     drawn = canaries_of_run(canaries, run, tokenizer)
     extra, empty = (drawn.inserted, drawn.left_out) if drawn else ([], 0)
     units = prepare_units(data, config.data, tokenizer, run / "data", privacy.kind, extra, empty)
-    tell(units.report)
+    units.report.tell()
     if drawn:
         most = 1 if privacy.kind == "sequence" else privacy.windows
         check_they_fit(drawn, tokenizer, config.data.length, most)

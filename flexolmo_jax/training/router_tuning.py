@@ -22,7 +22,6 @@ from flexolmo_jax.training.loop import (
     describe_run,
     mesh_of,
     record_run,
-    tell,
     train,
 )
 from flexolmo_jax.training.step import RouterLoss, RouterRows
@@ -52,7 +51,7 @@ def train_router(
     wanted = describe_run(config, **made_from)
     check_run(run, wanted, resume)
     source, report = prepare(data, config.data, loaded.tokenizer, run / "data")
-    tell(report)
+    report.tell()
     record_run(run, wanted)
     active = config.active_experts or loaded.config.active_experts
     model_config = config.computing(loaded.config).replace(active_experts=active)
