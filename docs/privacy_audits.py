@@ -9,10 +9,7 @@ prints them.
 
 import argparse
 import dataclasses
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +19,7 @@ from flexolmo_jax.process import leave_libtpu_alone
 
 leave_libtpu_alone()  # before JAX is imported
 
-from privacy_curve import DOCS, save, write_part  # noqa: E402, beside this file
+from privacy_curve import DOCS, machine, save, write_part  # noqa: E402, beside this file
 
 from flexolmo_jax.federation.merge import merge  # noqa: E402
 from flexolmo_jax.federation.package import read_manifest  # noqa: E402
@@ -252,8 +249,7 @@ def main() -> None:
     study.train()
     found = {
         "setting": dataclasses.asdict(size),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, "
-        f"{datetime.date.today()}",
+        "machine": machine(),
         "extraction": study.extraction(),
         "membership": study.membership(),
         "removal": study.removal(),

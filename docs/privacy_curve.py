@@ -23,7 +23,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +112,12 @@ class Study:
         return self.train(path, [*words, "--seed", str(seed)])
 
     def expert(
-        self, seed: int, owner: str, epsilon: float, choice: Choice, unit: str = "document"
+        self, seed: int, owner: str, epsilon: float, choice: Choice | None, unit: str = "document"
     ) -> Path:
-        how = "ordinary" if epsilon == NEVER else self.name(epsilon, choice)
-        path = self.out / f"expert{seed}_{owner}_{how}"
+        path = self.out / f"expert{seed}_{owner}_{self.name(epsilon, choice)}"
         words = ["expert", "demo_expert", "--data", self.source(owner), "--name", owner]
         words += ["--anchor", str(self.anchor(seed)), "--seed", str(seed)]
-        if epsilon == NEVER:
+        if choice is None:
             return self.train(path, [*words, *self.size.ordinary])
         # A ledger for each run: these owners publish nothing.
         private = ["--dp-epsilon", str(epsilon), "--dp-ledger", f"{path}.budget.json"]
@@ -126,7 +125,9 @@ class Study:
         return self.train(path, [*words, *private, *choice.words()])
 
     @staticmethod
-    def name(epsilon: float, choice: Choice) -> str:
+    def name(epsilon: float, choice: Choice | None) -> str:
+        if choice is None:
+            return "ordinary"
         return "_".join(f"{value:g}" for value in (epsilon, *dataclasses.astuple(choice)))
 
     def train(self, path: Path, words: list[str]) -> Path:
@@ -138,53 +139,52 @@ class Study:
         return path
 
     def merged(
-        self, seed: int, private: dict[str, float], choices: dict[float, Choice]
+        self, seed: int, private: dict[str, float], choices: dict[float, Choice | None]
     ) -> dict[str, float]:
         """Bits per byte of each domain, where each owner has asked for such an epsilon."""
-        names = [f"{epsilon:g}" for epsilon in private.values()]
+        names = [self.name(epsilon, choices[epsilon]) for epsilon in private.values()]
         path = self.out / "_".join([f"merged{seed}", *private, *names])
         experts = [self.expert(seed, owner, e, choices[e]) for owner, e in private.items()]
-        file = path.with_suffix(".scores.json")
-        if not file.exists():
-            if not path.exists():
-                merge(self.anchor(seed), experts, path)
-            save(file, self.scores(load(path)))
-        return json.loads(file.read_text())
+        if not path.exists():
+            merge(self.anchor(seed), experts, path)
+        return kept(path, lambda: self.scores(load(path)))
 
     def scores(self, model: FlexOlmo) -> dict[str, float]:
         return {name: score(model, texts).bits_per_byte for name, texts in self.texts.items()}
 
-    def tune(self, epsilon: float) -> list[dict[str, Any]]:
-        """What each choice gives the expert alone, of an owner that the curve is not about."""
+    def tune(self, epsilon: float) -> tuple[Choice, list[dict[str, Any]]]:
+        """The best choice for the expert alone, of an owner that the curve is not about; and all.
+
+        Where there is no such owner there is one choice, and nothing is tried.
+        """
         owner, seed, tried = self.size.tuned_on, self.size.seeds[0], []
         if owner is None:
-            return []
+            (choice,) = self.size.grid
+            return choice, []
         for choice in self.size.grid:
             package = self.expert(seed, owner, epsilon, choice, self.size.tuned_unit)
-            file = package.with_suffix(f"{package.suffix}.scores.json")
-            if not file.exists():
-                model = load(package, anchor=self.anchor(seed))
-                found = score(model, self.texts[owner], only=[owner])
-                save(file, {owner: found.bits_per_byte})
-            value = json.loads(file.read_text())[owner]
-            tried.append({"epsilon": epsilon, **vars(choice), "bits_per_byte": value})
-        return tried
+            tried.append({"epsilon": epsilon, **vars(choice), **self.alone(package, owner, seed)})
+        best = min(range(len(tried)), key=lambda number: tried[number]["bits_per_byte"])
+        return self.size.grid[best], tried
+
+    def alone(self, package: Path, owner: str, seed: int) -> dict[str, float]:
+        def of_expert() -> dict[str, float]:
+            model = load(package, anchor=self.anchor(seed))
+            found = score(model, self.texts[owner], only=[owner])
+            return {"bits_per_byte": found.bits_per_byte}
+
+        return kept(package, of_expert)
 
     def run(self, seeds: Sequence[int]) -> dict[str, Any]:
         closed, points, noise = self.size.closed, [], {}
-        tried = {epsilon: self.tune(epsilon) for epsilon in self.size.epsilons if epsilon != NEVER}
-        choices = {
-            epsilon: self.size.grid[
-                min(range(len(of)), key=lambda n: of[n]["bits_per_byte"], default=0)
-            ]
-            for epsilon, of in tried.items()
-        }
-        choices[NEVER] = self.size.grid[0]  # which an ordinary run does not look at
+        private_ones = [epsilon for epsilon in self.size.epsilons if epsilon != NEVER]
+        tuned = {epsilon: self.tune(epsilon) for epsilon in private_ones}
+        choices: dict[float, Choice | None] = {e: choice for e, (choice, _) in tuned.items()}
+        choices[NEVER] = None
         for seed in seeds:
-            anchor = self.out / f"anchor{seed}.scores.json"
-            if not anchor.exists():
-                save(anchor, self.scores(load(self.anchor(seed))))
-            points.append({"seed": seed, "epsilon": None} | scored(json.loads(anchor.read_text())))
+            anchor = self.anchor(seed)
+            of_anchor = kept(anchor, lambda anchor=anchor: self.scores(load(anchor)))
+            points.append({"seed": seed, "epsilon": None, "bits_per_byte": of_anchor})
             together = [dict.fromkeys(closed, epsilon) for epsilon in self.size.epsilons]
             alone = [
                 {**dict.fromkeys(closed, NEVER), owner: epsilon}
@@ -194,19 +194,16 @@ class Study:
             for private in together + [one for one in alone if one not in together]:
                 asked = {owner: shown(epsilon) for owner, epsilon in private.items()}
                 found = self.merged(seed, private, choices)
-                points.append({"seed": seed, "epsilon": asked} | scored(found))
-        for owner, (epsilon, choice) in itertools.product(closed, choices.items()):
-            if epsilon != NEVER:
-                package = self.expert(seeds[0], owner, epsilon, choice)
-                noise[f"{owner} {epsilon:g}"] = read_manifest(package)["privacy"]
+                points.append({"seed": seed, "epsilon": asked, "bits_per_byte": found})
+        for owner, epsilon in itertools.product(closed, private_ones):
+            package = self.expert(seeds[0], owner, epsilon, choices[epsilon])
+            noise[f"{owner} {epsilon:g}"] = read_manifest(package)["privacy"]
         setting = dataclasses.asdict(self.size)
         return {
             "setting": {**setting, "epsilons": [shown(one) for one in self.size.epsilons]},
-            "chosen": {shown(e): vars(one) for e, one in choices.items() if e != NEVER},
-            "tried": [one for of in tried.values() for one in of],
-            "points": points, "statements": noise,
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, "
-            f"{datetime.date.today()}",
+            "chosen": {shown(epsilon): vars(choice) for epsilon, (choice, _) in tuned.items()},
+            "tried": [one for _, tried in tuned.values() for one in tried],
+            "points": points, "statements": noise, "machine": machine(),
         }  # fmt: skip
 
 
@@ -214,8 +211,18 @@ def shown(epsilon: float) -> str:
     return "none" if epsilon == NEVER else f"{epsilon:g}"
 
 
-def scored(scores: dict[str, float]) -> dict[str, Any]:
-    return {"bits_per_byte": scores}
+def machine() -> str:
+    """What this runs on, and when."""
+    about = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+    return f"{about}, {datetime.date.today()}"
+
+
+def kept(model: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """A model's scores: from the file beside it, or computed and kept there."""
+    file = model.with_name(f"{model.name}.scores.json")
+    if not file.exists():
+        save(file, compute())
+    return json.loads(file.read_text())
 
 
 def save(file: Path, value: Any) -> None:
