@@ -34,10 +34,7 @@ RUNS = 3
 PARTS = (  # the first that fits; what an `op_name` holds, and what it is
     ("experts", r"experts"),
     ("attention", r"attention"),
-    (
-        "head and loss",
-        r"bcv|bcd|logits|cross_entropy|/while/body/closed_call/(?!experts|attention)",
-    ),
+    ("head and loss", r"bcv|bcd|logits|jvp\(\)\)?/while/body/|/body/dot_general$"),
     ("optimizer", r"^jit\(train_step\)/(?!jvp|transpose)"),
 )
 CONTAINERS = ("while", "call", "conditional")  # their operations have lines of their own
@@ -88,9 +85,8 @@ def _traced(run, folder: Path, program: str) -> dict:
                 kind, scope = known.get(said["hlo_op"], ("", ""))
                 if kind in CONTAINERS:
                     continue
-                is_product = said["hlo_op"].startswith("ynn_fusion") or scope.endswith(
-                    "dot_general"
-                )
+                fused = said["hlo_op"].startswith("ynn_fusion")  # XLA's library of products
+                is_product = fused or scope.endswith("dot_general")
                 parts[_part(scope)][not is_product] += event.duration_ns / 1e9 / RUNS
     return {"seconds": seconds, "parts": dict(parts)}
 
