@@ -7,7 +7,7 @@
 #
 # The cluster needs JobSet (https://jobset.sigs.k8s.io) and the Cloud Storage FUSE driver; `xpk
 # cluster create` makes one (https://github.com/AI-Hypercomputer/xpk). The image: any with
-# Python 3.11 and `pip install 'flexolmo_jax[tpu]'`.
+# a supported Python and `pip install '.[tpu]'` of a checkout.
 source "$(dirname "$0")/common.sh"
 need NAME "of the job"
 need IMAGE "a container image with flexolmo_jax[tpu]"

@@ -21,7 +21,6 @@ sudo mkdir -p $SHARED && sudo chown \$USER $SHARED
 mountpoint -q $SHARED || gcsfuse --metadata-cache-ttl-secs 0 $BUCKET $SHARED"
 on_workers "set -e; test -d flexolmo_jax || git clone $SOURCE flexolmo_jax
 cd flexolmo_jax && git pull --ff-only
-command -v python3.11 >/dev/null || sudo apt-get install -yq python3.11 python3.11-venv
-test -d .venv || python3.11 -m venv .venv
-.venv/bin/pip install -q -c constraints.txt -e '.[tpu]'
+make .venv/tpu.installed ||
+  { sudo apt-get install -yq python3.11 python3.11-venv && make .venv/tpu.installed; }
 .venv/bin/python -c 'import jax; print(jax.local_devices())'"

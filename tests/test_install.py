@@ -1,0 +1,87 @@
+"""Installing: what make needs of a machine, and that importing warns of nothing."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+IMPORT_ALL = """
+import importlib, pkgutil
+import flexolmo_jax
+for module in pkgutil.walk_packages(flexolmo_jax.__path__, "flexolmo_jax."):
+    importlib.import_module(module.name)
+"""
+
+
+def test_no_module_warns_on_import():
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", IMPORT_ALL], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def fake_python(folder: Path, name: str, version: str, venv: bool = True) -> None:
+    """A program that answers as Python of a version would, with or without the module venv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / name
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\n"
+        f"sys.version_info = ({version.replace('.', ', ')}, 0)\n"
+        + ("" if venv else "sys.modules['venv'] = None\n")
+        + "exec(sys.argv[2])\n"
+    )
+    program.chmod(0o755)
+
+
+def which_python(tmp_path: Path) -> subprocess.CompletedProcess:
+    """What `make demo` would run, on a machine with the Pythons in `bin` and under pyenv."""
+    for name in ("Makefile", "setup.cfg", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    for tool in ("make", "sh"):
+        (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    return subprocess.run(
+        ["make", "-n", "demo"], cwd=tmp_path, capture_output=True, text=True,
+        env={"PATH": str(tmp_path / "bin"), "PYENV_ROOT": str(tmp_path / "pyenv")},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pythons", "chosen"),
+    [
+        ({"bin/python3.11": "3.11"}, "python3.11"),
+        ({"bin/python3.13": "3.13", "bin/python3.11": "3.11"}, "python3.13"),
+        ({"bin/python3": "3.12"}, "python3"),
+        ({"bin/python3": "3.9", "pyenv/versions/3.12.1/bin/python3.12": "3.12"}, "python3.12"),
+    ],
+)
+def test_make_takes_the_newest_supported_python(tmp_path, pythons, chosen):
+    for place, version in pythons.items():
+        fake_python((tmp_path / place).parent, Path(place).name, version)
+    ran = which_python(tmp_path)
+    assert f"{chosen} -m venv .venv" in ran.stdout, ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize(("version", "venv"), [("3.9", True), ("3.12", False)])
+def test_make_says_what_it_needs_where_no_python_will_do(tmp_path, version, venv):
+    fake_python(tmp_path / "bin", "python3", version, venv)
+    ran = which_python(tmp_path)
+    assert ran.returncode
+    assert "3.14 3.13 3.12 3.11" in ran.stderr and "make PYTHON=" in ran.stderr, ran.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_each_python_that_setup_cfg_names_has_its_constraints():
+    classified = [
+        line.split("::")[-1].strip()
+        for line in (ROOT / "setup.cfg").read_text().splitlines()
+        if "Python :: 3." in line
+    ]
+    assert {f.stem.removeprefix("python") for f in (ROOT / "constraints").glob("*.txt")} == {
+        *classified
+    }
+    supported = (ROOT / "Makefile").read_text().split("SUPPORTED ?= ")[1].splitlines()[0]
+    assert sorted(supported.split()) == sorted(classified)
