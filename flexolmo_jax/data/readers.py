@@ -225,15 +225,18 @@ def _parquet(file: Path, text_field: str, group_field: str) -> Iterator[tuple[in
                 f"{file}: expected the column {text_field!r} to be text, found {kind}; name "
                 "another one as the text field"
             )
-        number = 0
-        try:
-            for batch in table.iter_batches(batch_size=ROWS, columns=columns):
-                values = [_values(batch.column(name)) for name in columns]
-                for row in zip(*values, strict=True):
-                    number += 1
-                    yield number, dict(zip(columns, row, strict=True))
-        except (OSError, pyarrow.ArrowException) as error:
-            yield number + 1, Bad(f"the file cannot be read from here on ({error})")
+        number = last = 0
+        for group in range(table.num_row_groups):
+            last += table.metadata.row_group(group).num_rows
+            try:
+                for batch in table.iter_batches(ROWS, row_groups=[group], columns=columns):
+                    values = [_values(batch.column(name)) for name in columns]
+                    for row in zip(*values, strict=True):
+                        number += 1
+                        yield number, dict(zip(columns, row, strict=True))
+            except (OSError, pyarrow.ArrowException) as error:
+                yield number + 1, Bad(f"up to row {last}, the file cannot be read ({error})")
+                number = last
 
 
 def _holds_text(kind: pyarrow.DataType) -> bool:

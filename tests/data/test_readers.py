@@ -188,3 +188,16 @@ def test_a_parquet_column_that_is_no_text_is_an_error(tmp_path):
         ValueError, match=r"a.parquet: expected the column 'text' to be text, .*int64"
     ):
         read(tmp_path / "a.parquet")
+
+
+def test_a_parquet_file_that_is_damaged_inside_is_read_around_that(tmp_path):
+    file = tmp_path / "a.parquet"
+    numbers = [f"document {n}" for n in range(3000)]
+    pa.parquet.write_table(pa.table({"text": numbers}), file, row_group_size=1000)
+    content = bytearray(file.read_bytes())
+    place = pa.parquet.ParquetFile(file).metadata.row_group(1).column(0).data_page_offset
+    content[place : place + 400] = bytes(400)
+    file.write_bytes(content)
+    texts, bad = read(file)
+    assert texts == numbers[:1000] + numbers[2000:]
+    assert len(bad) == 1 and bad[0].startswith(":1001: up to row 2000, the file cannot be read (")
