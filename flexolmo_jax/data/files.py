@@ -56,7 +56,7 @@ def find_files(path: Path) -> Found:
     A folder is searched in depth. Links are followed, but no file and no folder is read twice, nor
     a folder that holds the link to it. Names that begin with a dot are left out without a word:
     they are what systems and tools leave behind. README, LICENSE and their like are passed over
-    where there is anything else to read than text files.
+    where there is anything but text files.
 
     Raises:
       ValueError: there is no such file or folder, it is a pipe or a device, or it holds nothing
@@ -73,9 +73,13 @@ def find_files(path: Path) -> Found:
         return Found([path], [])
     files: list[Path] = []
     passed_over: list[str] = []
+    only_text = True
     met: set[Path] = set()
     for file, why in _walk(path, {path.resolve()}):
-        if why is None and kind_of(file) is None:
+        kind = kind_of(file)
+        if why is None and not _is_about(file):
+            only_text &= kind is not None and kind.suffix in TEXT
+        if why is None and kind is None:
             why = ""
         elif why is None and file.resolve() in met:
             why = "the same file again"
@@ -85,13 +89,12 @@ def find_files(path: Path) -> Found:
             continue
         name = str(file.relative_to(path))
         passed_over.append(f"{name}: {why}" if why else name)
-    kinds = {file: kind_of(file) for file in files}
-    if any(kind and kind.suffix not in TEXT for kind in kinds.values()):
+    if not only_text:
         about = [file for file in files if _is_about(file)]
         passed_over += [f"{file.relative_to(path)}: about the data" for file in about]
-        files = [file for file in files if file not in set(about)]
+        files = [file for file in files if not _is_about(file)]
     if not files:
-        holds = f"; it holds {some_of(passed_over)}" if passed_over else ""
+        holds = f"; it holds {some_of(sorted(passed_over))}" if passed_over else ""
         raise ValueError(
             f"{path}: the folder holds no file that can be read{holds}; expected names ending in "
             f"{EXPECTED}"
@@ -163,7 +166,7 @@ def _look_at(path: Path, entered: set[Path]) -> Iterator[tuple[Path, str | None]
 
 
 def _is_about(path: Path) -> bool:
-    """Whether a text file is about the data that it lies beside, by its name."""
+    """Whether a file is about what it lies beside: by its name, and not a file of rows."""
     kind = kind_of(path)
     name = path.name.split(".")[0].lower().replace("-", "_")
-    return kind is not None and kind.suffix in TEXT and name in ABOUT
+    return name in ABOUT and (kind is None or kind.suffix in TEXT)

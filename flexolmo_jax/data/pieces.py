@@ -5,10 +5,10 @@ time. It cuts a text into words first (the pre-tokenizer), and turns each word i
 itself; so a text may be cut where two words meet, if words stay the same on both sides.
 
 That is known of byte-level tokenizers with the patterns in WORDS. In all of these, a letter is only
-ever followed, in the same word, by another letter; nothing looks back; and they look ahead only
-behind white space. So between a letter and a character that is none, one word always ends and
-another begins, and neither depends on what is on the other side. Other tokenizers are given their
-texts whole.
+ever followed, in the same word, by another letter, and a digit by another digit; nothing looks
+back, and they look ahead only behind white space. So between a letter or a digit and a character
+that is neither, one word always ends and another begins, and neither depends on what is on the
+other side. Other tokenizers are given their texts whole.
 """
 
 import functools
@@ -26,8 +26,8 @@ LLAMA_3 = (
 )
 QWEN_2 = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 WORDS = (GPT_2, LLAMA_3, QWEN_2)
-# A letter, then a character of ASCII that is none, or a comma or full stop of Chinese or Japanese.
-_CUT = re.compile(r"(?<=[^\W\d_])[\0-@\[-`{-\x7f、。，]")  # noqa: RUF001
+# Behind a letter or digit, a character of ASCII that is neither, or a Chinese comma or full stop.
+_CUT = re.compile(r"(?<=[^\W_])[\0-/:-@\[-`{-\x7f、。，]")  # noqa: RUF001
 
 
 def in_pieces(text: str, tokenizer_json: str) -> list[str]:
@@ -54,8 +54,8 @@ def _place(text: str, start: int, added: tuple[str, ...]) -> int | None:
     """The first place from `start` on where a text may be cut."""
     for found in _CUT.finditer(text, start):
         place = found.start()
-        # Letters for long enough that every version of Unicode says so.
-        if not unicodedata.ucd_3_2_0.category(text[place - 1]).startswith("L"):
+        # Letters and digits for long enough that every version of Unicode says so.
+        if unicodedata.ucd_3_2_0.category(text[place - 1])[0] not in "LN":
             continue
         # Tokens that were added to the vocabulary are found before words are, and kept whole.
         around = (text[max(0, place - len(t) + 1) : place + len(t) - 1] for t in added)

@@ -83,6 +83,11 @@ def test_real_text_of_every_domain_has_the_same_tokens_in_pieces(known):
         assert len(assert_same_tokens(known, text, 50)) > len(text) / 120
 
 
+@pytest.mark.parametrize("text", ["2024-01-02 03:04:05,6\n", "Zm9v/YmFy+", "中文，没有空格。"])  # noqa: RUF001
+def test_text_without_words_of_letters_and_spaces_is_cut_too(known, text):
+    assert len(assert_same_tokens(known, text * 50, 20)) > 10
+
+
 def test_a_cut_never_runs_through_a_token_that_was_added(known):
     cut = cut_at("two words a|b <|endoftext|>" * 50, known, 2)
     assert len(cut) > 40
