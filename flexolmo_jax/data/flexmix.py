@@ -147,7 +147,8 @@ def build(make: Callable[[], Windows]) -> Windows:
     """
     builder = in_turn(lambda: prepared(make))
     if is_first():
-        builder.report = Report(**builder.info.metadata)
+        kept = {**builder.info.metadata, "source": str(builder.source)}
+        builder.report = Report(**kept)
     return builder
 
 
