@@ -9,6 +9,11 @@ from flexolmo_jax.privacy.arguments import (
     add_training_arguments,
 )
 
+SOURCE = (
+    "JSON Lines, JSON, Parquet, CSV, TSV or text file (all but Parquet also .gz, .zst, .xz, .bz2), "
+    "a folder of them, corpus:NAME, or tfds:NAME[/CONFIG]"
+)
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; the words of the command end up in `run_command`, as in "train anchor"."""
@@ -51,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("config", help="a Python file that sets `config`, or one of ours by name")
         one.add_argument(
             "--data", metavar="SOURCE", dest="source",
-            help="JSONL, Parquet, text file or a folder of them, corpus:NAME, tfds:NAME[/CONFIG]",
+            help=f"{SOURCE}; what is not read is told",
         )  # fmt: skip
         one.add_argument("--out", required=True, metavar="DIR", help="where the result goes")
         one.add_argument(
@@ -129,8 +134,9 @@ def make_parser() -> argparse.ArgumentParser:
     _model_arguments(evaluate)
     what = evaluate.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--data", metavar="NAME=SOURCE", action="extend", nargs="+", help="sources as for train"
-    )
+        "--data", metavar="NAME=SOURCE", action="extend", nargs="+",
+        help=f"a source: {SOURCE}; each with a name of its own",
+    )  # fmt: skip
     what.add_argument(
         "--harness", metavar="TASK", action="extend", nargs="+",
         help="tasks of lm-evaluation-harness, YAML files of yours, columns of the paper's table 2 "

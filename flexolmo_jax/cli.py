@@ -308,11 +308,16 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _named_sources(pairs: Sequence[str]) -> dict[str, str]:
-    sources = {}
+    sources: dict[str, str] = {}
     for pair in pairs:
         name, equals, source = pair.partition("=")
         if not equals or not name or not source:
             raise ValueError(f"--data {pair}: expected NAME=SOURCE")
+        if name in sources:
+            raise ValueError(
+                f"--data {pair}: the name {name!r} is given twice, first to {sources[name]}; give "
+                "each text a name of its own"
+            )
         sources[name] = source
     return sources
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import flexolmo_jax as fo
+from flexolmo_jax.data.sources import read_documents
 from flexolmo_jax.federation.package import read_manifest
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -137,7 +138,10 @@ def test_evaluate(world, flexolmo):
     source = world.texts["math"]
     arguments = ("evaluate", "--model", world.merged, "--data", f"math={source}")
     code, out, error = flexolmo(*arguments, "--heldout", "0.1", "--json")
-    assert (code, error) == (0, "")
+    documents = list(read_documents(source))
+    size = sum(len(document.text) for document in documents)
+    assert code == 0
+    assert error == f"{source}: {len(documents):,} documents, {size:,} characters\n"
     (row,) = json.loads(out)
     expected = fo.bits_per_byte(fo.load(world.merged), str(source), heldout=0.1)
     assert row == {"data": "math", **expected._asdict(), "bad_rows": 0}
@@ -154,7 +158,15 @@ def test_evaluate_tells_of_bad_rows(world, flexolmo, tmp_path):
         "evaluate", "--model", world.anchor, "--data", f"x={tmp_path}/rows.jsonl", "--json"
     )
     assert code == 0 and json.loads(out)[0]["bad_rows"] == 1
-    assert error.startswith(f"skipped {tmp_path}/rows.jsonl:2: not JSON")
+    assert error.splitlines()[0].endswith(": 1 document, 10 characters; 1 bad row skipped")
+    assert error.splitlines()[1].startswith(f"skipped {tmp_path}/rows.jsonl:2: not JSON")
+
+
+def test_two_texts_of_one_name_are_refused(world, refused):
+    texts = (f"x={world.texts['math']}", f"x={world.texts['code']}")
+    for command in (("--data", *texts), ("--data", texts[0], "--data", texts[1])):
+        said = refused("evaluate", "--model", world.anchor, *command)
+        assert "the name 'x' is given twice" in said and "math" in said and "code" in said
 
 
 def test_generate(world, flexolmo):
@@ -301,7 +313,7 @@ def test_an_empty_corpus(world, refused, tmp_path):
     (tmp_path / "folder").mkdir()
     for source, message in (
         (tmp_path / "empty.jsonl", "no usable document found"),
-        (tmp_path / "folder", "the folder holds no file ending in"),
+        (tmp_path / "folder", "the folder holds no file that can be read"),
         (tmp_path / "missing.txt", "no such file or folder"),
     ):
         run = tmp_path / f"run of {source.name}"
@@ -314,7 +326,9 @@ def test_an_empty_corpus(world, refused, tmp_path):
 def test_the_command_can_be_given_again_with_the_right_source(world, flexolmo, refused, tmp_path):
     """What a wrong source leaves behind is no run that has to be resumed or taken away."""
     refused(*world.expert_words(tmp_path / "mine", data=tmp_path / "typo.jsonl"))
-    assert flexolmo(*world.expert_words(tmp_path / "mine", "--steps", "2"))[0] == 0
+    code, _, error = flexolmo(*world.expert_words(tmp_path / "mine", "--steps", "2"))
+    assert code == 0
+    assert " documents, " in error and " characters\n" in error  # what was read is said
 
 
 def test_a_run_is_resumed_with_the_same_text_and_anchor_only(world, refused, flexolmo, tmp_path):

@@ -4,6 +4,7 @@ No TensorFlow is involved: TFDS writes array_record itself and hands back random
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -20,13 +21,13 @@ from flexolmo_jax.config import DataConfig
 from flexolmo_jax.data.sources import Document, Report, fingerprint, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import Window, tokenized, windows
-from flexolmo_jax.distributed import in_turn
+from flexolmo_jax.distributed import in_turn, is_first
 
 
 class SourceWindows(tfds.core.GeneratorBasedBuilder):
     """Windows of one source, in a train split and a held-out split (by document)."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")  # windows of version 1 hold no report
     name = "source_windows"
 
     def __init__(
@@ -58,6 +59,7 @@ class SourceWindows(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict({"tokens": row, "segments": row}),
+            metadata=tfds.core.MetadataDict(),  # the report, for a run that reads the same windows
             disable_shuffling=True,  # order is the loader's business, and a function of its seed
         )
 
@@ -65,7 +67,7 @@ class SourceWindows(tfds.core.GeneratorBasedBuilder):
         """The splits that hold anything; TFDS does not write empty ones."""
         splits = {}
         for name, heldout in (("train", False), ("heldout", True)):
-            examples = self._generate_examples(heldout)
+            examples = self._reported(heldout)
             first = next(examples, None)
             if first is not None:
                 splits[name] = itertools.chain([first], examples)
@@ -75,6 +77,12 @@ class SourceWindows(tfds.core.GeneratorBasedBuilder):
                 "more documents, or hold out less"
             )
         return splits
+
+    def _reported(self, heldout: bool):
+        """The examples; once all are written, what was met in the text goes beside them."""
+        yield from self._generate_examples(heldout)
+        if not heldout:
+            self.info.metadata.update(dataclasses.asdict(self.report))
 
     def _generate_examples(self, heldout: bool):
         for index, window in enumerate(self.windows(heldout=heldout)):
@@ -133,8 +141,15 @@ def prepare(
 
 
 def build(make: Callable[[], Windows]) -> Windows:
-    """A builder, with its windows on disk."""
-    return in_turn(lambda: prepared(make))
+    """A builder, with its windows on disk, and the report of the reading that they are from.
+
+    Of several processes, the first has the report.
+    """
+    builder = in_turn(lambda: prepared(make))
+    if is_first():
+        kept = {**builder.info.metadata, "source": str(builder.source)}
+        builder.report = Report(**kept)
+    return builder
 
 
 def prepared(make: Callable[[], Builder]) -> Builder:

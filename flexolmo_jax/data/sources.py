@@ -1,4 +1,7 @@
-"""Documents from anything an owner has: JSONL, Parquet, text files, a folder of them, TFDS.
+"""Documents from anything an owner has: files of many kinds, folders of them, TFDS datasets.
+
+Which files those are says `files.py`, how each is read `readers.py`. Here their rows become
+distinct documents, and what could not be used is reported.
 
 Also which documents are held out, which is a property of the text alone: every command that is
 told the same held-out share leaves out the same documents, in whatever order they come.
@@ -6,16 +9,15 @@ told the same held-out share leaves out the same documents, in whatever order th
 
 import dataclasses
 import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import pyarrow.parquet
+from flexolmo_jax.data.files import counted, find_files, some_of
+from flexolmo_jax.data.readers import Bad, Row, read_rows
 
-TEXT_SUFFIXES = (".txt", ".md", ".text")
-SUFFIXES = (".jsonl", ".parquet", *TEXT_SUFFIXES)
+BOM = "\ufeff"  # the byte order mark, which some programs put in front of a text
 CORPUS = Path(__file__).parent.parent / "corpus"
 
 
@@ -29,13 +31,29 @@ class Document(NamedTuple):
 class Report:
     """What reading a source met: counts, and where the rows that could not be used are."""
 
+    source: str = ""
     documents: int = 0
+    characters: int = 0
     duplicates: int = 0
     bad_rows: list[str] = dataclasses.field(default_factory=list)  # "file:line: why"
+    passed_over: list[str] = dataclasses.field(default_factory=list)  # "file: why", below a folder
 
     def lines(self, most: int = 5) -> list[str]:
-        """What to tell the user; empty if all went well."""
-        out = [f"skipped {row}" for row in self.bad_rows[:most]]
+        """What to tell the user: what was read in one line, then the first bad rows.
+
+        Empty if nothing was read, since windows of an earlier run are used again.
+        """
+        if not (self.documents or self.bad_rows):
+            return []
+        read = f"{counted(self.documents, 'document')}, {counted(self.characters, 'character')}"
+        if self.duplicates:
+            read += f"; {counted(self.duplicates, 'duplicate')} left out"
+        if self.bad_rows:
+            read += f"; {counted(len(self.bad_rows), 'bad row')} skipped"
+        if self.passed_over:
+            read += f"; not read: {some_of(self.passed_over)}"
+        out = [f"{self.source}: {read}"]
+        out += [f"skipped {row}" for row in self.bad_rows[:most]]
         if len(self.bad_rows) > most:
             out.append(f"... {len(self.bad_rows)} bad rows were skipped in all")
         return out
@@ -57,42 +75,49 @@ def read_documents(
     """Reads every usable, distinct document of a source.
 
     Args:
-      source: a .jsonl, .parquet or text file, a folder of such files (searched in depth, in the
-        order of their names), "corpus:NAME" of the texts that come with flexolmo_jax, or
-        "tfds:NAME[/CONFIG]" of a dataset that is already prepared; with "[SPLIT]" behind it, in
-        brackets, of one split only.
-      text_field: the field of a row that holds the text.
-      group_field: the field of a row that names its group; rows without it stand alone.
-      report: is filled with counts and bad rows (unreadable, no text, empty).
+      source: a file of JSON Lines, JSON, Parquet, CSV, TSV or text, compressed or not; a folder of
+        such files (searched in depth, in the order of their names; see `find_files`);
+        "corpus:NAME" of the texts that come with flexolmo_jax; or "tfds:NAME[/CONFIG]" of a
+        dataset that is already prepared; with "[SPLIT]" behind it, in brackets, of one split only.
+      text_field: the field, or column, that holds the text of a row.
+      group_field: the field that names a row's group; rows without it stand alone.
+      report: is filled with counts, bad rows (unreadable, no text, empty), and the files of
+        a folder that are not read.
       distinct: a text that comes again is left out; with "group", only in the same group: what is
         read of a group then depends on nothing outside of it.
 
     Raises:
       ValueError: the source is missing, of an unknown kind, or holds no usable document.
+      OSError: a file cannot be opened, or the disk fails.
     """
     report = Report() if report is None else report
+    report.source = str(source)
     if str(source).startswith("tfds:"):
-        rows = _tfds_rows(str(source), text_field, group_field)
+        rows = _tfds_rows(str(source), text_field)
     else:
-        rows = _file_rows(source, text_field, group_field)
+        files, report.passed_over = _find(source)
+        rows = _file_rows(files, text_field, group_field)
     seen: set[bytes] = set()
     for where, row in rows:
-        if isinstance(row, str):
-            report.bad_rows.append(f"{where}: {row}")
+        document = _document(row, where, text_field, group_field)
+        if isinstance(document, Bad):
+            report.bad_rows.append(f"{where}: {document}")
             continue
-        key = row.text if distinct == "text" else f"{row.group}\0{row.text}"
+        key = document.text if distinct == "text" else f"{document.group}\0{document.text}"
         digest = hashlib.sha256(key.encode()).digest()
         if digest in seen:
             report.duplicates += 1
             continue
         seen.add(digest)
         report.documents += 1
-        yield row._replace(where=where)
+        report.characters += len(document.text)
+        yield document
     if not report.documents:
-        bad = report.bad_rows
+        bad, others = report.bad_rows, report.passed_over
         raise ValueError(
             f"{source}: no usable document found (expected a field {text_field!r} with text)"
-            + (f"; {len(bad)} bad rows, the first: {bad[0]}" if bad else "")
+            + (f"; {counted(len(bad), 'bad row')}, the first: {bad[0]}" if bad else "")
+            + (f"; not read: {some_of(others)}" if others else "")
         )
 
 
@@ -118,20 +143,15 @@ def fingerprint(source: str | Path) -> str:
 
 
 def _files(source: str | Path) -> list[Path]:
+    """The files that are read of a source, in order."""
+    return _find(source)[0]
+
+
+def _find(source: str | Path) -> tuple[list[Path], list[str]]:
+    """The files that are read of a source, and those of a folder that are not."""
     if str(source).startswith("corpus:"):
-        return [_bundled(str(source).removeprefix("corpus:"))]
-    path = Path(source)
-    if not path.exists():
-        raise ValueError(
-            f"{path}: no such file or folder; expected one of {', '.join(SUFFIXES)}, "
-            "a folder of them, corpus:NAME, or tfds:NAME"
-        )
-    if path.is_file():
-        return [path]
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-    if not files:
-        raise ValueError(f"{path}: the folder holds no file ending in {', '.join(SUFFIXES)}")
-    return files
+        return [_bundled(str(source).removeprefix("corpus:"))], []
+    return find_files(Path(source))
 
 
 def _bundled(name: str) -> Path:
@@ -142,60 +162,14 @@ def _bundled(name: str) -> Path:
     return file
 
 
-def _file_rows(source: str | Path, text_field: str, group_field: str):
-    """(where, Document or the reason why there is none) of each row."""
-    for file in _files(source):
-        if file.suffix == ".jsonl":
-            with open(file, "rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        row = _json_row(line, text_field, group_field)
-                        yield f"{file}:{number}", row
-        elif file.suffix == ".parquet":
-            yield from _parquet_rows(file, text_field, group_field)
-        elif file.suffix in TEXT_SUFFIXES:
-            try:
-                text = file.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                yield str(file), f"not UTF-8 ({error.reason})"
-            else:
-                yield str(file), _document(text, None)
-        else:
-            raise ValueError(
-                f"{file}: cannot read files ending in {file.suffix!r}; "
-                f"expected one of {', '.join(SUFFIXES)}"
-            )
+def _file_rows(files: list[Path], text_field: str, group_field: str) -> Iterator[tuple[str, Row]]:
+    """("file:place", row) of all files."""
+    for file in files:
+        for place, row in read_rows(file, text_field, group_field):
+            yield str(file) if place is None else f"{file}:{place}", row
 
 
-def _json_row(line: bytes, text_field: str, group_field: str) -> Document | str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        return f"not JSON ({error})"
-    if not isinstance(row, dict):
-        return f"expected an object, found {type(row).__name__}"
-    if text_field not in row:
-        return f"no field {text_field!r}"
-    return _document(row[text_field], row.get(group_field))
-
-
-def _parquet_rows(file: Path, text_field: str, group_field: str):
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except Exception as error:
-        raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
-    names = table.schema_arrow.names
-    if text_field not in names:
-        raise ValueError(f"{file}: no column {text_field!r}; found {', '.join(names)}")
-    columns = [text_field] + [group_field] * (group_field in names)
-    number = 0
-    for batch in table.iter_batches(columns=columns):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{file}:{number}", _document(row[text_field], row.get(group_field))
-
-
-def _tfds_rows(source: str, text_field: str, group_field: str):
+def _tfds_rows(source: str, text_field: str) -> Iterator[tuple[str, Row]]:
     import tensorflow_datasets as tfds  # heavy, and needed for this kind of source only
 
     name, _, only = source.removeprefix("tfds:").removesuffix("]").partition("[")
@@ -215,25 +189,36 @@ def _tfds_rows(source: str, text_field: str, group_field: str):
             continue
         for number in range(len(rows)):
             row = rows[number]
-            where = f"tfds:{name}[{split}]:{number}"
             if text_field not in row:
                 raise ValueError(f"{source}: no feature {text_field!r}; found {', '.join(row)}")
-            both = row[text_field], row.get(group_field)
-            try:
-                text, group = (x.decode() if isinstance(x, bytes) else x for x in both)
-            except UnicodeDecodeError as error:
-                yield where, f"not UTF-8 ({error.reason})"
-                continue
-            yield where, _document(text, group)
+            yield f"tfds:{name}[{split}]:{number}", row
 
 
-def _document(text: object, group: object) -> Document | str:
+def _document(row: Row, where: str, text_field: str, group_field: str) -> Document | Bad:
+    """The document of a row, or why there is none: the same rules for every kind of source."""
+    if isinstance(row, Bad):
+        return row
+    if text_field not in row:
+        return Bad(f"no field {text_field!r}")
+    try:
+        text, group = _decoded(row[text_field]), _decoded(row.get(group_field))
+    except UnicodeDecodeError as error:
+        return Bad(f"not UTF-8 ({error.reason})")
     if not isinstance(text, str):
-        return f"expected text, found {type(text).__name__}"
+        return Bad(f"expected text, found {type(text).__name__}")
+    text = text.removeprefix(BOM)
     if not text.strip():
-        return "empty text"
+        return Bad("empty text")
     try:
         text.encode()
+        group = text if group is None else f"group:{group}"
+        group.encode()
     except UnicodeEncodeError:
-        return "text that is not valid Unicode"
-    return Document(text, text if group is None else f"group:{group}")
+        return Bad("text that is not valid Unicode")
+    except RecursionError:
+        return Bad(f"a field {group_field!r} that is nested too deeply")
+    return Document(text, group, where)
+
+
+def _decoded(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value

@@ -39,7 +39,10 @@ class UnitWindows(SourceWindows):
         row = tfds.features.Tensor(shape=(self.data.length + 1,), dtype=np.int32)
         features = {"tokens": row, "segments": row, "unit": np.int64}
         return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            metadata=tfds.core.MetadataDict(),
+            disable_shuffling=True,
         )
 
     def _generate_examples(self, heldout: bool):

@@ -1,13 +1,15 @@
 """Documents to windows of fixed length: a stream of tokens, cut; no padding but in the last one."""
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from flexolmo_jax.data.pieces import PIECE, in_pieces
 from flexolmo_jax.data.sources import Document
 from flexolmo_jax.data.tokenizer import Tokenizer
+
+TOGETHER = 8 * PIECE  # characters that are encoded at a time
 
 
 class Window(NamedTuple):
@@ -20,15 +22,45 @@ class Window(NamedTuple):
     segments: np.ndarray  # int32 [S + 1]: 1, 2, ... by document; 0 is padding
 
 
-def tokenized(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Ids of each document, opened by the separator."""
-    documents = iter(documents)
-    while batch := list(itertools.islice(documents, 512)):
-        yield from tokenizer.encode_documents([document.text for document in batch])
+def tokenized(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Ids of each document, opened by the separator: int32 [tokens].
+
+    Documents are encoded together, for speed, but never so many characters that they would need
+    more memory than a model; a long one is encoded in pieces, if that changes nothing.
+    """
+    for batch in _together(documents):
+        if len(batch) == 1 and len(batch[0].text) > TOGETHER:
+            yield _of_long(batch[0], tokenizer)
+            continue
+        for ids in tokenizer.encode_documents([document.text for document in batch]):
+            yield np.asarray(ids, np.int32)
+
+
+def _together(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in turn, at most 512 and TOGETHER characters at a time; a longer one alone."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        if batch and (len(batch) == 512 or size + len(document.text) > TOGETHER):
+            yield batch
+            batch, size = [], 0
+        batch.append(document)
+        size += len(document.text)
+    if batch:
+        yield batch
+
+
+def _of_long(document: Document, tokenizer: Tokenizer) -> np.ndarray:
+    parts = [np.asarray([tokenizer.separator], np.int32)]
+    pieces = in_pieces(document.text, tokenizer.json)
+    for start in range(0, len(pieces), 8):
+        encoded = tokenizer.encode_documents(pieces[start : start + 8])
+        parts += [np.asarray(ids[1:], np.int32) for ids in encoded]  # each opened by a separator
+    return np.concatenate(parts)
 
 
 def windows(
-    tokenized_documents: Iterable[list[int]], length: int, separator: int
+    tokenized_documents: Iterable[Sequence[int] | np.ndarray], length: int, separator: int
 ) -> Iterator[Window]:
     """Cuts documents, laid end to end, into windows.
 
@@ -37,27 +69,28 @@ def windows(
       length: S, tokens that a window reads.
       separator: also closes the stream, so that the end of the last document is predicted too.
     """
-    tokens: list[int] = []
-    owners: list[int] = []  # the number of the document that each token is of
+    tokens = np.zeros(0, np.int32)
+    owners = np.zeros(0, np.int32)  # the number of the document that each token is of
     last = 0
     for last, document in enumerate(tokenized_documents, 1):
-        tokens.extend(document)
-        owners.extend([last] * len(document))
+        tokens = np.concatenate([tokens, np.asarray(document, np.int32)])
+        owners = np.concatenate([owners, np.full(len(document), last, np.int32)])
         start = 0
         while len(tokens) - start > length:
             end = start + length + 1
             yield _window(tokens[start:end], owners[start:end])
             start += length
-        del tokens[:start], owners[:start]  # once a document: a book has many windows
-    tokens.append(separator)
-    owners.append(last + 1)
+        tokens, owners = tokens[start:].copy(), owners[start:].copy()  # at most S + 1: frees a book
+    tokens, owners = np.append(tokens, separator), np.append(owners, last + 1)
     if last and len(tokens) > 1:
         padding = length + 1 - len(tokens)
-        window = _window(tokens + [separator] * padding, owners + [last + 1] * padding)
+        window = _window(
+            np.append(tokens, np.full(padding, separator)),
+            np.append(owners, np.full(padding, last + 1)),
+        )
         window.segments[len(tokens) :] = 0
         yield window
 
 
-def _window(tokens: list[int], owners: list[int]) -> Window:
-    segments = np.asarray(owners, np.int32)
-    return Window(np.asarray(tokens, np.int32), segments - segments[0] + 1)
+def _window(tokens: np.ndarray, owners: np.ndarray) -> Window:
+    return Window(tokens.astype(np.int32), (owners - owners[0] + 1).astype(np.int32))

@@ -113,7 +113,8 @@ class Canaries:
 
     def ids(self, tokenizer: Tokenizer) -> list[list[int]]:
         """Of each candidate, as in training: opened by the separator."""
-        return list(tokenized((Document(c.text, c.text) for c in self.candidates), tokenizer))
+        documents = (Document(c.text, c.text) for c in self.candidates)
+        return [ids.tolist() for ids in tokenized(documents, tokenizer)]
 
 
 def canaries_of_run(count: int, run: Path, tokenizer: Tokenizer) -> Canaries | None:
@@ -200,7 +201,7 @@ def _predicted(rows: Iterable[Any]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
 
-def _holds(stream: np.ndarray, ids: Sequence[int]) -> bool:
+def _holds(stream: np.ndarray, ids: np.ndarray) -> bool:
     """Whether ids come in a stream, one after the other."""
     wanted = np.asarray(ids, stream.dtype)
     starts = np.flatnonzero(stream[: len(stream) - len(wanted) + 1] == wanted[0])

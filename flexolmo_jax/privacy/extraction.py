@@ -37,6 +37,7 @@ from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.privacy.intervals import Rate
 from flexolmo_jax.privacy.scoring import scores, tokenizer_of
+from flexolmo_jax.seeds import derived_seed
 
 ROWS = 256  # samples that are made together, at most
 TRIES = (1, 10, 100, 1000)  # n
@@ -180,7 +181,7 @@ def extract(
             some = passages[len(kept.found) : len(kept.found) + together]
             started = time.monotonic()
             kept.found += try_some(
-                model, some, protocol, tokenizer, seed + len(kept.found), without, only
+                model, some, protocol, tokenizer, derived_seed(seed, len(kept.found)), without, only
             )
             kept.seconds += time.monotonic() - started
             kept.write()

@@ -89,21 +89,18 @@ def notes(tmp_path):
     tfds.core.utils.file_utils.clear_registered_data_dirs()
 
 
-def test_tfds(notes):
+def test_tfds(notes, tmp_path):
     report = Report()
     found = list(read_documents(notes, report=report))
     assert [document.text for document in found] == TEXTS
-    assert found[0].group == read_group(TEXTS[0], "patient 0")
+    assert found[0].group == read_group(tmp_path, TEXTS[0], "patient 0")
     assert report.bad_rows == [f"{notes}[test]:0: empty text"]
 
 
-def read_group(text, group):
+def read_group(folder, text, group):
     """The group of a document that came from JSONL, which other sources must agree with."""
-    from flexolmo_jax.data import sources
-
-    return sources._json_row(json.dumps({"text": text, "group": group}).encode(), "text", "group")[
-        1
-    ]
+    (document,) = read_documents(jsonl(folder / "one.jsonl", [{"text": text, "group": group}]))
+    return document.group
 
 
 def test_tfds_errors_say_what_to_do(notes):
@@ -125,7 +122,8 @@ def test_bad_rows_are_counted_and_named_by_file_and_line(tmp_path):
     assert where == ["2", "3", "4", "5", "6", "7", "9", "11"]
     assert "no field 'text'" in report.bad_rows[2]
     told = report.lines()
-    assert len(told) == 6 and told[0].startswith(f"skipped {file}:2: not JSON")
+    assert told[0] == f"{file}: 2 documents, 13 characters; 8 bad rows skipped"
+    assert len(told) == 7 and told[1].startswith(f"skipped {file}:2: not JSON")
     assert told[-1] == "... 8 bad rows were skipped in all"
 
 
@@ -156,9 +154,9 @@ def test_a_source_without_a_usable_document_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     cases = {
         jsonl(tmp_path / "nothing.jsonl", []): "no usable document",
-        jsonl(tmp_path / "bad.jsonl", [{"body": "x"}]): "1 bad rows, the first: .*bad.jsonl:1",
+        jsonl(tmp_path / "bad.jsonl", [{"body": "x"}]): "1 bad row, the first: .*bad.jsonl:1",
         tmp_path / "missing.jsonl": "no such file or folder",
-        tmp_path / "empty": "holds no file ending in",
+        tmp_path / "empty": "holds no file that can be read; expected names ending in .jsonl",
         "corpus:nothing": "there are .*math",
     }
     (tmp_path / "a.docx").write_text("x")

@@ -1,5 +1,6 @@
 """Documents to windows to batches; tokenizers."""
 
+import dataclasses
 import itertools
 import json
 
@@ -11,9 +12,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from flexolmo_jax.config import DataConfig
 from flexolmo_jax.data.flexmix import prepare
-from flexolmo_jax.data.loader import Batch, batches, stacked
+from flexolmo_jax.data.loader import Batch, batches, stacked, window_numbers
 from flexolmo_jax.data.sources import Document, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.units import prepare_units
 from flexolmo_jax.data.windows import tokenized, windows
 
 SEPARATOR = 0
@@ -126,6 +128,43 @@ def test_another_seed_is_another_order(own):
     assert not np.array_equal(some[0].tokens, other[0].tokens)
 
 
+def epochs(source, seed, count):
+    """The windows of the first epochs of a seed, each as the rows of its batches, in order."""
+    windows = len(source.as_data_source("train"))
+    batches_needed = -(-count * windows // source.data.batch_size)
+    rows = [row.tobytes() for b in take(source, batches_needed, seed) for row in b.tokens]
+    return [rows[n * windows : (n + 1) * windows] for n in range(count)]
+
+
+def test_no_two_epochs_of_neighbouring_seeds_have_the_same_order(own):
+    source, *_ = own
+    orders = [epoch for seed in range(4) for epoch in epochs(source, seed, 4)]
+    assert len({tuple(order) for order in orders}) == len(orders)
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+    # Not the same order from another place on, either.
+    starts = {tuple(order[:3]) for order in orders}
+    assert len(starts) == len(orders)
+
+
+def test_the_windows_of_a_step_are_those_that_its_batch_holds(own, world):
+    _, tokenizer, data = own
+    data = dataclasses.replace(data, batch_size=5)
+    source, _ = prepare(str(world.texts["math"]), data, tokenizer, world.run("math") / "data")
+    stored = source.as_data_source("train")
+    assert len(stored) % source.data.batch_size  # so that some batches are of two epochs
+    per_epoch = len(stored) // source.data.batch_size
+    for step in (1, 2, per_epoch + 1, 2 * per_epoch + 2, 100_001):
+        (batch,) = take(source, 1, seed=3, start=step - 1)
+        numbers = window_numbers(source, 3, step)
+        for row, number in zip(batch.tokens, numbers, strict=True):
+            np.testing.assert_array_equal(row, stored[number]["tokens"][:-1])
+
+
+def test_any_seed_is_a_seed(own):
+    source, *_ = own
+    assert len({take(source, 1, seed=s)[0].tokens.tobytes() for s in (-1, 0, 2**32, 2**40)}) == 4
+
+
 def test_an_epoch_holds_every_window_once_and_the_next_one_in_another_order(tmp_path, own):
     _, tokenizer, _ = own
     (tmp_path / "a.txt").write_text("Some words that fill a few windows. " * 20)
@@ -153,6 +192,26 @@ def test_windows_are_made_again_when_text_or_cut_change(tmp_path, own):
     assert all(len(row) == 5 for row in made(DataConfig(batch_size=2, length=4, heldout=0)))
     file.write_text("another text, and a longer one " * 9)
     assert made(data) != first
+
+
+def test_what_was_read_is_told_also_where_the_windows_are_used_again(tmp_path, own, capfd):
+    _, tokenizer, _ = own
+    (tmp_path / "set").mkdir()
+    rows = [json.dumps({"text": f"text {i % 20}"}) for i in range(30)]
+    (tmp_path / "set" / "a.jsonl").write_text("\n".join([*rows, "no JSON"]))
+    (tmp_path / "set" / "b.docx").touch()
+    data = DataConfig(batch_size=2, length=8, heldout=0.1)
+    for make in (prepare, prepare, prepare_units, prepare_units):
+        more = ["document"] if make is prepare_units else []
+        made = make(str(tmp_path / "set"), data, tokenizer, tmp_path / "data", *more)
+        report = made.report if make is prepare_units else made[1]
+        report.tell()
+        told = capfd.readouterr().err.splitlines()
+        assert told[-2] == (
+            f"{tmp_path / 'set'}: 20 documents, 130 characters; 10 duplicates left out; "
+            "1 bad row skipped; not read: 1 file (b.docx)"
+        )
+        assert told[-1].startswith(f"skipped {tmp_path / 'set' / 'a.jsonl'}:31: not JSON")
 
 
 def test_a_source_that_is_all_held_out_is_an_error(tmp_path, own):
