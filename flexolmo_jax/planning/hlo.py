@@ -35,8 +35,10 @@ MESSAGES: dict[str, dict[str, tuple[int, str]]] = {  # of each, the fields' numb
         "id": (35, "int64"),
         "operand_ids": (36, "int64[]"), "called_computation_ids": (38, "int64[]"),
         "backend_config": (43, "bytes"), "batch_group_count": (58, "int64"),
-        "comparison_direction": (63, "string"),
+        "comparison_direction": (63, "string"), "frontend_attributes": (68, "Attributes"),
     },
+    "Attributes": {"map": (1, "Attribute[]")},
+    "Attribute": {"key": (1, "string"), "value": (2, "string")},
     "Shape": {
         "element_type": (2, "int32"), "dimensions": (3, "int64[]"), "tuple_shapes": (4, "Shape[]"),
         "layout": (5, "Layout"),
@@ -97,10 +99,20 @@ class Instruction:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """What the backend's compiler noted."""
+        return self._json("backend_config", self.said.backend_config)
+
+    @functools.cached_property
+    def kernel(self) -> dict[str, Any]:
+        """What a kernel's author noted, as sizes of blocks; empty if nothing."""
+        notes = {note.key: note.value for note in self.said.frontend_attributes.map}
+        outer = self._json("kernel_metadata", notes.get("kernel_metadata"))
+        return self._json("xprof_metadata", outer.get("xprof_metadata"))
+
+    def _json(self, what: str, text: str | bytes | None) -> dict[str, Any]:
         try:
-            return json.loads(self.said.backend_config or b"{}")
+            return json.loads(text or "{}")
         except ValueError as error:
-            raise unreadable("a backend_config that is not JSON", self) from error
+            raise unreadable(f"{what} that is not JSON", self) from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

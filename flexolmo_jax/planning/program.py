@@ -40,7 +40,11 @@ STARTS, ENDS = "AsyncCollectiveStart", "AsyncCollectiveDone"  # of a collective 
 FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", STARTS, ENDS}
 PASSING = {"bitcast", "fusion", "parameter"}  # of a fusion that only bitcasts
 KERNEL = "tpu_custom_call"  # the target of all of them: their names say which
-ATTENTION = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}  # products of S x S
+ATTENTION = {  # by the kernel's name: products of S x S; how it names its blocks of queries, keys
+    "splash_mha_fwd": (2, "block_q", "block_kv"),
+    "splash_mha_dkv": (4, "block_q_dkv", "block_kv_dkv"),
+    "splash_mha_dq": (3, "block_q_dq", "block_kv_dq"),
+}
 
 
 @dataclasses.dataclass
@@ -254,11 +258,14 @@ def _kernel(one: Instruction, inputs: list[Instruction]) -> Cost:
     """FLOPs of a TPU kernel, and the bytes that it reads beyond its operands, once each."""
     if one.said.custom_call_target != KERNEL:
         raise unreadable("a call", one)
-    for name, products in ATTENTION.items():
+    for name, (products, *names) in ATTENTION.items():
         if one.name.startswith(name):
+            blocks = {one.kernel.get(name) for name in names}
+            if len(blocks) != 1 or None in blocks:
+                raise unreadable("attention in blocks of an unknown size", one)
+            (block,) = blocks
             tensor = max(one.shapes, key=lambda shape: math.prod(shape.dims))
-            *_, length, width = tensor.dims
-            block = one.shapes[0].dims[-2]  # the first result is room for the sums of a block
+            length = tensor.dims[-2]
             # Blocks on the diagonal are computed whole; for each block of the one side, two tensors
             # of the other are read up to the diagonal.
             again = 2 * ((length / block + 1) / 2 - 1) * tensor.size
