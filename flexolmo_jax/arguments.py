@@ -79,7 +79,9 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     plan.add_argument("config", help="as for train; a file for experts or routers sets `model` too")
     plan.add_argument(
-        "--topology", required=True, metavar="KIND:SHAPE",
+        "--topology",
+        required=True,
+        metavar="KIND:SHAPE",
         help=f"of TPU chips, as v5p:4x4x4, v5e:16x16; the smallest of each kind: {KINDS}",
     )
     plan.add_argument(
