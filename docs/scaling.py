@@ -228,8 +228,8 @@ transfers which the compiler spreads over several fusions, as it does on v5e and
 again (`python docs/scaling.py --check`), as it is read now, from XLA's protobuf:
 
 {checks}
-FLOPs are the same. Bytes of HBM differ by {bytes} at most: before 0.12, the attention kernel returns
-its room for sums as well. {links}
+Bytes of HBM differ by {bytes} at most: before 0.12, the attention kernel returns its room for sums
+as well. {links}
 
 ## Growth
 
@@ -256,7 +256,8 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         dates=" to ".join(dict.fromkeys((dates[0], dates[-1]))), count=len(plans),
         targets="".join(target(words, plans) for words in TARGETS),
         stages=HEADER + "".join(rows[name] for name in plans), tried=table("tried"),
-        **checked(found), growth=table("growth"), chips=growing(found, "chips"), experts=growing(found, "experts"),
+        growth=table("growth"), chips=growing(found, "chips"), experts=growing(found, "experts"),
+        **checked(found),
     )  # fmt: skip
 
 

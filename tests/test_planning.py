@@ -202,7 +202,8 @@ def test_of_a_stack_only_the_slice_is_read():
 %inner (p.1: bf16[32,1,64,16], p.2: s32[]) -> bf16[64,16] {
   %p.1 = bf16[32,1,64,16]{3,2,1,0} parameter(0)
   %p.2 = s32[] parameter(1)
-  %slice = bf16[1,1,64,16]{3,2,1,0} dynamic-slice(%p.1, %p.2, %p.2, %p.2, %p.2), dynamic_slice_sizes={1,1,64,16}
+  %slice = bf16[1,1,64,16]{3,2,1,0} dynamic-slice(%p.1, %p.2, %p.2, %p.2, %p.2), \
+dynamic_slice_sizes={1,1,64,16}
   ROOT %flat = bf16[64,16]{1,0} bitcast(%slice)
 }
 %outer (p.3: bf16[8,64], p.4: bf16[32,64,16], p.5: s32[]) -> f32[8,16] {
@@ -354,10 +355,10 @@ def small(tmp_path):
     return file
 
 
-# Of each stage of `small` on v5e:2x2, with libtpu 0.0.52: FLOPs and bytes received are the same with
-# JAX 0.10.2, 0.11.2 and 0.12.0, and each time; bytes of HBM are those with JAX 0.12.0. With the
-# others they are up to 8.3% more (4.7 MB of 56.8 in "forward"): there the attention kernel has room
-# for its sums, three times f32[2,512,128] a layer, among its results.
+# Of each stage of `small` on v5e:2x2, with libtpu 0.0.52: FLOPs and bytes received are the same
+# with JAX 0.10.2, 0.11.2 and 0.12.0, and each time; bytes of HBM are those with JAX 0.12.0. With
+# the others they are up to 8.3% more (4.7 MB of 56.8 in "forward"): there the attention kernel has
+# room for its sums, three times f32[2,512,128] a layer, among its results.
 COSTS = {
     "router": Cost(147639500800, 344299731, {
         "all-gather": 49299456, "all-to-all": 1159168, "reduce-scatter": 12582912,

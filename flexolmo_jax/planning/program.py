@@ -108,10 +108,11 @@ class _Reading:
             times = trips.count(one, computation, self.computations)
             if times is None:
                 self.unknown.add(one)
-                if self.turns is None:
+                times = self.turns
+                if times is None:
                     raise unreadable("a loop whose length it does not say", one)
             for part in self.called(one):
-                made.add(self.of(part), self.turns if times is None else times)
+                made.add(self.of(part), times)
         elif kind == "conditional":
             made.add(max(map(self.of, self.called(one)), key=lambda part: (part.flops, part.bytes)))
         elif kind in ("call", "async-start") or kind == "custom-call" and one.called:
@@ -161,7 +162,7 @@ class _Reading:
     def fusion_bytes(
         self, one: Instruction, inputs: list[Instruction], fused: Computation
     ) -> float:
-        """What a fusion reads and writes; of a stack that it takes or sets a slice of, the slice."""
+        """What a fusion reads and writes; of a stack, the slice that it takes or sets."""
         total, written = 0.0, [shape.bytes for shape in one.shapes]
         for number, given in enumerate(inputs):
             whole = _bytes(given.shapes)
@@ -260,10 +261,9 @@ def _kernel(one: Instruction, inputs: list[Instruction]) -> Cost:
         raise unreadable("a call", one)
     for name, (products, *names) in ATTENTION.items():
         if one.name.startswith(name):
-            blocks = {one.kernel.get(name) for name in names}
-            if len(blocks) != 1 or None in blocks:
+            block, other = (one.kernel.get(name) for name in names)
+            if not isinstance(block, int) or block != other:
                 raise unreadable("attention in blocks of an unknown size", one)
-            (block,) = blocks
             tensor = max(one.shapes, key=lambda shape: math.prod(shape.dims))
             length = tensor.dims[-2]
             # Blocks on the diagonal are computed whole; for each block of the one side, two tensors
