@@ -224,12 +224,11 @@ What would compute less again, but was not taken:
 ## Other versions of JAX
 
 The plans above were made with JAX 0.10.2 and libtpu 0.0.52, by a reading of XLA's text that missed
-transfers which the compiler spreads over several fusions, as it does on v5e and v6e. Some of them
-again (`python docs/scaling.py --check`), as it is read now, from XLA's protobuf:
+transfers which the compiler spreads over several fusions, as it may on v5e. Some of them again
+(`python docs/scaling.py --check`), as it is read now, from XLA's protobuf:
 
 {checks}
-Bytes of HBM differ by {bytes} at most: before 0.12, the attention kernel returns its room for sums
-as well. {links}
+Bytes of HBM differ by {bytes} at most from those above. {links}
 
 ## Growth
 
