@@ -3,6 +3,7 @@
 import argparse
 
 from flexolmo_jax.config import MEMORY
+from flexolmo_jax.planning.chips import KINDS
 from flexolmo_jax.privacy.arguments import (
     add_audit_commands,
     add_privacy_commands,
@@ -83,7 +84,10 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     plan.add_argument("config", help="as for train; a file for experts or routers sets `model` too")
     plan.add_argument(
-        "--topology", required=True, metavar="KIND:SHAPE", help="as v5p:4x4x4, v5e:16x16, v6e:8x8"
+        "--topology",
+        required=True,
+        metavar="KIND:SHAPE",
+        help=f"of TPU chips, as v5p:4x4x4, v5e:16x16; the smallest of each kind: {KINDS}",
     )
     plan.add_argument(
         "--stage", choices=("anchor", "expert", "router", "forward", "decode"),

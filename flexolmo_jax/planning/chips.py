@@ -1,7 +1,10 @@
-"""Published peak rates of TPU chips.
+"""Published peak rates of TPU chips, of each device that JAX sees on them.
 
-Sources: the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of the Cloud TPU documentation
-(docs.cloud.google.com/tpu/docs, read in November 2026).
+Sources: the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)" of the Cloud TPU
+documentation (docs.cloud.google.com/tpu/docs, read in November 2026); that of v4 has no bandwidth
+of links, which is that of "TPU v4: An Optically Reconfigurable Supercomputer for Machine Learning"
+(arXiv 2304.01433): six links of 50 GB/s each way. The names are libtpu's; those of v2 and v3 are
+left out, for which JAX's attention kernel does not compile.
 """
 
 import math
@@ -9,18 +12,28 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
+    """A kind of chip. Rates and memory are of a device."""
+
     flops: float  # bfloat16, a second
     memory: float  # bytes of HBM
     bandwidth: float  # of HBM, bytes a second
-    links: float  # bytes a second that a chip receives from its neighbours: half of bidirectional
+    links: float  # bytes a second that are received from neighbours: half of bidirectional
+    smallest: str  # the shape of a host's slice
+    devices: int = 1  # of a chip
+    config: str | None = None  # libtpu's mode of the chip, where it is not the default
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9),
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9),
-    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
-    "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9),
+    # Two cores as one device, as Cloud TPUs are set up and as JAX's meshes need them.
+    "v4": Chip(275e12, 32 * 2**30, 1228e9, 300e9, "2x2x1", config="megacore"),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, "2x2"),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9, "2x2x1"),
+    "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9, "2x2"),
+    # Halves of 2307 TFLOP/s, 7380 GB/s and 1200 GB/s both ways; of a half of 192 GiB, the compiler
+    # leaves 94.74 to programs.
+    "tpu7x": Chip(1153.5e12, 94.74 * 2**30, 3690e9, 300e9, "2x2x1", devices=2),
 }
+KINDS = ", ".join(f"{kind}:{chip.smallest}" for kind, chip in CHIPS.items())
 
 
 def chip_of(topology: str) -> tuple[Chip, int]:
@@ -31,9 +44,9 @@ def chip_of(topology: str) -> tuple[Chip, int]:
     """
     kind, _, shape = topology.partition(":")
     sizes = shape.split("x")
-    if kind not in CHIPS or not all(size.isdigit() and int(size) for size in sizes):
+    if kind not in CHIPS or not all(size.isdecimal() and int(size) for size in sizes):
         raise ValueError(
-            f"no topology {topology!r}: expected one of {', '.join(CHIPS)}, a colon and the shape "
-            "in chips, as in v5p:4x4x4, v5e:16x16"
+            f"no topology {topology!r}: expected a kind of TPU, a colon and the shape in chips; "
+            f"the kinds, each with its smallest slice of four chips: {KINDS}"
         )
     return CHIPS[kind], math.prod(map(int, sizes))

@@ -31,7 +31,8 @@ from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.attention import KVCache
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Anchor, abstract_model, init_anchor
-from flexolmo_jax.planning.chips import chip_of
+from flexolmo_jax.planning.chips import Chip, chip_of
+from flexolmo_jax.planning.hlo import read
 from flexolmo_jax.planning.program import cost
 from flexolmo_jax.training.optimizer import make_optimizer
 from flexolmo_jax.training.step import (
@@ -49,11 +50,13 @@ OWN = {AnchorTraining: "anchor", ExpertTraining: "expert", RouterTraining: "rout
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step costs each chip. Bytes and seconds; FLOPs are of one step."""
+    """What a step costs each device: a chip, or one of two on it. Bytes and seconds; FLOPs are of
+    one step."""
 
     stage: str
     topology: str
     chips: int
+    devices: int
     compile_seconds: float
     fits: bool
     because: str  # where it does not fit: the compiler's reason
@@ -61,7 +64,7 @@ class Plan:
     temporaries: float = 0
     output: float = 0  # beyond what takes the place of an argument
     peak: float = 0
-    memory: float = 0  # of a chip
+    memory: float = 0  # of a device
     needed_flops: float = 0
     compiled_flops: float = 0
     hbm_bytes: float = 0
@@ -84,7 +87,7 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Needed FLOPs over what the chip could do in that time."""
+        """Needed FLOPs over what the device could do in that time."""
         return self.compute_seconds / self.seconds / self.overhead if self.seconds else 0.0
 
     @property
@@ -108,6 +111,8 @@ class Plan:
         """For people: what, and how much."""
         gib = 2**30
         rows = [("verdict", self.verdict), ("compiled in", f"{self.compile_seconds:.0f} s")]
+        if self.devices > self.chips:
+            rows.append(("devices", f"{self.devices} on {self.chips} chips"))
         if not self.peak:
             return rows
         moved = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in self.collectives.items())
@@ -176,22 +181,26 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
     Raises:
       ValueError: an unknown topology; libtpu is missing; sizes that the chips do not divide.
     """
-    chip, count = chip_of(topology)
+    chip, chips = chip_of(topology)
+    count = chips * chip.devices
     model = config.computing(model)
     if stage == "decode" and config.tensor_parallel > 1:
         raise ValueError("tensor_parallel is for training and forward passes; leave it out")
-    mesh = sharding.make_mesh(config.expert_parallel, _devices(topology), config.tensor_parallel)
-    sharding.check_batch(config, mesh, "chips")
+    mesh = sharding.make_mesh(
+        config.expert_parallel, _devices(topology, chip, count), config.tensor_parallel
+    )
+    sharding.check_batch(config, mesh, "chips" if count == chips else "devices (two a chip)")
     known: dict[str, Any] = {
-        "stage": stage, "topology": topology, "chips": count, "memory": chip.memory
+        "stage": stage, "topology": topology, "chips": chips, "devices": count,
+        "memory": chip.memory,
     }  # fmt: skip
     started = time.monotonic()
     run, arguments, named = _step(config, model, stage, mesh)
     with sharding.within(mesh), tempfile.TemporaryDirectory() as dump:
         lowered = run.lower(*arguments, **named)
         try:
-            # The text has to come from the compiler: the executable's own cannot always be read.
-            options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+            # From the compiler itself: an executable's program is what jaxlib understands of it.
+            options = {"xla_dump_to": dump, "xla_dump_hlo_as_proto": True}
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -201,12 +210,18 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
                 because=_reason(str(error)), **known,
             )  # fmt: skip
         compile_seconds = time.monotonic() - started
-        (text,) = Path(dump).glob("*.after_optimizations.txt")
-        found = cost(text.read_text())
-        if stage == "decode":  # one turn of the loop, without what comes before and after it
-            twice = cost(text.read_text(), turns=2)
-            twice.add(found, -1)
-            found = twice
+        dumped = [*Path(dump).glob("*.after_optimizations.hlo.pb")]
+        if len(dumped) != 1:
+            raise ValueError(
+                f"JAX {jax.__version__} with libtpu: expected one program from the compiler, found "
+                f"{[file.name for file in dumped]}; plan with the versions that setup.cfg names"
+            )
+        program = read(dumped[0].read_bytes())
+    if stage == "decode":  # one turn of the loop, without what comes before and after it
+        found = cost(program, turns=2)
+        found.add(cost(program, turns=1), -1)
+    else:
+        found = cost(program)
     used = compiled.memory_analysis()
     output = used.output_size_in_bytes - used.alias_size_in_bytes
     peak = used.argument_size_in_bytes + used.temp_size_in_bytes + output
@@ -233,7 +248,7 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
     )
 
 
-def _devices(topology: str) -> Any:
+def _devices(topology: str, chip: Chip, count: int) -> Any:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             "planning needs libtpu, the TPU compiler, which runs on any x86 Linux machine: "
@@ -244,10 +259,14 @@ def _devices(topology: str) -> Any:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     # Only one process may use a TPU; any number may compile.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    mode = {} if chip.config is None else {"chip_config_name": chip.config}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        devices = topologies.get_topology_desc(topology, "tpu", **mode).devices
     except Exception as error:  # of several kinds, and long
         raise ValueError(f"{topology}: {str(error).splitlines()[0]}") from error
+    if len(devices) != count:
+        raise ValueError(f"{topology}: expected {count} devices, libtpu has {len(devices)}")
+    return devices
 
 
 def _reason(message: str) -> str:

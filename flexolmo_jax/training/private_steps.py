@@ -85,7 +85,7 @@ def private_step(
     metrics = {
         "loss": seen["loss"] / jnp.maximum(seen["tokens"], 1e-9),
         "clipped": seen["clipped"] / jnp.maximum(seen["units"], 1),
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
     }
     return optax.apply_updates(trainable, updates), opt_state, metrics
 

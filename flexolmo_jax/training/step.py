@@ -48,7 +48,7 @@ def train_step(
     batch = batch._replace(weights=batch.weights / jnp.maximum(jnp.sum(batch.weights), 1.0))
     metrics, grads = sharding.gradients(loss, mesh, trainable, frozen, batch, parts)
     updates, opt_state = optimizer.update(grads, opt_state, trainable)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     return optax.apply_updates(trainable, updates), opt_state, metrics
 
 

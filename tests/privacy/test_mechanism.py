@@ -31,7 +31,7 @@ U, W, S = 6, 2, 16  # units, windows of each, tokens of a window
 
 
 def length(tree) -> float:
-    return float(optax.global_norm(tree))
+    return float(optax.tree.norm(tree))
 
 
 # Units whose gradient is what we say: the loss is linear.
