@@ -20,11 +20,14 @@ class Window(NamedTuple):
     segments: np.ndarray  # int32 [S + 1]: 1, 2, ... by document; 0 is padding
 
 
-def tokenized(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Ids of each document, opened by the separator."""
+def tokenized(
+    documents: Iterable[Document], tokenizer: Tokenizer, whole: bool = False
+) -> Iterator[list[int]]:
+    """Ids of each document, opened by the separator; `whole` as in `encode_documents`."""
     documents = iter(documents)
     while batch := list(itertools.islice(documents, 512)):
-        yield from tokenizer.encode_documents([document.text for document in batch])
+        names = [document.where for document in batch]
+        yield from tokenizer.encode_documents([d.text for d in batch], names, whole)
 
 
 def windows(
