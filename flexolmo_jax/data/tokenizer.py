@@ -142,8 +142,10 @@ class Tokenizer:
                 "was it typed or read in another encoding, such as Latin-1?"
             ) from error
         encoded = self._tokenizer.encode(text)
-        own = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
-        self._check([number for number, put in own if not put], text, "the prompt")
+        pairs = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
+        own = [number for number, is_put_in_front in pairs if not is_put_in_front]
+        self._check(own, text, "the prompt")
+        self._check_whole(text, self.decode(own), "the prompt", refuse=False)
         self._check_embedded(encoded.ids, "the prompt")
         return encoded.ids or [self.separator]
 
@@ -241,7 +243,7 @@ class Tokenizer:
             )
         if not self._has_warned:
             self._has_warned = True
-            warnings.warn(f"{said}: the model learns nothing of what is lost", stacklevel=2)
+            warnings.warn(f"{said}: the model sees nothing of what is lost", stacklevel=2)
 
     def names(self) -> list[str]:
         """Of all ids, in order; in a byte-level BPE each character of one stands for a byte."""

@@ -67,8 +67,11 @@ def _show(
         table.add_column("bits per byte", justify="right")
         for name, (path, anchor) in models.items():
             model = load(path, anchor=anchor, separator=separator)
-            value = score(model, heldout, length=data.length).bits_per_byte
-            table.add_row(name, f"{value:.3f}")
+            try:
+                value = f"{score(model, heldout, length=data.length).bits_per_byte:.3f}"
+            except ValueError as error:  # the result is written; this is only what it is worth
+                value = str(error)
+            table.add_row(name, value)
         console.print(table)
     where = f"wrote {places['out']}; metrics and loss.png are in {places['run']}"
     console.print(where, markup=False, soft_wrap=True)
