@@ -75,9 +75,12 @@ def _check_texts(args: argparse.Namespace) -> None:
         given = getattr(args, name, None) or []
         for text in [given] if isinstance(given, str) else given:
             _check_text(f"--{name.replace('_', '-')}", text)
-    for option, text in zip(["the command", *args.overrides], args.overrides, strict=False):
-        if not Path(text.partition("=")[2] or text).exists():
-            _check_text(option if option.startswith("--") else "the command", text)
+    option = "the command"
+    for word in args.overrides:  # --name value, or --name=value
+        if word.startswith("--"):
+            option, _, word = word.partition("=")
+        if not Path(word).exists():
+            _check_text(option, word)
 
 
 def _check_text(option: str, text: str) -> None:
@@ -108,6 +111,8 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnicodeEncodeError):
+        return f"{ascii(error.object[:200])} is not UTF-8: rename the file, or convert the text"
     if "No space left on device" in text:
         return "the disk is full (no space left on device): make room, and run it again"
     if not isinstance(error, (ValueError, OSError, FloatingPointError)) and len(text) > 300:
