@@ -65,14 +65,17 @@ def _show(
         table = Table(title=f"{len(heldout)} held-out documents")
         table.add_column("model")
         table.add_column("bits per byte", justify="right")
+        reason = ""
         for name, (path, anchor) in models.items():
             model = load(path, anchor=anchor, separator=separator)
             try:
                 value = f"{score(model, heldout, length=data.length).bits_per_byte:.3f}"
             except ValueError as error:  # the result is written; this is only what it is worth
-                value = str(error)
+                value, reason = "not scored", str(error)
             table.add_row(name, value)
         console.print(table)
+        if reason:
+            console.print(f"not scored: {reason}", markup=False, soft_wrap=True)
     where = f"wrote {places['out']}; metrics and loss.png are in {places['run']}"
     console.print(where, markup=False, soft_wrap=True)
 
