@@ -5,7 +5,8 @@ flexolmo data tasks task_data
 python docs/tasks_compared.py task_data     # writes docs/tasks_compared.md
 
 The model is random (four experts, two active), its tokenizer FlexOlmo's own, which the package of
-the tasks carries.
+the tasks carries. Both adapters read <|endoftext|> in a task's text as the control token, which
+nothing else in this project does (`Tokenizer.encode_as_transformers`).
 """
 
 import argparse

@@ -74,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
                 "--public", metavar="SOURCE",
                 help="public text for the router rows (default: what came with the anchor)",
             )  # fmt: skip
+            _separator_argument(one)
             add_training_arguments(one)
         if stage == "router":
             one.add_argument("--model", required=True, metavar="DIR", help="a merged model")
@@ -101,6 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--expert", required=True, metavar="DIR", action="extend", nargs="+", dest="experts"
     )
     merge.add_argument("--out", required=True, metavar="DIR")
+    _separator_argument(merge)
     merge.add_argument("--active", type=int, metavar="A", help="experts a token may use (all)")
     memory = merge.add_mutually_exclusive_group()
     memory.add_argument(
@@ -222,6 +224,13 @@ def _profile_argument(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _separator_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--separator", metavar="TOKEN",
+        help="what opens every document and ends a text, where a Hugging Face folder does not say",
+    )  # fmt: skip
+
+
 def _process_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several processes (the same command in each)")
     group.add_argument(
@@ -240,6 +249,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     _profile_argument(parser)
     parser.add_argument("--model", required=True, metavar="DIR", help="anything `load` takes")
     parser.add_argument("--anchor", metavar="DIR", help="for an expert package: its anchor")
+    _separator_argument(parser)
     parser.add_argument(
         "--without", metavar="NAME", action="extend", nargs="+", default=[],
         help="experts to switch off",

@@ -20,6 +20,7 @@ from flexolmo_jax.process import keep_freed_memory, leave_libtpu_alone, use_larg
 
 console = Console()
 INTERRUPTED = 130
+TEXTS = ("prompt", "name", "names", "expert", "without", "only", "text_field", "separator")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.overrides = rest
     warnings.showwarning = _show_warning
     try:
+        _check_texts(args)
         if args.command == "train" and args.resume and (Path(args.out) / "manifest.json").exists():
             console.print(f"{args.out}: already done", markup=False, soft_wrap=True)
         else:
@@ -67,6 +69,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _check_texts(args: argparse.Namespace) -> None:
+    """Raises ValueError if a text among the arguments is not UTF-8; paths may be of any bytes."""
+    for name in TEXTS:
+        given = getattr(args, name, None) or []
+        for text in [given] if isinstance(given, str) else given:
+            _check_text(f"--{name.replace('_', '-')}", text)
+    option = "the command"
+    for word in args.overrides:  # --name value, or --name=value
+        if word.startswith("--"):
+            option, _, word = word.partition("=")
+        if not Path(word).exists():
+            _check_text(option, word)
+
+
+def _check_text(option: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{option}: expected text in UTF-8, found {ascii(text)}: it is in another encoding, "
+            "such as Latin-1; set the terminal to UTF-8, or convert the text"
+        ) from error
+
+
 def _profile(folder: str | None) -> contextlib.AbstractContextManager:
     """Writes a trace of the command to a folder, if one is given."""
     if folder is None:
@@ -85,6 +111,8 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnicodeEncodeError):
+        return f"{ascii(error.object[:200])} is not UTF-8: rename the file, or convert the text"
     if "No space left on device" in text:
         return "the disk is full (no space left on device): make room, and run it again"
     if not isinstance(error, (ValueError, OSError, FloatingPointError)) and len(text) > 300:
@@ -222,7 +250,10 @@ def _merge(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import merge
 
     memory = args.memory and tuple(args.memory)
-    merge(args.anchor, args.experts, args.out, active_experts=args.active, memory=memory)
+    merge(
+        args.anchor, args.experts, args.out, active_experts=args.active, memory=memory,
+        separator=args.separator,
+    )  # fmt: skip
     remembering = f"router memory {memory[0]:g} {memory[1]:g}" if memory else "no router memory"
     console.print(
         f"wrote {args.out}: public + {len(args.experts)} experts, {remembering}",
@@ -318,6 +349,7 @@ def _named_sources(pairs: Sequence[str]) -> dict[str, str]:
                 f"--data {pair}: the name {name!r} is given twice, first to {sources[name]}; give "
                 "each text a name of its own"
             )
+        _check_text("--data", name)
         sources[name] = source
     return sources
 
@@ -339,7 +371,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from flexolmo_jax.model import load
 
     sources = _named_sources(args.data)
-    model = load(args.model, anchor=args.anchor, dtype=args.dtype)
+    model = load(args.model, anchor=args.anchor, dtype=args.dtype, separator=args.separator)
     rows = []
     for name, source in sources.items():
         report = Report()
@@ -368,7 +400,7 @@ def _study(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from flexolmo_jax.model import load
 
-    model = load(args.model, anchor=args.anchor, dtype=args.dtype)
+    model = load(args.model, anchor=args.anchor, dtype=args.dtype, separator=args.separator)
     options = {name: getattr(args, name) for name in ("without", "only", "temperature", "seed")}
     options |= {"top_k": args.top_k, "top_p": args.top_p}
     if len(args.prompt) == 1 and not args.json:

@@ -38,6 +38,7 @@ class FlexOlmo:
       config: sizes, routing, dtype.
       expert_names: in the order of the stack.
       tokenizer: None where the model came without one; it then takes and gives ids only.
+      ends: ids that end a generated text, beside the tokenizer's separator.
       int8: the matrices hold 8-bit numbers, and generation stores them as such.
       mesh: of the devices that the weights are on, or None for one. Batches are divided among
         them, and `experts` may then end with empty ones.
@@ -50,6 +51,7 @@ class FlexOlmo:
     tokenizer: Tokenizer | None
     int8: bool = False
     mesh: Mesh | None = None
+    ends: tuple[int, ...] = ()
     _kept: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def logits(
@@ -104,6 +106,9 @@ class FlexOlmo:
     ) -> list[str] | list[list[int]]:
         """Continues prompts, all in one batch.
 
+        A prompt that spells a control token, such as <|endoftext|>, is read as its characters; to
+        give the token itself, give ids.
+
         Args:
           prompts: texts, or lists of token ids.
           max_new_tokens: at most so many tokens are made for each; fewer if a text ends.
@@ -134,11 +139,12 @@ class FlexOlmo:
         pieces = self._continue(ids, max_new_tokens, mask, sampling, seed, 16 if ends else None)
         for made in pieces:
             if are_texts or ends:
-                texts = [self._need_tokenizer().decode(one) for one in made]
-            longest = max(map(len, made))  # a shorter one has met the separator
+                after = self._need_tokenizer().decode_after
+                texts = [after(*both) for both in zip(ids, made, strict=True)]
+            longest = max(map(len, made))  # a shorter one has met its end
             if ends and all(
-                len(ids) < longest or any(end in text for end in ends)
-                for ids, text in zip(made, texts, strict=True)
+                len(one) < longest or any(end in text for end in ends)
+                for one, text in zip(made, texts, strict=True)
             ):
                 break
         return [_cut(text, ends) for text in texts] if are_texts else made
@@ -171,17 +177,18 @@ class FlexOlmo:
         mask = self.allowed(1, without, only)
         sampling = Sampling(temperature, top_k, top_p)
         shown: list[int] = []
-        text = ""
+        text = whole = ""
         for (made,) in self._continue(ids, max_new_tokens, mask, sampling, seed, every):
             if not isinstance(prompt, str):
                 yield made[len(shown) :]
                 shown = made
                 continue
-            whole = self._need_tokenizer().decode(made)
-            if whole.endswith("\ufffd") and len(made) < max_new_tokens:
-                continue  # half a character
+            whole = self._need_tokenizer().decode_after(ids[0], made)
+            if not whole.endswith("\ufffd"):  # else it may be half a character
+                yield whole[len(text) :]
+                text = whole
+        if len(whole) > len(text):
             yield whole[len(text) :]
-            text = whole
 
     def _prompt_ids(self, prompts: Sequence) -> list[list[int]]:
         if isinstance(prompts[0], str):
@@ -220,12 +227,16 @@ class FlexOlmo:
             self.config,
             max_new_tokens=max_new_tokens,
             allowed=mask,
-            stop=self.tokenizer.separator if self.tokenizer else None,
+            stop=self._stop(),
             sampling=sampling,
             seed=seed,
             every=every,
             mesh=self.mesh,
         )
+
+    def _stop(self) -> list[int]:
+        ends = {*self.ends, self.tokenizer.separator} if self.tokenizer else {*self.ends}
+        return sorted(end for end in ends if 0 <= end < self.config.vocab_size)
 
     def _unstacked(self, batch: int) -> Unstacked | None:
         """For decoding on a CPU: a copy of the weights, made at the first generation and kept."""
@@ -315,6 +326,7 @@ def load(
     anchor: str | Path | None = None,
     dtype: str | None = None,
     mesh: Mesh | None = None,
+    separator: str | None = None,
 ) -> FlexOlmo:
     """Loads a model, after checking every digest.
 
@@ -327,6 +339,8 @@ def load(
         the matrices to 8 bits with a scale for each output channel, which generation on CPU reads
         several times faster; activations are float32.
       mesh: spreads the model over several devices (`make_mesh`, without `tensor_parallel`).
+      separator: the token that opens documents, where a Hugging Face directory names none; default:
+        what the directory says, or what was named when the experts were trained.
 
     Raises:
       ValueError: a part is missing, damaged, or made for something else; int8 on GPU or TPU, or
@@ -339,15 +353,17 @@ def load(
             "tensor_parallel"
         )
     if huggingface.is_hugging_face(path):
-        loaded = _hugging_face(path, dtype)
+        loaded = _hugging_face(path, dtype, separator)
     else:
-        kind = read_manifest(path)["kind"]
-        if kind == "merged":
-            loaded = load_merged(path, None if dtype == "int8" else dtype, mesh, sharding.SERVING)
-        elif kind == "anchor":
-            loaded = _alone(read_anchor(path))
+        manifest = read_manifest(path)
+        if manifest["kind"] == "merged":
+            weights = None if dtype == "int8" else dtype
+            loaded = load_merged(path, weights, mesh, sharding.SERVING, separator)
+        elif manifest["kind"] == "anchor":
+            loaded = _alone(read_anchor(path, separator=separator))
         else:
-            loaded = load_pair(path, read_anchor(find_anchor(path, anchor)))
+            named = separator or manifest.get("separator")
+            loaded = load_pair(path, read_anchor(find_anchor(path, anchor), separator=named))
     backbone, experts, config = loaded.backbone, loaded.experts, loaded.config
     int8 = dtype == "int8"
     if int8 and (jax.default_backend() != "cpu" or mesh is not None):
@@ -360,20 +376,25 @@ def load(
         experts = fill_up(experts, mesh.shape[sharding.EXPERT])
     where = (mesh, sharding.SERVING, config.dtype if dtype else None)
     backbone, experts = sharding.place((backbone, experts), *where)
-    return FlexOlmo(backbone, experts, config, loaded.names, loaded.tokenizer, int8, mesh)
+    return FlexOlmo(
+        backbone, experts, config, loaded.names, loaded.tokenizer, int8, mesh, loaded.ends
+    )
 
 
 def _alone(anchor: LoadedAnchor) -> LoadedModel:
     weights = anchor.weights
     return LoadedModel(
-        weights.backbone, join(weights.public), anchor.config, ("public",), anchor.tokenizer
-    )
+        weights.backbone, join(weights.public), anchor.config, ("public",), anchor.tokenizer,
+        anchor.ends,
+    )  # fmt: skip
 
 
-def _hugging_face(path: Path, dtype: str | None) -> LoadedModel:
+def _hugging_face(path: Path, dtype: str | None, separator: str | None) -> LoadedModel:
     backbone, experts, config = huggingface.load(path, None if dtype == "int8" else dtype)
     names = ("public", *(f"expert_{i}" for i in range(1, config.num_experts)))
-    return LoadedModel(backbone, experts, config, names, hugging_face_tokenizer(path))
+    tokenizer = hugging_face_tokenizer(path, config, separator)
+    ends = huggingface.ends_of_text(path)
+    return LoadedModel(backbone, experts, config, names, tokenizer, ends)
 
 
 def find_anchor(package: Path, given: str | Path | None = None) -> Path:

@@ -211,6 +211,37 @@ def test_an_expert_package_is_a_model_of_two(world, flexolmo):
 # Wrong input: one line, exit code 2.
 
 
+LATIN_1 = b"caf\xe9".decode(errors="surrogateescape")  # as Python reads such an argument
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--prompt", ("generate", "--model", "m", "--prompt", "good", LATIN_1)),
+        ("--prompt", ("generate", "--model", "m", "--json", "--prompt", f"a <|b|> {LATIN_1}")),
+        ("--without", ("generate", "--model", "m", "--prompt", "x", "--without", LATIN_1)),
+        ("--data", ("evaluate", "--model", "m", "--data", f"{LATIN_1}=x.jsonl")),
+        ("--text-field", ("evaluate", "--model", "m", "--data", "a=b", "--text-field", LATIN_1)),
+        ("--name", ("train", "expert", "demo_expert", "--name", LATIN_1)),
+        ("--licence", ("train", "expert", "demo_expert", "--name", "x", "--licence", LATIN_1)),
+        ("--contact", ("train", "anchor", "demo_anchor", f"--contact={LATIN_1}")),
+    ],
+)
+def test_a_text_that_is_not_utf_8_is_refused_before_any_work(option, words, refused, tmp_path):
+    more = ("--out", tmp_path / "out", "--data", "corpus:math") if words[0] == "train" else ()
+    more = (*more, "--anchor", "a") if words[1] == "expert" else more
+    said = refused(*words, *more)
+    assert f"error: {option}: expected text in UTF-8, found " in said and r"\udce9" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_whose_name_is_not_utf_8_is_named_in_plain_words(world, refused, tmp_path):
+    file = tmp_path / f"{LATIN_1}.jsonl"
+    file.write_text('{"text": "a text"}\n')
+    words = world.expert_words(tmp_path / "out", data=file)
+    assert r"caf\udce9.jsonl' is not UTF-8: rename the file" in refused(*words)
+
+
 def damage(package: Path) -> Path:
     """Flips a bit in the middle of the largest file."""
     file = max(package.rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)

@@ -163,6 +163,23 @@ def test_bits_per_byte_is_the_cost_of_the_text_over_its_bytes(world, tmp_path):
     assert found.bits_per_byte == pytest.approx(nats / np.log(2) / size, rel=1e-5)
 
 
+def test_a_text_of_separators_costs_what_its_characters_cost(world, tmp_path):
+    """As text that anyone may write: it ends no document, in scoring or in a prompt."""
+    model = fo.load(world.merged)
+    spelled = model.tokenizer.separator_text
+    (tmp_path / "markers.txt").write_text(spelled * 20)
+    (tmp_path / "like_it.txt").write_text(spelled.replace("<", "[") * 20)
+    costs = [
+        fo.bits_per_byte(model, str(tmp_path / f"{name}.txt")) for name in ("markers", "like_it")
+    ]
+    assert costs[0].bytes == costs[1].bytes == 20 * len(spelled)
+    assert costs[0].bits_per_byte > 0.5 * costs[1].bits_per_byte
+    ids = model.tokenizer.encode_prompt(f"The{spelled} theorem")
+    expected = model.tokenizer.decode(model.generate([ids], 8)[0])
+    assert ids.count(model.tokenizer.separator) == 1
+    assert model.generate([f"The{spelled} theorem"], 8) == [expected]
+
+
 def test_bits_per_byte_knows_masks_and_the_held_out_split(world):
     model, source = fo.load(world.merged), str(world.texts["math"])
     everything = fo.bits_per_byte(model, source)

@@ -77,6 +77,7 @@ def _wordllama(texts: Sequence[str]) -> np.ndarray:
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(json.loads(json_text)))
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True  # what spells a control token is text
     encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     means = [table[one.ids].astype(np.float32).mean(axis=0) for one in encoded if one.ids]
     vectors = np.stack(means)

@@ -22,17 +22,20 @@ class Window(NamedTuple):
     segments: np.ndarray  # int32 [S + 1]: 1, 2, ... by document; 0 is padding
 
 
-def tokenized(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Ids of each document, opened by the separator: int32 [tokens].
+def tokenized(
+    documents: Iterable[Document], tokenizer: Tokenizer, whole: bool = False
+) -> Iterator[np.ndarray]:
+    """Ids of each document, opened by the separator: int32 [tokens]; `whole` as encode_documents.
 
     Documents are encoded together, for speed, but never so many characters that they would need
     more memory than a model; a long one is encoded in pieces, if that changes nothing.
     """
     for batch in _together(documents):
         if len(batch) == 1 and len(batch[0].text) > TOGETHER:
-            yield _of_long(batch[0], tokenizer)
+            yield _of_long(batch[0], tokenizer, whole)
             continue
-        for ids in tokenizer.encode_documents([document.text for document in batch]):
+        names = [document.where for document in batch]
+        for ids in tokenizer.encode_documents([d.text for d in batch], names, whole):
             yield np.asarray(ids, np.int32)
 
 
@@ -50,11 +53,12 @@ def _together(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _of_long(document: Document, tokenizer: Tokenizer) -> np.ndarray:
+def _of_long(document: Document, tokenizer: Tokenizer, whole: bool) -> np.ndarray:
     parts = [np.asarray([tokenizer.separator], np.int32)]
     pieces = in_pieces(document.text, tokenizer.json)
     for start in range(0, len(pieces), 8):
-        encoded = tokenizer.encode_documents(pieces[start : start + 8])
+        some = pieces[start : start + 8]
+        encoded = tokenizer.encode_documents(some, [document.where] * len(some), whole)
         parts += [np.asarray(ids[1:], np.int32) for ids in encoded]  # each opened by a separator
     return np.concatenate(parts)
 

@@ -35,7 +35,7 @@ def evaluate_harness(args: argparse.Namespace) -> None:
     if shots is None:
         shots = {task.task: task.shots for task in runs}
     found = evaluate_tasks(
-        load(args.model, anchor=args.anchor, dtype=args.dtype), names,
+        load(args.model, anchor=args.anchor, dtype=args.dtype, separator=args.separator), names,
         without=args.without, only=args.only, data=args.task_data and Path(args.task_data),
         limit=args.limit, shots=shots, download=args.download, run_code=args.run_code,
     )  # fmt: skip

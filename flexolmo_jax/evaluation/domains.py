@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from flexolmo_jax import sharding
 from flexolmo_jax.config import DataConfig, ModelConfig
 from flexolmo_jax.data.loader import Batch, stacked
 from flexolmo_jax.data.sources import Document, Report, is_heldout, read_documents
+from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.modeling.transformer import forward
@@ -24,7 +25,7 @@ class Score(NamedTuple):
 
     bits_per_byte: float
     documents: int
-    bytes: int  # of UTF-8
+    bytes: int  # of UTF-8, as the tokenizer reads it
 
 
 def bits_per_byte(
@@ -40,6 +41,9 @@ def bits_per_byte(
 ) -> Score:
     """Total cost of the text, over its bytes; the ends of documents are not counted.
 
+    What spells a control token costs what its characters cost. Texts that the tokenizer cannot
+    write whole are refused: the cost of what is lost would be missing.
+
     Args:
       model: with a tokenizer.
       source: as `read_documents` takes it.
@@ -51,10 +55,10 @@ def bits_per_byte(
       report: is filled with counts and bad rows.
 
     Raises:
-      ValueError: nothing to score; as `read_documents`; as `FlexOlmo.allowed`.
+      ValueError: nothing to score; as `read_documents`, `FlexOlmo.allowed` and
+        `Tokenizer.encode_documents`.
     """
-    if model.tokenizer is None:
-        raise ValueError("this model came without a tokenizer.json, so text cannot be scored")
+    _tokenizer(model)
     documents = read_documents(source, text_field=text_field, report=report)
     chosen = [d for d in documents if heldout is None or is_heldout(d, heldout)]
     if not chosen:
@@ -91,32 +95,30 @@ def score(
     length: int | None = None,
 ) -> Score:
     """As `bits_per_byte`, of documents at hand."""
+    tokenizer = _tokenizer(model)
     documents = list(documents)
     if not documents:
         raise ValueError("there is no document to score")
     size = BATCH if model.mesh is None else -(-BATCH // model.mesh.size) * model.mesh.size
     allowed = model.allowed(size, without, only)
     nats = 0.0
-    for batch in _batches(model, documents, length or min(model.config.max_length, 2048), size):
+    length = length or min(model.config.max_length, 2048)
+    cut = windows(tokenized(documents, tokenizer, whole=True), length, tokenizer.separator)
+    for batch in stacked(cut, size):
         rows = sharding.place_rows((batch, allowed), model.mesh)
-        separator = _separator(model)
+        ends = tokenizer.separator
         with sharding.within(model.mesh):
             nats += float(
-                _cost(model.backbone, model.experts, *rows, separator, model.config, model.mesh)
+                _cost(model.backbone, model.experts, *rows, ends, model.config, model.mesh)
             )
-    num_bytes = sum(len(document.text.encode()) for document in documents)
+    num_bytes = sum(tokenizer.size(document.text) for document in documents)
     return Score(nats / math.log(2) / num_bytes, len(documents), num_bytes)
 
 
-def _batches(model: FlexOlmo, documents: list[Document], length: int, size: int) -> Iterator[Batch]:
-    assert model.tokenizer is not None
-    ids = tokenized(documents, model.tokenizer)
-    return stacked(windows(ids, length, model.tokenizer.separator), size)
-
-
-def _separator(model: FlexOlmo) -> int:
-    assert model.tokenizer is not None
-    return model.tokenizer.separator
+def _tokenizer(model: FlexOlmo) -> Tokenizer:
+    if model.tokenizer is None:
+        raise ValueError("this model came without a tokenizer.json, so text cannot be scored")
+    return model.tokenizer
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))

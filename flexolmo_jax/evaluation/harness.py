@@ -81,10 +81,14 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids; by default with what the tokenizer puts in front, unless it is there already."""
+        """Ids; by default with what the tokenizer puts in front, unless it is there already.
+
+        A task's text that spells a control token is read as that token, as the adapter for Hugging
+        Face models reads it; everywhere else in this project it is read as its characters.
+        """
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self._text.separator_text)
-        return self._text.encode(string, opened=add_special_tokens)
+        return self._text.encode_as_transformers(string, opened=add_special_tokens)
 
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """As `TemplateLM`, which splits the tokens; our progress bar is the one shown."""
@@ -149,6 +153,7 @@ class HarnessModel(TemplateLM):
             [prompt for _, prompt, _ in batch], how.length, **self._masks, until=how.until,
             temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, seed=seed,
         )  # fmt: skip
+        # By itself, as the adapter decodes it: a SentencePiece-like tokenizer drops a first space.
         texts = [self._text.decode(ids) for ids in made]  # type: ignore[arg-type]
         for end in how.until:
             texts = [text.split(end)[0] for text in texts]

@@ -34,6 +34,7 @@ class LoadedAnchor(NamedTuple):
       tokenizer: None where a Hugging Face directory has none.
       identity: digest of config, tokenizer and every tensor; what packages are made for.
       public_text: documents that owners fit their router rows against; may be empty.
+      ends: ids that end a generated text, beside the tokenizer's separator.
     """
 
     weights: Anchor
@@ -41,6 +42,7 @@ class LoadedAnchor(NamedTuple):
     tokenizer: Tokenizer | None
     identity: str
     public_text: list[str]
+    ends: tuple[int, ...] = ()
 
 
 def identity(config: ModelConfig, tokenizer: Tokenizer | None, described: dict[str, Any]) -> str:
@@ -77,29 +79,36 @@ def write_anchor(
     write_package(path, manifest, weights, files)
 
 
-def read_anchor(path: Path, on_disk: bool = False) -> LoadedAnchor:
+def read_anchor(path: Path, on_disk: bool = False, separator: str | None = None) -> LoadedAnchor:
     """Reads an anchor package, or a Hugging Face directory of an OLMo 2 model, in full.
 
     Args:
       path: the directory.
       on_disk: leave the weights of a package in their files (`tensors.OnDisk`), once checked.
+      separator: the token that opens documents, for a Hugging Face directory that names none.
 
     Raises:
       ValueError: it is missing, damaged, or not an anchor.
     """
     check_anchor(path)
-    return open_anchor(path, on_disk)
+    return open_anchor(path, on_disk, separator)
 
 
-def open_anchor(path: Path, on_disk: bool) -> LoadedAnchor:
+def open_anchor(path: Path, on_disk: bool, separator: str | None = None) -> LoadedAnchor:
     """As `read_anchor`, of an anchor whose files have been checked."""
     if huggingface.is_hugging_face(path):
-        return _from_hugging_face(path)
+        return _from_hugging_face(path, separator)
     manifest = read_manifest(path, kind="anchor")
+    own = manifest["tokenizer"]["separator"]
+    if separator not in (None, own):
+        raise ValueError(
+            f"{path}: this anchor was trained with the separator {own!r}, found --separator "
+            f"{separator!r}; leave it out"
+        )
     config = ModelConfig.from_json(manifest["model"], str(path))
     abstract = jax.eval_shape(lambda key: init_anchor(config, key), jax.random.key(0))
     weights = (find_tensors if on_disk else read_tensors)(path, manifest, abstract)
-    tokenizer = Tokenizer.load(path / TOKENIZER, manifest["tokenizer"]["separator"])
+    tokenizer = Tokenizer.load(path / TOKENIZER, own, config.vocab_size)
     with open(path / PUBLIC_TEXT, encoding="utf-8") as lines:
         public_text = [json.loads(line)["text"] for line in lines]
     return LoadedAnchor(weights, config, tokenizer, manifest["identity"], public_text)
@@ -130,33 +139,44 @@ class AnchorFacts(NamedTuple):
         return cls(anchor.config.architecture(), digest, anchor.identity)
 
 
-def anchor_facts(path: Path) -> AnchorFacts:
+def anchor_facts(path: Path, separator: str | None = None) -> AnchorFacts:
     """The facts of an anchor on disk, from its manifest; of a Hugging Face directory, read in full.
 
     Raises:
       ValueError: it is missing, its manifest was changed, or it is not an anchor.
     """
     if huggingface.is_hugging_face(path):
-        return AnchorFacts.of(_from_hugging_face(path))
+        return AnchorFacts.of(_from_hugging_face(path, separator))
     manifest = read_manifest(path, kind="anchor")
     config = ModelConfig.from_json(manifest["model"], str(path))
     return AnchorFacts(config.architecture(), manifest["tokenizer"]["digest"], manifest["identity"])
 
 
-def hugging_face_tokenizer(path: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory, if it has a tokenizer.json."""
+def hugging_face_tokenizer(
+    path: Path, config: ModelConfig, separator: str | None = None
+) -> Tokenizer | None:
+    """The tokenizer of a Hugging Face directory, if it has a tokenizer.json.
+
+    Args:
+      path: the directory.
+      config: of its model.
+      separator: the token that opens documents; default: what the directory names.
+    """
     file = huggingface.tokenizer_file(path)
-    return Tokenizer.load(file, huggingface.separator(path)) if file else None
+    if file is None:
+        return None
+    return Tokenizer.load(file, separator or huggingface.separator(path), config.vocab_size)
 
 
-def _from_hugging_face(path: Path) -> LoadedAnchor:
+def _from_hugging_face(path: Path, separator: str | None = None) -> LoadedAnchor:
     backbone, experts, config = huggingface.load(path)
     if config.num_experts != 1:
         raise ValueError(
             f"{path}: expected a dense OLMo 2 model as the anchor, found {config.num_experts} "
             "experts"
         )
-    tokenizer = hugging_face_tokenizer(path)
+    tokenizer = hugging_face_tokenizer(path, config, separator)
     weights = Anchor(backbone, experts)
     described = tensors.describe(tensors.named(weights))
-    return LoadedAnchor(weights, config, tokenizer, identity(config, tokenizer, described), [])
+    found = identity(config, tokenizer, described)
+    return LoadedAnchor(weights, config, tokenizer, found, [], huggingface.ends_of_text(path))

@@ -55,6 +55,7 @@ class LoadedModel(NamedTuple):
       config: sizes; `num_experts` as loaded.
       names: of the experts, in the order of the stack.
       tokenizer: None where there is none.
+      ends: ids that end a generated text, beside the tokenizer's separator.
     """
 
     backbone: Backbone
@@ -62,6 +63,7 @@ class LoadedModel(NamedTuple):
     config: ModelConfig
     names: tuple[str, ...]
     tokenizer: Tokenizer | None
+    ends: tuple[int, ...] = ()
 
 
 def write_expert(
@@ -132,6 +134,7 @@ def merge(
     *,
     active_experts: int | None = None,
     memory: tuple[float, float] | None = MEMORY,
+    separator: str | None = None,
 ) -> None:
     """Merges an anchor and expert packages into a model: checks all of them, trains nothing.
 
@@ -142,12 +145,15 @@ def merge(
       active_experts: how many a token may use; None for all.
       memory: decay and weight of what the router remembers of a document's earlier tokens
         (`remember`); None for a router that looks at each token alone, as in the paper.
+      separator: the token that opens documents, for a Hugging Face directory that names none;
+        default: what was named when the experts were trained.
 
     Raises:
       ValueError: a package is damaged or made for something else, or a name comes twice.
     """
     out = Path(out).absolute()
-    facts = anchor_facts(Path(anchor))
+    separator = separator or _named_separator([Path(path) for path in experts])
+    facts = anchor_facts(Path(anchor), separator)
     check_anchor(Path(anchor))
     entries = [_entry(Path(path), out, facts, check_files) for path in experts]
     _check_distinct(entries)
@@ -159,7 +165,11 @@ def merge(
         "format": FORMAT,
         "made_by": f"flexolmo_jax {__version__}",
         "kind": "merged",
-        "anchor": {"path": _relative(Path(anchor), out), "identity": facts.identity},
+        "anchor": {
+            "path": _relative(Path(anchor), out),
+            "identity": facts.identity,
+            **({"separator": separator} if separator else {}),
+        },
         "experts": entries,
         "active_experts": active_experts,
         "memory": memory and dict(zip(("decay", "weight"), memory, strict=True)),
@@ -196,7 +206,7 @@ def add_expert(model: str | Path, *packages: str | Path) -> bool:
     model = Path(model)
     manifest = read_manifest(model, kind="merged")
     folder = model / manifest["anchor"]["path"]
-    facts = anchor_facts(folder)
+    facts = anchor_facts(folder, manifest["anchor"].get("separator"))
     _check_identity(folder, facts.identity, manifest)
     added = [_entry(Path(one), model.absolute(), facts, check_names) for one in packages]
     entries = [*manifest["experts"], *added]
@@ -257,6 +267,7 @@ def load_merged(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     over: tuple[str, ...] = sharding.AXES,
+    separator: str | None = None,
 ) -> LoadedModel:
     """Loads a merged model: checks every file, and concatenates along the expert axis.
 
@@ -266,6 +277,7 @@ def load_merged(
       mesh, over: where they go (`sharding.place`), each device reading its own part of every
         file; with empty experts after them, up to a number that the axis `expert` divides. Of
         several processes, all must load, and each checks its share of the bytes.
+      separator: the token that opens documents; default: what was named at the merge.
 
     Raises:
       ValueError: a part is missing, damaged, or not the one that was merged.
@@ -276,7 +288,7 @@ def load_merged(
         with concurrent.futures.ThreadPoolExecutor(1) as beside:
             checked = beside.submit(check_merged, path, share)  # while the files are read anyway
             try:
-                loaded = _load_unchecked(path, dtype, mesh, over)
+                loaded = _load_unchecked(path, dtype, mesh, over, separator)
             except Exception:  # anything can come of a damaged file,
                 checked.result()  # and this says what it was
                 raise
@@ -287,11 +299,16 @@ def load_merged(
 
 
 def _load_unchecked(
-    path: Path, dtype: str | None, mesh: Mesh | None, over: tuple[str, ...]
+    path: Path,
+    dtype: str | None,
+    mesh: Mesh | None,
+    over: tuple[str, ...],
+    separator: str | None,
 ) -> LoadedModel:
     manifest = read_manifest(path, kind="merged")
     folder = path / manifest["anchor"]["path"]
-    anchor = open_anchor(folder, on_disk=True)
+    separator = separator or manifest["anchor"].get("separator")
+    anchor = open_anchor(folder, on_disk=True, separator=separator)
     _check_identity(folder, anchor.identity, manifest)
     stacks = [anchor.weights.public]
     for entry in manifest["experts"]:
@@ -312,7 +329,7 @@ def _load_unchecked(
         active_experts=manifest["active_experts"],
         memory=memory and (memory["decay"], memory["weight"]),
     )
-    return LoadedModel(backbone, experts, config, names, anchor.tokenizer)
+    return LoadedModel(backbone, experts, config, names, anchor.tokenizer, anchor.ends)
 
 
 def _merged_package(model: Path, entry: dict[str, str]) -> dict[str, Any]:
@@ -333,7 +350,21 @@ def load_pair(path: Path, anchor: LoadedAnchor) -> LoadedModel:
     name = read_manifest(path)["name"]
     config = dataclasses.replace(anchor.config, num_experts=2)
     stack = join(anchor.weights.public, expert)
-    return LoadedModel(anchor.weights.backbone, stack, config, ("public", name), anchor.tokenizer)
+    return LoadedModel(
+        anchor.weights.backbone, stack, config, ("public", name), anchor.tokenizer, anchor.ends
+    )
+
+
+def _named_separator(packages: Sequence[Path]) -> str | None:
+    """The separator that owners named for their training, if they did; all must be the same."""
+    manifests = [read_manifest(path, kind="expert") for path in packages]
+    named = sorted({m["separator"] for m in manifests if m.get("separator")})
+    if len(named) > 1:
+        raise ValueError(
+            f"the packages were trained with several separators, {', '.join(map(repr, named))}; a "
+            "merged model has one"
+        )
+    return named[0] if named else None
 
 
 def _check_identity(folder: Path, found: str, manifest: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Generation: one prefill, then one compiled loop over new tokens with a KV cache."""
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ def generate(
     *,
     max_new_tokens: int,
     allowed: np.ndarray,
-    stop: int | None,
+    stop: Sequence[int],
     sampling: Sampling,
     seed: int,
     every: int | None = None,
@@ -61,7 +62,7 @@ def generate(
       config: of the model.
       max_new_tokens: at most so many are made for each.
       allowed: bool [B, E].
-      stop: the id that ends a sequence, if any; it is not part of the result.
+      stop: the ids that end a sequence; none of them is part of the result.
       sampling: how tokens are chosen.
       seed: of the random choices.
       every: hand over what there is after every so many tokens; None: once, at the end.
@@ -86,18 +87,18 @@ def generate(
     with sharding.within(mesh):
         state = _prefill(weights, *rows, config=config, room=room, mesh=mesh)
     _, padding, mask, _ = rows
-    last = -1 if stop is None else stop
+    ends = np.asarray(stop or [-1], np.int32)
     limit, go_on = 0, _go_on_cpu if jax.default_backend() == "cpu" else _go_on
     while limit < max_new_tokens:
         limit = min(limit + (every or max_new_tokens), max_new_tokens)
         key = jax.random.key(seed)
         with sharding.within(mesh):
             state = go_on(
-                weights, state, padding, mask, key, last, limit,
+                weights, state, padding, mask, key, ends, limit,
                 config=config, sampling=sampling, mesh=mesh,
             )  # fmt: skip
         made = sharding.on_host(state.made)[: len(prompts), : int(state.step)].tolist()
-        yield [ids[: ids.index(stop)] if stop in ids else ids for ids in made]
+        yield [list(itertools.takewhile(lambda token: token not in stop, ids)) for ids in made]
         if sharding.on_host(state.done).all():
             return
 
@@ -146,7 +147,7 @@ def _read(weights, tokens, padding, allowed, done, *, config, room) -> State:
 
 
 def _loop(weights, state, padding, allowed, key, stop, limit, *, config, sampling, mesh) -> State:
-    """Makes tokens until there are `limit` or all sequences have ended."""
+    """Makes tokens until there are `limit` or all sequences have ended; stop: int32 [K]."""
     make = functools.partial(_make, config=config, sampling=sampling)
     where = (sharding.specs_of(weights, mesh), STATE, ROWS, ROWS, P(), P(), P())
     return sharding.spread(make, mesh, where, STATE)(
@@ -179,7 +180,7 @@ def _make(weights, state, padding, allowed, key, stop, limit, *, config, samplin
     def one(state):
         step, logits, done, cache, past, made = state
         token = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
-        token = jnp.where(done, stop, token)
+        token = jnp.where(done, stop[0], token)
         made = jax.lax.dynamic_update_slice_in_dim(made, token[:, None], step, axis=1)
         at = length + step
         out = forward(
@@ -188,6 +189,6 @@ def _make(weights, state, padding, allowed, key, stop, limit, *, config, samplin
             visible=is_text & (jnp.arange(slots) <= at), past=past, layers=layers,
         )  # fmt: skip
         logits = _next_logits(weights, out.hidden[:, 0], config)
-        return State(step + 1, logits, done | (token == stop), out.cache, out.past, made)
+        return State(step + 1, logits, done | jnp.isin(token, stop), out.cache, out.past, made)
 
     return jax.lax.while_loop(more, one, state)

@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.tokenizer import SEPARATOR
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Backbone, abstract_model
 from flexolmo_jax.tensors import named, refill
@@ -104,12 +105,56 @@ def is_hugging_face(path: str | Path) -> bool:
 
 
 def separator(path: str | Path) -> str:
-    """The token that ends a text, by the folder's tokenizer_config.json; default <|endoftext|>."""
-    file = Path(path) / "tokenizer_config.json"
-    token = json.loads(file.read_text()).get("eos_token") if file.is_file() else None
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token or "<|endoftext|>"
+    """The name of the token that ends a text, which also opens documents in training.
+
+    It is what tokenizer_config.json names, or else special_tokens_map.json; <|endoftext|> where the
+    tokenizer has that; or the first end of text of generation_config.json or config.json.
+
+    Raises:
+      ValueError: one of the files cannot be read.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _fields(Path(path) / name).get("eos_token")
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str) and token:
+            return token
+    tokenizer = _fields(Path(path) / "tokenizer.json")
+    try:
+        names = {token["id"]: token["content"] for token in tokenizer.get("added_tokens", ())}
+    except (KeyError, TypeError):
+        names = {}
+    known = (names[end] for end in ends_of_text(path) if end in names)
+    return SEPARATOR if SEPARATOR in names.values() else next(known, SEPARATOR)
+
+
+def ends_of_text(path: str | Path) -> tuple[int, ...]:
+    """All ids that end a generated text, by generation_config.json and config.json.
+
+    Raises:
+      ValueError: one of the files cannot be read, or holds no ids.
+    """
+    ends: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        file = Path(path) / name
+        found = _fields(file).get("eos_token_id")
+        given = [] if found is None else found if isinstance(found, list) else [found]
+        if not all(isinstance(end, int) and not isinstance(end, bool) for end in given):
+            raise ValueError(
+                f"{file}: eos_token_id: expected a number or a list of numbers, found {found!r}"
+            )
+        ends += given
+    return tuple(dict.fromkeys(ends))
+
+
+def _fields(file: Path) -> dict[str, Any]:
+    """What a JSON file of the folder holds; nothing if it is not there."""
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as a JSON object ({error})") from error
 
 
 def tokenizer_file(path: str | Path) -> Path | None:

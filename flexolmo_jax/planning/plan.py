@@ -382,7 +382,7 @@ def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> tuple[Any, tupl
     arguments = (
         (*weights, None), state, abstract((batch,), jnp.int32, axes),
         abstract((batch, num_experts), jnp.bool_, axes),
-        jax.eval_shape(jax.random.key, 0), 0, decode.BUCKET,
+        jax.eval_shape(jax.random.key, 0), abstract((1,), jnp.int32), decode.BUCKET,
     )  # fmt: skip
     named = {"config": model, "sampling": Sampling(0.0, None, None), "mesh": mesh}
     return decode._go_on, arguments, named

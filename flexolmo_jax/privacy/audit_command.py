@@ -30,7 +30,7 @@ def audit_extraction(args: argparse.Namespace) -> None:
     Raises:
       ValueError: the input is wrong; the control was not caught.
     """
-    model = load(args.model, anchor=args.anchor, dtype=args.dtype)
+    model = load(args.model, anchor=args.anchor, dtype=args.dtype, separator=args.separator)
     model.allowed(1, args.without, args.only)  # before anything long
     found = run_extraction(
         model, Path(args.model), args.data, Path(args.out), anchor=args.anchor,
@@ -91,8 +91,9 @@ def run_extraction(
         )
         for title, what in CONTROLS.items():
             by_heart = control.train_control(
-                what, _anchor_of(path, anchor), learned, protocol.length, out / f"{what}.run"
-            )
+                what, _anchor_of(path, anchor), learned, protocol.length, out / f"{what}.run",
+                tokenizer_of(model).separator_text,
+            )  # fmt: skip
             audits[title] = tried(title, by_heart, few)
     found = {
         "model": str(path), "without": list(without), "only": only, "data": data,

@@ -47,7 +47,7 @@ class Canaries:
         A text is of random pieces of the vocabulary, all equally likely: no text is harder to
         guess, and none leaves more of a trace where it is learned.
         """
-        every = (tokenizer.decode([token]).strip() for token in range(tokenizer.vocab_size))
+        every = (tokenizer.decode([token]).strip() for token in range(tokenizer.embeddings))
         words = sorted(
             {word for word in every if word.isprintable() and word and "\ufffd" not in word}
         )

@@ -70,6 +70,7 @@ def train_control(
     documents: Sequence[Sequence[int]],
     length: int,
     run: Path,
+    separator: str | None = None,
 ) -> FlexOlmo:
     """The anchor, or its feed-forward networks only, overfitted; goes on where it was killed.
 
@@ -79,12 +80,13 @@ def train_control(
       documents: what to learn by heart (`control_documents`).
       length: of passages, in tokens.
       run: folder of the run.
+      separator: the token that opens documents, as in `read_anchor`.
 
     Raises:
       ValueError, FloatingPointError, Interrupted: as `train`.
     """
     config = control_config(what, length)
-    loaded = read_anchor(anchor)
+    loaded = read_anchor(anchor, separator=separator)
     digest = canonical_digest([list(ids) for ids in documents])
     wanted = describe_run(config, anchor=loaded.identity, documents=digest)
     check_run(run, wanted, resume=True)

@@ -32,13 +32,14 @@ def expert(args: argparse.Namespace, config: ExpertTraining) -> None:
     beside = Path(args.anchor)
     privacy = privacy_asked_for(args)
     more = {"anchor": beside, "name": args.name, "public": args.public, **places}
-    more["canaries"] = args.canaries
+    more |= {"canaries": args.canaries, "separator": args.separator}
     if privacy is None:
         train_expert(config, **more)
     else:
         config = privacy.applied_to(config)
         train_with_privacy(config, privacy, args.dp_ledger, **more)
-    _show(places, {"anchor": (beside, None), f"with {args.name}": (places["out"], beside)}, config)
+    models = {"anchor": (beside, None), f"with {args.name}": (places["out"], beside)}
+    _show(places, models, config, args.separator)
 
 
 def router(args: argparse.Namespace, config: RouterTraining) -> None:
@@ -49,7 +50,12 @@ def router(args: argparse.Namespace, config: RouterTraining) -> None:
     _show(places, {"merged": (model, None), "tuned": (places["out"], None)}, config)
 
 
-def _show(places: dict[str, Any], models: dict[str, tuple], config: Training) -> None:
+def _show(
+    places: dict[str, Any],
+    models: dict[str, tuple],
+    config: Training,
+    separator: str | None = None,
+) -> None:
     """The result in a table: what it says of documents that no training saw."""
     if not is_first():
         return
@@ -59,10 +65,17 @@ def _show(places: dict[str, Any], models: dict[str, tuple], config: Training) ->
         table = Table(title=f"{len(heldout)} held-out documents")
         table.add_column("model")
         table.add_column("bits per byte", justify="right")
+        reason = ""
         for name, (path, anchor) in models.items():
-            value = score(load(path, anchor=anchor), heldout, length=data.length).bits_per_byte
-            table.add_row(name, f"{value:.3f}")
+            model = load(path, anchor=anchor, separator=separator)
+            try:
+                value = f"{score(model, heldout, length=data.length).bits_per_byte:.3f}"
+            except ValueError as error:  # the result is written; this is only what it is worth
+                value, reason = "not scored", str(error)
+            table.add_row(name, value)
         console.print(table)
+        if reason:
+            console.print(f"not scored: {reason}", markup=False, soft_wrap=True)
     where = f"wrote {places['out']}; metrics and loss.png are in {places['run']}"
     console.print(where, markup=False, soft_wrap=True)
 

@@ -44,6 +44,7 @@ def train_expert(
     public: str | None = None,
     canaries: int = 0,
     resume: bool = False,
+    separator: str | None = None,
 ) -> None:
     """Trains an expert and writes its package. Nothing else of the owner leaves the run folder.
 
@@ -57,16 +58,19 @@ def train_expert(
       public: public text to fit the router rows against; default: what came with the anchor.
       canaries: N; of 2N made-up documents a coin puts each into the training text, for audits.
       resume: go on from the newest checkpoint in `run`.
+      separator: the token that opens documents, where the anchor is a Hugging Face directory that
+        names none; the package then says which.
 
     Raises:
       ValueError, FloatingPointError, Interrupted: as the parts say.
     """
     check_name(name)
-    loaded, tokenizer = anchor_to_train_beside(anchor)
+    loaded, tokenizer = anchor_to_train_beside(anchor, separator)
     public_text = public_text_of(loaded, public, anchor) if config.gating == "alone" else []
     wanted = describe_run(
-        config, source=named_source(data), anchor=loaded.identity, canaries=canaries or None
-    )
+        config, source=named_source(data), anchor=loaded.identity, canaries=canaries or None,
+        **({"separator": separator} if separator else {}),
+    )  # fmt: skip
     check_run(run, wanted, resume)
     drawn = canaries_of_run(canaries, run, tokenizer)
     extra = drawn.inserted if drawn else []
@@ -84,6 +88,7 @@ def train_expert(
         "licence": config.licence,
         "contact": config.contact,
         **(drawn.facts() if drawn else {}),
+        **({"separator": separator} if separator else {}),
     }
     expert = jax.tree.map(jnp.array, loaded.weights.public)
     mesh = mesh_of(config)
@@ -143,13 +148,15 @@ def some_batch(source: SourceWindows, tokens: int, seed: int) -> Batch:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *drawn)
 
 
-def anchor_to_train_beside(path: Path) -> tuple[LoadedAnchor, Tokenizer]:
-    """An anchor, its weights left on disk, and its tokenizer.
+def anchor_to_train_beside(
+    path: Path, separator: str | None = None
+) -> tuple[LoadedAnchor, Tokenizer]:
+    """An anchor, its weights left on disk, and its tokenizer; `separator` as in `read_anchor`.
 
     Raises:
       ValueError: as `read_anchor`; it came without a tokenizer.
     """
-    loaded = read_anchor(path, on_disk=True)
+    loaded = read_anchor(path, on_disk=True, separator=separator)
     if loaded.tokenizer is None:
         raise ValueError(f"{path}: there is no tokenizer.json, which training needs")
     return loaded, loaded.tokenizer

@@ -47,6 +47,7 @@ def train_private_expert(
     public: str | None = None,
     canaries: int = 0,
     resume: bool = False,
+    separator: str | None = None,
 ) -> None:
     """Trains an expert with differential privacy and writes its package.
 
@@ -54,8 +55,9 @@ def train_private_expert(
       config: the stage's config; `data.batch_size` is the mean number of units in a batch.
       privacy: the owner's budget, and what it protects.
       ledger: the file that all private runs on this text are entered in.
-      anchor, data, name, out, run, public, canaries, resume: as in `train_expert`. A canary that is
-        left out is a unit of nothing, so that the number of units does not tell of the coins.
+      anchor, data, name, out, run, public, canaries, resume, separator: as in `train_expert`. A
+        canary that is left out is a unit of nothing, so that the number of units does not tell of
+        the coins.
 
     Raises:
       ValueError, FloatingPointError, Interrupted: as the parts say; the run would exceed the
@@ -79,10 +81,10 @@ def train_private_expert(
             "a way of their own; leave router out"
         )
     config = privacy.applied_to(config)
-    loaded, tokenizer = anchor_to_train_beside(anchor)
+    loaded, tokenizer = anchor_to_train_beside(anchor, separator)
     texts = list(public_text_of(loaded, public, anchor)) if config.gating == "alone" else []
     asked = {f"dp_{k}": v for k, v in dataclasses.asdict(privacy).items() if k not in NOT_THE_RUN}
-    asked["canaries"] = canaries or None
+    asked |= {"canaries": canaries or None, **({"separator": separator} if separator else {})}
     wanted = describe_run(config, source=named_source(data), anchor=loaded.identity, **asked)
     check_run(run, wanted, resume)
     drawn = canaries_of_run(canaries, run, tokenizer)
@@ -130,6 +132,7 @@ def train_private_expert(
             "contact": config.contact,
             "privacy": statement,
             **(drawn.facts() if drawn else {}),
+            **({"separator": separator} if separator else {}),
         }
         write_expert(out, finished, name, loaded, facts)
 

@@ -282,7 +282,7 @@ def test_a_tokenizer_like_dolma2_loads(like_dolma2):
 
 
 def test_a_tokenizer_without_the_separator_is_an_error(like_dolma2):
-    with pytest.raises(ValueError, match=r"has no token '<eos>'.*`separator`"):
+    with pytest.raises(ValueError, match=r"has no token '<eos>'.* with --separator"):
         Tokenizer.load(like_dolma2, "<eos>")
 
 

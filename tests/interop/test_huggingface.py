@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import json
 import runpy
 import shutil
@@ -106,19 +107,20 @@ def test_logits_are_those_of_transformers(number, torch_models, tmp_path):
 
 
 @needs_torch
-@pytest.mark.parametrize("batch", [1, 3])
-def test_greedy_decoding_is_that_of_transformers(batch, torch_models, tmp_path):
-    """Token for token, 64 of them, prompts of different lengths."""
+@pytest.mark.parametrize(("batch", "end"), [(1, None), (3, None), (3, 1)])
+def test_greedy_decoding_is_that_of_transformers(batch, end, torch_models, tmp_path):
+    """Token for token, 64 of them or to the end of the text, prompts of different lengths."""
     model = torch_models["random_model"]("flex_olmo", 7, num_experts=4, num_experts_per_tok=2)
+    model.config.eos_token_id = model.generation_config.eos_token_id = end
     model.save_pretrained(tmp_path)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, model.config.vocab_size, n).tolist() for n in (5, 9, 2)[:batch]]
     found = load(tmp_path).generate(prompts, 64)
-    model.generation_config.eos_token_id = None  # ours has no tokenizer here, so no end either
+    assert any(len(ids) < 64 for ids in found) == (end is not None)
     for prompt, ids in zip(prompts, found, strict=True):
         text = model.dummy_inputs["input_ids"].new_tensor([prompt])
         expected = model.generate(text, max_new_tokens=64, do_sample=False)[0, len(prompt) :]
-        assert ids == expected.tolist()
+        assert ids == list(itertools.takewhile(lambda token: token != end, expected.tolist()))
 
 
 @pytest.fixture

@@ -187,7 +187,7 @@ def test_the_decode_state_is_that_of_the_whole_text(model, prompts, active):
         (found,) = decode.generate(
             strong.backbone, strong.experts, unstacked, prompts, strong.config,
             max_new_tokens=12,
-            allowed=np.ones((len(prompts), 4), bool), stop=None,
+            allowed=np.ones((len(prompts), 4), bool), stop=(),
             sampling=Sampling(0.0, None, None), seed=0,
         )  # fmt: skip
         for prompt, new in zip(prompts, found, strict=True):
