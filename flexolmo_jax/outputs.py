@@ -48,7 +48,7 @@ def check_new_folder(folder: str | Path, reads: Iterable[str | Path] = ()) -> No
                 "folder inside it"
             )
     _check_place(folder, reads)
-    _check_writable(Path(os.path.realpath(folder)))
+    _check_writable(folder.absolute())
 
 
 def check_kept_folder(
@@ -77,7 +77,7 @@ def check_kept_folder(
     if found := _what_is(Path(os.path.realpath(folder)), runs=False):
         raise ValueError(f"{folder}: is {found}; choose another folder")
     _check_place(folder, reads)
-    _check_writable(Path(os.path.realpath(folder)), inside=folder.is_dir())
+    _check_writable(folder.absolute(), inside=folder.is_dir())
 
 
 def check_new_file(file: str | Path, reads: Iterable[str | Path] = ()) -> None:
@@ -86,7 +86,7 @@ def check_new_file(file: str | Path, reads: Iterable[str | Path] = ()) -> None:
     if os.path.lexists(file):
         raise ValueError(f"{file}: already there; choose another --out, or take it away first")
     _check_place(file, reads)
-    _check_writable(Path(os.path.realpath(file)))
+    _check_writable(file.absolute())
 
 
 def check_training(

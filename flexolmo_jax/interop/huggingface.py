@@ -101,6 +101,7 @@ _FIXED = {"hidden_act": "silu", "attention_bias": False, "sliding_window": None}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
+NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 SUFFIXES = (".safetensors", INDEX_SUFFIX)
 OTHER_WEIGHTS = ("*.safetensors", "*.index.json", "*.bin", "*.gguf", "*.pth")
 
@@ -307,7 +308,7 @@ def _shards(path: Path, index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return sorted(_inside(path, name, index) for name in names)
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, *NOT_JSON) as error:
         raise ValueError(f"{index}: not an index of safetensors ({error!r})") from error
 
 
