@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -292,6 +293,12 @@ def _weight_files(path: Path) -> list[Path]:
         file = _inside(path, named_by_config, path / "config.json")
         return _shards(path, file) if file.name.endswith(INDEX_SUFFIX) else [file]
     if (path / WEIGHTS).is_file():
+        if _has_shards(path):
+            warnings.warn(
+                f"{path}: holds two checkpoints; {WEIGHTS} is read, as transformers does, and the "
+                f"shards of {INDEX} are not: take one of them away",
+                stacklevel=2,
+            )
         return [path / WEIGHTS]
     if (path / INDEX).is_file():
         return _shards(path, path / INDEX)
@@ -301,6 +308,14 @@ def _weight_files(path: Path) -> list[Path]:
         "where the weights have another name or format, load them with transformers and write "
         "them with save_pretrained"
     )
+
+
+def _has_shards(path: Path) -> bool:
+    """Whether the folder has an index, and all files that it names."""
+    try:
+        return all(file.is_file() for file in _shards(path, path / INDEX))
+    except ValueError:
+        return False
 
 
 def _shards(path: Path, index: Path) -> list[Path]:

@@ -338,12 +338,16 @@ def test_of_several_checkpoints_in_a_folder_the_one_that_transformers_reads(torc
     expect(new)
     for file, content in shards.items():  # their files too: what `cp` of both leaves
         file.write_bytes(content)
-    expect(new)
+    with pytest.warns(UserWarning, match="holds two checkpoints; model.safetensors is read"):
+        expect(new)
+    next(iter(shards)).unlink()  # then it is a leftover
     leftovers = {"consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.bin"}
     for name in leftovers:
         (tmp_path / name).write_bytes((tmp_path / WEIGHTS).read_bytes()[:50])
     expect(new)
     (tmp_path / WEIGHTS).unlink()
+    for file, content in shards.items():
+        file.write_bytes(content)
     expect(old)
     # An index that misses a tensor which its shards hold.
     index = json.loads((tmp_path / INDEX).read_text())
