@@ -60,7 +60,8 @@ def check_kept_folder(
       folder: may be there.
       reads: as in `check_new_folder`.
       holding: patterns of names by which the command knows a folder of its own: where the folder
-        holds anything, it must hold one of them. None: what it holds is not looked at.
+        holds anything, it must hold one of them. (): it must be empty. None: what it holds is
+        not looked at.
 
     Raises:
       ValueError: as `check_new_folder`; it is no folder, or holds something else.
@@ -70,9 +71,10 @@ def check_kept_folder(
         raise ValueError(f"{folder}: expected a folder there, or nothing; choose another")
     if holding is not None and folder.is_dir() and any(folder.iterdir()):
         if not any(next(folder.glob(pattern), None) for pattern in holding):
+            why = f" and not made by this command: it holds no {' or '.join(holding)}"
             raise ValueError(
-                f"{folder}: already there, and not made by this command (it holds no "
-                f"{' or '.join(holding)}); choose another folder"
+                f"{folder}: already there{why if holding else ''}; choose another folder, or take "
+                "it away first"
             )
     if found := _what_is(Path(os.path.realpath(folder)), runs=False):
         raise ValueError(f"{folder}: is {found}; choose another folder")

@@ -1,10 +1,6 @@
 """Where a command writes is checked before it does any work."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from collections import namedtuple
 
 import pytest
@@ -209,18 +205,25 @@ def test_a_router_without_experts_and_windows_beyond_the_anchors_are_refused(
     assert not out.exists() and not run.exists()
 
 
-def test_a_refused_start_does_not_stand_in_the_way_of_the_corrected_one(world, tmp_path):
-    """On two devices a batch of 3 cannot be divided; the run folder stays free."""
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    env["JAX_PLATFORMS"] = "cpu"
+@pytest.mark.parametrize("stage", ["anchor", "pair"])
+def test_a_refused_start_does_not_stand_in_the_way_of_the_corrected_one(
+    world, refused, tmp_path, stage, monkeypatch
+):
+    out, run = tmp_path / "out", tmp_path / "run"
+    words = world.expert_words(out, config="pair", run=run)
+    if stage == "anchor":
+        words = ("train", "anchor", world.config_file("anchor"), "--out", out, "--run", run)
+        words = (*words, "--data", world.texts["public"])
+    missing = tmp_path / "missing.npy"
+    assert "missing.npy" in refused(*words, "--domain-embedding", missing)
+    assert not (run / "config.json").exists()
 
-    def train(size):
-        words = world.expert_words(tmp_path / "out", "--steps", "1", "--data.batch-size", size)
-        command = [sys.executable, "-m", "flexolmo_jax.cli", *map(str, words)]
-        return subprocess.run(command, env=env, capture_output=True, text=True)
+    def uneven(*_):
+        raise ValueError("the batch cannot be divided among the devices")
 
-    wrong = train(3)
-    assert wrong.returncode == 2 and "cannot be divided" in wrong.stderr
-    right = train(4)
-    assert right.returncode == 0, right.stderr
-    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(f"flexolmo_jax.training.{MODULES[stage]}.mesh_of", uneven)
+    assert "cannot be divided" in refused(*words)
+    assert not (run / "config.json").exists()
+
+
+MODULES = {"anchor": "anchor", "pair": "expert"}

@@ -22,7 +22,7 @@ console = Console()
 
 def anchor(args: argparse.Namespace, config: AnchorTraining) -> None:
     """Stage 1."""
-    places = _places(args, config, config.tokenizer)
+    places = _places(args, config)
     train_anchor(config, **places)
     _show(places, {"anchor": (places["out"], None)}, config)
 
