@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -114,15 +116,15 @@ def test_beside_half_precision_a_stopped_run_resumes_bit_for_bit(
     straight = trained(world, tmp_path / "straight", anchor, "alone")
     real = loop.batches
 
-    def broken(source, seed, start=0):
+    def stopped(source, seed, start=0):
         for number, batch in enumerate(real(source, seed, start), start + 1):
             if number == 5:
-                raise RuntimeError("the power went out")
+                os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "batches", broken)
-        with pytest.raises(RuntimeError, match="power"):
+        patch.setattr(loop, "batches", stopped)
+        with pytest.raises(loop.Interrupted):
             trained(world, tmp_path / "stopped", anchor, "alone")
     again = trained(world, tmp_path / "stopped", anchor, "alone", resume=True)
     jax.tree.map(
