@@ -22,6 +22,7 @@ from flexolmo_jax.evaluation.domains import heldout_documents, score
 from flexolmo_jax.evaluation.report import heat_map
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.model import FlexOlmo, load
+from flexolmo_jax.outputs import check_kept_folder
 
 OWNERS = ("code", "math", "educational", "creative")
 AT_ONCE = 2  # owners that train at the same time
@@ -41,8 +42,7 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     Raises:
       ValueError: `out` is there already; RuntimeError: a stage failed.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: already there; choose another --out, or take it away first")
+    check_kept_folder(out, holding=())
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     anchor, merged = out / "anchor", out / "merged"

@@ -222,7 +222,11 @@ SMALL_RUN = 65_536  # bytes; of shorter ones, one system call each would take to
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Arrays [L, E_i, ...] end to end along axis 1, read by parts; as `OnDisk`."""
+    """Arrays [L, E_i, ...] end to end along axis 1, read by parts; as `OnDisk`.
+
+    Of several dtypes, it is of the one that holds them all: beside an anchor in half precision,
+    trained experts are float32.
+    """
 
     arrays: tuple[Any, ...]  # OnDisk, or of NumPy or JAX
     empty: int = 0  # so many more after them
@@ -239,7 +243,7 @@ class Joined:
 
     @property
     def dtype(self) -> np.dtype:
-        return self.arrays[0].dtype
+        return np.dtype(jnp.result_type(*(x.dtype for x in self.arrays)))
 
     def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
         layers, wanted, *rest = _ranges(part, self.shape)
@@ -250,7 +254,7 @@ class Joined:
             if here:
                 own = range(here.start - first, here.stop - first)
                 into, ranges = out[:, done : done + len(here)], (layers, own, *rest)
-                if isinstance(x, OnDisk):
+                if isinstance(x, OnDisk) and x.dtype == out.dtype:
                     x.read(ranges, into)
                 else:
                     into[...] = x[tuple(slice(r.start, r.stop) for r in ranges)]

@@ -20,6 +20,7 @@ from flexolmo_jax.demo import run_command
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.federation.package import read_manifest, replace_file
 from flexolmo_jax.model import load
+from flexolmo_jax.outputs import check_kept_folder
 from flexolmo_jax.privacy import audit_command, command
 
 console = Console()
@@ -67,8 +68,7 @@ def run_twin(
       ValueError: `out` is there already.
       RuntimeError: a stage failed.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: already there; choose another --out, or take it away first")
+    check_kept_folder(out, [] if anchor is None else [anchor], holding=())
     PrivacyConfig(epsilon)  # in its range?
     trial = trial or Trial()
     console.quiet = command.console.quiet = quiet

@@ -13,6 +13,7 @@ import pytest
 
 import flexolmo_jax as fo
 from flexolmo_jax.federation.package import read_manifest
+from flexolmo_jax.training import expert
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -64,8 +65,16 @@ def is_clear(error, message):
     return True
 
 
+@pytest.fixture
+def filled_later(monkeypatch):
+    """As if the disk had room when that was checked, and somebody else had filled it since."""
+    return lambda: monkeypatch.setattr(expert, "check_room", lambda *_, **__: None)
+
+
 @pytest.mark.parametrize("free", [0, 40_000])
-def test_a_full_disk_while_an_expert_is_written(world, tmp_path, tiny_disk, flexolmo, free):
+def test_a_full_disk_while_an_expert_is_written(
+    world, tmp_path, tiny_disk, flexolmo, filled_later, free
+):
     run = tmp_path / "run"
     if tiny_disk is None:
         done = limited(
@@ -75,7 +84,12 @@ def test_a_full_disk_while_an_expert_is_written(world, tmp_path, tiny_disk, flex
         assert not (tmp_path / "disk" / "mine").exists()
         return
     disk = tiny_disk(free)
-    code, _, error = flexolmo(*world.expert_words(disk / "mine", "--steps", "2", run=run))
+    words = world.expert_words(disk / "mine", "--steps", "2", run=run)
+    code, _, error = flexolmo(*words)
+    assert code == 2 and is_clear(error, "not enough room on the disk")
+    assert not run.exists()
+    filled_later()
+    code, _, error = flexolmo(*words)
     assert code == 2 and is_clear(error, "the disk is full")
     assert [p.name for p in disk.iterdir()] == ["filler"]
     (disk / "filler").unlink()
@@ -84,7 +98,7 @@ def test_a_full_disk_while_an_expert_is_written(world, tmp_path, tiny_disk, flex
 
 
 @pytest.mark.parametrize("free", [0, 16_000, 300_000])
-def test_a_full_disk_while_training(world, tmp_path, tiny_disk, flexolmo, free):
+def test_a_full_disk_while_training(world, tmp_path, tiny_disk, flexolmo, filled_later, free):
     """First the windows do not fit, then the checkpoints."""
     if tiny_disk is None:
         done = limited(world.expert_words(tmp_path / "mine", run=tmp_path / "disk" / "run"), 10_000)
@@ -92,6 +106,7 @@ def test_a_full_disk_while_training(world, tmp_path, tiny_disk, flexolmo, free):
         return
     disk = tiny_disk(free)
     arguments = world.expert_words(tmp_path / "mine", run=disk / "run")
+    filled_later()
     code, _, error = flexolmo(*arguments)
     assert code == 2 and is_clear(error, "the disk is full")
     assert not (tmp_path / "mine").exists()

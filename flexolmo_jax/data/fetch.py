@@ -37,6 +37,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flexolmo_jax.data import extract
 from flexolmo_jax.data.extract import Row
+from flexolmo_jax.outputs import check_kept_folder
 
 DOMAINS = (
     "public",
@@ -261,7 +262,8 @@ def fetch(
       version, licence and the sha256 of the archive; and what was skipped.
 
     Raises:
-      ValueError: a domain is unknown, or nothing could be had for any of them.
+      ValueError: a domain is unknown, or nothing could be had for any of them; the folder holds
+        something else, or cannot be written.
     """
     unknown = sorted(set(domains) - set(DOMAINS))
     if unknown or not domains:
@@ -269,6 +271,7 @@ def fetch(
             f"domains must be among {', '.join(DOMAINS)}; found {', '.join(unknown) or 'none'}"
         )
     root = Path(folder)
+    check_kept_folder(root, holding=("downloads", "rows"))
     for name in ("downloads", "rows"):
         (root / name).mkdir(parents=True, exist_ok=True)
     shutil.rmtree(root / "unpacked", ignore_errors=True)  # what a killed run left

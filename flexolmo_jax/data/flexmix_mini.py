@@ -32,6 +32,7 @@ from flexolmo_jax.data import fetch
 from flexolmo_jax.data.extract import Row
 from flexolmo_jax.data.flexmix import prepared
 from flexolmo_jax.federation.package import new_directory
+from flexolmo_jax.outputs import check_new_folder
 
 SPLITS = ("train", "tune", "heldout")
 CAP = 12_000_000  # bytes of text that a domain has at most
@@ -98,6 +99,7 @@ def make_flexmix(
             "finding near-duplicates needs the package datasketch: pip install "
             "'flexolmo_jax[study]'"
         )
+    check_new_folder(out, [fetched])
     about = _fetched_card(fetched)
     domains = (*(name for name in fetch.DOMAINS if name != "public"), "public")
     seen = Seen()

@@ -17,6 +17,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 
 from flexolmo_jax.data.sources import Document, read_documents
+from flexolmo_jax.outputs import check_new_file
 
 
 class Proxies(NamedTuple):
@@ -33,15 +34,17 @@ def pick_proxies(
     Args:
       own: the owner's text, as `read_documents` takes it; at most `most` documents are used.
       public: public text; every document is ranked, `most` train the classifier.
-      out: the JSONL file to write (fields text and probability).
+      out: the JSONL file to write (fields text and probability); must not exist.
       share: of the public documents, how many to pick.
       most: cap on the documents of each side that the classifier learns from.
 
     Raises:
-      ValueError: a source is empty, or has too few documents to tell them apart.
+      ValueError: a source is empty, or has too few documents to tell them apart; `out` is there
+        already, or cannot be written.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], found {share}")
+    check_new_file(out, [own, public])
     own_texts = [d.text for d in itertools.islice(read_documents(own), most)]
     public_documents: list[Document] = list(read_documents(public))
     public_texts = [d.text for d in public_documents[:most]]

@@ -17,6 +17,7 @@ from flexolmo_jax.evaluation.study_config import StudyConfig
 from flexolmo_jax.evaluation.study_plan import plan_seed
 from flexolmo_jax.evaluation.study_report import write_report
 from flexolmo_jax.evaluation.study_shared import plan_shared
+from flexolmo_jax.outputs import check_kept_folder
 
 
 def run_study(config: StudyConfig, out: Path, seeds: Sequence[int], resume: bool = False) -> None:
@@ -32,8 +33,10 @@ def run_study(config: StudyConfig, out: Path, seeds: Sequence[int], resume: bool
       ValueError: the folder is there and `resume` was not asked for; a text is missing.
       FloatingPointError, Interrupted: as the trainings say.
     """
-    if not resume and out.exists() and any(out.iterdir()):
+    if not resume and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out}: already there; go on with it with --resume, or choose another")
+    reads = [] if config.texts == "corpus" else [config.texts]
+    check_kept_folder(out, reads, holding=("*/lock", "*/done.json"))
     if len(set(seeds)) != len(seeds) or not seeds:
         raise ValueError(f"seeds must differ, found {list(seeds)}")
     out.mkdir(parents=True, exist_ok=True)

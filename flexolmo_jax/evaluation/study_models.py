@@ -126,7 +126,11 @@ def refit(
     for name, expert in experts.items():
         text = str(texts[name] / "train.jsonl")
         source, _ = prepare(text, training.data, loaded.tokenizer, windows[name])
-        fitted = fit_rows(expert, loaded, source, loaded.public_text, training)
+        length = training.data.length
+        public = public_batch(
+            loaded.public_text, loaded.tokenizer, length, training.fit_tokens // length
+        )
+        fitted = fit_rows(expert, loaded, source, public, training)
         forget(folder / name)
         _write_package(folder, name, fitted, loaded)
 

@@ -76,6 +76,7 @@ def plan_shared(config: StudyConfig, root: Path) -> Shared:
 
         def pick(folder: Path) -> None:
             share, file = config.proxies, folder / f"{domain}.jsonl"
+            file.unlink(missing_ok=True)  # of a killed run
             if domain == "public":
                 study_texts.write_public_sample(public.folder, share, file)
             else:

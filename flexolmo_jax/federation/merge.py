@@ -43,6 +43,7 @@ from flexolmo_jax.federation.package import (
 from flexolmo_jax.modeling.experts import Experts, join
 from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.modeling.transformer import Backbone
+from flexolmo_jax.outputs import check_new_folder
 from flexolmo_jax.tensors import Joined
 from flexolmo_jax.version import __version__
 
@@ -149,8 +150,10 @@ def merge(
         default: what was named when the experts were trained.
 
     Raises:
-      ValueError: a package is damaged or made for something else, or a name comes twice.
+      ValueError: a package is damaged or made for something else, or a name comes twice; `out`
+        cannot be written (`check_new_folder`).
     """
+    check_new_folder(out, [anchor, *experts])
     out = Path(out).absolute()
     separator = separator or _named_separator([Path(path) for path in experts])
     facts = anchor_facts(Path(anchor), separator)

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,9 +100,21 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "sliding_window": None}
 
 
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
+NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
+SUFFIXES = (".safetensors", INDEX_SUFFIX)
+OTHER_WEIGHTS = ("*.safetensors", "*.index.json", "*.bin", "*.gguf", "*.pth")
+
+
 def is_hugging_face(path: str | Path) -> bool:
-    """Whether `path` is a folder with a config.json and safetensors."""
-    return (Path(path) / "config.json").is_file() and any(Path(path).glob("*.safetensors"))
+    """Whether `path` is a folder with a config.json and weights beside it, of whatever format.
+
+    Those that cannot be read are refused by `load`.
+    """
+    weights = (file for pattern in OTHER_WEIGHTS for file in Path(path).glob(pattern))
+    return (Path(path) / "config.json").is_file() and any(weights)
 
 
 def separator(path: str | Path) -> str:
@@ -166,7 +179,9 @@ def tokenizer_file(path: str | Path) -> Path | None:
 def load_config(path: str | Path) -> ModelConfig:
     """Reads config.json of a FlexOlmo or OLMo 2 model, as transformers 4 or 5 writes it.
 
-    OLMo 2 is a model of one expert. How it is computed (`dtype`, `remat`) stays at the defaults.
+    OLMo 2 is a model of one expert. How it is computed (`dtype`, `remat`) stays at the defaults:
+    in float32, whatever the weights are stored in, and whatever `dtype` config.json has. So float16
+    cannot overflow, and half precision gives what the same weights in float32 give.
 
     Raises:
       ValueError: the file cannot be read, a field is missing, or has a value that our network
@@ -237,7 +252,7 @@ def load(path: str | Path, dtype: Any = None) -> tuple[Backbone, Experts, ModelC
 
     Args:
       path: a folder with config.json and model.safetensors, or the shards that
-        model.safetensors.index.json names.
+        model.safetensors.index.json names; where both are there, the first, as transformers does.
       dtype: of the weights; None: as they are stored (the widest, if they differ).
 
     Returns:
@@ -291,16 +306,8 @@ def _reading(file: Path) -> Iterator[None]:
 
 def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
     """Opens the folder's safetensors and lists what they hold; `stack` closes them."""
-    index = path / "model.safetensors.index.json"
-    files = {path / "model.safetensors"}
-    if index.exists():
-        try:
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = {path / name for name in shards}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: not an index of safetensors ({error!r})") from error
     found: dict[str, _Tensor] = {}
-    for file in sorted(files):
+    for file in _weight_files(path):
         with _reading(file):
             opened = stack.enter_context(safe_open(file, framework="numpy"))
         for name in opened.keys():
@@ -312,6 +319,66 @@ def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
                 raise ValueError(f"{file}: {name} is also in {found[name].file}")
             found[name] = _Tensor(file, tuple(header.get_shape()), _DTYPES[kind], read)
     return found
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that transformers 5 reads of a folder, and no others that lie beside them.
+
+    They are the file or index that `transformers_weights` in config.json names, else
+    model.safetensors, else what model.safetensors.index.json names. An index beside
+    model.safetensors is a leftover: transformers 5 takes away old shards when it saves a model,
+    and leaves their index.
+
+    Raises:
+      ValueError: there is neither; the index cannot be read, or names files outside of the folder.
+    """
+    fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    named_by_config = fields.get("transformers_weights")
+    if named_by_config is not None:
+        file = _inside(path, named_by_config, path / "config.json")
+        return _shards(path, file) if file.name.endswith(INDEX_SUFFIX) else [file]
+    if (path / WEIGHTS).is_file():
+        if _has_shards(path):
+            warnings.warn(
+                f"{path}: holds two checkpoints; {WEIGHTS} is read, as transformers does, and the "
+                f"shards of {INDEX} are not: take one of them away",
+                stacklevel=2,
+            )
+        return [path / WEIGHTS]
+    if (path / INDEX).is_file():
+        return _shards(path, path / INDEX)
+    others = sorted(file.name for pattern in OTHER_WEIGHTS for file in path.glob(pattern))
+    raise ValueError(
+        f"{path}: expected {WEIGHTS} or {INDEX}, found {', '.join(others[:3]) or 'neither'}; "
+        "where the weights have another name or format, load them with transformers and write "
+        "them with save_pretrained"
+    )
+
+
+def _has_shards(path: Path) -> bool:
+    """Whether the folder has an index, and all files that it names."""
+    try:
+        return all(file.is_file() for file in _shards(path, path / INDEX))
+    except ValueError:
+        return False
+
+
+def _shards(path: Path, index: Path) -> list[Path]:
+    """The files that an index names, each once."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(_inside(path, name, index) for name in names)
+    except (OSError, KeyError, TypeError, AttributeError, *NOT_JSON) as error:
+        raise ValueError(f"{index}: not an index of safetensors ({error!r})") from error
+
+
+def _inside(path: Path, name: Any, where: Path) -> Path:
+    """A file of the folder by its name; links are followed, as in the Hugging Face cache."""
+    if not isinstance(name, str) or not name.endswith(SUFFIXES):
+        raise ValueError(f"{where}: expected the name of a safetensors file, found {name!r}")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{where}: expected files in the folder {path}, found {name!r}")
+    return path / name
 
 
 def _experts_table(config: ModelConfig, names: Iterable[str]) -> dict[str, _Source]:

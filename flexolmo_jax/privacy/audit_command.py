@@ -13,6 +13,7 @@ from flexolmo_jax.data.sources import Report, is_heldout, named_source, read_doc
 from flexolmo_jax.federation.package import read_manifest, replace_file
 from flexolmo_jax.interop import huggingface
 from flexolmo_jax.model import FlexOlmo, find_anchor, load
+from flexolmo_jax.outputs import check_kept_folder
 from flexolmo_jax.privacy import control, extraction, membership, removal
 from flexolmo_jax.privacy.canaries import Canaries
 from flexolmo_jax.privacy.extraction import Protocol
@@ -30,6 +31,8 @@ def audit_extraction(args: argparse.Namespace) -> None:
     Raises:
       ValueError: the input is wrong; the control was not caught.
     """
+    reads = [one for one in (args.model, args.anchor, args.data) if one is not None]
+    check_kept_folder(args.out, reads, holding=("*model.json*",))
     model = load(args.model, anchor=args.anchor, dtype=args.dtype, separator=args.separator)
     model.allowed(1, args.without, args.only)  # before anything long
     found = run_extraction(

@@ -16,6 +16,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.distributed import by_first, in_turn
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anchor
 from flexolmo_jax.modeling.transformer import Anchor, init_anchor
+from flexolmo_jax.training.expert import check_room_for
 from flexolmo_jax.training.loop import (
     RUN_FILE,
     OrdinarySteps,
@@ -52,6 +53,9 @@ def train_anchor(
       ValueError, FloatingPointError, Interrupted: as the parts say.
     """
     given = None if start is None else read_anchor(start)
+    mesh = mesh_of(config)
+    shapes = jax.eval_shape(lambda: init_anchor(config.model, jax.random.key(0)))
+    check_room_for(config, data, out, run, shapes)
     made_from = {} if given is None else {"start": given.identity}
     wanted = describe_run(config, source=named_source(data), **made_from)
     check_run(run, wanted, resume)
@@ -65,25 +69,21 @@ def train_anchor(
         _check_same(given, config, tokenizer)
     source, report = prepare(data, config.data, tokenizer, run / "data")
     report.tell()
+    # Before the training, so that what is wrong with it shows now.
+    shuffled = _shuffled_training_documents(data, config.data)
+    public_text = _sample(shuffled, tokenizer, config.public_tokens)
+    row = _public_row(config, shuffled)
+    del shuffled
     record_run(run, wanted)
     if given is None:
         weights = sharding.build(
-            lambda: init_anchor(config.model, jax.random.key(config.seed)), mesh_of(config)
+            lambda: init_anchor(config.model, jax.random.key(config.seed)), mesh
         )
     else:
         weights = given.weights
     loss = AnchorLoss(config.computing(config.model), config.output_z_loss)
     weights = train(OrdinarySteps("anchor", config, loss, source), weights, None, run)
-    by_first(lambda: _write(config, data, out, weights, tokenizer))
-
-
-def _write(
-    config: AnchorTraining, data: str, out: Path, weights: Anchor, tokenizer: Tokenizer
-) -> None:
-    shuffled = _shuffled_training_documents(data, config.data)
-    if config.domain_embedding:
-        texts = [d.text for d in shuffled]
-        row = domain_embedding(config.domain_embedding, texts, config.model.width)
+    if row is not None:
         weights = _with_public_row(weights, row)
     facts = {
         "tokens_seen": config.steps * config.data.batch_size * config.data.length,
@@ -91,8 +91,15 @@ def _write(
         "licence": config.licence,
         "contact": config.contact,
     }
-    public_text = _sample(shuffled, tokenizer, config.public_tokens)
-    write_anchor(out, weights, config.model, tokenizer, public_text, facts)
+    by_first(lambda: write_anchor(out, weights, config.model, tokenizer, public_text, facts))
+
+
+def _public_row(config: AnchorTraining, documents: list[Document]) -> np.ndarray | None:
+    """The public router row [D], where the config asks for an embedding of the public text."""
+    if not config.domain_embedding:
+        return None
+    texts = [d.text for d in documents]
+    return domain_embedding(config.domain_embedding, texts, config.model.width)
 
 
 def _check_same(start: LoadedAnchor, config: AnchorTraining, tokenizer: Tokenizer) -> None:

@@ -11,6 +11,7 @@ from flexolmo_jax.config import AnchorTraining, ExpertTraining, RouterTraining, 
 from flexolmo_jax.distributed import is_first
 from flexolmo_jax.evaluation.domains import heldout_documents, score
 from flexolmo_jax.model import load
+from flexolmo_jax.outputs import check_training
 from flexolmo_jax.privacy.command import privacy_asked_for, train_with_privacy
 from flexolmo_jax.training.anchor import train_anchor
 from flexolmo_jax.training.expert import train_expert
@@ -28,7 +29,7 @@ def anchor(args: argparse.Namespace, config: AnchorTraining) -> None:
 
 def expert(args: argparse.Namespace, config: ExpertTraining) -> None:
     """Stage 2, with differential privacy if that is asked for."""
-    places = _places(args, config)
+    places = _places(args, config, args.anchor, args.public, ledger=args.dp_ledger)
     beside = Path(args.anchor)
     privacy = privacy_asked_for(args)
     more = {"anchor": beside, "name": args.name, "public": args.public, **places}
@@ -44,7 +45,7 @@ def expert(args: argparse.Namespace, config: ExpertTraining) -> None:
 
 def router(args: argparse.Namespace, config: RouterTraining) -> None:
     """Stage 3."""
-    places = _places(args, config)
+    places = _places(args, config, args.model)
     model = Path(args.model)
     train_router(config, model=model, **places)
     _show(places, {"merged": (model, None), "tuned": (places["out"], None)}, config)
@@ -80,13 +81,15 @@ def _show(
     console.print(where, markup=False, soft_wrap=True)
 
 
-def _places(args: argparse.Namespace, config: Training) -> dict[str, Any]:
+def _places(
+    args: argparse.Namespace, config: Training, *reads: str | None, ledger: str | None = None
+) -> dict[str, Any]:
     """Where a stage reads and writes. Raises ValueError if it could not, before any work."""
     out = Path(args.out)
     source = args.source or config.data.source
     if source is None:
         raise ValueError("no text to train on: name it with --data")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: already there; choose another --out, or take it away first")
     run = Path(args.run) if args.run else out.absolute().with_name(out.absolute().name + ".run")
+    known = [source, *(one for one in reads if one is not None)]
+    check_training(out, run, known, ledger=ledger, profile=args.profile)
     return {"data": source, "out": out, "run": run, "resume": args.resume}

@@ -1,14 +1,16 @@
 """Stage 2: one owner's expert, trained by the owner alone, beside the frozen anchor."""
 
 import itertools
+import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flexolmo_jax import sharding
-from flexolmo_jax.config import ExpertTraining
+from flexolmo_jax.config import DataConfig, ExpertTraining, ModelConfig, Training
 from flexolmo_jax.data.domain_embedding import DOCUMENTS, domain_embedding, source_name
 from flexolmo_jax.data.flexmix import SourceWindows, prepare
 from flexolmo_jax.data.loader import Batch, batches, stacked
@@ -20,6 +22,7 @@ from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
 from flexolmo_jax.federation.merge import write_expert
 from flexolmo_jax.federation.package import check_name
 from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.outputs import check_room
 from flexolmo_jax.privacy.canaries import canaries_of_run, check_they_are_read
 from flexolmo_jax.training.loop import (
     OrdinarySteps,
@@ -65,8 +68,16 @@ def train_expert(
       ValueError, FloatingPointError, Interrupted: as the parts say.
     """
     check_name(name)
-    loaded, tokenizer = anchor_to_train_beside(anchor, separator)
-    public_text = public_text_of(loaded, public, anchor) if config.gating == "alone" else []
+    loaded, tokenizer = anchor_to_train_beside(anchor, config.data, separator)
+    texts = public_text_of(loaded, public, anchor, config)
+    # Read before the training that it is needed after, so that what is wrong with it shows now.
+    length = config.data.length
+    alone = config.gating == "alone"
+    read = public_batch(texts, tokenizer, length, config.fit_tokens // length) if alone else None
+    mesh = mesh_of(config)
+    start = loaded.weights.public
+    trains = start.feed_forward if alone else start
+    check_room_for(config, data, out, run, trains, packaged=start)
     wanted = describe_run(
         config, source=named_source(data), anchor=loaded.identity, canaries=canaries or None,
         **({"separator": separator} if separator else {}),
@@ -78,6 +89,9 @@ def train_expert(
     report.tell()
     if drawn:
         check_they_are_read(drawn, source.as_data_source("train"), tokenizer, config, units=None)
+    expert = in_float32(start)
+    if not alone and config.domain_embedding:
+        expert = _with_initial_row(expert, config, data, loaded.config.width)
     record_run(run, wanted)
 
     facts = {
@@ -90,12 +104,10 @@ def train_expert(
         **(drawn.facts() if drawn else {}),
         **({"separator": separator} if separator else {}),
     }
-    expert = jax.tree.map(jnp.array, loaded.weights.public)
-    mesh = mesh_of(config)
     anchor_weights = sharding.place(loaded.weights, mesh)
     model = config.computing(loaded.config)
     title = f"expert {name}"
-    if config.gating == "alone":
+    if alone:
         loss = ExpertAloneLoss(model, config.output_z_loss)
         frozen = (anchor_weights, anchor_weights.public.router)
         steps = OrdinarySteps(title, config, loss, source)
@@ -103,14 +115,13 @@ def train_expert(
 
         def finish() -> None:
             trained = with_parts(expert, feed_forward, expert.router)
-            fitted = fit_rows(trained, loaded, source, public_text, config)
+            assert read is not None
+            fitted = fit_rows(trained, loaded, source, read, config)
             write_expert(out, fitted, name, loaded, facts)
 
         by_first(finish)
     else:
         pair = model.replace(num_experts=2)
-        if config.domain_embedding:
-            expert = _with_initial_row(expert, config, data, loaded.config.width)
         pair_loss = ExpertPairLoss(pair, config.output_z_loss, config.router_z_loss)
         steps = OrdinarySteps(title, config, pair_loss, source)
         trained = train(steps, expert, anchor_weights, run)
@@ -121,14 +132,19 @@ def fit_rows(
     expert: Experts,
     anchor: LoadedAnchor,
     source: SourceWindows,
-    public_text: Iterable[str],
+    public: Batch,
     config: ExpertTraining,
 ) -> Experts:
-    """Fits the router rows of an expert to its own training text and to public text."""
+    """Fits the router rows of an expert to its own training text and to public text.
+
+    Args:
+      expert: trained; a stack of one.
+      anchor: that it stands beside.
+      source: the owner's windows.
+      public: of public text, as `public_batch` gives it.
+      config: how.
+    """
     own = some_batch(source, config.fit_tokens, config.seed)
-    assert anchor.tokenizer is not None
-    length = config.data.length
-    public = public_batch(public_text, anchor.tokenizer, length, config.fit_tokens // length)
     return fit_router(
         sharding.place(anchor.weights, None),  # on this process's first device
         expert,
@@ -148,34 +164,92 @@ def some_batch(source: SourceWindows, tokens: int, seed: int) -> Batch:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *drawn)
 
 
+def in_float32(tree: Any) -> Any:
+    """A copy in float32, in which everything is trained, and which packages of experts hold."""
+    return jax.tree.map(lambda x: jnp.array(x, jnp.float32), tree)
+
+
 def anchor_to_train_beside(
-    path: Path, separator: str | None = None
+    path: Path, data: DataConfig, separator: str | None = None
 ) -> tuple[LoadedAnchor, Tokenizer]:
     """An anchor, its weights left on disk, and its tokenizer; `separator` as in `read_anchor`.
 
+    Its weights stay in the dtype that they are stored in; what is computed, is in `config.dtype`.
+
     Raises:
-      ValueError: as `read_anchor`; it came without a tokenizer.
+      ValueError: as `read_anchor`; it came without a tokenizer; it was made for shorter windows.
     """
     loaded = read_anchor(path, on_disk=True, separator=separator)
     if loaded.tokenizer is None:
         raise ValueError(f"{path}: there is no tokenizer.json, which training needs")
+    check_length(data, loaded.config, path)
     return loaded, loaded.tokenizer
 
 
-def public_text_of(anchor: LoadedAnchor, public: str | None, where: Path) -> Iterable[str]:
+def check_length(data: DataConfig, model: ModelConfig, where: Path) -> None:
+    """Raises ValueError if training windows are longer than what a model was made for."""
+    if data.length > model.max_length:
+        raise ValueError(
+            f"data.length={data.length} is longer than what {where} was made for, max_length="
+            f"{model.max_length}; set data.length to {model.max_length} or less"
+        )
+
+
+def check_room_for(
+    config: Training, data: str, out: Path, run: Path, trained: Any, packaged: Any = None
+) -> None:
+    """Raises ValueError if the disk has no room for a training (`check_room`).
+
+    Args:
+      config, data, out, run: of the training.
+      trained: the weights, or their shapes.
+      packaged: those that are written in the end; default: `trained`.
+    """
+
+    def count(tree: Any) -> int:
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+    check_room(
+        out, run, data, trained=count(trained),
+        packaged=count(trained if packaged is None else packaged),
+        saves=-(-config.steps // config.checkpoint_every),
+    )  # fmt: skip
+
+
+def public_text_of(
+    anchor: LoadedAnchor, public: str | None, where: Path, config: ExpertTraining
+) -> Iterable[str]:
     """The public text to fit router rows against: named, or what came with the anchor.
 
+    Rows hold it in the field of the owner's own text; or in "text", as public text usually does.
+
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, and it is needed; what is named cannot be read.
     """
     if public is not None:
-        return (d.text for d in read_documents(public))
-    if not anchor.public_text:
+        field = _field_of(public, config.data.text_field)
+        return (d.text for d in read_documents(public, text_field=field))
+    if not anchor.public_text and config.gating == "alone":
         raise ValueError(
             f"{where}: no public text came with this anchor, and the router rows are fitted "
             "against it; name some with --public"
         )
     return anchor.public_text
+
+
+def _field_of(source: str, expected: str) -> str:
+    """The field that holds a source's text: as expected, or "text"."""
+    try:
+        next(read_documents(source, text_field=expected))
+    except ValueError as error:
+        if expected == "text":
+            raise
+        try:
+            next(read_documents(source))
+        except ValueError:
+            raise error from None
+        return "text"
+    return expected
 
 
 def public_batch(texts: Iterable[str], tokenizer: Tokenizer, length: int, count: int) -> Batch:

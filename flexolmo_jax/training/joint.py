@@ -16,8 +16,15 @@ from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anch
 from flexolmo_jax.federation.merge import merge, write_expert
 from flexolmo_jax.modeling.experts import Experts, join, select
 from flexolmo_jax.modeling.transformer import Anchor
-from flexolmo_jax.training.expert import anchor_to_train_beside
-from flexolmo_jax.training.loop import OrdinarySteps, check_run, describe_run, record_run, train
+from flexolmo_jax.training.expert import anchor_to_train_beside, in_float32
+from flexolmo_jax.training.loop import (
+    OrdinarySteps,
+    check_run,
+    describe_run,
+    mesh_of,
+    record_run,
+    train,
+)
 from flexolmo_jax.training.step import JointLoss
 
 ROW_SCALE = 0.02  # standard deviation of the initial router rows
@@ -40,12 +47,13 @@ def train_jointly(
     Raises:
       ValueError, FloatingPointError, Interrupted: as the parts say.
     """
-    loaded, tokenizer = anchor_to_train_beside(anchor)
+    loaded, tokenizer = anchor_to_train_beside(anchor, config.data)
+    mesh_of(config)  # the batch can be divided among the devices
     wanted = describe_run(config, source=named_source(data), anchor=loaded.identity)
     check_run(run, wanted, resume)
     source, _ = prepare(data, config.data, tokenizer, run / "data")
     record_run(run, wanted)
-    weights = jax.tree.map(jnp.array, loaded.weights)
+    weights = in_float32(loaded.weights)
     experts = _upcycled(weights.public, config.model.num_experts, config.seed)
     loss = JointLoss(config.computing(config.model), config.output_z_loss, ROUTER_Z_LOSS)
     steps = OrdinarySteps("unrestricted", config, loss, source)

@@ -83,12 +83,14 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
 
     Args:
       steps: what happens in each; with the config of the stage.
-      trainable: the initial weights; given up to the training (its buffers are donated).
-      frozen: the weights that stay.
+      trainable: the initial weights, of any dtype; given up to the training (its buffers are
+        donated).
+      frozen: the weights that stay, in the dtype they have.
       run: folder of checkpoints/, metrics.jsonl and loss.png.
 
     Returns:
-      the trained weights: where they were, or on the host if they were on several devices.
+      the trained weights, float32: where they were, or on the host if they were on several
+      devices.
 
     Raises:
       ValueError: the batch cannot be divided among the devices.
@@ -98,7 +100,8 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
     """
     title, training = steps.title, steps.training
     mesh = steps.mesh
-    trainable = sharding.place(trainable, mesh)
+    # In float32 whatever they are stored in: a step of half precision is rounded off, or overflows.
+    trainable = sharding.place(trainable, mesh, dtype="float32")
     frozen = sharding.place(frozen, mesh, () if steps.whole else sharding.AXES)
     optimizer = make_optimizer(training.optimizer, training.steps)
     schedule = make_schedule(training.optimizer, training.steps)

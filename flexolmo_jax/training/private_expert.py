@@ -8,7 +8,6 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax import sharding
@@ -26,7 +25,12 @@ from flexolmo_jax.privacy.canaries import canaries_of_run, check_they_are_read, 
 from flexolmo_jax.privacy.ledger import Ledger, Run, marked_run
 from flexolmo_jax.privacy.statement import make_statement
 from flexolmo_jax.training import private_rows
-from flexolmo_jax.training.expert import anchor_to_train_beside, public_text_of
+from flexolmo_jax.training.expert import (
+    anchor_to_train_beside,
+    check_room_for,
+    in_float32,
+    public_text_of,
+)
 from flexolmo_jax.training.loop import RUN_FILE, check_run, describe_run, record_run, train
 from flexolmo_jax.training.private_steps import PrivateSteps
 from flexolmo_jax.training.step import ExpertAloneLoss, ExpertPairLoss, Loss, with_parts
@@ -81,8 +85,11 @@ def train_private_expert(
             "a way of their own; leave router out"
         )
     config = privacy.applied_to(config)
-    loaded, tokenizer = anchor_to_train_beside(anchor, separator)
-    texts = list(public_text_of(loaded, public, anchor)) if config.gating == "alone" else []
+    loaded, tokenizer = anchor_to_train_beside(anchor, config.data, separator)
+    texts = list(public_text_of(loaded, public, anchor, config))
+    expert = in_float32(loaded.weights.public)
+    trains = expert.feed_forward if config.gating == "alone" else expert
+    check_room_for(config, data, out, run, trains, packaged=expert)
     asked = {f"dp_{k}": v for k, v in dataclasses.asdict(privacy).items() if k not in NOT_THE_RUN}
     asked |= {"canaries": canaries or None, **({"separator": separator} if separator else {})}
     wanted = describe_run(config, source=named_source(data), anchor=loaded.identity, **asked)
@@ -106,7 +113,6 @@ def train_private_expert(
     record_run(run, wanted)
 
     model = config.computing(loaded.config).replace(expert_compute="dense")  # see `ragged_dot`
-    expert = jax.tree.map(jnp.array, loaded.weights.public)
     title = f"expert {name}"
     loss, trainable, frozen = _what_is_trained(config, model, loaded, expert)
     steps = PrivateSteps(title, config, privacy, loss, units, book, entry, delta)

@@ -16,6 +16,7 @@ from flexolmo_jax.data.sources import named_source
 from flexolmo_jax.distributed import by_first
 from flexolmo_jax.federation.merge import load_merged, write_tuned
 from flexolmo_jax.federation.package import read_manifest
+from flexolmo_jax.training.expert import check_length, check_room_for
 from flexolmo_jax.training.loop import (
     OrdinarySteps,
     check_run,
@@ -41,12 +42,20 @@ def train_router(
       resume: go on from the newest checkpoint in `run`.
 
     Raises:
-      ValueError, FloatingPointError, Interrupted: as the parts say.
+      ValueError, FloatingPointError, Interrupted: as the parts say; `model` has no experts.
     """
     mesh = mesh_of(config)
+    if not read_manifest(model, kind="merged")["experts"]:
+        raise ValueError(
+            f"{model}: has no expert beside the public one, so there is nothing to route and no "
+            "router to tune; add one with `flexolmo experts add`"
+        )
     loaded = load_merged(model, mesh=mesh)
     if loaded.tokenizer is None:
         raise ValueError(f"{model}: there is no tokenizer.json with its anchor")
+    check_length(config.data, loaded.config, model)
+    rows = RouterRows.of(sharding.on_host(loaded.experts.router))
+    check_room_for(config, data, out, run, rows)
     made_from = {"source": named_source(data), "model": read_manifest(model)["digest"]}
     wanted = describe_run(config, **made_from)
     check_run(run, wanted, resume)
@@ -56,7 +65,6 @@ def train_router(
     active = config.active_experts or loaded.config.active_experts
     model_config = config.computing(loaded.config).replace(active_experts=active)
     loss = RouterLoss(model_config, config.output_z_loss, config.router_z_loss)
-    rows = RouterRows.of(sharding.on_host(loaded.experts.router))
     steps = OrdinarySteps("router", config, loss, source)
     rows = train(steps, rows, (loaded.backbone, loaded.experts), run)
     # Without the empty experts.

@@ -267,6 +267,7 @@ def test_integers_and_doubled_tensors_are_refused(folder):
     edit_weights(folder, **{"model.norm.weight": np.ones(16, np.int8)})
     text = message(folder)
     assert "model.norm.weight" in text and "BF16" in text and "I8" in text
+    (folder / WEIGHTS).unlink()
     save_file({"model.norm.weight": np.ones(16, np.float32)}, folder / "a.safetensors")
     save_file({"model.norm.weight": np.ones(16, np.float32)}, folder / "b.safetensors")
     (folder / INDEX).write_text(
@@ -291,6 +292,120 @@ def test_dtypes(folder):
     edit_weights(folder, **{"model.norm.weight": np.ones(16, np.float32)})
     widest = huggingface.load(folder)
     assert {str(x.dtype) for x in jax.tree.leaves(widest[:2])} == {"float32"}
+
+
+def shard(folder, *, under="model-{}.safetensors"):
+    """Cuts the weights into two shards and an index; gives the tensors of each, by file."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    keys, parts = sorted(tensors), {}
+    for number in (0, 1):
+        file = under.format(number)
+        parts[file] = {key: tensors[key] for key in keys[number::2]}
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        save_file(parts[file], folder / file)
+    write_index(folder, {key: file for file, part in parts.items() for key in part})
+    return parts
+
+
+def write_index(folder, weight_map):
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found[:2], expected[:2])
+
+
+@needs_torch
+def test_of_several_checkpoints_in_a_folder_the_one_that_transformers_reads(torch_models, tmp_path):
+    """Sharded first, then whole: transformers 5 leaves the index of the shards it takes away."""
+    from transformers import AutoModelForCausalLM
+
+    old, new = (torch_models["random_model"]("olmo2", seed) for seed in (1, 2))
+    old.save_pretrained(tmp_path, max_shard_size="8KB")
+    shards = {file: file.read_bytes() for file in tmp_path.glob("*.safetensors")}
+    new.save_pretrained(tmp_path)
+    assert (tmp_path / INDEX).exists() and (tmp_path / WEIGHTS).exists()
+
+    def expect(model):
+        read = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+        for key, value in model.state_dict().items():
+            np.testing.assert_array_equal(read[key].numpy(), value.numpy())
+        backbone, experts, _ = huggingface.load(tmp_path)
+        embed = model.state_dict()["model.embed_tokens.weight"].numpy()
+        np.testing.assert_array_equal(backbone.embed[...], embed)
+        gate = model.state_dict()["model.layers.1.mlp.gate_proj.weight"].numpy()
+        np.testing.assert_array_equal(experts.feed_forward.gate[1, 0], gate.T)
+
+    expect(new)
+    for file, content in shards.items():  # their files too: what `cp` of both leaves
+        file.write_bytes(content)
+    with pytest.warns(UserWarning, match="holds two checkpoints; model.safetensors is read"):
+        expect(new)
+    next(iter(shards)).unlink()  # then it is a leftover
+    leftovers = {"consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.bin"}
+    for name in leftovers:
+        (tmp_path / name).write_bytes((tmp_path / WEIGHTS).read_bytes()[:50])
+    expect(new)
+    (tmp_path / WEIGHTS).unlink()
+    for file, content in shards.items():
+        file.write_bytes(content)
+    expect(old)
+    # An index that misses a tensor which its shards hold.
+    index = json.loads((tmp_path / INDEX).read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    expect(old)
+    for file in shards:
+        file.unlink()
+    (tmp_path / INDEX).unlink()
+    new.save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / WEIGHTS).rename(tmp_path / "mine.safetensors")
+    edit_config(tmp_path, transformers_weights="mine.safetensors")
+    expect(new)
+
+
+def test_shards_are_read_where_the_index_has_them(folder):
+    """In folders below, and through links, as in the Hugging Face cache; no others."""
+    expected = huggingface.load(folder)
+    parts = shard(folder, under="below/model-{}.safetensors")
+    file = folder / "below" / "model-0.safetensors"
+    file.rename(folder.parent / "blob")
+    file.symlink_to(folder.parent / "blob")
+    save_file({"x": np.ones(3, np.float32)}, folder / "not_named.safetensors")
+    same(huggingface.load(folder), expected)
+    first = next(iter(parts))
+    write_index(
+        folder, {key: file for file, part in parts.items() for key in part if file != first}
+    )
+    assert "missing" in message(folder)  # a shard that the index does not name
+
+
+@pytest.mark.parametrize(
+    "elsewhere", ["../model-0.safetensors", "/model-0.safetensors", "a/../../x"]
+)
+def test_an_index_that_names_files_elsewhere_is_refused(folder, elsewhere):
+    parts = shard(folder)
+    (folder / "model-0.safetensors").rename(folder.parent / "model-0.safetensors")
+    name = (
+        elsewhere.replace("/model", f"{folder.parent}/model", 1)
+        if elsewhere[0] == "/"
+        else elsewhere
+    )
+    name = name if name.endswith(".safetensors") else name + ".safetensors"
+    files = {"model-0.safetensors": name}
+    write_index(folder, {k: files.get(f, f) for f, part in parts.items() for k in part})
+    assert "expected files in the folder" in message(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "model.gguf"],
+)
+def test_weights_of_another_name_are_refused_by_name(folder, name):
+    (folder / WEIGHTS).rename(folder / name)
+    assert huggingface.is_hugging_face(folder)
+    assert f"expected {WEIGHTS} or {INDEX}, found {name}" in message(folder)
 
 
 @pytest.mark.parametrize("packed", [False, True])
