@@ -5,8 +5,9 @@ screen or retitle the window, and brackets, which rich would take for markup. So
 no markup, and whatever is printed by the functions here passes through `visible`.
 """
 
+import contextlib
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -42,6 +43,16 @@ def _spelled(code: int) -> str:
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
+@contextlib.contextmanager
+def silenced(on: bool) -> Iterator[None]:
+    """Where `on` is true, nothing is printed for people: what follows is JSON."""
+    console.quiet = on
+    try:
+        yield
+    finally:
+        console.quiet = False
+
+
 def tell(text: str) -> None:
     """Prints a sentence, wrapped to the screen."""
     console.print(Text(visible(text)), overflow="fold")
@@ -51,12 +62,7 @@ def show_fields(fields: Mapping[str, Any], title: str | None = None) -> None:
     """Prints names and values, one field a row; long values are folded."""
     if title:
         tell(title)
-    table = Table(show_header=False)
-    table.add_column(overflow="fold", min_width=min(24, max(map(len, fields), default=0)))
-    table.add_column(overflow="fold")
-    for name, value in fields.items():
-        table.add_row(_cell(name), _cell(value))
-    console.print(table)
+    console.print(_blocks([fields]))
 
 
 def show_table(
@@ -84,11 +90,24 @@ def show_table(
         table.add_column(_cell(name), justify="right" if numbers else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(_cell, row.values()))
-    if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
+    unlimited = console.options.update(width=100_000)
+    if console.measure(table, options=unlimited).maximum <= console.width:
         console.print(table)
     else:
-        for row in rows:
-            show_fields(row)
+        console.print(_blocks(rows))
+
+
+def _blocks(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A table of two columns, names and values, with a line between one row's and the next's."""
+    widest = max((len(name) for row in rows for name in row), default=0)
+    table = Table(show_header=False)
+    table.add_column(overflow="fold", min_width=min(24, widest))
+    table.add_column(overflow="fold")
+    for row in rows:
+        for name, value in row.items():
+            table.add_row(_cell(name), _cell(value))
+        table.add_section()
+    return table
 
 
 def _cell(value: Any) -> Text:

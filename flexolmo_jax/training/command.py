@@ -4,19 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from flexolmo_jax.config import AnchorTraining, ExpertTraining, RouterTraining, Training
 from flexolmo_jax.distributed import is_first
 from flexolmo_jax.evaluation.domains import heldout_documents, score
 from flexolmo_jax.model import load
+from flexolmo_jax.printing import show_table, tell
 from flexolmo_jax.privacy.command import privacy_asked_for, train_with_privacy
 from flexolmo_jax.training.anchor import train_anchor
 from flexolmo_jax.training.expert import train_expert
 from flexolmo_jax.training.router_tuning import train_router
-
-console = Console()
 
 
 def anchor(args: argparse.Namespace, config: AnchorTraining) -> None:
@@ -56,15 +52,12 @@ def _show(places: dict[str, Any], models: dict[str, tuple], config: Training) ->
     data = config.data
     heldout = heldout_documents(places["data"], data)
     if heldout:
-        table = Table(title=f"{len(heldout)} held-out documents")
-        table.add_column("model")
-        table.add_column("bits per byte", justify="right")
+        rows = []
         for name, (path, anchor) in models.items():
             value = score(load(path, anchor=anchor), heldout, length=data.length).bits_per_byte
-            table.add_row(name, f"{value:.3f}")
-        console.print(table)
-    where = f"wrote {places['out']}; metrics and loss.png are in {places['run']}"
-    console.print(where, markup=False, soft_wrap=True)
+            rows.append({"model": name, "bits per byte": f"{value:.3f}"})
+        show_table(rows, title=f"{len(heldout)} held-out documents")
+    tell(f"wrote {places['out']}; metrics and loss.png are in {places['run']}")
 
 
 def _places(args: argparse.Namespace, config: Training) -> dict[str, Any]:
