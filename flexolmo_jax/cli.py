@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.arguments import make_parser
+from flexolmo_jax.parser import UsageError, did_you_mean, parse
 from flexolmo_jax.printing import show_fields, show_table, tell, visible
 from flexolmo_jax.process import keep_freed_memory, leave_libtpu_alone, use_large_pages
 
@@ -25,17 +26,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 when all went well, also when training was asked to stop and saved its state; 2 after an
     error; 130 when interrupted with nothing saved.
     """
-    parser = make_parser()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    args, rest = parser.parse_known_args([word for word in words if word != "--debug"])
+    try:
+        args, rest = parse(make_parser(), [word for word in words if word != "--debug"])
+        if rest and args.command not in ("train", "plan", "study"):
+            meant = did_you_mean(rest[0].partition("=")[0], args.parser.options())
+            more = f"{meant}; see {args.parser.prog} --help"
+            raise UsageError(f"unknown argument {rest[0]}{more}")
+    except UsageError as error:
+        print(f"flexolmo: error: {visible(error)}", file=sys.stderr)
+        return 2
     args.debug = "--debug" in words
     leave_libtpu_alone()
     if args.command in ("train", "study"):
         if arguments is None:
             use_large_pages()
         keep_freed_memory()
-    if rest and args.command not in ("train", "plan", "study"):
-        parser.error(f"unknown argument {rest[0]}; see flexolmo {args.command} --help")
     args.overrides = rest
     warnings.showwarning = _show_warning
     try:
@@ -108,7 +114,13 @@ def _config(args: argparse.Namespace, kind: type, folder: str = "") -> Any:
             raise
     framed = (line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines())
     message = " ".join(" ".join(framed).split())
-    raise ValueError(message.split(" For full helptext")[0] or "a value of the config is wrong")
+    message = message.split(" For full helptext")[0].removeprefix("Unrecognized options ")
+    message = message.replace(" Perhaps you meant: ", "; did you mean ")
+    if message.startswith("Unrecognized") and "; did you mean" not in message:
+        for word in args.overrides:  # perhaps an option of the command, not of the config
+            if word.startswith("--"):
+                message += did_you_mean(word.partition("=")[0], args.parser.options())
+    raise ValueError(message or "a value of the config is wrong")
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -7,10 +7,10 @@
 #
 # The cluster needs JobSet (https://jobset.sigs.k8s.io) and the Cloud Storage FUSE driver; `xpk
 # cluster create` makes one (https://github.com/AI-Hypercomputer/xpk). The image: any with
-# Python 3.11 and `pip install 'flexolmo_jax[tpu]'`.
+# Python 3.11 and `pip install '.[tpu]'` of a clone.
 source "$(dirname "$0")/common.sh"
 need NAME "of the job"
-need IMAGE "a container image with flexolmo_jax[tpu]"
+need IMAGE "a container image with flexolmo_jax and its extra tpu"
 need BUCKET "with a hierarchical namespace, mounted at /shared"
 [[ $# -gt 0 ]] || { echo "jobset.sh: say what to train, as: expert CONFIG --data ..." >&2; exit 2; }
 
