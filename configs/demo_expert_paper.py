@@ -3,7 +3,7 @@ r"""The demo's owners in the paper's form: rows from domain embeddings, learned 
     flexolmo train expert demo_expert_paper --data corpus:math --anchor OUT/anchor --name math \
         --out OUT/experts/math
 
-Needs `pip install flexolmo_jax[embeddings]`.
+Needs `pip install -e '.[embeddings]'` in a clone.
 """
 
 from flexolmo_jax.config import DataConfig, ExpertTraining, OptimizerConfig

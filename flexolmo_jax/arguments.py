@@ -3,6 +3,7 @@
 import argparse
 
 from flexolmo_jax.config import MEMORY
+from flexolmo_jax.parser import Parser, Version
 from flexolmo_jax.planning.chips import KINDS
 from flexolmo_jax.privacy.arguments import (
     add_audit_commands,
@@ -16,11 +17,20 @@ SOURCE = (
 )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser; the words of the command end up in `run_command`, as in "train anchor"."""
-    parser = argparse.ArgumentParser(
+def make_parser() -> Parser:
+    """The parser; the words of the command end up in `run_command`, as in "train anchor".
+
+    The parser of that command is in `parser`.
+    """
+    parser = Parser(
         prog="flexolmo",
         description="Language models of many data owners that never pool their data.",
+        epilog="To start: `flexolmo demo` shows the whole idea on text that comes with the "
+        "project, and leaves an anchor for your own expert: `flexolmo train expert demo_expert "
+        "--anchor flexolmo_demo/anchor --data my_texts.jsonl --name mine --out mine`.",
+    )
+    parser.add_argument(
+        "--version", action=Version, nargs=0, help="of flexolmo_jax, JAX and Python"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -32,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
         made = adder.add_parser(
             name, help=help, description=description or help, allow_abbrev=False
         )
-        made.set_defaults(run_command=made.prog.removeprefix("flexolmo "))
+        made.set_defaults(run_command=made.prog.removeprefix("flexolmo "), parser=made)
         return made
 
     demo = command(
@@ -137,6 +147,11 @@ def make_parser() -> argparse.ArgumentParser:
         commands, "evaluate", "bits per byte of texts, and standard tasks",
         "Bits per byte of texts (--data), or scores in standard tasks (--harness).",
     )  # fmt: skip
+    # Before Python 3.13, argparse does not break lines inside of a group like this one.
+    evaluate.usage = (
+        "flexolmo evaluate [-h] --model DIR\n"
+        "    (--data NAME=SOURCE ... | --harness TASK ...) [options]"
+    )
     _model_arguments(evaluate)
     what = evaluate.add_mutually_exclusive_group(required=True)
     what.add_argument(

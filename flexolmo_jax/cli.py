@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from flexolmo_jax.arguments import make_parser
+from flexolmo_jax.parser import UsageError, did_you_mean, parse
+from flexolmo_jax.printing import show_fields, show_table, tell, visible
 from flexolmo_jax.process import keep_freed_memory, leave_libtpu_alone, use_large_pages
 
-console = Console()
 INTERRUPTED = 130
 TEXTS = ("prompt", "name", "names", "expert", "without", "only", "text_field", "separator")
 
@@ -29,23 +27,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 when all went well, also when training was asked to stop and saved its state; 2 after an
     error; 130 when interrupted with nothing saved.
     """
-    parser = make_parser()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    args, rest = parser.parse_known_args([word for word in words if word != "--debug"])
+    try:
+        args, rest = parse(make_parser(), [word for word in words if word != "--debug"])
+        if rest and args.command not in ("train", "plan", "study"):
+            meant = did_you_mean(rest[0].partition("=")[0], args.parser.options())
+            more = f"{meant}; see {args.parser.prog} --help"
+            raise UsageError(f"unknown argument {rest[0]}{more}")
+    except UsageError as error:
+        print(f"flexolmo: error: {visible(error)}", file=sys.stderr)
+        return 2
     args.debug = "--debug" in words
     leave_libtpu_alone()
     if args.command in ("train", "study"):
         if arguments is None:
             use_large_pages()
         keep_freed_memory()
-    if rest and args.command not in ("train", "plan", "study"):
-        parser.error(f"unknown argument {rest[0]}; see flexolmo {args.command} --help")
     args.overrides = rest
     warnings.showwarning = _show_warning
     try:
         _check_texts(args)
         if args.command == "train" and args.resume and (Path(args.out) / "manifest.json").exists():
-            console.print(f"{args.out}: already done", markup=False, soft_wrap=True)
+            tell(f"{args.out}: already done")
         else:
             if args.command == "train":
                 _join(args)
@@ -57,12 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from flexolmo_jax.training.loop import Interrupted
 
         if isinstance(error, Interrupted):
-            print(f"flexolmo: {error}", file=sys.stderr)
+            print(f"flexolmo: {visible(error)}", file=sys.stderr)
             return 0
         if args.debug:
             traceback.print_exc()
         else:
-            print(f"flexolmo: error: {_one_line(error)}", file=sys.stderr)
+            print(f"flexolmo: error: {visible(_one_line(error))}", file=sys.stderr)
         if args.command == "train":
             _leave_the_others()
         return 2
@@ -106,7 +109,7 @@ def _profile(folder: str | None) -> contextlib.AbstractContextManager:
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     if category is UserWarning:  # ours to the user; others are for developers
-        print(f"flexolmo: warning: {message}", file=sys.stderr)
+        print(f"flexolmo: warning: {visible(message)}", file=sys.stderr)
 
 
 def _one_line(error: Exception) -> str:
@@ -139,7 +142,13 @@ def _config(args: argparse.Namespace, kind: type, folder: str = "") -> Any:
             raise
     framed = (line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines())
     message = " ".join(" ".join(framed).split())
-    raise ValueError(message.split(" For full helptext")[0] or "a value of the config is wrong")
+    message = message.split(" For full helptext")[0].removeprefix("Unrecognized options ")
+    message = message.replace(" Perhaps you meant: ", "; did you mean ")
+    if message.startswith("Unrecognized") and "; did you mean" not in message:
+        for word in args.overrides:  # perhaps an option of the command, not of the config
+            if word.startswith("--"):
+                message += did_you_mean(word.partition("=")[0], args.parser.options())
+    raise ValueError(message or "a value of the config is wrong")
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -200,10 +209,8 @@ def _plan(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(plan.values(), indent=1))
         return
-    table = Table("of one chip", "", title=f"{args.config}: {stage} on {args.topology}")
-    for row in plan.rows():
-        table.add_row(*row)
-    console.print(table)
+    title = f"{args.config}: {stage} on {args.topology}, of one chip"
+    show_fields(dict(plan.rows()), title)
 
 
 def _privacy_verify(args: argparse.Namespace) -> None:
@@ -255,40 +262,16 @@ def _merge(args: argparse.Namespace) -> None:
         separator=args.separator,
     )  # fmt: skip
     remembering = f"router memory {memory[0]:g} {memory[1]:g}" if memory else "no router memory"
-    console.print(
-        f"wrote {args.out}: public + {len(args.experts)} experts, {remembering}",
-        markup=False,
-        soft_wrap=True,
-    )
+    tell(f"wrote {args.out}: public + {len(args.experts)} experts, {remembering}")
 
 
 def _experts_list(args: argparse.Namespace) -> None:
-    from flexolmo_jax.federation.package import privacy_summary, read_manifest
+    from flexolmo_jax.summary import expert_rows, show_experts
 
-    model = Path(args.model)
-    rows = []
-    for entry in read_manifest(model, kind="merged")["experts"]:
-        about = read_manifest(model / entry["path"], kind="expert")
-        rows.append(
-            {
-                "name": entry["name"],
-                "path": str(model / entry["path"]),
-                **{key: about.get(key) for key in ("tokens_seen", "licence", "contact", "privacy")},
-            }
-        )
-    if not args.json:
-        rows = [{**row, "privacy": privacy_summary(row["privacy"])} for row in rows]
-    _show_rows(rows, args.json)
-
-
-def _show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    table = Table(*(rows[0] if rows else ["no experts"]))
-    for row in rows:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
-    console.print(table)
+    if args.json:
+        print(json.dumps(expert_rows(Path(args.model)), indent=1))
+    else:
+        show_experts(Path(args.model))
 
 
 def _experts_add(args: argparse.Namespace) -> None:
@@ -305,7 +288,7 @@ def _experts_remove(args: argparse.Namespace) -> None:
 
 def _tell_undone(undone: bool) -> None:
     if undone:
-        console.print(
+        tell(
             "the router had been tuned with the old set of experts: it is back to the owners' own "
             "rows; run `flexolmo train router` again if you want it tuned"
         )
@@ -314,6 +297,7 @@ def _tell_undone(undone: bool) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import check_merged
     from flexolmo_jax.federation.package import check_files, read_manifest
+    from flexolmo_jax.summary import show_package
 
     path = Path(args.path)
     manifest = read_manifest(path)
@@ -321,21 +305,11 @@ def _inspect(args: argparse.Namespace) -> None:
         check_merged(path)
     else:
         check_files(path, manifest)
-    described = manifest.pop("tensors", {})
-    files = manifest.pop("files")
     if args.json:
-        print(json.dumps({**manifest, "tensors": described, "files": files}, indent=1))
-        return
-    table = Table("field", "value", title=f"{path}: every file is as it was written")
-    for key, value in manifest.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        table.add_row(key, text)
-    console.print(table)
-    if described:
-        table = Table("tensor", "shape", "dtype")
-        for name, entry in described.items():
-            table.add_row(name, "x".join(map(str, entry["shape"])), entry["dtype"])
-        console.print(table)
+        described = {"tensors": manifest.pop("tensors", {}), "files": manifest.pop("files")}
+        print(json.dumps({**manifest, **described}, indent=1))
+    else:
+        show_package(path, manifest)
 
 
 def _named_sources(pairs: Sequence[str]) -> dict[str, str]:
@@ -381,9 +355,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         )  # fmt: skip
         report.tell()
         rows.append({"data": name, **found._asdict(), "bad_rows": len(report.bad_rows)})
-    if not args.json:
-        rows = [{**row, "bits_per_byte": f"{row['bits_per_byte']:.4f}"} for row in rows]
-    _show_rows(rows, args.json)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    show_table([{**row, "bits_per_byte": f"{row['bits_per_byte']:.4f}"} for row in rows])
 
 
 def _study(args: argparse.Namespace) -> None:
@@ -392,9 +367,7 @@ def _study(args: argparse.Namespace) -> None:
 
     config = _config(args, StudyConfig, "study")
     run_study(config, Path(args.out), args.seeds, args.resume)
-    console.print(
-        f"wrote {args.out}/report.md, report.json and pictures", markup=False, soft_wrap=True
-    )
+    tell(f"wrote {args.out}/report.md, report.json and pictures")
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -424,11 +397,12 @@ def _data_fetch(args: argparse.Namespace) -> None:
     from flexolmo_jax.data.fetch import fetch
 
     card = fetch(args.folder)
-    rows = [
-        {"domain": name, "documents": entry["documents"], "bytes": entry["bytes"]}
-        for name, entry in card["domains"].items()
-    ]
-    _show_rows(rows, as_json=False)
+    show_table(
+        [
+            {"domain": name, "documents": entry["documents"], "bytes": entry["bytes"]}
+            for name, entry in card["domains"].items()
+        ]
+    )
 
 
 def _data_flexmix(args: argparse.Namespace) -> None:
@@ -443,28 +417,24 @@ def _data_flexmix(args: argparse.Namespace) -> None:
         }
         for name, entry in card["domains"].items()
     ]
-    _show_rows(rows, as_json=False)
-    console.print(f"{args.out}/card.md says what is in it", markup=False, soft_wrap=True)
+    show_table(rows)
+    tell(f"{args.out}/card.md says what is in it")
 
 
 def _data_tasks(args: argparse.Namespace) -> None:
     from flexolmo_jax.evaluation.task_data import fetch_task_data
 
-    rows = [
-        {"task": name, "documents": count} for name, count in fetch_task_data(args.folder).items()
-    ]
-    _show_rows(rows, as_json=False)
+    found = fetch_task_data(args.folder)
+    show_table([{"task": name, "documents": count} for name, count in found.items()])
 
 
 def _data_proxies(args: argparse.Namespace) -> None:
     from flexolmo_jax.data.proxies import pick_proxies
 
     picked = pick_proxies(args.source, args.public, Path(args.out), share=args.share)
-    console.print(
+    tell(
         f"wrote {args.out}: {picked.documents} of {picked.of_public} public documents; the "
-        f"classifier tells yours from public ones with {picked.accuracy:.0%} accuracy",
-        markup=False,
-        soft_wrap=True,
+        f"classifier tells yours from public ones with {picked.accuracy:.0%} accuracy"
     )
 
 

@@ -14,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from flexolmo_jax.config import ExpertTraining, load_config
 from flexolmo_jax.evaluation.domains import heldout_documents, score
@@ -23,10 +22,10 @@ from flexolmo_jax.evaluation.report import heat_map
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.outputs import check_kept_folder
+from flexolmo_jax.printing import console, show_table, tell
 
 OWNERS = ("code", "math", "educational", "creative")
 AT_ONCE = 2  # owners that train at the same time
-console = Console()
 
 
 def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
             + ["--anchor", str(anchor), "--seed", str(seed)],
             out=packages[name], run=out / "runs" / name, quiet=True,
         )  # fmt: skip
-        console.print(f"expert {name}: trained and packaged")
+        tell(f"expert {name}: trained and packaged")
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(train_owner, OWNERS))
@@ -138,22 +137,15 @@ def _saved_config(run: Path) -> dict[str, Any]:
 
 def _show(report: dict[str, Any], out: Path) -> None:
     scores, domains = report["bits_per_byte"], report["domains"]
-    table = Table(title="bits per byte on held-out documents (lower is better)")
-    table.add_column("model")
-    for domain in domains:
-        table.add_column(domain, justify="right")
+    rows = []
     for model, row in scores.items():
-        cells = []
+        cells = {}
         for domain in domains:
             change = row[domain] / scores["anchor"][domain] - 1
             colour = "green" if change < -0.01 else "red" if change > 0.02 else "white"
-            cells.append(f"{row[domain]:.3f} [{colour}]{change:+.1%}[/]")
-        table.add_row(model, *cells)
-    console.print(table)
+            cells[domain] = Text.assemble(f"{row[domain]:.3f} ", (f"{change:+.1%}", colour))
+        rows.append({"model": model, **cells})
+    show_table(rows, title="bits per byte on held-out documents (lower is better)")
     for domain, sample in report["samples"].items():
-        console.print(f"{domain}: {sample!r}", markup=False, highlight=False)
-    console.print(
-        f"{report['seconds']:.0f} seconds; report.json and report.png are in {out}",
-        markup=False,
-        soft_wrap=True,
-    )
+        tell(f"{domain}: {sample!r}")
+    tell(f"{report['seconds']:.0f} seconds; report.json and report.png are in {out}")

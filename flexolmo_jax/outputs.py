@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.data.sources import SUFFIXES
+from flexolmo_jax.data.files import find_files
 
 STATE = 3 * 4  # bytes of a checkpoint for each trained weight: float32, with AdamW's two moments
 WINDOWS = 0.5  # bytes of windows for each byte of text, at the least
@@ -258,13 +258,14 @@ def _existing(place: Path) -> Path:
 
 
 def _bytes_of_source(data: str) -> int:
-    """Of the files of a source; 0 where that is not known beforehand."""
-    path = Path(data)
-    if str(data).startswith(NO_FILES) or not path.exists():
+    """Of the files that are read of a source; 0 where that is not known beforehand.
+
+    Raises:
+      ValueError: as `find_files`.
+    """
+    if str(data).startswith(NO_FILES):
         return 0
-    if path.is_file():
-        return path.stat().st_size
-    return sum(f.stat().st_size for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    return sum(file.stat().st_size for file in find_files(Path(data)).files)
 
 
 def _bytes_of_folder(folder: Path) -> int:

@@ -12,18 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from flexolmo_jax.config import PrivacyConfig
 from flexolmo_jax.demo import run_command
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.federation.package import read_manifest, replace_file
 from flexolmo_jax.model import load
 from flexolmo_jax.outputs import check_kept_folder
+from flexolmo_jax.printing import console, show_table, silenced, tell
 from flexolmo_jax.privacy import audit_command, command
-
-console = Console()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,51 +67,52 @@ def run_twin(
     check_kept_folder(out, [] if anchor is None else [anchor], holding=())
     PrivacyConfig(epsilon)  # in its range?
     trial = trial or Trial()
-    console.quiet = command.console.quiet = quiet
-    started = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
-    runs = {name: out / "runs" / name for name in ("anchor", "private", "twin")}
-    if anchor is None:
-        console.rule("1. the public anchor")
-        anchor = out / "anchor"
-        words = ["train", "anchor", "demo_anchor", "--data", "corpus:public"]
-        run_command(words, out=anchor, run=runs["anchor"], quiet=quiet)
-    console.rule("2. an expert with privacy, and its twin without")
-    configs = {
-        "private": [*trial.private, "--dp-epsilon", str(epsilon)],
-        "twin": [*trial.twin],
-    }
+    with silenced(quiet):
+        started = time.monotonic()
+        out.mkdir(parents=True, exist_ok=True)
+        runs = {name: out / "runs" / name for name in ("anchor", "private", "twin")}
+        if anchor is None:
+            console.rule("1. the public anchor")
+            anchor = out / "anchor"
+            words = ["train", "anchor", "demo_anchor", "--data", "corpus:public"]
+            run_command(words, out=anchor, run=runs["anchor"], quiet=quiet)
+        console.rule("2. an expert with privacy, and its twin without")
+        configs = {
+            "private": [*trial.private, "--dp-epsilon", str(epsilon)],
+            "twin": [*trial.twin],
+        }
 
-    def train(name: str) -> None:
-        words = ["train", "expert", *configs[name], "--data", trial.data]
-        words += ["--anchor", str(anchor), "--name", name, "--canaries", str(trial.canaries)]
-        run_command(words, out=out / name, run=runs[name], quiet=True)
-        console.print(f"{name}: trained and packaged")
+        def train(name: str) -> None:
+            words = ["train", "expert", *configs[name], "--data", trial.data]
+            words += ["--anchor", str(anchor), "--name", name, "--canaries", str(trial.canaries)]
+            run_command(words, out=out / name, run=runs[name], quiet=True)
+            tell(f"{name}: trained and packaged")
 
-    with ThreadPoolExecutor(len(configs)) as pool:
-        list(pool.map(train, configs))
-    console.rule("3. the certificate")
-    command.verify(out / "private", as_json=False)
-    console.rule("4. audits")
-    merged = out / "merged"
-    merge(anchor, [out / name for name in configs], merged)
-    report: dict[str, Any] = {"privacy": read_manifest(out / "private")["privacy"]}
-    for name in configs:
-        report[name] = {
-            "membership": audit_command.run_membership(out / name, runs[name], anchor),
-            "extraction": audit_command.run_extraction(
-                load(out / name, anchor=anchor), out / name, trial.data,
-                runs[name] / "extraction", anchor=anchor, prefixes=trial.prefixes,
-                heldout=trial.heldout, only=[name], with_control=name == "twin",
-            ),
-            "removal": audit_command.run_removal(
-                merged, name, runs[name], trial.data, prefixes=trial.prefixes, heldout=trial.heldout
-            ),
-        }  # fmt: skip
-    report["checks"] = _checks(report)
-    report["seconds"] = round(time.monotonic() - started, 1)
-    replace_file(out / "report.json", json.dumps(report, indent=1) + "\n")
-    _show(report, out)
+        with ThreadPoolExecutor(len(configs)) as pool:
+            list(pool.map(train, configs))
+        console.rule("3. the certificate")
+        command.verify(out / "private", as_json=False)
+        console.rule("4. audits")
+        merged = out / "merged"
+        merge(anchor, [out / name for name in configs], merged)
+        report: dict[str, Any] = {"privacy": read_manifest(out / "private")["privacy"]}
+        for name in configs:
+            report[name] = {
+                "membership": audit_command.run_membership(out / name, runs[name], anchor),
+                "extraction": audit_command.run_extraction(
+                    load(out / name, anchor=anchor), out / name, trial.data,
+                    runs[name] / "extraction", anchor=anchor, prefixes=trial.prefixes,
+                    heldout=trial.heldout, only=[name], with_control=name == "twin",
+                ),
+                "removal": audit_command.run_removal(
+                    merged, name, runs[name], trial.data,
+                    prefixes=trial.prefixes, heldout=trial.heldout,
+                ),
+            }  # fmt: skip
+        report["checks"] = _checks(report)
+        report["seconds"] = round(time.monotonic() - started, 1)
+        replace_file(out / "report.json", json.dumps(report, indent=1) + "\n")
+        _show(report, out)
     return report
 
 
@@ -148,30 +145,32 @@ def _checks(report: dict[str, Any]) -> dict[str, bool]:
 
 
 def _show(report: dict[str, Any], out: Path) -> None:
-    table = Table("", "private", "twin", title="a private expert and its twin")
+    rows = []
+
+    def add_row(what: str, private: str, twin: str) -> None:
+        rows.append({"what": what, "private": private, "twin": twin})
+
     both = [report[name] for name in ("private", "twin")]
     members = [one["membership"]["audits"]["the expert alone"] for one in both]
-    table.add_row("certificate: epsilon", str(report["privacy"]["epsilon"]), "none")
-    table.add_row("epsilon, at least (95%)", *(f"{one['epsilon']:.2f}" for one in members))
+    add_row("certificate: epsilon", str(report["privacy"]["epsilon"]), "none")
+    add_row("epsilon, at least (95%)", *(f"{one['epsilon']:.2f}" for one in members))
     areas = (one["area"] for one in members)
-    table.add_row(
+    add_row(
         "canaries told apart: AUC (95%)",
         *(f"{a['area']:.3f} ({a['low']:.3f} to {a['high']:.3f})" for a in areas),
     )
     for number in (0, 1):
         caught = [one["caught"][number] for one in members]
-        table.add_row(
+        add_row(
             f"canaries found at {caught[0]['allowed']:.1%} false alarms",
             *(f"{one['members']['rate']:.1%}" for one in caught),
         )
     extracted = [one["extraction"]["audits"]["model"]["extracted"] for one in both]
-    table.add_row(
+    add_row(
         f"passages extracted, of {extracted[0]['of']} (95%)",
         *(f"{r['rate']:.1%} (up to {r['high']:.1%})" for r in extracted),
     )
-    console.print(table)
+    show_table(rows, title="a private expert and its twin")
     for what, ok in report["checks"].items():
-        console.print(f"{'[green]yes[/]' if ok else '[red]NO[/]'}: {what}")
-    console.print(
-        f"{report['seconds']:.0f} seconds; {out / 'report.json'}", markup=False, soft_wrap=True
-    )
+        tell(f"{'yes' if ok else 'NO'}: {what}")
+    tell(f"{report['seconds']:.0f} seconds; {out / 'report.json'}")

@@ -2,21 +2,40 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
+import jax
 import pytest
 
 import flexolmo_jax as fo
 from flexolmo_jax.data.sources import read_documents
-from flexolmo_jax.federation.package import read_manifest
+from flexolmo_jax.federation.package import read_manifest, write_manifest
+from flexolmo_jax.printing import console
 
 pytestmark = pytest.mark.usefixtures("quick")
+BORDERS = dict.fromkeys(map(ord, "│┃┏┓┗┛┌┐└┘├┤┬┴┼─━┡┩╇┳╋┻"))
+
+
+@pytest.fixture
+def narrow():
+    """narrow(width): commands print for a screen of so many columns."""
+
+    def set_width(width: int) -> None:
+        console.width = width
+
+    before = console.width
+    yield set_width
+    console.width = before
+
 
 COMMANDS = [
-    (), ("demo",), ("train",), ("train", "anchor"), ("train", "expert"), ("train", "router"),
+    (), ("demo",), ("plan",), ("privacy",), ("privacy", "verify"), ("privacy", "budget"),
+    ("train",), ("train", "anchor"), ("train", "expert"), ("train", "router"),
     ("merge",), ("experts",), ("experts", "list"), ("experts", "add"), ("experts", "remove"),
     ("inspect",), ("evaluate",), ("generate",), ("data",), ("data", "fetch"), ("data", "flexmix"),
     ("data", "tasks"), ("data", "proxies"), ("study",), ("audit",), ("audit", "extraction"),
@@ -25,9 +44,49 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_has_help(flexolmo, command):
+def test_every_command_has_help(flexolmo, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = flexolmo(*command, "--help")
     assert code == 0 and out.startswith(f"usage: {' '.join(('flexolmo', *command))} ")
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_help_says_how_to_start(flexolmo):
+    assert "flexolmo demo" in flexolmo("--help")[1]
+    assert "flexolmo demo" in flexolmo()[2]
+
+
+def test_the_version_is_that_of_all_that_matters_in_a_report(flexolmo):
+    code, out, _ = flexolmo("--version")
+    versions = (fo.__version__, f"JAX {jax.__version__}", f"Python {platform.python_version()}")
+    assert code == 0 and all(version in out for version in versions)
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("trian anchor", "train"),
+        ("experts lsit m", "list"),
+        ("privacy verfiy x", "verify"),
+        ("merge --anchor a --out b --expertt c", "--expert"),
+        ("evaluate --modl m --data x=y", "--model"),
+        ("generate --model m --prompt p --top_k 3", "--top-k"),
+        ("generate --model m --prompt p --max-new-token=3", "--max-new-tokens"),
+        ("generate --model m --prompt p --dtype float23", "float32"),
+        ("train anchor demo_anchor --data corpus:public --out OUT --stpes 4", "--steps"),
+        ("train anchor demo_anchor --data corpus:public --out OUT --resum", "--resume"),
+        ("study ci --out OUT --sede 1", "--seeds"),
+    ],
+)
+def test_a_slip_of_the_finger_is_answered_with_what_was_meant(refused, tmp_path, words, meant):
+    said = refused(*words.replace("OUT", str(tmp_path / "out")).split())
+    assert f"did you mean {meant}" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_word_that_is_like_no_command_is_answered_with_all_of_them(refused):
+    said = refused("xyzzy")
+    assert "demo" in said and "inspect" in said and "did you mean" not in said
 
 
 # What the commands do. The world was made by them.
@@ -127,6 +186,49 @@ def test_inspect(world, flexolmo, part):
     assert code == 0 and about["digest"][:8] in "".join(out.split())
     if part != "merged":
         assert about["tensors"] and "feed_forward.gate" in out
+
+
+STRANGE = "Owner [/x] [red]\x1b[2J\x1b]0;title\x07\r\u202e\x9b31m"
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_text_fits_the_screen_and_nothing_is_cut(world, flexolmo, narrow, width, tmp_path):
+    narrow(width)
+    name, folder = "an-owner-with-a-rather-long-name-" + "x" * 30, tmp_path / "[red] data"
+    shutil.copytree(world.experts["math"], folder)
+    manifest = {**read_manifest(folder), "name": name, "contact": STRANGE}
+    manifest["privacy"] = {"epsilon": 7.987654321, "delta": 1.23e-05, "unit": "group:patient"}
+    write_manifest(folder, manifest)
+    code, out, error = flexolmo(
+        "merge", "--anchor", world.anchor, "--expert", folder, world.experts["code"],
+        "--out", tmp_path / "model",
+    )  # fmt: skip
+    assert code == 0, error
+    for command in (
+        ("inspect", tmp_path / "model"), ("inspect", folder), ("inspect", world.anchor),
+        ("experts", "list", tmp_path / "model"),
+        ("evaluate", "--model", tmp_path / "model", "--data", f"{name}={world.texts['math']}"),
+    ):  # fmt: skip
+        code, out, error = flexolmo(*command)
+        assert code == 0, error
+        assert max(map(len, out.splitlines())) <= width and "\u2026" not in out
+        assert not {c for c in out if unicodedata.category(c) in ("Cc", "Cf")} - {"\n"}
+        whole = "".join(out.translate(BORDERS).split())
+        if command[-1] != world.anchor:
+            assert name in whole
+        if command[0] != "evaluate" and command[-1] != world.anchor:
+            assert r"Owner[/x][red]\x1b[2J\x1b]0;title\x07\x0d\u202e\x9b31m" in whole
+            assert "epsilon7.987654321,delta1.23e-05" in whole and "[red]data" in whole
+
+
+def test_a_message_about_a_stranger_s_package_does_not_reach_the_terminal_raw(copied, refused):
+    manifest = read_manifest(copied.experts["math"])
+    manifest["model"]["width"] = STRANGE
+    write_manifest(copied.experts["math"], manifest)
+    said = refused(
+        "merge", "--anchor", copied.anchor, "--expert", copied.experts["math"], "--out", "nowhere"
+    )
+    assert not {c for c in said if unicodedata.category(c) in ("Cc", "Cf")} - {"\n"}
 
 
 def test_inspecting_a_merged_model_looks_at_its_parts_too(copied, refused):

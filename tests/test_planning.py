@@ -473,4 +473,4 @@ def test_without_libtpu_it_says_how_to_get_it(refused, monkeypatch):
         importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else real(name, *a)
     )
     said = refused("plan", "flexolmo_2x7b_expert", "--topology", "v5e:2x2")
-    assert "pip install 'flexolmo_jax[plan]'" in said
+    assert "pip install -e '.[plan]'" in said

@@ -10,7 +10,7 @@
 # a supported Python and `pip install '.[tpu]'` of a checkout.
 source "$(dirname "$0")/common.sh"
 need NAME "of the job"
-need IMAGE "a container image with flexolmo_jax[tpu]"
+need IMAGE "a container image with flexolmo_jax and its extra tpu"
 need BUCKET "with a hierarchical namespace, mounted at /shared"
 [[ $# -gt 0 ]] || { echo "jobset.sh: say what to train, as: expert CONFIG --data ..." >&2; exit 2; }
 

@@ -13,7 +13,7 @@
 #     OUT=/shared/mine sbatch tpu_scripts/slurm.sh expert flexolmo_2x7b_expert \
 #         --anchor /shared/anchor --data /shared/texts --name mine
 #
-# Every node sees the same folders, and an environment with `pip install 'flexolmo_jax[cuda]'`:
+# Every node sees the same folders, and an environment with `pip install -e '.[cuda]'`:
 # VENV, by default .venv where the job was submitted.
 # shellcheck source-path=SCRIPTDIR/..
 source "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/tpu_scripts/common.sh"

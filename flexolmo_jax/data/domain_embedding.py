@@ -69,7 +69,7 @@ def _wordllama(texts: Sequence[str]) -> np.ndarray:
     if package is None or package.origin is None:
         raise ValueError(
             "domain embedding 'wordllama' needs the package of that name: "
-            "pip install 'flexolmo_jax[embeddings]'"
+            "in a clone of flexolmo_jax, run pip install -e '.[embeddings]'"
         )
     folder = Path(package.origin).parent
     table = load_file(folder / "weights/l2_supercat_256.safetensors")["embedding.weight"]

@@ -96,8 +96,8 @@ def make_flexmix(
     """
     if importlib.util.find_spec("datasketch") is None:
         raise ValueError(
-            "finding near-duplicates needs the package datasketch: pip install "
-            "'flexolmo_jax[study]'"
+            "finding near-duplicates needs the package datasketch: in a clone of flexolmo_jax, "
+            "run pip install -e '.[study]'"
         )
     check_new_folder(out, [fetched])
     about = _fetched_card(fetched)

@@ -6,13 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from flexolmo_jax.evaluation.suite import ALL, COLUMNS, PaperTask, chosen, column_scores
 from flexolmo_jax.model import load
-
-console = Console()
+from flexolmo_jax.printing import show_table, tell
 
 
 def evaluate_harness(args: argparse.Namespace) -> None:
@@ -50,13 +46,13 @@ def evaluate_harness(args: argparse.Namespace) -> None:
     if paper:
         _show_columns(columns, paper)
     for task in left_out:
-        console.print(f"{task.name} was not run; it needs {task.needs}", markup=False)
+        tell(f"{task.name} was not run; it needs {task.needs}")
 
 
 def _show(found: Mapping[str, Any]) -> None:
     groups = found["group_subtasks"]
     inner = {task for tasks in groups.values() for task in tasks}
-    table = Table("task", "metric", "score", "standard error", "documents", "examples")
+    rows = []
     for name, entry in found["results"].items():
         for metric, value in entry.items():
             short, _, kind = metric.partition(",")
@@ -64,15 +60,17 @@ def _show(found: Mapping[str, Any]) -> None:
                 continue
             error = entry.get(f"{short}_stderr,{kind}")
             shots = {found["n-shot"][task] for task in _tasks_of(name, groups)}
-            table.add_row(
-                name,
-                short if kind == "none" else f"{short} ({kind})",
-                f"{value:.4f}",
-                f"{error:.4f}" if isinstance(error, float) else "",
-                f"{entry['sample_len']:,}",
-                " to ".join(map(str, sorted({min(shots), max(shots)}))),
+            rows.append(
+                {
+                    "task": name,
+                    "metric": short if kind == "none" else f"{short} ({kind})",
+                    "score": f"{value:.4f}",
+                    "standard error": f"{error:.4f}" if isinstance(error, float) else "",
+                    "documents": entry["sample_len"],
+                    "examples": " to ".join(map(str, sorted({min(shots), max(shots)}))),
+                }
             )
-    console.print(table)
+    show_table(rows)
 
 
 def _tasks_of(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
@@ -83,8 +81,10 @@ def _tasks_of(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _show_columns(columns: Mapping[str, float | None], paper: Sequence[PaperTask]) -> None:
-    table = Table("column", "score", "tasks", title="as the columns of the paper's table 2")
+    rows = []
     for column, score in columns.items():
         tasks = ", ".join(task.name for task in paper if task.column == column)
-        table.add_row(column, "" if score is None else f"{score:.1f}", tasks)
-    console.print(table)
+        rows.append(
+            {"column": column, "score": "" if score is None else f"{score:.1f}", "tasks": tasks}
+        )
+    show_table(rows, title="as the columns of the paper's table 2")

@@ -31,7 +31,8 @@ try:
     from lm_eval.tasks._yaml_loader import load_yaml
 except ImportError as error:
     raise ValueError(
-        "standard tasks need one more package: pip install 'flexolmo_jax[harness]'"
+        "standard tasks need one more package: in a clone of flexolmo_jax, run "
+        "pip install -e '.[harness]'"
     ) from error
 
 import datasets

@@ -252,7 +252,7 @@ def _devices(topology: str, chip: Chip, count: int) -> Any:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             "planning needs libtpu, the TPU compiler, which runs on any x86 Linux machine: "
-            "pip install 'flexolmo_jax[plan]'"
+            "in a clone of flexolmo_jax, run pip install -e '.[plan]'"
         )
     # libtpu asks Google Cloud which TPU this machine has; here it has none.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -19,7 +19,8 @@ try:
     import dp_accounting
 except ImportError as error:
     raise ValueError(
-        "differential privacy needs two more packages: pip install 'flexolmo_jax[privacy]'"
+        "differential privacy needs two more packages: in a clone of flexolmo_jax, run "
+        "pip install -e '.[privacy]'"
     ) from error
 
 from dp_accounting import dp_event, pld, rdp

@@ -6,14 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from flexolmo_jax.data.sources import Report, is_heldout, named_source, read_documents
 from flexolmo_jax.federation.package import read_manifest, replace_file
 from flexolmo_jax.interop import huggingface
 from flexolmo_jax.model import FlexOlmo, find_anchor, load
 from flexolmo_jax.outputs import check_kept_folder
+from flexolmo_jax.printing import show_table, tell
 from flexolmo_jax.privacy import control, extraction, membership, removal
 from flexolmo_jax.privacy.canaries import Canaries
 from flexolmo_jax.privacy.extraction import Protocol
@@ -22,7 +20,6 @@ from flexolmo_jax.privacy.scoring import tokenizer_of
 
 FLOOR = "anchor alone"
 CONTROLS: dict[str, control.What] = {"control: expert": "expert", "control: model": "model"}
-console = Console()
 
 
 def audit_extraction(args: argparse.Namespace) -> None:
@@ -163,17 +160,22 @@ def _extraction_lines(audits: dict[str, Any]) -> list[str]:
 
 
 def _show_extraction(found: dict[str, Any]) -> None:
-    table = Table(
-        "", "prefixes", "extracted (95%)", "continuation alone (95%)", "greedily (95%)",
-        "attempts/s", title=f"extraction from {found['model']}: {found['data']}",
-    )  # fmt: skip
-    for name, audit in found["audits"].items():
-        rates = (audit["extracted"], audit["continuation"], audit["greedy"])
-        shown = (f"{r['rate']:.2%} ({r['low']:.2%} to {r['high']:.2%})" for r in rates)
-        table.add_row(name, f"{audit['prefixes']:,}", *shown, str(audit["attempts_per_second"]))
-    console.print(table)
+    def percent(rate: dict[str, float]) -> str:
+        return f"{rate['rate']:.2%} ({rate['low']:.2%} to {rate['high']:.2%})"
+
+    rows = [
+        {
+            "model": name, "prefixes": audit["prefixes"],
+            "extracted (95%)": percent(audit["extracted"]),
+            "continuation alone (95%)": percent(audit["continuation"]),
+            "greedily (95%)": percent(audit["greedy"]),
+            "attempts/s": audit["attempts_per_second"],
+        }
+        for name, audit in found["audits"].items()
+    ]  # fmt: skip
+    show_table(rows, title=f"extraction from {found['model']}: {found['data']}")
     for line in found["lines"]:
-        console.print(f"- {line}", markup=False)
+        tell(f"- {line}")
 
 
 def audit_membership(args: argparse.Namespace) -> None:
@@ -231,22 +233,23 @@ def check_certificate(found: dict[str, Any]) -> None:
 
 
 def _show_membership(found: dict[str, Any]) -> None:
-    table = Table(
-        "", "put in", "left out", "AUC (95%)", *(f"found at {f:.1%} false" for f in
-        membership.FALSE_ALARMS), "epsilon at least", "at most shown",
-        title=f"membership in {found['expert']} ({found['model']})",
-    )  # fmt: skip
+    rows = []
     for title, audit in found["audits"].items():
         area = audit["area"]
         rates = (one["members"] for one in audit["caught"])
-        table.add_row(
-            title, str(audit["members"]), str(audit["controls"]),
-            f"{area['area']:.3f} ({area['low']:.3f} to {area['high']:.3f})",
-            *(f"{r['rate']:.1%} ({r['low']:.1%} to {r['high']:.1%})" for r in rates),
-            f"{audit['epsilon']:.2f}", f"{audit['epsilon_at_most']:.2f}",
+        shown = (f"{r['rate']:.1%} ({r['low']:.1%} to {r['high']:.1%})" for r in rates)
+        titles = (f"found at {alarms:.1%} false" for alarms in membership.FALSE_ALARMS)
+        rows.append(
+            {
+                "asked": title, "put in": audit["members"], "left out": audit["controls"],
+                "AUC (95%)": f"{area['area']:.3f} ({area['low']:.3f} to {area['high']:.3f})",
+                **dict(zip(titles, shown, strict=True)),
+                "epsilon at least": f"{audit['epsilon']:.2f}",
+                "at most shown": f"{audit['epsilon_at_most']:.2f}",
+            }
         )  # fmt: skip
-    console.print(table)
-    console.print(f"{found['verdict']}: {found['why']}", markup=False)
+    show_table(rows, title=f"membership in {found['expert']} ({found['model']})")
+    tell(f"{found['verdict']}: {found['why']}")
 
 
 def audit_removal(args: argparse.Namespace) -> None:
@@ -345,13 +348,12 @@ def _removal_lines(found: removal.Removal) -> list[str]:
 
 
 def _show_removal(found: dict[str, Any]) -> None:
-    console.print(
+    tell(
         f"{found['expert']} in {found['model']}: {found['canaries']} canaries, "
-        f"{found['passages']} passages",
-        markup=False,
+        f"{found['passages']} passages"
     )
     for line in found["lines"]:
-        console.print(f"- {line}", markup=False)
+        tell(f"- {line}")
 
 
 def _tell(found: dict[str, Any], show: Callable[[dict[str, Any]], None], as_json: bool) -> None:

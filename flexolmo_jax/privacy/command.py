@@ -6,14 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from flexolmo_jax.config import ExpertTraining, PrivacyConfig
 from flexolmo_jax.distributed import is_first
 from flexolmo_jax.federation.package import check_files, read_manifest
+from flexolmo_jax.printing import show_fields, show_table, tell
 
-console = Console()
 OPTIONS = tuple(
     field.name for field in dataclasses.fields(PrivacyConfig) if field.name != "epsilon"
 )
@@ -47,11 +44,9 @@ def train_with_privacy(
     train_private_expert(config, privacy, ledger=file, **places)
     if is_first():
         _show_statement(read_manifest(places["out"])["privacy"], f"{places['name']}: privacy")
-        console.print(
+        tell(
             f"the ledger is {file}; what follows on held-out documents is for you, and is not "
-            "covered by the statement",
-            markup=False,
-            soft_wrap=True,
+            "covered by the statement"
         )
 
 
@@ -70,12 +65,16 @@ def verify(package: Path, as_json: bool) -> None:
         print(json.dumps({**found, "privacy": manifest["privacy"]}, indent=1))
         return
     _show_statement(manifest["privacy"], f"{manifest['name']}: privacy")
-    table = Table("at delta " + f"{found['delta']:.3g}", "stated", "found", "Renyi bound")
-    for name, title in (("epsilon", "this run"), ("epsilon_of_all_runs", "all of the owner's")):
-        one = found[name]
-        table.add_row(title, *(f"{one[key]:.4f}" for key in ("stated", "pld", "renyi")))
-    console.print(table)
-    console.print(
+    titles = {"epsilon": "this run", "epsilon_of_all_runs": "all of the owner's"}
+    rows = [
+        {
+            "epsilon of": title, "stated": f"{found[name]['stated']:.4f}",
+            "found": f"{found[name]['pld']:.4f}", "Renyi bound": f"{found[name]['renyi']:.4f}",
+        }
+        for name, title in titles.items()
+    ]  # fmt: skip
+    show_table(rows, title=f"epsilon at delta {found['delta']:.3g}")
+    tell(
         "The statement is coherent: two accountants bound epsilon from its numbers. That the run "
         "did what it says is the owner's word."
     )
@@ -91,23 +90,25 @@ def budget(file: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(ledger, indent=1))
         return
-    title = f"limit: epsilon {ledger['epsilon_limit']:g} at delta {ledger['delta']:.2g}"
-    table = Table("expert", "started", "unit", "planned", "spent", "steps", "finished", title=title)
-    for run in ledger["runs"]:
-        table.add_row(
-            run["name"], run["started"], run["unit"], f"{run['planned_epsilon']:.3f}",
-            f"{run['spent_epsilon']:.3f}", f"{run['steps']}/{run['planned']['steps']}",
-            "yes" if run["finished"] else "no",
-        )  # fmt: skip
-    console.print(table)
+    rows = [
+        {
+            "expert": run["name"], "started": run["started"], "unit": run["unit"],
+            "planned": f"{run['planned_epsilon']:.3f}", "spent": f"{run['spent_epsilon']:.3f}",
+            "steps": f"{run['steps']}/{run['planned']['steps']}",
+            "finished": "yes" if run["finished"] else "no",
+        }
+        for run in ledger["runs"]
+    ]  # fmt: skip
+    limit = f"limit: epsilon {ledger['epsilon_limit']:g} at delta {ledger['delta']:.2g}"
+    show_table(rows, title=limit, empty="no runs")
 
 
 def _show_statement(statement: dict[str, Any], title: str) -> None:
-    table = Table("", "", title=title, show_header=False)
+    fields = {}
     for key, value in statement.items():
         if key == "outside":
             value = "\n".join(f"- {line}" for line in value)
         elif key == "other_runs":
             value = len(value)
-        table.add_row(key.replace("_", " "), str(value))
-    console.print(table)
+        fields[key.replace("_", " ")] = str(value)
+    show_fields(fields, title)

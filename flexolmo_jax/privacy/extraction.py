@@ -26,7 +26,9 @@ import numpy as np
 try:
     from rapidfuzz.distance import Levenshtein
 except ImportError as error:
-    raise ValueError("audits need more packages: pip install 'flexolmo_jax[privacy]'") from error
+    raise ValueError(
+        "audits need more packages: in a clone of flexolmo_jax, run pip install -e '.[privacy]'"
+    ) from error
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

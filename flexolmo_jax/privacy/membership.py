@@ -14,7 +14,9 @@ import numpy as np
 try:
     from jax_privacy import auditing
 except ImportError as error:
-    raise ValueError("audits need more packages: pip install 'flexolmo_jax[privacy]'") from error
+    raise ValueError(
+        "audits need more packages: in a clone of flexolmo_jax, run pip install -e '.[privacy]'"
+    ) from error
 
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.privacy.canaries import Canaries

@@ -4,20 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from flexolmo_jax.config import AnchorTraining, ExpertTraining, RouterTraining, Training
 from flexolmo_jax.distributed import is_first
 from flexolmo_jax.evaluation.domains import heldout_documents, score
 from flexolmo_jax.model import load
 from flexolmo_jax.outputs import check_training
+from flexolmo_jax.printing import show_table, tell
 from flexolmo_jax.privacy.command import privacy_asked_for, train_with_privacy
 from flexolmo_jax.training.anchor import train_anchor
 from flexolmo_jax.training.expert import train_expert
 from flexolmo_jax.training.router_tuning import train_router
-
-console = Console()
 
 
 def anchor(args: argparse.Namespace, config: AnchorTraining) -> None:
@@ -63,22 +59,18 @@ def _show(
     data = config.data
     heldout = heldout_documents(places["data"], data)
     if heldout:
-        table = Table(title=f"{len(heldout)} held-out documents")
-        table.add_column("model")
-        table.add_column("bits per byte", justify="right")
-        reason = ""
+        rows, reason = [], ""
         for name, (path, anchor) in models.items():
             model = load(path, anchor=anchor, separator=separator)
             try:
                 value = f"{score(model, heldout, length=data.length).bits_per_byte:.3f}"
             except ValueError as error:  # the result is written; this is only what it is worth
                 value, reason = "not scored", str(error)
-            table.add_row(name, value)
-        console.print(table)
+            rows.append({"model": name, "bits per byte": value})
+        show_table(rows, title=f"{len(heldout)} held-out documents")
         if reason:
-            console.print(f"not scored: {reason}", markup=False, soft_wrap=True)
-    where = f"wrote {places['out']}; metrics and loss.png are in {places['run']}"
-    console.print(where, markup=False, soft_wrap=True)
+            tell(f"not scored: {reason}")
+    tell(f"wrote {places['out']}; metrics and loss.png are in {places['run']}")
 
 
 def _places(

@@ -241,5 +241,5 @@ def test_a_domain_too_small_to_be_split_is_named(corpus, tmp_path):
 
 def test_without_datasketch_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(flexmix_mini.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'flexolmo_jax\[study\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[study\]'"):
         make_flexmix(tmp_path, tmp_path / "out")

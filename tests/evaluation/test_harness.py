@@ -229,7 +229,7 @@ def test_without_the_extra(world, refused, own_tasks, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "flexolmo_jax.evaluation.harness")
     said = refused("evaluate", "--model", world.merged, "--harness", own_tasks[0])
-    assert "pip install 'flexolmo_jax[harness]'" in said
+    assert "pip install -e '.[harness]'" in said
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path, refused, own_tasks):

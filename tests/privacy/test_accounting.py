@@ -123,7 +123,7 @@ def test_without_the_extra_the_command_says_what_to_install(monkeypatch, refused
         monkeypatch.delitem(sys.modules, f"flexolmo_jax.privacy.{name}", raising=False)
     (tmp_path / "budget.json").write_text("{}")
     said = refused("privacy", "budget", tmp_path / "budget.json")
-    assert "pip install 'flexolmo_jax[privacy]'" in said
+    assert "pip install -e '.[privacy]'" in said
 
 
 def test_a_batch_larger_than_the_data_is_refused():
