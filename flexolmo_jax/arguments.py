@@ -9,12 +9,18 @@ from flexolmo_jax.privacy.arguments import (
     add_training_arguments,
 )
 
+EXIT_CODES = (
+    "Exit codes: 0 all went well, or SIGTERM came and a training has saved its state; 2 an error, "
+    "told in one line; 130 interrupted by Ctrl-C (a training has saved its state)."
+)
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; the words of the command end up in `run_command`, as in "train anchor"."""
     parser = argparse.ArgumentParser(
         prog="flexolmo",
         description="Language models of many data owners that never pool their data.",
+        epilog=EXIT_CODES,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -139,8 +145,13 @@ def make_parser() -> argparse.ArgumentParser:
     texts = evaluate.add_argument_group("texts")
     texts.add_argument("--text-field", default="text", help="default: %(default)s")
     texts.add_argument(
-        "--heldout", type=float, metavar="SHARE",
-        help="only the documents that training with this held-out share left out",
+        "--heldout", type=float, metavar="SHARE", nargs="?", const=True,
+        help="only the documents that training with this held-out share left out; without a value, "
+        "as the manifest of the expert says that is named NAME, or of all experts",
+    )  # fmt: skip
+    texts.add_argument(
+        "--group-field", metavar="FIELD",
+        help="documents that share it were held out together (default: as the manifest says)",
     )  # fmt: skip
     harness = evaluate.add_argument_group("tasks")
     harness.add_argument("--task-data", metavar="DIR", help="what `flexolmo data tasks` wrote")

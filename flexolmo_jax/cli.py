@@ -25,8 +25,7 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code.
 
-    0 when all went well, also when training was asked to stop and saved its state; 2 after an
-    error; 130 when interrupted with nothing saved.
+    They are in `arguments.EXIT_CODES`.
     """
     parser = make_parser()
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -42,20 +41,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.overrides = rest
     warnings.showwarning = _show_warning
     try:
-        if args.command == "train" and args.resume and (Path(args.out) / "manifest.json").exists():
-            console.print(f"{args.out}: already done", markup=False, soft_wrap=True)
-        else:
-            if args.command == "train":
-                _join(args)
-            with _profile(getattr(args, "profile", None)):
-                COMMANDS[args.run_command](args)
+        if args.command == "train":
+            _join(args)
+        if arguments is None and args.command in ("train", "study", "audit"):
+            _let_a_second_interrupt_end_the_process()
+        with _profile(getattr(args, "profile", None)):
+            COMMANDS[args.run_command](args)
     except KeyboardInterrupt:
+        goes_on = ", and --resume goes on from it" if args.command in ("train", "study") else ""
+        print(f"flexolmo: interrupted; what was saved stays{goes_on}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         from flexolmo_jax.training.loop import Interrupted
+        from flexolmo_jax.training.run_folder import AlreadyDone
 
         if isinstance(error, Interrupted):
             print(f"flexolmo: {error}", file=sys.stderr)
+            return INTERRUPTED if error.by_user else 0
+        if isinstance(error, AlreadyDone):
+            console.print(str(error), markup=False, soft_wrap=True)
             return 0
         if args.debug:
             traceback.print_exc()
@@ -65,6 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _leave_the_others()
         return 2
     return 0
+
+
+def _let_a_second_interrupt_end_the_process() -> None:
+    """Even while it waits for a device or a disk: checkpoints appear complete or not at all."""
+    import signal
+
+    from flexolmo_jax.training import loop
+
+    loop.second_interrupt = signal.SIG_DFL
 
 
 def _profile(folder: str | None) -> contextlib.AbstractContextManager:
@@ -319,8 +332,9 @@ def _named_sources(pairs: Sequence[str]) -> dict[str, str]:
 
 def _evaluate(args: argparse.Namespace) -> None:
     for option, goes_with in (
-        ("heldout", "data"), ("task_data", "harness"), ("limit", "harness"), ("shots", "harness"),
-        ("download", "harness"), ("run_code", "harness"),
+        ("heldout", "data"), ("group_field", "data"), ("task_data", "harness"),
+        ("limit", "harness"), ("shots", "harness"), ("download", "harness"),
+        ("run_code", "harness"),
     ):  # fmt: skip
         if getattr(args, option) not in (None, False) and getattr(args, goes_with) is None:
             raise ValueError(f"--{option.replace('_', '-')} is for --{goes_with}; leave it out")
@@ -331,16 +345,22 @@ def _evaluate(args: argparse.Namespace) -> None:
         return
     from flexolmo_jax.data.sources import Report
     from flexolmo_jax.evaluation.domains import bits_per_byte
+    from flexolmo_jax.evaluation.split import GROUP_FIELD, chosen_split
     from flexolmo_jax.model import load
 
     sources = _named_sources(args.data)
+    splits = {
+        name: chosen_split(args.model, name, args.heldout, args.group_field, anchor=args.anchor)
+        for name in sources
+    }
     model = load(args.model, anchor=args.anchor, dtype=args.dtype)
     rows = []
     for name, source in sources.items():
-        report = Report()
+        report, split = Report(), splits[name]
         found = bits_per_byte(
-            model, source, without=args.without, only=args.only, heldout=args.heldout,
-            text_field=args.text_field, report=report,
+            model, source, without=args.without, only=args.only, text_field=args.text_field,
+            heldout=split and split.share, group_field=split.group_field if split else GROUP_FIELD,
+            report=report,
         )  # fmt: skip
         report.tell()
         rows.append({"data": name, **found._asdict(), "bad_rows": len(report.bad_rows)})

@@ -13,6 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from flexolmo_jax import tensors
 from flexolmo_jax.distributed import agree, is_first
+from flexolmo_jax.locking import private_folder
 
 
 class Checkpoints:
@@ -20,6 +21,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
+        private_folder(self.folder)
         self._open()
 
     def _open(self) -> None:
@@ -70,7 +72,7 @@ class Checkpoints:
         self._checkpointer.close()
         if is_first():
             aside = self.folder.with_name("damaged")
-            aside.mkdir(exist_ok=True)
+            private_folder(aside)
             number = len(list(aside.iterdir()))
             (self.folder / str(step)).rename(aside / f"{step}.{number}")
         agree(True)  # nobody looks before it is done

@@ -10,6 +10,7 @@ from rich.table import Table
 from flexolmo_jax.config import AnchorTraining, ExpertTraining, RouterTraining, Training
 from flexolmo_jax.distributed import is_first
 from flexolmo_jax.evaluation.domains import heldout_documents, score
+from flexolmo_jax.federation.package import MANIFEST
 from flexolmo_jax.model import load
 from flexolmo_jax.privacy.command import privacy_asked_for, train_with_privacy
 from flexolmo_jax.training.anchor import train_anchor
@@ -73,7 +74,8 @@ def _places(args: argparse.Namespace, config: Training) -> dict[str, Any]:
     source = args.source or config.data.source
     if source is None:
         raise ValueError("no text to train on: name it with --data")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    finished = args.resume and (out / MANIFEST).exists()  # `check_run` says whether it is this one
+    if out.exists() and not finished and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: already there; choose another --out, or take it away first")
     run = Path(args.run) if args.run else out.absolute().with_name(out.absolute().name + ".run")
     return {"data": source, "out": out, "run": run, "resume": args.resume}

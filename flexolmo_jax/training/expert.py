@@ -12,7 +12,7 @@ from flexolmo_jax.config import ExpertTraining
 from flexolmo_jax.data.domain_embedding import DOCUMENTS, domain_embedding, source_name
 from flexolmo_jax.data.flexmix import SourceWindows, prepare
 from flexolmo_jax.data.loader import Batch, batches, stacked
-from flexolmo_jax.data.sources import Document, is_heldout, named_source, read_documents
+from flexolmo_jax.data.sources import Document, fingerprint, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.distributed import by_first
@@ -21,18 +21,13 @@ from flexolmo_jax.federation.merge import write_expert
 from flexolmo_jax.federation.package import check_name
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.privacy.canaries import canaries_of_run, check_they_are_read
-from flexolmo_jax.training.loop import (
-    OrdinarySteps,
-    check_run,
-    describe_run,
-    mesh_of,
-    record_run,
-    train,
-)
+from flexolmo_jax.training.loop import OrdinarySteps, mesh_of, train
 from flexolmo_jax.training.router_fit import fit_router
+from flexolmo_jax.training.run_folder import alone_in_its_run, check_run, describe_run, record_run
 from flexolmo_jax.training.step import ExpertAloneLoss, ExpertPairLoss, with_parts
 
 
+@alone_in_its_run
 def train_expert(
     config: ExpertTraining,
     *,
@@ -59,15 +54,20 @@ def train_expert(
       resume: go on from the newest checkpoint in `run`.
 
     Raises:
-      ValueError, FloatingPointError, Interrupted: as the parts say.
+      ValueError, FloatingPointError, Interrupted, AlreadyDone: as the parts say.
     """
     check_name(name)
     loaded, tokenizer = anchor_to_train_beside(anchor)
     public_text = public_text_of(loaded, public, anchor) if config.gating == "alone" else []
     wanted = describe_run(
-        config, source=named_source(data), anchor=loaded.identity, canaries=canaries or None
+        config,
+        name=name,
+        source=fingerprint(data),
+        anchor=loaded.identity,
+        public=fingerprint(public) if public else None,
+        canaries=canaries or None,
     )
-    check_run(run, wanted, resume)
+    check_run(run, wanted, resume, config, out)
     drawn = canaries_of_run(canaries, run, tokenizer)
     extra = drawn.inserted if drawn else []
     source, report = prepare(data, config.data, tokenizer, run / "data", extra)
@@ -83,6 +83,7 @@ def train_expert(
         "domain_embedding": source_name(config.domain_embedding),
         "licence": config.licence,
         "contact": config.contact,
+        "heldout": config.data.split(),
         **(drawn.facts() if drawn else {}),
     }
     expert = jax.tree.map(jnp.array, loaded.weights.public)

@@ -13,7 +13,7 @@ import numpy as np
 
 from flexolmo_jax import sharding
 from flexolmo_jax.config import ExpertTraining, ModelConfig, PrivacyConfig
-from flexolmo_jax.data.sources import named_source
+from flexolmo_jax.data.sources import fingerprint
 from flexolmo_jax.data.units import Units, prepare_units
 from flexolmo_jax.distributed import by_first
 from flexolmo_jax.federation.anchor import LoadedAnchor
@@ -27,13 +27,21 @@ from flexolmo_jax.privacy.ledger import Ledger, Run, marked_run
 from flexolmo_jax.privacy.statement import make_statement
 from flexolmo_jax.training import private_rows
 from flexolmo_jax.training.expert import anchor_to_train_beside, public_text_of
-from flexolmo_jax.training.loop import RUN_FILE, check_run, describe_run, record_run, train
+from flexolmo_jax.training.loop import train
 from flexolmo_jax.training.private_steps import PrivateSteps
+from flexolmo_jax.training.run_folder import (
+    RUN_FILE,
+    alone_in_its_run,
+    check_run,
+    describe_run,
+    record_run,
+)
 from flexolmo_jax.training.step import ExpertAloneLoss, ExpertPairLoss, Loss, with_parts
 
 RELEASE = "rows_release.npz"  # in the run folder
 
 
+@alone_in_its_run
 def train_private_expert(
     config: ExpertTraining,
     privacy: PrivacyConfig,
@@ -58,8 +66,8 @@ def train_private_expert(
         left out is a unit of nothing, so that the number of units does not tell of the coins.
 
     Raises:
-      ValueError, FloatingPointError, Interrupted: as the parts say; the run would exceed the
-        owner's limit.
+      ValueError, FloatingPointError, Interrupted, AlreadyDone: as the parts say; the run would
+        exceed the owner's limit.
     """
     check_name(name)
     if config.domain_embedding:
@@ -82,9 +90,10 @@ def train_private_expert(
     loaded, tokenizer = anchor_to_train_beside(anchor)
     texts = list(public_text_of(loaded, public, anchor)) if config.gating == "alone" else []
     asked = {f"dp_{k}": v for k, v in dataclasses.asdict(privacy).items() if k not in NOT_THE_RUN}
-    asked["canaries"] = canaries or None
-    wanted = describe_run(config, source=named_source(data), anchor=loaded.identity, **asked)
-    check_run(run, wanted, resume)
+    asked |= {"name": name, "canaries": canaries or None}
+    asked["public"] = fingerprint(public) if public else None
+    wanted = describe_run(config, source=fingerprint(data), anchor=loaded.identity, **asked)
+    check_run(run, wanted, resume, config, out)
     drawn = canaries_of_run(canaries, run, tokenizer)
     extra, empty = (drawn.inserted, drawn.left_out) if drawn else ([], 0)
     units = prepare_units(data, config.data, tokenizer, run / "data", privacy.kind, extra, empty)
@@ -128,6 +137,7 @@ def train_private_expert(
             "domain_embedding": None,
             "licence": config.licence,
             "contact": config.contact,
+            "heldout": config.data.split(),
             "privacy": statement,
             **(drawn.facts() if drawn else {}),
         }
