@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import os
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown argument {rest[0]}; see flexolmo {args.command} --help")
     args.overrides = rest
     warnings.showwarning = _show_warning
+    sys.excepthook = _show_uncaught
     try:
         if args.command == "train":
             _join(args)
@@ -96,10 +98,20 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
         print(f"flexolmo: warning: {message}", file=sys.stderr)
 
 
+def _show_uncaught(kind, error, trace) -> None:
+    """All but what TensorStore's threads say where a write has failed, and was told already."""
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
+
+
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    if "No space left on device" in text:
-        return "the disk is full (no space left on device): make room, and run it again"
+    for number, what in ((errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "a quota is used up")):
+        if os.strerror(number) in text:
+            return (
+                f"{what} ({os.strerror(number).lower()}): make room, and run it again; a training "
+                "goes on with --resume"
+            )
     if not isinstance(error, (ValueError, OSError, FloatingPointError)) and len(text) > 300:
         text = text[:300] + " ..."
     known = (ValueError, OSError, FloatingPointError, RuntimeError)

@@ -91,6 +91,7 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
     with (
         _Interruption().watched() as interrupted,
         _progress(title, training.steps, start) as progress,
+        checkpoints,
     ):
         data = steps.batches(start)
         since, since_step = time.monotonic(), start
@@ -133,7 +134,6 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
                 raise Interrupted(
                     f"{title}: stopped after step {step}; go on with --resume", interrupted.by_user
                 )
-    checkpoints.close()
     if is_first():
         _plot(metrics_file, run / "loss.png", title)
     return trainable if mesh is None else sharding.on_host(trainable)
