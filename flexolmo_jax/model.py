@@ -40,8 +40,8 @@ def _check_memory(config: ModelConfig, rows: int, length: int, max_new_tokens: i
     if needed > memory / 2:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} needs {needed / 1e9:,.0f} GB for keys and values, "
-            f"more than half of the {memory / 1e9:,.0f} GB there are; ask for fewer (the model was made "
-            f"for {config.max_length} tokens), or for fewer prompts at a time"
+            f"more than half of the {memory / 1e9:,.0f} GB there are; ask for fewer (the model was "
+            f"made for {config.max_length} tokens), or for fewer prompts at a time"
         )
 
 

@@ -53,7 +53,7 @@ def train_anchor(
     """
     given = None if start is None else read_anchor(start)
     made_from = {} if given is None else {"start": given.identity}
-    wanted = describe_run(config, source=fingerprint(data), **made_from)
+    wanted = describe_run(config, source=fingerprint(data), source_at=data, **made_from)
     check_run(run, wanted, resume, config, out)
     tokenizer = in_turn(lambda: _tokenizer(config, data, run))
     if tokenizer.vocab_size > config.model.vocab_size:

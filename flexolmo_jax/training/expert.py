@@ -63,6 +63,7 @@ def train_expert(
         config,
         name=name,
         source=fingerprint(data),
+        source_at=data,
         anchor=loaded.identity,
         public=fingerprint(public) if public else None,
         canaries=canaries or None,

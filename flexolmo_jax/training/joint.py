@@ -43,7 +43,7 @@ def train_jointly(
       ValueError, FloatingPointError, Interrupted, AlreadyDone: as the parts say.
     """
     loaded, tokenizer = anchor_to_train_beside(anchor)
-    wanted = describe_run(config, source=fingerprint(data), anchor=loaded.identity)
+    wanted = describe_run(config, source=fingerprint(data), source_at=data, anchor=loaded.identity)
     check_run(run, wanted, resume, config, out)
     source, _ = prepare(data, config.data, tokenizer, run / "data")
     record_run(run, wanted)

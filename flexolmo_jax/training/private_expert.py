@@ -92,7 +92,9 @@ def train_private_expert(
     asked = {f"dp_{k}": v for k, v in dataclasses.asdict(privacy).items() if k not in NOT_THE_RUN}
     asked |= {"name": name, "canaries": canaries or None}
     asked["public"] = fingerprint(public) if public else None
-    wanted = describe_run(config, source=fingerprint(data), anchor=loaded.identity, **asked)
+    wanted = describe_run(
+        config, source=fingerprint(data), source_at=data, anchor=loaded.identity, **asked
+    )
     check_run(run, wanted, resume, config, out)
     drawn = canaries_of_run(canaries, run, tokenizer)
     extra, empty = (drawn.inserted, drawn.left_out) if drawn else ([], 0)

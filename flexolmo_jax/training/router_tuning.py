@@ -42,7 +42,11 @@ def train_router(
     loaded = load_merged(model, mesh=mesh)
     if loaded.tokenizer is None:
         raise ValueError(f"{model}: there is no tokenizer.json with its anchor")
-    made_from = {"source": fingerprint(data), "model": read_manifest(model)["digest"]}
+    made_from = {
+        "source": fingerprint(data),
+        "source_at": data,
+        "model": read_manifest(model)["digest"],
+    }
     wanted = describe_run(config, **made_from)
     check_run(run, wanted, resume, config, out)
     source, report = prepare(data, config.data, loaded.tokenizer, run / "data")

@@ -43,8 +43,9 @@ class AlreadyDone(Exception):
 def describe_run(training: Training, **made_from: Any) -> dict[str, Any]:
     """What a run is, as JSON values: its config, and the digests of what it starts from.
 
-    Text is described by its content (`made_from`), never by where it is; so are files that the
-    config names. What changes no weight is left out.
+    Text is described by its content (`source` in `made_from`); where it is (`source_at`) is kept
+    for messages only. Files that the config names are described by their content too. What
+    changes no weight is left out.
     """
     values = {**dataclasses.asdict(training), **made_from}
     for name in FREE:
@@ -103,11 +104,17 @@ def _check_same(folder: Path, wanted: dict[str, Any], there: dict[str, Any]) -> 
         )
     ours, theirs = _flat(wanted), _flat(there)
     for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
+        if name == "source_at" or ours.get(name) == theirs.get(name):
+            continue
+        if name == "source":
             raise ValueError(
-                f"{folder}: cannot resume with another {name}: it was {theirs.get(name)}, now "
-                f"{ours.get(name)}"
+                f"{folder}: cannot resume with another text: what is in {wanted['source_at']} is "
+                f"not what was in {there.get('source_at')} when this run was started"
             )
+        raise ValueError(
+            f"{folder}: cannot resume with another {name}: it was {theirs.get(name)}, now "
+            f"{ours.get(name)}"
+        )
 
 
 def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:

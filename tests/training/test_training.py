@@ -419,9 +419,10 @@ def test_no_seed_and_no_text_of_the_owner_is_in_a_package(closed):
     manifest = read_manifest(package)
     assert set(manifest) == {
         "format", "made_by", "kind", "name", "anchor", "model", "tokenizer", "privacy",
-        "tokens_seen", "gating", "router", "domain_embedding", "licence", "contact", "tensors",
-        "files", "digest",
+        "tokens_seen", "gating", "router", "domain_embedding", "licence", "contact", "heldout",
+        "tensors", "files", "digest",
     }  # fmt: skip
+    assert manifest["heldout"] == {"share": 0.1, "group_field": "group"}
 
 
 def test_a_domain_embedding_is_where_the_pairs_row_starts_from(world, tmp_path):
