@@ -106,6 +106,8 @@ def _show_uncaught(kind, error, trace) -> None:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
+    if text.startswith("Not enough disk space"):  # of TFDS, with sizes that it does not know
+        text = os.strerror(errno.ENOSPC)
     for number, what in ((errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "a quota is used up")):
         if os.strerror(number) in text:
             return (
