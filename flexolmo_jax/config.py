@@ -140,8 +140,12 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _require(
-            0 < self.learning_rate <= 1,
-            f"learning_rate must be in (0, 1], found {self.learning_rate}",
+            self.learning_rate > 0, f"learning_rate must be positive, found {self.learning_rate}"
+        )
+        _require(
+            self.learning_rate <= 1,
+            f"learning_rate must be at most 1 (AdamW moves every weight by about as much in a "
+            f"step), found {self.learning_rate}",
         )
         _require(
             self.warmup_steps >= 0, f"warmup_steps must be 0 or more, found {self.warmup_steps}"
@@ -173,10 +177,7 @@ class DataConfig:
     def __post_init__(self):
         _require(self.batch_size > 0, f"batch_size must be positive, found {self.batch_size}")
         _require(self.length > 1, f"length must be at least 2 tokens, found {self.length}")
-        _require(
-            0 <= self.heldout < 1,
-            f"heldout must be a share in (0, 1), or 0 to hold nothing out, found {self.heldout}",
-        )
+        _require(0 <= self.heldout < 1, f"heldout must be in [0, 1), found {self.heldout}")
         for name in ("text_field", "group_field"):
             _require(getattr(self, name) != "", f"{name} must not be empty")
 
