@@ -377,10 +377,10 @@ def find_config(path: str | Path, folder: Path | None = None) -> Path:
     if is_bare and not said.endswith(".py"):
         beside = [one for one in (f"{said}.py", said) if Path(one).is_file()]
         if bundled.is_file():
-            for one in beside:
+            if beside:
                 warnings.warn(
                     f"{said}: this is the config that comes with flexolmo_jax, {bundled}; for the "
-                    f"file in this folder, write ./{one}",
+                    f"file in this folder, write ./{beside[0]}",
                     stacklevel=3,
                 )
             return bundled
