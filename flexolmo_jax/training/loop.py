@@ -286,7 +286,7 @@ def _progress(
 ) -> Iterator[Callable[[int, float, float, str], None]]:
     """update(step, loss, rate, more): a bar on a terminal; lines in a log (nohup, Slurm)."""
     if not (console.is_interactive or console.is_jupyter):
-        yield _lines(title, steps, start)
+        yield _lines(title, steps)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -308,20 +308,27 @@ def _progress(
         yield update
 
 
-def _lines(title: str, steps: int, start: int) -> Callable[[int, float, float, str], None]:
+def _lines(title: str, steps: int) -> Callable[[int, float, float, str], None]:
     """Plain lines: many at first, so that a log shows soon that all is well; then fewer."""
     begun = last = time.monotonic()
+    first: tuple[int, float] | None = None  # the first step takes longer: it is compiled
 
     def update(step: int, loss: float, rate: float, more: str) -> None:
-        nonlocal last
+        nonlocal first, last
         now = time.monotonic()
-        if console.quiet or (step < steps and now - last < min(LINES, (last - begun) / 10)):
+        if console.quiet or (
+            first and step < steps and now - last < min(LINES, (now - begun) / 20)
+        ):
             return
         last = now
-        left = (now - begun) / max(step - start, 1) * (steps - step)
+        left = ""
+        if first is None:
+            first = (step, now)
+        else:
+            seconds = (now - first[1]) / (step - first[0]) * (steps - step)
+            left = f"{_duration(seconds)} left"
         parts = (
-            f"{title}: step {step}/{steps}", f"loss {loss:.3f}", f"{rate:,.0f} tokens/s",
-            f"{_duration(left)} left", more,
+            f"{title}: step {step}/{steps}", f"loss {loss:.3f}", f"{rate:,.0f} tokens/s", left, more
         )  # fmt: skip
         print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
 
