@@ -173,6 +173,20 @@ def test_the_learning_rate_warms_up_and_decays_to_zero():
     assert rates[12] == pytest.approx(0.5 * (1 + math.cos(math.pi * 8 / 16)))
 
 
+@pytest.mark.parametrize(
+    ("steps", "values", "message"),
+    [
+        (10, {"warmup_steps": 11}, "optimizer.warmup_steps=11 is more than steps=10"),
+        (10, {"learning_rate": 0.5}, "optimizer.learning_rate=0.5 is above 0.1"),
+    ],
+)
+def test_values_that_are_hardly_meant_are_warned_of(steps, values, message):
+    optimizer = fo.OptimizerConfig(**{"learning_rate": 1e-3, **values})
+    data = fo.DataConfig(batch_size=4, length=32)
+    with pytest.warns(UserWarning, match=message):
+        loop._warn_of_odd_values(fo.ExpertTraining(data=data, optimizer=optimizer, steps=steps))
+
+
 def test_weight_decay_spares_norms_biases_and_embeddings(world):
     weights = read_anchor(world.anchor).weights
     config = fo.OptimizerConfig(learning_rate=1.0, weight_decay=0.1)
