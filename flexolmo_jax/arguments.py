@@ -15,6 +15,10 @@ SOURCE = (
     "JSON Lines, JSON, Parquet, CSV, TSV or text file (all but Parquet also .gz, .zst, .xz, .bz2), "
     "a folder of them, corpus:NAME, or tfds:NAME[/CONFIG]"
 )
+EXIT_CODES = (
+    "Exit codes: 0 all went well, or SIGTERM came and a training has saved its state; 2 an error, "
+    "told in one line; 130 interrupted by Ctrl-C (a training has saved its state)."
+)
 
 
 def make_parser() -> Parser:
@@ -27,7 +31,8 @@ def make_parser() -> Parser:
         description="Language models of many data owners that never pool their data.",
         epilog="To start: `flexolmo demo` shows the whole idea on text that comes with the "
         "project, and leaves an anchor for your own expert: `flexolmo train expert demo_expert "
-        "--anchor flexolmo_demo/anchor --data my_texts.jsonl --name mine --out mine`.",
+        "--anchor flexolmo_demo/anchor --data my_texts.jsonl --name mine --out mine`. "
+        + EXIT_CODES,
     )
     parser.add_argument(
         "--version", action=Version, nargs=0, help="of flexolmo_jax, JAX and Python"
@@ -166,8 +171,13 @@ def make_parser() -> Parser:
     texts = evaluate.add_argument_group("texts")
     texts.add_argument("--text-field", default="text", help="default: %(default)s")
     texts.add_argument(
-        "--heldout", type=float, metavar="SHARE",
-        help="only the documents that training with this held-out share left out",
+        "--heldout", type=float, metavar="SHARE", nargs="?", const=True,
+        help="only the documents that training with this held-out share left out; without a value, "
+        "as the manifest of the expert says that is named NAME, or of all experts",
+    )  # fmt: skip
+    texts.add_argument(
+        "--group-field", metavar="FIELD",
+        help="documents that share it were held out together (default: as the manifest says)",
     )  # fmt: skip
     harness = evaluate.add_argument_group("tasks")
     harness.add_argument("--task-data", metavar="DIR", help="what `flexolmo data tasks` wrote")

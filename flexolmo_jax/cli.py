@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import os
@@ -24,8 +25,7 @@ TEXTS = ("prompt", "name", "names", "expert", "without", "only", "text_field", "
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code.
 
-    0 when all went well, also when training was asked to stop and saved its state; 2 after an
-    error; 130 when interrupted with nothing saved.
+    They are in `arguments.EXIT_CODES`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -45,22 +45,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         keep_freed_memory()
     args.overrides = rest
     warnings.showwarning = _show_warning
+    sys.excepthook = _show_uncaught
     try:
         _check_texts(args)
-        if args.command == "train" and args.resume and (Path(args.out) / "manifest.json").exists():
-            tell(f"{args.out}: already done")
-        else:
-            if args.command == "train":
-                _join(args)
-            with _profile(getattr(args, "profile", None)):
-                COMMANDS[args.run_command](args)
+        if args.command == "train":
+            _join(args)
+        if arguments is None and args.command in ("train", "study", "audit"):
+            _let_a_second_interrupt_end_the_process()
+        with _profile(getattr(args, "profile", None)):
+            COMMANDS[args.run_command](args)
     except KeyboardInterrupt:
+        goes_on = ", and --resume goes on from it" if args.command in ("train", "study") else ""
+        print(f"flexolmo: interrupted; what was saved stays{goes_on}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         from flexolmo_jax.training.loop import Interrupted
+        from flexolmo_jax.training.run_folder import AlreadyDone
 
         if isinstance(error, Interrupted):
             print(f"flexolmo: {visible(error)}", file=sys.stderr)
+            return INTERRUPTED if error.by_user else 0
+        if isinstance(error, AlreadyDone):
+            tell(str(error))
             return 0
         if args.debug:
             traceback.print_exc()
@@ -96,6 +102,15 @@ def _check_text(option: str, text: str) -> None:
         ) from error
 
 
+def _let_a_second_interrupt_end_the_process() -> None:
+    """Even while it waits for a device or a disk: checkpoints appear complete or not at all."""
+    import signal
+
+    from flexolmo_jax.training import loop
+
+    loop.second_interrupt = signal.SIG_DFL
+
+
 def _profile(folder: str | None) -> contextlib.AbstractContextManager:
     """Writes a trace of the command to a folder, if one is given."""
     if folder is None:
@@ -112,12 +127,22 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
         print(f"flexolmo: warning: {visible(message)}", file=sys.stderr)
 
 
+def _show_uncaught(kind, error, trace) -> None:
+    """All but what TensorStore's threads say where a write has failed, and was told already."""
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
+
+
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, UnicodeEncodeError):
-        return f"{ascii(error.object[:200])} is not UTF-8: rename the file, or convert the text"
-    if "No space left on device" in text:
-        return "the disk is full (no space left on device): make room, and run it again"
+    if text.startswith("Not enough disk space"):  # of TFDS, with sizes that it does not know
+        text = os.strerror(errno.ENOSPC)
+    for number, what in ((errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "a quota is used up")):
+        if os.strerror(number) in text:
+            return (
+                f"{what} ({os.strerror(number).lower()}): make room, and run it again; a training "
+                "goes on with --resume"
+            )
     if not isinstance(error, (ValueError, OSError, FloatingPointError)) and len(text) > 300:
         text = text[:300] + " ..."
     known = (ValueError, OSError, FloatingPointError, RuntimeError)
@@ -330,8 +355,9 @@ def _named_sources(pairs: Sequence[str]) -> dict[str, str]:
 
 def _evaluate(args: argparse.Namespace) -> None:
     for option, goes_with in (
-        ("heldout", "data"), ("task_data", "harness"), ("limit", "harness"), ("shots", "harness"),
-        ("download", "harness"), ("run_code", "harness"),
+        ("heldout", "data"), ("group_field", "data"), ("task_data", "harness"),
+        ("limit", "harness"), ("shots", "harness"), ("download", "harness"),
+        ("run_code", "harness"),
     ):  # fmt: skip
         if getattr(args, option) not in (None, False) and getattr(args, goes_with) is None:
             raise ValueError(f"--{option.replace('_', '-')} is for --{goes_with}; leave it out")
@@ -342,16 +368,23 @@ def _evaluate(args: argparse.Namespace) -> None:
         return
     from flexolmo_jax.data.sources import Report
     from flexolmo_jax.evaluation.domains import bits_per_byte
+    from flexolmo_jax.evaluation.split import GROUP_FIELD, chosen_split
     from flexolmo_jax.model import load
 
     sources = _named_sources(args.data)
     model = load(args.model, anchor=args.anchor, dtype=args.dtype, separator=args.separator)
+    splits = {
+        name: chosen_split(args.model, name, args.heldout, args.group_field, anchor=args.anchor)
+        for name in sources
+    }
+    model = load(args.model, anchor=args.anchor, dtype=args.dtype)
     rows = []
     for name, source in sources.items():
-        report = Report()
+        report, split = Report(), splits[name]
         found = bits_per_byte(
-            model, source, without=args.without, only=args.only, heldout=args.heldout,
-            text_field=args.text_field, report=report,
+            model, source, without=args.without, only=args.only, text_field=args.text_field,
+            heldout=split and split.share, group_field=split.group_field if split else GROUP_FIELD,
+            report=report,
         )  # fmt: skip
         report.tell()
         rows.append({"data": name, **found._asdict(), "bad_rows": len(report.bad_rows)})

@@ -1,7 +1,9 @@
 """Frozen dataclasses that check themselves; presets are values of them, in `configs/`."""
 
 import dataclasses
+import os
 import runpy
+import warnings
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -140,7 +142,25 @@ class OptimizerConfig:
         _require(
             self.learning_rate > 0, f"learning_rate must be positive, found {self.learning_rate}"
         )
-        _require(self.clip_norm > 0, f"clip_norm must be positive, found {self.clip_norm}")
+        _require(
+            self.learning_rate <= 1,
+            f"learning_rate must be at most 1 (AdamW moves every weight by about as much in a "
+            f"step), found {self.learning_rate}",
+        )
+        _require(
+            self.warmup_steps >= 0, f"warmup_steps must be 0 or more, found {self.warmup_steps}"
+        )
+        for name in ("b1", "b2"):
+            found = getattr(self, name)
+            _require(0 <= found < 1, f"{name} must be in [0, 1), found {found}")
+        for name in ("eps", "clip_norm"):
+            found = getattr(self, name)
+            _require(0 < found < float("inf"), f"{name} must be positive and finite, found {found}")
+        _require(
+            0 <= self.weight_decay < 1 / self.learning_rate,
+            "weight_decay must be 0 or more, and below 1 / learning_rate, where a step would leave "
+            f"nothing of a weight; found {self.weight_decay}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +178,16 @@ class DataConfig:
         _require(self.batch_size > 0, f"batch_size must be positive, found {self.batch_size}")
         _require(self.length > 1, f"length must be at least 2 tokens, found {self.length}")
         _require(0 <= self.heldout < 1, f"heldout must be in [0, 1), found {self.heldout}")
+        for name in ("text_field", "group_field"):
+            _require(getattr(self, name) != "", f"{name} must not be empty")
+
+    def split(self) -> dict[str, Any]:
+        """What a package says of its held-out split, so that others can score the same documents.
+
+        Which documents are held out follows from this and from each document's group (its text,
+        where it has none) alone; see `is_heldout` in data/sources.py.
+        """
+        return {"share": self.heldout, "group_field": self.group_field}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +211,11 @@ class Training:
 
     def __post_init__(self):
         _require(self.steps > 0, f"steps must be positive, found {self.steps}")
+        _require(0 <= self.seed < 2**63, f"seed must be 0 or more, found {self.seed}")
+        _require(
+            0 <= self.output_z_loss < float("inf"),
+            f"output_z_loss must be 0 or more, and finite, found {self.output_z_loss}",
+        )
         for name in ("log_every", "expert_parallel", "tensor_parallel", "parts"):
             found = getattr(self, name)
             _require(found > 0, f"{name} must be positive, found {found}")
@@ -323,23 +358,55 @@ class RouterTraining(Training):
     active_experts: int | None = None  # None: as the merged model says
 
 
+def find_config(path: str | Path, folder: Path | None = None) -> Path:
+    """The file of a config.
+
+    A bare name (`demo_expert`) is always one that comes with flexolmo_jax: a file in the working
+    folder that happens to be named so is not run. What ends in .py or has a slash is a file.
+
+    Args:
+      path: a Python file, or the name of a config that comes with flexolmo_jax.
+      folder: where those that come with flexolmo_jax are; default: CONFIGS.
+
+    Raises:
+      ValueError: there is none.
+    """
+    file, folder, said = Path(path), folder or CONFIGS, str(path)
+    bundled = folder / f"{file.stem}.py"
+    is_bare = not isinstance(path, Path) and os.sep not in said
+    if is_bare and not said.endswith(".py"):
+        beside = [one for one in (f"{said}.py", said) if Path(one).is_file()]
+        if bundled.is_file():
+            if beside:
+                warnings.warn(
+                    f"{said}: this is the config that comes with flexolmo_jax, {bundled}; for the "
+                    f"file in this folder, write ./{beside[0]}",
+                    stacklevel=3,
+                )
+            return bundled
+        if beside:
+            raise ValueError(
+                f"no config named {said}; for the file in this folder, write ./{beside[0]}"
+            )
+    elif file.is_file():
+        return file
+    elif is_bare and bundled.is_file():
+        return bundled
+    known = ", ".join(sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__"))
+    raise ValueError(f"no config at {path}; give a Python file, or one of: {known}")
+
+
 def load_config(path: str | Path, kind: type, folder: Path | None = None) -> Any:
     """Runs a config file and returns its `config`.
 
     Args:
-      path: a Python file that sets `config`, or the name of one that comes with flexolmo_jax.
+      path, folder: as in `find_config`.
       kind: the class that `config` must be of.
-      folder: where those that come with flexolmo_jax are; default: CONFIGS.
 
     Raises:
       ValueError: the file is missing, fails, or holds a config of another stage.
     """
-    file, folder = Path(path), folder or CONFIGS
-    if not file.is_file() and file.name == str(path):
-        file = folder / f"{file.stem}.py"
-    if not file.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__"))
-        raise ValueError(f"no config at {path}; give a Python file, or one of: {known}")
+    file = find_config(path, folder)
     try:
         values = runpy.run_path(str(file))
     except ValueError as error:

@@ -6,6 +6,7 @@ model.generate(["The theorem"], without=["math"])
 
 import dataclasses
 import functools
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,21 @@ from flexolmo_jax.inference.unstacked import Unstacked, round_to_int8, unstack
 from flexolmo_jax.interop import huggingface
 from flexolmo_jax.modeling.experts import Experts, fill_up, join
 from flexolmo_jax.modeling.transformer import Backbone, forward
+
+
+def _check_memory(config: ModelConfig, rows: int, length: int, max_new_tokens: int) -> None:
+    """Raises ValueError if keys and values of all tokens cannot fit beside the weights."""
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if memory is None:  # a CPU
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    numbers = 2 * config.num_layers * config.kv_heads * config.head_size  # of each token
+    needed = rows * length * numbers * jnp.dtype(config.dtype).itemsize
+    if needed > memory / 2:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} needs {needed / 1e9:,.0f} GB for keys and values, "
+            f"more than half of the {memory / 1e9:,.0f} GB there are; ask for fewer (the model was "
+            f"made for {config.max_length} tokens), or for fewer prompts at a time"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +229,7 @@ class FlexOlmo:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
         longest = max(map(len, ids)) + max_new_tokens
+        _check_memory(self.config, len(ids), longest, max_new_tokens)
         if longest > self.config.max_length:
             warnings.warn(
                 f"prompt and output may reach {longest} tokens, more than the "

@@ -49,7 +49,18 @@ DATA = {"batch_size": 2, "length": 8}
         (fo.DataConfig, {**DATA, "length": 1}, "length must be at least 2 tokens"),
         (fo.DataConfig, {**DATA, "heldout": 1.0}, r"heldout must be in \[0, 1\), found 1.0"),
         (fo.OptimizerConfig, {"learning_rate": 0}, "learning_rate must be positive"),
+        (fo.DataConfig, {**DATA, "heldout": float("nan")}, r"heldout must be in \[0, 1\)"),
+        (fo.DataConfig, {**DATA, "group_field": ""}, "group_field must not be empty"),
+        (fo.OptimizerConfig, {"learning_rate": float("nan")}, "learning_rate must be positive"),
+        (fo.OptimizerConfig, {"learning_rate": 3}, "learning_rate must be at most 1"),
         (fo.OptimizerConfig, {"learning_rate": 1, "clip_norm": 0}, "clip_norm must be positive"),
+        (fo.OptimizerConfig, {"learning_rate": 1, "b1": 1.0}, r"b1 must be in \[0, 1\), found 1.0"),
+        (fo.OptimizerConfig, {"learning_rate": 1, "b2": -0.1}, r"b2 must be in \[0, 1\)"),
+        (fo.OptimizerConfig, {"learning_rate": 1, "eps": 0}, "eps must be positive and finite"),
+        (fo.OptimizerConfig, {"learning_rate": 1, "warmup_steps": -1}, "warmup_steps must be 0 or"),
+        (fo.OptimizerConfig, {"learning_rate": 1, "weight_decay": -1}, "weight_decay must be 0 or"),
+        (fo.ExpertTraining, {"seed": -1}, "seed must be 0 or more, found -1"),
+        (fo.ExpertTraining, {"output_z_loss": -1}, "output_z_loss must be 0 or more"),
         (fo.ExpertTraining, {"steps": 0}, "steps must be positive, found 0"),
         (fo.ExpertTraining, {"log_every": 0}, "log_every must be positive"),
         (fo.ExpertTraining, {"checkpoint_every": 0}, "checkpoint_every must be positive"),
@@ -205,6 +216,20 @@ def test_a_config_that_does_not_exist_is_an_error_that_lists_ours(tmp_path):
         load_config("nothing", fo.AnchorTraining)
     with pytest.raises(ValueError, match="no config at"):  # not ours of that name
         load_config(tmp_path / "demo_anchor.py", fo.AnchorTraining)
+
+
+def test_a_file_in_the_working_folder_does_not_take_a_presets_place(tmp_path, monkeypatch):
+    """It is somebody else's code, perhaps; it runs only when it is named as a file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo_expert.py", "demo_expert", "mine"):
+        (tmp_path / name).write_text("raise ValueError('ran')")
+    with pytest.warns(UserWarning, match="comes with flexolmo_jax.*write ./demo_expert.py"):
+        assert load_config("demo_expert", fo.ExpertTraining) == preset("demo_expert")["config"]
+    for path in ("demo_expert.py", "./demo_expert.py", "./demo_expert", tmp_path / "mine"):
+        with pytest.raises(ValueError, match="ran"):
+            load_config(path, fo.ExpertTraining)
+    with pytest.raises(ValueError, match="no config named mine; .* write ./mine"):
+        load_config("mine", fo.ExpertTraining)
 
 
 def test_a_folder_of_a_presets_name_is_not_in_its_way(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What comes from outside: a full disk, signals, and the start of the process itself."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -164,7 +165,7 @@ def started(arguments):
     raise AssertionError(process.communicate()[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_process_that_is_stopped_goes_on_where_it_was(world, flexolmo, tmp_path, number):
     long = ("--steps", "3000", "--checkpoint-every", "20", "--log-every", "1")
     arguments = world.expert_words(tmp_path / "mine", *long, run=tmp_path / "run")
@@ -174,13 +175,56 @@ def test_a_process_that_is_stopped_goes_on_where_it_was(world, flexolmo, tmp_pat
     assert not (tmp_path / "mine").exists()
     done = max(saved(tmp_path / "run"))
     assert 20 <= done < 3000
-    if number == signal.SIGTERM:
-        assert process.returncode == 0
+    if number != signal.SIGKILL:
+        assert process.returncode == (130 if number == signal.SIGINT else 0)
         assert f"stopped after step {done}; go on with --resume" in error
     else:
         assert process.returncode == -signal.SIGKILL
         assert done % 20 == 0
     assert "Traceback" not in error
+    # Standard error is no terminal here, as under nohup or Slurm.
+    lines = [line for line in error.splitlines() if "expert mine: step " in line]
+    assert lines[0].startswith("expert mine: step 1/3000, loss ")
+    for line in lines:
+        assert re.fullmatch(
+            r"expert mine: step \d+/3000, loss \d+\.\d+, [\d,]+ tokens/s(, \d+:\d\d:\d\d left)?",
+            line,
+        )
+
+
+def test_a_second_interrupt_ends_at_once(world, tmp_path):
+    """Also while a step never ends: the device, or the disk, may hang."""
+    hanging = tmp_path / "hanging.py"
+    hanging.write_text(
+        "import ctypes, sys\n"
+        "from flexolmo_jax.training import loop\n"
+        "def take(*_):\n"
+        "    print('hanging', file=sys.stderr, flush=True)\n"
+        "    ctypes.PyDLL(None).sleep(600)  # holds the interpreter: no Python handler can run\n"
+        "class Steps(loop.OrdinarySteps):\n"
+        "    def take(self, step, *more):\n"
+        "        import os, signal\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        take()\n"
+        "from flexolmo_jax.training import expert\n"
+        "expert.OrdinarySteps = Steps\n"
+        "from flexolmo_jax.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    words = [str(word) for word in world.expert_words(tmp_path / "mine", run=tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, hanging, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+    said = ""
+    while "hanging" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    assert "saving after this step; Ctrl-C again ends at once" in said
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == -signal.SIGINT
+    assert not (tmp_path / "mine").exists()
 
 
 def test_training_runs_with_large_pages(world, tmp_path):

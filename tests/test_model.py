@@ -190,3 +190,8 @@ def test_bits_per_byte_knows_masks_and_the_held_out_split(world):
     assert without == anchor
     with pytest.raises(ValueError, match="no document is held out with a share of 1e-09"):
         fo.bits_per_byte(model, source, heldout=1e-9)
+
+
+def test_more_new_tokens_than_fit_into_memory_are_refused_at_once(model):
+    with pytest.raises(ValueError, match="max_new_tokens=1000000000000 needs .* GB for keys"):
+        model.generate([[1, 2]], 10**12)

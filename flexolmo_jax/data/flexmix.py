@@ -22,6 +22,7 @@ from flexolmo_jax.data.sources import Document, Report, fingerprint, is_heldout,
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import Window, tokenized, windows
 from flexolmo_jax.distributed import in_turn, is_first
+from flexolmo_jax.locking import private_folder
 
 
 class SourceWindows(tfds.core.GeneratorBasedBuilder):
@@ -136,6 +137,7 @@ def prepare(
     Raises:
       ValueError: as `read_documents`; or nothing is left to train on after the held-out split.
     """
+    private_folder(folder)  # the windows are the text
     builder = build(lambda: SourceWindows(source, data, tokenizer, data_dir=folder, extra=extra))
     return builder, builder.report
 

@@ -8,6 +8,7 @@ told the same held-out share leaves out the same documents, in whatever order th
 """
 
 import dataclasses
+import functools
 import hashlib
 import sys
 from collections.abc import Iterator
@@ -127,19 +128,37 @@ def is_heldout(document: Document, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def named_source(source: str | Path) -> str:
-    """A source by name and state, for the record of a run."""
-    return f"{source} ({fingerprint(source)})"
-
-
 def fingerprint(source: str | Path) -> str:
-    """A short name that changes when the files of a source do (names, sizes, times)."""
-    digest = hashlib.sha256(str(source).encode())
-    if not str(source).startswith("tfds:"):
-        for file in _files(source):
-            stat = file.stat()
-            digest.update(f"{file}|{stat.st_size}|{stat.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
+    """A digest of what is in a source: of its files' bytes, in the order in which they are read.
+
+    It is the same wherever the files are, however the path is written, and whenever they were
+    copied; it reads all of them (about a second for each gigabyte), once in a process.
+
+    Returns:
+      64 hexadecimal digits.
+
+    Raises:
+      ValueError: the source is missing, or of an unknown kind.
+    """
+    digest = hashlib.sha256()
+    if str(source).startswith("tfds:"):
+        builder, _, only = _tfds_builder(str(source))
+        digest.update(f"tfds {only}\n".encode())
+        files = sorted(path for path in Path(builder.data_path).rglob("*") if path.is_file())
+    else:
+        files = _files(source)
+    for file in files:
+        stat = file.stat()
+        content = _digest(file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        digest.update(f"{file.suffix} {content}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=100_000)
+def _digest(file: Path, *state: int) -> str:
+    """sha256 of a file; `state` is another one when the file has been written again."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _files(source: str | Path) -> list[Path]:
@@ -169,19 +188,26 @@ def _file_rows(files: list[Path], text_field: str, group_field: str) -> Iterator
             yield str(file) if place is None else f"{file}:{place}", row
 
 
-def _tfds_rows(source: str, text_field: str) -> Iterator[tuple[str, Row]]:
+def _tfds_builder(source: str):
+    """(builder, name, the one split that is asked for) of a prepared TFDS dataset."""
     import tensorflow_datasets as tfds  # heavy, and needed for this kind of source only
 
     name, _, only = source.removeprefix("tfds:").removesuffix("]").partition("[")
     try:
         builder = tfds.builder(name)
-        splits = builder.as_data_source()
+        builder.as_data_source()
+        return builder, name, only
     except Exception as error:
         raise ValueError(
             f"{source}: cannot be read as a prepared TFDS dataset with random access "
             f"({type(error).__name__}: {str(error).splitlines()[0]}); prepare it first with "
             f"`tfds build {name} --file_format=array_record`"
         ) from error
+
+
+def _tfds_rows(source: str, text_field: str) -> Iterator[tuple[str, Row]]:
+    builder, name, only = _tfds_builder(source)
+    splits = builder.as_data_source()
     if only and only not in splits:
         raise ValueError(f"{source}: no split {only!r}; found {', '.join(splits)}")
     for split, rows in splits.items():

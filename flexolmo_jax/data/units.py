@@ -12,6 +12,7 @@ from flexolmo_jax.data.loader import Batch
 from flexolmo_jax.data.sources import Document, Report, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import Window, tokenized, windows
+from flexolmo_jax.locking import private_folder
 
 KINDS = ("document", "group", "sequence")
 
@@ -158,4 +159,5 @@ def prepare_units(
     def make() -> UnitWindows:
         return UnitWindows(source, data, tokenizer, data_dir=folder, unit=unit, extra=extra)
 
+    private_folder(folder)  # the windows are the text
     return Units(build(make), empty)

@@ -13,6 +13,7 @@ from flexolmo_jax.data.loader import Batch, stacked
 from flexolmo_jax.data.sources import Document, Report, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import tokenized, windows
+from flexolmo_jax.evaluation.split import GROUP_FIELD, check_share
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.modeling.transformer import forward
 from flexolmo_jax.training.cross_entropy import cross_entropy
@@ -35,6 +36,7 @@ def bits_per_byte(
     without: Sequence[str] = (),
     only: Sequence[str] | None = None,
     heldout: float | None = None,
+    group_field: str = GROUP_FIELD,
     length: int | None = None,
     text_field: str = "text",
     report: Report | None = None,
@@ -48,8 +50,9 @@ def bits_per_byte(
       model: with a tokenizer.
       source: as `read_documents` takes it.
       without, only: experts to switch off, or the only ones to use.
-      heldout: score only the documents that training with this held-out share left out; None
-        scores all.
+      heldout: score only the documents that training with this held-out share, in (0, 1), left
+        out; None scores all.
+      group_field: the field of a row that names its group; those of one are held out together.
       length: tokens a window; default: what the model was made for, at most 2,048.
       text_field: the field of a row that holds the text.
       report: is filled with counts and bad rows.
@@ -58,8 +61,13 @@ def bits_per_byte(
       ValueError: nothing to score; as `read_documents`, `FlexOlmo.allowed` and
         `Tokenizer.encode_documents`.
     """
-    _tokenizer(model)
-    documents = read_documents(source, text_field=text_field, report=report)
+    if model.tokenizer is None:
+        raise ValueError("this model came without a tokenizer.json, so text cannot be scored")
+    if heldout is not None:
+        check_share(heldout)
+    documents = read_documents(
+        source, text_field=text_field, group_field=group_field, report=report
+    )
     chosen = [d for d in documents if heldout is None or is_heldout(d, heldout)]
     if not chosen:
         raise ValueError(f"{source}: no document is held out with a share of {heldout}")

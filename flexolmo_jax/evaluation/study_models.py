@@ -18,6 +18,7 @@ from flexolmo_jax.evaluation.study_config import StudyConfig
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anchor
 from flexolmo_jax.federation.merge import merge, read_expert, write_expert
 from flexolmo_jax.flops import expert_alone_step_flops, forward_flops
+from flexolmo_jax.locking import private_folder
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Anchor
@@ -42,7 +43,7 @@ def trained(
     out, run = folder / PACKAGE, folder / RUN
     forget(out)  # of a kill while it was written
     if windows is not None and not (run / "data").is_symlink():
-        run.mkdir(parents=True, exist_ok=True)
+        private_folder(run)
         (run / "data").symlink_to(windows)
     train(out=out, run=run, resume=(run / "config.json").exists(), **more)
     forget(run / "checkpoints")

@@ -5,10 +5,11 @@ out is not loading it.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,12 +41,15 @@ from flexolmo_jax.federation.package import (
     write_manifest,
     write_package,
 )
+from flexolmo_jax.locking import locked
 from flexolmo_jax.modeling.experts import Experts, join
 from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.modeling.transformer import Backbone
 from flexolmo_jax.outputs import check_new_folder
 from flexolmo_jax.tensors import Joined
 from flexolmo_jax.version import __version__
+
+CHANGE_SECONDS = 60.0  # how long a change of a merged model waits for another one to end
 
 
 class LoadedModel(NamedTuple):
@@ -178,7 +182,8 @@ def merge(
         "memory": memory and dict(zip(("decay", "weight"), memory, strict=True)),
         "files": {},
     }
-    with new_directory(out) as folder:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _changing(out), new_directory(out) as folder:
         write_manifest(folder, manifest)
 
 
@@ -194,7 +199,9 @@ def write_tuned(out: Path, model: Path, router: Router) -> None:
     out = out.absolute()
     for entry in [manifest["anchor"], *manifest["experts"]]:
         entry["path"] = _relative(model / entry["path"], out)
-    write_package(out, manifest, router)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _changing(out):
+        write_package(out, manifest, router)
 
 
 def add_expert(model: str | Path, *packages: str | Path) -> bool:
@@ -207,11 +214,16 @@ def add_expert(model: str | Path, *packages: str | Path) -> bool:
       ValueError: as `merge`; the model is as it was.
     """
     model = Path(model)
+    with _changing(model):
+        return _add(model, [Path(one) for one in packages])
+
+
+def _add(model: Path, packages: Sequence[Path]) -> bool:
     manifest = read_manifest(model, kind="merged")
     folder = model / manifest["anchor"]["path"]
     facts = anchor_facts(folder, manifest["anchor"].get("separator"))
     _check_identity(folder, facts.identity, manifest)
-    added = [_entry(Path(one), model.absolute(), facts, check_names) for one in packages]
+    added = [_entry(one, model.absolute(), facts, check_names) for one in packages]
     entries = [*manifest["experts"], *added]
     _check_distinct(entries)
     return _replace_experts(model, manifest, entries)
@@ -227,6 +239,11 @@ def remove_expert(model: str | Path, *names: str) -> bool:
       ValueError: there is no such expert; the model is as it was.
     """
     model = Path(model)
+    with _changing(model):
+        return _remove(model, names)
+
+
+def _remove(model: Path, names: Sequence[str]) -> bool:
     manifest = read_manifest(model, kind="merged")
     there = [entry["name"] for entry in manifest["experts"]]
     for name in names:
@@ -250,6 +267,20 @@ def check_merged(path: Path, share: tuple[int, int] = (0, 1)) -> None:
     check_anchor(path / manifest["anchor"]["path"], share)
     for entry in manifest["experts"]:
         check_files(path / entry["path"], _merged_package(path, entry), share=share)
+
+
+@contextlib.contextmanager
+def _changing(model: Path) -> Iterator[None]:
+    """While the body runs, no other process changes this merged model; it would be undone.
+
+    The lock file stands beside the model, since every file in it is checked.
+    """
+    model = model.resolve()
+    with locked(
+        model.parent / f".{model.name}.lock", f"is changing {model.name}",
+        "try again when it has ended", wait=CHANGE_SECONDS,
+    ):  # fmt: skip
+        yield
 
 
 def join_files(stacks: list[Any], empty: int = 0) -> Any:

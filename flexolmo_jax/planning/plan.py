@@ -18,12 +18,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from flexolmo_jax import flops, sharding
 from flexolmo_jax.config import (
-    CONFIGS,
     AnchorTraining,
     ExpertTraining,
     ModelConfig,
     RouterTraining,
     Training,
+    find_config,
 )
 from flexolmo_jax.data.loader import Batch
 from flexolmo_jax.inference import decode
@@ -157,7 +157,7 @@ def model_of(path: str, config: Training) -> ModelConfig:
     """
     if isinstance(config, AnchorTraining):
         return config.model
-    file = Path(path) if Path(path).is_file() else CONFIGS / f"{Path(path).stem}.py"
+    file = find_config(path)
     model = runpy.run_path(str(file)).get("model")
     if not isinstance(model, ModelConfig):
         raise ValueError(

@@ -124,8 +124,13 @@ def add_audit_commands(
     for one in (extraction, removal):
         one.add_argument("--text-field", default="text", help="default: %(default)s")
         one.add_argument(
-            "--heldout", type=float, default=0.0, metavar="SHARE",
-            help="do not try documents that training with this held-out share left out",
+            "--heldout", type=float, metavar="SHARE", nargs="?", const=True,
+            help="do not try documents that training with this held-out share left out (default: "
+            "as the expert's manifest says)",
+        )  # fmt: skip
+        one.add_argument(
+            "--group-field", metavar="FIELD",
+            help="documents that share it were held out together (default: as the manifest says)",
         )  # fmt: skip
     twin = command(
         actions, "twin", "train a private expert and its twin without privacy, and audit both",

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.data.sources import Report, is_heldout, named_source, read_documents
+from flexolmo_jax.data.sources import Report, fingerprint, read_documents
+from flexolmo_jax.evaluation.split import GROUP_FIELD, Split, chosen_split
 from flexolmo_jax.federation.package import read_manifest, replace_file
 from flexolmo_jax.interop import huggingface
 from flexolmo_jax.model import FlexOlmo, find_anchor, load
@@ -35,7 +36,8 @@ def audit_extraction(args: argparse.Namespace) -> None:
     found = run_extraction(
         model, Path(args.model), args.data, Path(args.out), anchor=args.anchor,
         prefixes=args.prefixes, samples=args.samples, seed=args.seed, heldout=args.heldout,
-        text_field=args.text_field, without=args.without, only=args.only,
+        group_field=args.group_field, text_field=args.text_field, without=args.without,
+        only=args.only,
         with_control=args.control, dtype=args.dtype,
     )  # fmt: skip
     _tell(found, _show_extraction, args.json)
@@ -44,9 +46,9 @@ def audit_extraction(args: argparse.Namespace) -> None:
 
 def run_extraction(
     model: FlexOlmo, path: Path, data: str, out: Path, *, anchor: str | Path | None = None,
-    prefixes: int = 1000, samples: int = 10, seed: int = 0, heldout: float = 0.0,
-    text_field: str = "text", without: Sequence[str] = (), only: Sequence[str] | None = None,
-    with_control: bool = False, dtype: str | None = None,
+    prefixes: int = 1000, samples: int = 10, seed: int = 0, heldout: float | None = None,
+    group_field: str | None = None, text_field: str = "text", without: Sequence[str] = (),
+    only: Sequence[str] | None = None, with_control: bool = False, dtype: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Audits a model, the anchor alone, and the controls, and writes OUT/report.json.
 
@@ -56,7 +58,9 @@ def run_extraction(
       out: folder of what is known so far; the owner's.
       anchor: of an expert package.
       prefixes, samples, seed: how many, and of the choice of passages and of the samples.
-      heldout: documents that training with this share left out are not tried.
+      heldout: documents that training with this share left out are not tried; None: as the
+        manifest says of the expert in `only`, or of all experts.
+      group_field: documents that share it were held out together; None: as the manifest says.
       text_field: of rows.
       without, only: experts to switch off, or the only ones to use.
       with_control: also trains and audits the positive controls.
@@ -66,10 +70,12 @@ def run_extraction(
       the report, as JSON values.
     """
     protocol = Protocol(samples=samples).within(model.config.max_length)
-    documents = trained_documents(model, data, heldout, text_field)
+    expert = only[0] if only and len(only) == 1 else None
+    split = chosen_split(path, expert, heldout, group_field, anchor=anchor, trained=True)
+    documents = trained_documents(model, data, split, text_field)
     passages = extraction.pick_passages(documents, prefixes, protocol, seed)
     described = {
-        "model": _identity(path), "data": named_source(data), "heldout": heldout,
+        "model": _identity(path), "data": fingerprint(data), "heldout": split,
         "text_field": text_field, "samples": samples, "dtype": dtype,
     }  # fmt: skip
 
@@ -97,7 +103,7 @@ def run_extraction(
             audits[title] = tried(title, by_heart, few)
     found = {
         "model": str(path), "without": list(without), "only": only, "data": data,
-        "heldout": heldout, "audits": audits, "lines": _extraction_lines(audits),
+        "heldout": split and split._asdict(), "audits": audits, "lines": _extraction_lines(audits),
     }  # fmt: skip
     replace_file(out / "report.json", json.dumps(found, indent=1) + "\n")
     return found
@@ -260,7 +266,8 @@ def audit_removal(args: argparse.Namespace) -> None:
     """
     found = run_removal(
         Path(args.model), args.expert, args.run and Path(args.run), args.data,
-        prefixes=args.prefixes, heldout=args.heldout, text_field=args.text_field,
+        prefixes=args.prefixes, heldout=args.heldout, group_field=args.group_field,
+        text_field=args.text_field,
     )  # fmt: skip
     _tell(found, _show_removal, args.json)
     check_removal(found)
@@ -268,7 +275,7 @@ def audit_removal(args: argparse.Namespace) -> None:
 
 def run_removal(
     path: Path, name: str, run: Path | None, data: str | None, *, prefixes: int = 100,
-    heldout: float = 0.0, text_field: str = "text",
+    heldout: float | None = None, group_field: str | None = None, text_field: str = "text",
 ) -> dict[str, Any]:  # fmt: skip
     """Audits what is left of an expert that is switched off, or taken out.
 
@@ -277,7 +284,7 @@ def run_removal(
       name: of the expert.
       run: its run folder, for its canaries; or None.
       data: the owner's text, for passages; or None.
-      prefixes, heldout, text_field: as in `run_extraction`.
+      prefixes, heldout, group_field, text_field: as in `run_extraction`.
 
     Returns:
       the report, as JSON values.
@@ -294,7 +301,8 @@ def run_removal(
     if data is not None:
         model = load(path)
         protocol = Protocol().within(model.config.max_length)
-        documents = trained_documents(model, data, heldout, text_field)
+        split = chosen_split(path, name, heldout, group_field, trained=True)
+        documents = trained_documents(model, data, split, text_field)
         picked = extraction.pick_passages(documents, prefixes, protocol, seed=0)
         passages = [one.ids for one in picked]
     found = removal.audit_removal(path, name, canaries, passages)
@@ -365,12 +373,13 @@ def _tell(found: dict[str, Any], show: Callable[[dict[str, Any]], None], as_json
 
 
 def trained_documents(
-    model: FlexOlmo, data: str, heldout: float, text_field: str
+    model: FlexOlmo, data: str, split: Split | None, text_field: str
 ) -> list[list[int]]:
     """Ids of the documents that were trained on, without separators."""
     report = Report()
-    every = read_documents(data, text_field=text_field, report=report)
-    texts = [d.text for d in every if not is_heldout(d, heldout)]
+    field = split.group_field if split else GROUP_FIELD
+    every = read_documents(data, text_field=text_field, group_field=field, report=report)
+    texts = [d.text for d in every if split is None or not split.holds_out(d)]
     report.tell()
     return [ids[1:] for ids in tokenizer_of(model).encode_documents(texts)]
 

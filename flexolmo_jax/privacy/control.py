@@ -21,14 +21,8 @@ from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.package import canonical_digest
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.modeling.experts import join
-from flexolmo_jax.training.loop import (
-    Breakdown,
-    OrdinarySteps,
-    check_run,
-    describe_run,
-    record_run,
-    train,
-)
+from flexolmo_jax.training.loop import Breakdown, OrdinarySteps, train
+from flexolmo_jax.training.run_folder import alone_in_its_run, check_run, describe_run, record_run
 from flexolmo_jax.training.step import AnchorLoss, ExpertAloneLoss, with_parts
 
 What = Literal["expert", "model"]
@@ -64,6 +58,7 @@ def control_documents(documents: Sequence[Sequence[int]], length: int) -> list[S
     return long
 
 
+@alone_in_its_run
 def train_control(
     what: What,
     anchor: Path,
@@ -89,7 +84,7 @@ def train_control(
     loaded = read_anchor(anchor, separator=separator)
     digest = canonical_digest([list(ids) for ids in documents])
     wanted = describe_run(config, anchor=loaded.identity, documents=digest)
-    check_run(run, wanted, resume=True)
+    check_run(run, wanted, True, config)
     record_run(run, wanted)
     weights, public = loaded.weights, loaded.weights.public
     loss = {"expert": ExpertAloneLoss, "model": AnchorLoss}[what](

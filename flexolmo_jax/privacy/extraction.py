@@ -36,6 +36,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.package import replace_file
 from flexolmo_jax.inference.sampling import Sampling
+from flexolmo_jax.locking import private_folder
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.privacy.intervals import Rate
 from flexolmo_jax.privacy.scoring import scores, tokenizer_of
@@ -264,7 +265,7 @@ class _State:
     def read(cls, file: Path, described: dict[str, Any]) -> "_State":
         described = json.loads(json.dumps(described))
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
+            private_folder(file.parent)
             return cls(file, described, [], 0.0)
         try:
             there = json.loads(file.read_text())

@@ -11,24 +11,24 @@ from flexolmo_jax import sharding
 from flexolmo_jax.config import AnchorTraining, DataConfig
 from flexolmo_jax.data.domain_embedding import domain_embedding, source_name
 from flexolmo_jax.data.flexmix import prepare
-from flexolmo_jax.data.sources import Document, is_heldout, named_source, read_documents
+from flexolmo_jax.data.sources import Document, fingerprint, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.distributed import by_first, in_turn
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anchor
 from flexolmo_jax.modeling.transformer import Anchor, init_anchor
 from flexolmo_jax.training.expert import check_room_for
-from flexolmo_jax.training.loop import (
+from flexolmo_jax.training.loop import OrdinarySteps, mesh_of, train
+from flexolmo_jax.training.run_folder import (
     RUN_FILE,
-    OrdinarySteps,
+    alone_in_its_run,
     check_run,
     describe_run,
-    mesh_of,
     record_run,
-    train,
 )
 from flexolmo_jax.training.step import AnchorLoss
 
 
+@alone_in_its_run
 def train_anchor(
     config: AnchorTraining,
     *,
@@ -50,15 +50,15 @@ def train_anchor(
         default: random ones.
 
     Raises:
-      ValueError, FloatingPointError, Interrupted: as the parts say.
+      ValueError, FloatingPointError, Interrupted, AlreadyDone: as the parts say.
     """
     given = None if start is None else read_anchor(start)
     mesh = mesh_of(config)
+    made_from = {} if given is None else {"start": given.identity}
+    wanted = describe_run(config, source=fingerprint(data), source_at=data, **made_from)
+    check_run(run, wanted, resume, config, out)
     shapes = jax.eval_shape(lambda: init_anchor(config.model, jax.random.key(0)))
     check_room_for(config, data, out, run, shapes)
-    made_from = {} if given is None else {"start": given.identity}
-    wanted = describe_run(config, source=named_source(data), **made_from)
-    check_run(run, wanted, resume)
     tokenizer = in_turn(lambda: _tokenizer(config, data, run))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -90,6 +90,7 @@ def train_anchor(
         "domain_embedding": source_name(config.domain_embedding),
         "licence": config.licence,
         "contact": config.contact,
+        "heldout": config.data.split(),
     }
     by_first(lambda: write_anchor(out, weights, config.model, tokenizer, public_text, facts))
 

@@ -4,23 +4,44 @@ The step is the position in the data and in every random sequence too: batch i i
 (seed, i).
 """
 
+import contextlib
+import errno
+import logging
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
 from flexolmo_jax import tensors
 from flexolmo_jax.distributed import agree, is_first
+from flexolmo_jax.locking import private_folder
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last two are kept, each appears complete or not at all."""
+    """The checkpoints of one run: the last two are kept, each appears complete or not at all.
+
+    As a context manager, it waits on leaving for what is being written, also after an error: the
+    next process in the folder would otherwise meet a writer of this one.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
+        private_folder(self.folder)
+        # Each of Orbax's threads logs a traceback of its own where writing fails. The first error
+        # is raised in `save` or `close`, and says enough.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._open()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(Exception):
+            self.close()
 
     def _open(self) -> None:
         self._checkpointer = ocp.training.Checkpointer(
@@ -31,10 +52,15 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any) -> None:
-        """Writes the state after `step` steps, in the background."""
-        self._checkpointer.wait()
-        if self.latest() != step:
-            self._checkpointer.save_async(step, tensors.named(state))
+        """Writes the state after `step` steps, in the background.
+
+        Raises:
+          OSError: this or the one before could not be written, as on a full disk.
+        """
+        with _full_disk_told(self.folder):
+            self._checkpointer.wait()
+            if self.latest() != step:
+                self._checkpointer.save_async(step, tensors.named(state))
 
     def latest(self) -> int | None:
         """The number of the newest checkpoint, or None."""
@@ -70,7 +96,7 @@ class Checkpoints:
         self._checkpointer.close()
         if is_first():
             aside = self.folder.with_name("damaged")
-            aside.mkdir(exist_ok=True)
+            private_folder(aside)
             number = len(list(aside.iterdir()))
             (self.folder / str(step)).rename(aside / f"{step}.{number}")
         agree(True)  # nobody looks before it is done
@@ -97,5 +123,18 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        """Waits until all is on disk."""
-        self._checkpointer.close()
+        """Waits until all is on disk. Raises OSError as `save`."""
+        with _full_disk_told(self.folder):
+            self._checkpointer.close()
+
+
+@contextlib.contextmanager
+def _full_disk_told(folder: Path) -> Iterator[None]:
+    """TensorStore and Orbax have several errors for a full disk; this makes them one."""
+    try:
+        yield
+    except Exception as error:
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(folder)) from error
+        raise

@@ -7,6 +7,7 @@ from typing import Any
 from flexolmo_jax.config import AnchorTraining, ExpertTraining, RouterTraining, Training
 from flexolmo_jax.distributed import is_first
 from flexolmo_jax.evaluation.domains import heldout_documents, score
+from flexolmo_jax.federation.package import MANIFEST
 from flexolmo_jax.model import load
 from flexolmo_jax.outputs import check_training
 from flexolmo_jax.printing import show_table, tell
@@ -81,7 +82,9 @@ def _places(
     source = args.source or config.data.source
     if source is None:
         raise ValueError("no text to train on: name it with --data")
+    finished = args.resume and (out / MANIFEST).exists()  # `check_run` says whether it is this one
     run = Path(args.run) if args.run else out.absolute().with_name(out.absolute().name + ".run")
     known = [source, *(one for one in reads if one is not None)]
-    check_training(out, run, known, ledger=ledger, profile=args.profile)
+    if not finished:
+        check_training(out, run, known, ledger=ledger, profile=args.profile)
     return {"data": source, "out": out, "run": run, "resume": args.resume}

@@ -14,7 +14,7 @@ from flexolmo_jax.config import DataConfig, ExpertTraining, ModelConfig, Trainin
 from flexolmo_jax.data.domain_embedding import DOCUMENTS, domain_embedding, source_name
 from flexolmo_jax.data.flexmix import SourceWindows, prepare
 from flexolmo_jax.data.loader import Batch, batches, stacked
-from flexolmo_jax.data.sources import Document, is_heldout, named_source, read_documents
+from flexolmo_jax.data.sources import Document, fingerprint, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.distributed import by_first
@@ -24,18 +24,13 @@ from flexolmo_jax.federation.package import check_name
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.outputs import check_room
 from flexolmo_jax.privacy.canaries import canaries_of_run, check_they_are_read
-from flexolmo_jax.training.loop import (
-    OrdinarySteps,
-    check_run,
-    describe_run,
-    mesh_of,
-    record_run,
-    train,
-)
+from flexolmo_jax.training.loop import OrdinarySteps, mesh_of, train
 from flexolmo_jax.training.router_fit import fit_router
+from flexolmo_jax.training.run_folder import alone_in_its_run, check_run, describe_run, record_run
 from flexolmo_jax.training.step import ExpertAloneLoss, ExpertPairLoss, with_parts
 
 
+@alone_in_its_run
 def train_expert(
     config: ExpertTraining,
     *,
@@ -65,7 +60,7 @@ def train_expert(
         names none; the package then says which.
 
     Raises:
-      ValueError, FloatingPointError, Interrupted: as the parts say.
+      ValueError, FloatingPointError, Interrupted, AlreadyDone: as the parts say.
     """
     check_name(name)
     loaded, tokenizer = anchor_to_train_beside(anchor, config.data, separator)
@@ -76,13 +71,19 @@ def train_expert(
     read = public_batch(texts, tokenizer, length, config.fit_tokens // length) if alone else None
     mesh = mesh_of(config)
     start = loaded.weights.public
+    wanted = describe_run(
+        config,
+        name=name,
+        source=fingerprint(data),
+        source_at=data,
+        anchor=loaded.identity,
+        public=fingerprint(public) if public else None,
+        canaries=canaries or None,
+        **({"separator": separator} if separator else {}),
+    )
+    check_run(run, wanted, resume, config, out)
     trains = start.feed_forward if alone else start
     check_room_for(config, data, out, run, trains, packaged=start)
-    wanted = describe_run(
-        config, source=named_source(data), anchor=loaded.identity, canaries=canaries or None,
-        **({"separator": separator} if separator else {}),
-    )  # fmt: skip
-    check_run(run, wanted, resume)
     drawn = canaries_of_run(canaries, run, tokenizer)
     extra = drawn.inserted if drawn else []
     source, report = prepare(data, config.data, tokenizer, run / "data", extra)
@@ -101,6 +102,7 @@ def train_expert(
         "domain_embedding": source_name(config.domain_embedding),
         "licence": config.licence,
         "contact": config.contact,
+        "heldout": config.data.split(),
         **(drawn.facts() if drawn else {}),
         **({"separator": separator} if separator else {}),
     }

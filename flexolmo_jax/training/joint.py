@@ -11,26 +11,21 @@ import jax.numpy as jnp
 
 from flexolmo_jax.config import AnchorTraining
 from flexolmo_jax.data.flexmix import prepare
-from flexolmo_jax.data.sources import named_source
+from flexolmo_jax.data.sources import fingerprint
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anchor
 from flexolmo_jax.federation.merge import merge, write_expert
 from flexolmo_jax.modeling.experts import Experts, join, select
 from flexolmo_jax.modeling.transformer import Anchor
 from flexolmo_jax.training.expert import anchor_to_train_beside, in_float32
-from flexolmo_jax.training.loop import (
-    OrdinarySteps,
-    check_run,
-    describe_run,
-    mesh_of,
-    record_run,
-    train,
-)
+from flexolmo_jax.training.loop import OrdinarySteps, mesh_of, train
+from flexolmo_jax.training.run_folder import alone_in_its_run, check_run, describe_run, record_run
 from flexolmo_jax.training.step import JointLoss
 
 ROW_SCALE = 0.02  # standard deviation of the initial router rows
 ROUTER_Z_LOSS = 1e-3
 
 
+@alone_in_its_run
 def train_jointly(
     config: AnchorTraining, *, anchor: Path, data: str, out: Path, run: Path, resume: bool = False
 ) -> None:
@@ -45,12 +40,12 @@ def train_jointly(
       resume: go on from the newest checkpoint in `run`.
 
     Raises:
-      ValueError, FloatingPointError, Interrupted: as the parts say.
+      ValueError, FloatingPointError, Interrupted, AlreadyDone: as the parts say.
     """
     loaded, tokenizer = anchor_to_train_beside(anchor, config.data)
     mesh_of(config)  # the batch can be divided among the devices
-    wanted = describe_run(config, source=named_source(data), anchor=loaded.identity)
-    check_run(run, wanted, resume)
+    wanted = describe_run(config, source=fingerprint(data), source_at=data, anchor=loaded.identity)
+    check_run(run, wanted, resume, config, out)
     source, _ = prepare(data, config.data, tokenizer, run / "data")
     record_run(run, wanted)
     weights = in_float32(loaded.weights)
@@ -76,6 +71,7 @@ def _write(config: AnchorTraining, start: LoadedAnchor, trained: tuple, out: Pat
         "domain_embedding": None,
         "licence": config.licence,
         "contact": config.contact,
+        "heldout": config.data.split(),
     }
     assert start.tokenizer is not None
     first = Anchor(backbone, select(experts, [0]))

@@ -1,11 +1,12 @@
 """The one training loop, for all three stages: batches, steps, metrics, checkpoints, resuming."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,55 +28,26 @@ from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
 from flexolmo_jax.training.step import Loss, train_step
 from flexolmo_jax.training.watch import Watch, record_breakdown
 
-RUN_FILE = "config.json"
+LINES = 30.0  # seconds, at most about, from one line of progress to the next
+HIGH_RATE = 0.1  # no AdamW training of a transformer is known to go well above
 console = Console(stderr=True)
 
 
+# What a second SIGINT does, while the first one waits for the state to be saved: raises
+# KeyboardInterrupt once Python gets to run, or, in the command, ends the process at once.
+second_interrupt: Callable[[int, Any], Any] | signal.Handlers = signal.default_int_handler
+
+
 class Interrupted(Exception):
-    """The run was asked to stop, and has saved its state."""
+    """The run was asked to stop, and has saved its state.
 
-
-def describe_run(training: Training, **made_from: Any) -> dict[str, Any]:
-    """What a run is, as JSON values: its config, and the digests of what it starts from.
-
-    How it is divided among devices is left out: a run may go on with more or fewer of them.
+    Attributes:
+      by_user: by SIGINT (Ctrl-C) and not by SIGTERM, which schedulers send.
     """
-    values = {**dataclasses.asdict(training), **made_from}
-    for name in ("expert_parallel", "tensor_parallel", "parts", "remat", "expert_compute"):
-        del values[name]
-    return json.loads(json.dumps(values))
 
-
-def check_run(folder: Path, wanted: dict[str, Any], resume: bool) -> None:
-    """Checks that a run may start, or go on, in a folder.
-
-    Raises:
-      ValueError: there is a run and `resume` was not asked for, or it is another one.
-    """
-    file = folder / RUN_FILE
-    if not file.exists():
-        return
-    if not resume:
-        raise ValueError(
-            f"{folder}: a run is there already; continue it with --resume, or take it away"
-        )
-    there = json.loads(file.read_text())
-    for name in sorted(wanted.keys() | there.keys()):
-        if wanted.get(name) != there.get(name):
-            raise ValueError(
-                f"{folder}: cannot resume with another {name}: it was {there.get(name)}, now "
-                f"{wanted.get(name)}"
-            )
-
-
-def record_run(folder: Path, wanted: dict[str, Any]) -> None:
-    """Writes down what a run is; from then on it has to be resumed, or taken away."""
-    if not is_first():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{RUN_FILE}.partial"
-    partial.write_text(json.dumps(wanted, indent=1))
-    partial.replace(folder / RUN_FILE)
+    def __init__(self, message: str, by_user: bool = False):
+        super().__init__(message)
+        self.by_user = by_user
 
 
 def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
@@ -97,8 +69,10 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
       FloatingPointError: the loss broke down (watch.py); the text names the step, breakdown.json
         in `run` the documents, and the last good checkpoint is kept.
       Interrupted: SIGINT or SIGTERM came; the state is saved.
+      OSError: the disk is full, or something else kept the state from being written.
     """
     title, training = steps.title, steps.training
+    _warn_of_odd_values(training)
     mesh = steps.mesh
     # In float32 whatever they are stored in: a step of half precision is rounded off, or overflows.
     trainable = sharding.place(trainable, mesh, dtype="float32")
@@ -117,7 +91,11 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
         _forget_metrics_after(metrics_file, start)
     pending: list[tuple[int, dict[str, jax.Array]]] = []
 
-    with _interruption() as interrupted, _progress(title, training.steps, start) as progress:
+    with (
+        _Interruption().watched() as interrupted,
+        _progress(title, training.steps, start) as progress,
+        checkpoints,
+    ):
         data = steps.batches(start)
         since, since_step = time.monotonic(), start
         for step in range(start + 1, training.steps + 1):
@@ -127,7 +105,7 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
                     step, optimizer, trainable, opt_state, frozen, batch
                 )
             pending.append((step, metrics))
-            stopping = interrupted(step)
+            stopping = interrupted.asks(step)
             saving = step % steps.save_every == 0 or stopping or step == training.steps
             if step % training.log_every == 0 or saving:
                 values = [(n, {k: float(v) for k, v in m.items()}) for n, m in pending]
@@ -156,8 +134,9 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
                 checkpoints.save(step, (trainable, opt_state))
             if stopping and step < training.steps:
                 checkpoints.close()
-                raise Interrupted(f"{title}: stopped after step {step}; go on with --resume")
-    checkpoints.close()
+                raise Interrupted(
+                    f"{title}: stopped after step {step}; go on with --resume", interrupted.by_user
+                )
     if is_first():
         _plot(metrics_file, run / "loss.png", title)
     return trainable if mesh is None else sharding.on_host(trainable)
@@ -261,39 +240,57 @@ def mesh_of(training: Training) -> Mesh | None:
     return mesh
 
 
-@contextlib.contextmanager
-def _interruption() -> Iterator[Callable[[int], bool]]:
-    """A function that says, after each step, whether to save and stop.
+class _Interruption:
+    """Says, after each step, whether to save and stop: SIGINT and SIGTERM ask for it.
 
-    SIGINT and SIGTERM ask for it. Of several processes, one that is told (preemption of a pod
-    sends SIGTERM) tells the others, and all stop after the same step.
+    Of several processes, one that is told (preemption of a pod sends SIGTERM) tells the others,
+    and all stop after the same step.
     """
-    caught: list[int] = []
-    old = {}
-    together = jax.process_count() > 1  # JAX has taken SIGTERM, to tell the others
-    for number in (signal.SIGINT,) if together else (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError):  # not in the main thread: no handlers there
-            old[number] = signal.signal(number, lambda n, _: caught.append(n))
 
-    def stop_now(step: int) -> bool:
-        if not together:
-            return bool(caught)
-        if caught:
-            caught.clear()
+    def __init__(self) -> None:
+        self.by_user = False
+        self._caught = False
+        self._together = jax.process_count() > 1  # JAX has taken SIGTERM, to tell the others
+
+    def asks(self, step: int) -> bool:
+        """Whether to stop after this step."""
+        if not self._together:
+            return self._caught
+        if self._caught:
+            self._caught = False
             os.kill(os.getpid(), signal.SIGTERM)
         return multihost_utils.reached_preemption_sync_point(step)
 
-    try:
-        yield stop_now
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    @contextlib.contextmanager
+    def watched(self) -> Iterator["_Interruption"]:
+        """Signals are caught while the body runs."""
+        old = {}
+        for number in (signal.SIGINT,) if self._together else (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: no handlers there
+                old[number] = signal.signal(number, self._catch)
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _catch(self, number: int, _: Any) -> None:
+        self._caught = True
+        if number == signal.SIGINT:
+            self.by_user = True
+            signal.signal(signal.SIGINT, second_interrupt)
+            # os.write: a handler may run while the console holds its lock.
+            os.write(2, b"flexolmo: saving after this step; Ctrl-C again ends at once\n")
 
 
 @contextlib.contextmanager
 def _progress(
     title: str, steps: int, start: int
 ) -> Iterator[Callable[[int, float, float, str], None]]:
+    """update(step, loss, rate, more): a bar on a terminal; lines in a log (nohup, Slurm)."""
+    if not (console.is_interactive or console.is_jupyter):
+        yield _lines(title, steps)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -312,6 +309,56 @@ def _progress(
             bar.update(task, completed=step, rate=speed, loss=shown, more=more)
 
         yield update
+
+
+def _lines(title: str, steps: int) -> Callable[[int, float, float, str], None]:
+    """Plain lines: many at first, so that a log shows soon that all is well; then fewer."""
+    begun = last = time.monotonic()
+    first: tuple[int, float] | None = None  # the first step takes longer: it is compiled
+
+    def update(step: int, loss: float, rate: float, more: str) -> None:
+        nonlocal first, last
+        now = time.monotonic()
+        if console.quiet or (
+            first and step < steps and now - last < min(LINES, (now - begun) / 20)
+        ):
+            return
+        last = now
+        left = ""
+        if first is None:
+            first = (step, now)
+        else:
+            seconds = (now - first[1]) / (step - first[0]) * (steps - step)
+            left = f"{_duration(seconds)} left"
+        parts = (
+            f"{title}: step {step}/{steps}", f"loss {loss:.3f}", f"{rate:,.0f} tokens/s", left, more
+        )  # fmt: skip
+        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
+
+    return update
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _warn_of_odd_values(training: Training) -> None:
+    """Of values that can be meant, and mostly are not."""
+    optimizer = training.optimizer
+    if optimizer.warmup_steps > training.steps:
+        warnings.warn(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} is more than steps={training.steps}: "
+            "the learning rate is never reached",
+            stacklevel=3,
+        )
+    if optimizer.learning_rate > HIGH_RATE:
+        warnings.warn(
+            f"optimizer.learning_rate={optimizer.learning_rate:g} is above {HIGH_RATE:g}: training "
+            "is likely to break down",
+            stacklevel=3,
+        )
 
 
 def _forget_metrics_after(file: Path, step: int) -> None:

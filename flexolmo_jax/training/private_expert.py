@@ -12,7 +12,7 @@ import numpy as np
 
 from flexolmo_jax import sharding
 from flexolmo_jax.config import ExpertTraining, ModelConfig, PrivacyConfig
-from flexolmo_jax.data.sources import named_source
+from flexolmo_jax.data.sources import fingerprint
 from flexolmo_jax.data.units import Units, prepare_units
 from flexolmo_jax.distributed import by_first
 from flexolmo_jax.federation.anchor import LoadedAnchor
@@ -31,13 +31,21 @@ from flexolmo_jax.training.expert import (
     in_float32,
     public_text_of,
 )
-from flexolmo_jax.training.loop import RUN_FILE, check_run, describe_run, record_run, train
+from flexolmo_jax.training.loop import train
 from flexolmo_jax.training.private_steps import PrivateSteps
+from flexolmo_jax.training.run_folder import (
+    RUN_FILE,
+    alone_in_its_run,
+    check_run,
+    describe_run,
+    record_run,
+)
 from flexolmo_jax.training.step import ExpertAloneLoss, ExpertPairLoss, Loss, with_parts
 
 RELEASE = "rows_release.npz"  # in the run folder
 
 
+@alone_in_its_run
 def train_private_expert(
     config: ExpertTraining,
     privacy: PrivacyConfig,
@@ -64,8 +72,8 @@ def train_private_expert(
         the coins.
 
     Raises:
-      ValueError, FloatingPointError, Interrupted: as the parts say; the run would exceed the
-        owner's limit.
+      ValueError, FloatingPointError, Interrupted, AlreadyDone: as the parts say; the run would
+        exceed the owner's limit.
     """
     check_name(name)
     if config.domain_embedding:
@@ -88,12 +96,16 @@ def train_private_expert(
     loaded, tokenizer = anchor_to_train_beside(anchor, config.data, separator)
     texts = list(public_text_of(loaded, public, anchor, config))
     expert = in_float32(loaded.weights.public)
+    asked = {f"dp_{k}": v for k, v in dataclasses.asdict(privacy).items() if k not in NOT_THE_RUN}
+    asked |= {"name": name, "canaries": canaries or None}
+    asked |= {"separator": separator} if separator else {}
+    asked["public"] = fingerprint(public) if public else None
+    wanted = describe_run(
+        config, source=fingerprint(data), source_at=data, anchor=loaded.identity, **asked
+    )
+    check_run(run, wanted, resume, config, out)
     trains = expert.feed_forward if config.gating == "alone" else expert
     check_room_for(config, data, out, run, trains, packaged=expert)
-    asked = {f"dp_{k}": v for k, v in dataclasses.asdict(privacy).items() if k not in NOT_THE_RUN}
-    asked |= {"canaries": canaries or None, **({"separator": separator} if separator else {})}
-    wanted = describe_run(config, source=named_source(data), anchor=loaded.identity, **asked)
-    check_run(run, wanted, resume)
     drawn = canaries_of_run(canaries, run, tokenizer)
     extra, empty = (drawn.inserted, drawn.left_out) if drawn else ([], 0)
     units = prepare_units(data, config.data, tokenizer, run / "data", privacy.kind, extra, empty)
@@ -136,6 +148,7 @@ def train_private_expert(
             "domain_embedding": None,
             "licence": config.licence,
             "contact": config.contact,
+            "heldout": config.data.split(),
             "privacy": statement,
             **(drawn.facts() if drawn else {}),
             **({"separator": separator} if separator else {}),

@@ -12,22 +12,17 @@ import jax
 from flexolmo_jax import sharding
 from flexolmo_jax.config import RouterTraining
 from flexolmo_jax.data.flexmix import prepare
-from flexolmo_jax.data.sources import named_source
+from flexolmo_jax.data.sources import fingerprint
 from flexolmo_jax.distributed import by_first
 from flexolmo_jax.federation.merge import load_merged, write_tuned
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.training.expert import check_length, check_room_for
-from flexolmo_jax.training.loop import (
-    OrdinarySteps,
-    check_run,
-    describe_run,
-    mesh_of,
-    record_run,
-    train,
-)
+from flexolmo_jax.training.loop import OrdinarySteps, mesh_of, train
+from flexolmo_jax.training.run_folder import alone_in_its_run, check_run, describe_run, record_run
 from flexolmo_jax.training.step import RouterLoss, RouterRows
 
 
+@alone_in_its_run
 def train_router(
     config: RouterTraining, *, model: Path, data: str, out: Path, run: Path, resume: bool = False
 ) -> None:
@@ -42,7 +37,7 @@ def train_router(
       resume: go on from the newest checkpoint in `run`.
 
     Raises:
-      ValueError, FloatingPointError, Interrupted: as the parts say; `model` has no experts.
+      ValueError, FloatingPointError, Interrupted, AlreadyDone: as the parts say.
     """
     mesh = mesh_of(config)
     if not read_manifest(model, kind="merged")["experts"]:
@@ -55,10 +50,14 @@ def train_router(
         raise ValueError(f"{model}: there is no tokenizer.json with its anchor")
     check_length(config.data, loaded.config, model)
     rows = RouterRows.of(sharding.on_host(loaded.experts.router))
-    check_room_for(config, data, out, run, rows)
-    made_from = {"source": named_source(data), "model": read_manifest(model)["digest"]}
+    made_from = {
+        "source": fingerprint(data),
+        "source_at": data,
+        "model": read_manifest(model)["digest"],
+    }
     wanted = describe_run(config, **made_from)
-    check_run(run, wanted, resume)
+    check_run(run, wanted, resume, config, out)
+    check_room_for(config, data, out, run, rows)
     source, report = prepare(data, config.data, loaded.tokenizer, run / "data")
     report.tell()
     record_run(run, wanted)

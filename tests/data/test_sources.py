@@ -1,6 +1,7 @@
 """What a source may be, what happens to rows that cannot be used, and what is held out."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 
-from flexolmo_jax.data.sources import Report, is_heldout, read_documents
+from flexolmo_jax.data.sources import Report, fingerprint, is_heldout, read_documents
 
 TEXTS = ["The first note.", "Ein zweiter, mit Umlauten: äöü.", "Third; with\nlines."]
 
@@ -193,3 +194,20 @@ def test_a_group_stays_on_one_side(tmp_path):
     assert len(sides) == 20
     assert all(len(side) == 1 for side in sides.values())
     assert {True, False} == set.union(*sides.values())
+
+
+def test_a_fingerprint_is_of_the_content_in_reading_order(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    one, two = (jsonl(folder / f"{n}.jsonl", [{"text": f"document {n}"}]) for n in (1, 2))
+    before = fingerprint(folder)
+    copy = shutil.copytree(folder, tmp_path / "elsewhere")
+    (copy / "1.jsonl").rename(copy / "01.jsonl")
+    (copy / "notes.pdf").write_bytes(b"not text")  # is not read
+    assert fingerprint(copy) == before != fingerprint(one)
+    (copy / "01.jsonl").rename(copy / "3.jsonl")  # read after the other one now
+    assert fingerprint(copy) != before
+    shutil.copyfile(one, tmp_path / "1.txt")  # read in another way
+    assert fingerprint(tmp_path / "1.txt") != fingerprint(one)
+    with pytest.raises(ValueError, match="no such file"):
+        fingerprint(tmp_path / "none.jsonl")

@@ -173,6 +173,20 @@ def test_the_learning_rate_warms_up_and_decays_to_zero():
     assert rates[12] == pytest.approx(0.5 * (1 + math.cos(math.pi * 8 / 16)))
 
 
+@pytest.mark.parametrize(
+    ("steps", "values", "message"),
+    [
+        (10, {"warmup_steps": 11}, "optimizer.warmup_steps=11 is more than steps=10"),
+        (10, {"learning_rate": 0.5}, "optimizer.learning_rate=0.5 is above 0.1"),
+    ],
+)
+def test_values_that_are_hardly_meant_are_warned_of(steps, values, message):
+    optimizer = fo.OptimizerConfig(**{"learning_rate": 1e-3, **values})
+    data = fo.DataConfig(batch_size=4, length=32)
+    with pytest.warns(UserWarning, match=message):
+        loop._warn_of_odd_values(fo.ExpertTraining(data=data, optimizer=optimizer, steps=steps))
+
+
 def test_weight_decay_spares_norms_biases_and_embeddings(world):
     weights = read_anchor(world.anchor).weights
     config = fo.OptimizerConfig(learning_rate=1.0, weight_decay=0.1)
@@ -203,6 +217,23 @@ def stopping(monkeypatch, step, what):
             yield (what(batch) or batch) if number == step else batch
 
     monkeypatch.setattr(loop, "batches", disturbed)
+
+
+def test_in_a_log_progress_is_plain_lines_and_says_how_long_it_takes(monkeypatch, capsys):
+    """Many at first, then one in about 30 seconds; the last step is always told."""
+    clock = 0.0
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock)
+    with loop._progress("expert mine", 10_000, 0) as update:
+        for step in range(1, 10_001):
+            clock += 5.0 if step == 1 else 0.5
+            update(step, 2.0, 1000.0, "epsilon 0.50/8")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "expert mine: step 1/10000, loss 2.000, 1,000 tokens/s, epsilon 0.50/8"
+    assert lines[1].endswith("tokens/s, 1:23:19 left, epsilon 0.50/8")
+    assert lines[-1].startswith("expert mine: step 10000/10000, ") and "0:00:00 left" in lines[-1]
+    told = [int(re.search(r"step (\d+)/", line)[1]) for line in lines]
+    assert 150 < len(told) < 300
+    assert max(b - a for a, b in itertools.pairwise(told)) == 60
 
 
 def terminate(_):
@@ -419,9 +450,10 @@ def test_no_seed_and_no_text_of_the_owner_is_in_a_package(closed):
     manifest = read_manifest(package)
     assert set(manifest) == {
         "format", "made_by", "kind", "name", "anchor", "model", "tokenizer", "privacy",
-        "tokens_seen", "gating", "router", "domain_embedding", "licence", "contact", "tensors",
-        "files", "digest",
+        "tokens_seen", "gating", "router", "domain_embedding", "licence", "contact", "heldout",
+        "tensors", "files", "digest",
     }  # fmt: skip
+    assert manifest["heldout"] == {"share": 0.1, "group_field": "group"}
 
 
 def test_a_domain_embedding_is_where_the_pairs_row_starts_from(world, tmp_path):
