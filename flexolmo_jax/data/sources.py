@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 
 import pyarrow.parquet
 
+from flexolmo_jax.data.groups import BadGroup, group_id
+
 TEXT_SUFFIXES = (".txt", ".md", ".text")
 SUFFIXES = (".jsonl", ".parquet", *TEXT_SUFFIXES)
 CORPUS = Path(__file__).parent.parent / "corpus"
@@ -68,7 +70,8 @@ def read_documents(
         read of a group then depends on nothing outside of it.
 
     Raises:
-      ValueError: the source is missing, of an unknown kind, or holds no usable document.
+      ValueError: the source is missing, of an unknown kind, or holds no usable document; with
+        distinct="group", a row has something in its group field that is no id.
     """
     report = Report() if report is None else report
     if str(source).startswith("tfds:"):
@@ -77,6 +80,8 @@ def read_documents(
         rows = _file_rows(source, text_field, group_field)
     seen: set[bytes] = set()
     for where, row in rows:
+        if isinstance(row, BadGroup) and distinct == "group":
+            raise ValueError(f"{where}: {row}")
         if isinstance(row, str):
             report.bad_rows.append(f"{where}: {row}")
             continue
@@ -236,4 +241,8 @@ def _document(text: object, group: object) -> Document | str:
         text.encode()
     except UnicodeEncodeError:
         return "text that is not valid Unicode"
-    return Document(text, text if group is None else f"group:{group}")
+    try:
+        found = group_id(group)
+    except ValueError as error:
+        return BadGroup(f"group: {error}")
+    return Document(text, text if found is None else f"group:{found}")

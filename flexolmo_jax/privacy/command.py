@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from flexolmo_jax.config import ExpertTraining, PrivacyConfig
@@ -65,20 +66,25 @@ def verify(package: Path, as_json: bool) -> None:
 
     manifest = read_manifest(package, kind="expert")
     check_files(package, manifest)
-    found = verify_statement(manifest["privacy"], str(package))
+    found = verify_statement(manifest["privacy"], str(package), manifest.get("gating"))
     if as_json:
         print(json.dumps({**found, "privacy": manifest["privacy"]}, indent=1))
         return
     _show_statement(manifest["privacy"], f"{manifest['name']}: privacy")
     table = Table("at delta " + f"{found['delta']:.3g}", "stated", "found", "Renyi bound")
-    for name, title in (("epsilon", "this run"), ("epsilon_of_all_runs", "all of the owner's")):
+    for name, title in (
+        ("epsilon", "this run"),
+        ("epsilon_of_all_runs", "all runs in this ledger"),
+    ):
         one = found[name]
         table.add_row(title, *(f"{one[key]:.4f}" for key in ("stated", "pld", "renyi")))
     console.print(table)
     console.print(
         "The statement is coherent: two accountants bound epsilon from its numbers. That the run "
-        "did what it says is the owner's word."
+        "did what it says, and that the ledger knows of all runs, is the owner's word."
     )
+    if found["epsilon"]["stated"] > 20:
+        console.print("An epsilon above 20 promises next to nothing.")
 
 
 def budget(file: Path, as_json: bool) -> None:
@@ -91,12 +97,15 @@ def budget(file: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(ledger, indent=1))
         return
+    if not ledger["runs"]:
+        console.print("no run was entered yet")
+        return
     title = f"limit: epsilon {ledger['epsilon_limit']:g} at delta {ledger['delta']:.2g}"
     table = Table("expert", "started", "unit", "planned", "spent", "steps", "finished", title=title)
     for run in ledger["runs"]:
         table.add_row(
-            run["name"], run["started"], run["unit"], f"{run['planned_epsilon']:.3f}",
-            f"{run['spent_epsilon']:.3f}", f"{run['steps']}/{run['planned']['steps']}",
+            *(escape(run[key]) for key in ("name", "started", "unit")),
+            f"{run['planned_epsilon']:.3f}", f"{run['spent_epsilon']:.3f}", f"{run['steps']}/{run['planned']['steps']}",
             "yes" if run["finished"] else "no",
         )  # fmt: skip
     console.print(table)
@@ -109,5 +118,5 @@ def _show_statement(statement: dict[str, Any], title: str) -> None:
             value = "\n".join(f"- {line}" for line in value)
         elif key == "other_runs":
             value = len(value)
-        table.add_row(key.replace("_", " "), str(value))
+        table.add_row(escape(str(key).replace("_", " ")), escape(str(value)))
     console.print(table)
