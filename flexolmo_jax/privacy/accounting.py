@@ -186,7 +186,8 @@ def _epsilon_on_grid(counted: dict[Mechanism, int], delta: float, interval: floa
     Where that is more than a small share of delta, dp-accounting's own, slower account of cut
     batches is used instead.
     """
-    losses = _losses(counted, interval)
+    with np.errstate(over="ignore"):  # in SciPy's logarithms of sums, of bounds that are not used
+        losses = _losses(counted, interval)
     cut = sum(one.truncation * times for one, times in counted.items())
 
     def delta_of(epsilon: float) -> float:

@@ -105,7 +105,8 @@ def budget(file: Path, as_json: bool) -> None:
     for run in ledger["runs"]:
         table.add_row(
             *(escape(run[key]) for key in ("name", "started", "unit")),
-            f"{run['planned_epsilon']:.3f}", f"{run['spent_epsilon']:.3f}", f"{run['steps']}/{run['planned']['steps']}",
+            f"{run['planned_epsilon']:.3f}", f"{run['spent_epsilon']:.3f}",
+            f"{run['steps']}/{run['planned']['steps']}",
             "yes" if run["finished"] else "no",
         )  # fmt: skip
     console.print(table)
