@@ -60,11 +60,12 @@ def make_statement(
       other_runs: what the ledger knows of other runs; all protect the same unit.
       library: the package, and version, of clipping, noise and sampling.
     """
-    own, all_runs = ([mechanism], [mechanism, *other_runs])
+    own = epsilon([mechanism], delta)
+    all_runs = epsilon([mechanism, *other_runs], delta) if other_runs else own
     return {
-        "epsilon": _up(epsilon(own, delta)),
+        "epsilon": _up(own),
         "delta": delta,
-        "epsilon_of_all_runs": _up(epsilon(all_runs, delta)),
+        "epsilon_of_all_runs": _up(all_runs),
         "unit": privacy.unit,
         "unit_means": UNITS[privacy.kind],
         "units": mechanism.units,
@@ -167,11 +168,16 @@ def _epsilons(
     mechanism: Mechanism, others: list[Mechanism], delta: float
 ) -> dict[str, tuple[float, float]]:
     """By privacy loss distributions, and by Renyi divergences."""
-    found = {}
-    for name, runs in (("epsilon", [mechanism]), ("epsilon_of_all_runs", [mechanism, *others])):
+
+    def both(runs: list[Mechanism]) -> tuple[float, float]:
         renyi = renyi_epsilon(runs, delta)
-        found[name] = (pld_epsilon(runs, delta, renyi), renyi)
-    return found
+        return pld_epsilon(runs, delta, renyi), renyi
+
+    own = both([mechanism])
+    return {
+        "epsilon": own,
+        "epsilon_of_all_runs": both([mechanism, *others]) if others else own,
+    }
 
 
 def _positive(statement: dict[str, Any], name: str) -> float:
