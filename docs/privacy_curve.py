@@ -119,7 +119,7 @@ class Study:
         words += ["--anchor", str(self.anchor(seed)), "--seed", str(seed)]
         if choice is None:
             return self.train(path, [*words, *self.size.ordinary])
-        # A ledger for each run, which a text has only one of otherwise: these owners publish nothing.
+        # A ledger for each run, where a text has only one otherwise: these owners publish nothing.
         if self.corpus:
             (self.corpus / f".{owner}.jsonl.ledger").unlink(missing_ok=True)
         private = ["--dp-epsilon", str(epsilon), "--dp-ledger", f"{path}.budget.json"]
