@@ -195,7 +195,8 @@ def _epsilon_on_grid(counted: dict[Mechanism, int], delta: float, interval: floa
 
     found = _solved(delta_of, delta)
     if cut and cut * (1 + math.exp(min(found, 700))) > TRUNCATED * delta:
-        accountant = pld.PLDAccountant(ZERO_OUT, 10 * interval)
+        widest = sum(20.2 / one.noise_multiplier + 2 / one.noise_multiplier**2 for one in counted)
+        accountant = pld.PLDAccountant(ZERO_OUT, max(interval, widest / POINTS))
         for one, times in counted.items():
             accountant.compose(_event(one, truncated=True), times)
         return _solved(accountant.get_delta, delta)
@@ -244,7 +245,7 @@ def _solved(delta_of: Callable[[float], float], delta: float) -> float:
     """The smallest epsilon at which delta is small enough; infinity if there is none."""
 
     def excess(epsilon: float) -> float:
-        return math.log(max(delta_of(epsilon), 1e-300) / delta)
+        return math.log(max(delta_of(epsilon), 1e-300)) - math.log(delta)
 
     upper = 1.0
     while excess(upper) > 0:
