@@ -119,10 +119,10 @@ def verify_statement(statement: Any, where: str, gating: str | None = None) -> d
     if missing:
         raise ValueError(f"{where}: the privacy statement lacks {', '.join(sorted(missing))}")
     try:
-        mechanism = _mechanism_of(statement)
-        others = _other_runs(statement)
         numbers = {name: _positive(statement, name) for name in NUMBERS}
         _check_unit(statement)
+        mechanism = _mechanism_of(statement)
+        others = _other_runs(statement)
         _check_rows(statement, gating)
         found = _epsilons(mechanism, others, numbers["delta"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
