@@ -325,13 +325,28 @@ class Ledger:
         """The contents, for this process alone; changes are written on leaving."""
         self._read()  # what is no ledger gets no lock beside it
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._lock, "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            before = self._read()
-            ledger = json.loads(json.dumps(before))
-            yield ledger
-            if ledger != before:
-                _write(self.file, ledger)
+        with self._locked():
+            try:
+                before = self._read()
+                ledger = json.loads(json.dumps(before))
+                yield ledger
+                if ledger != before:
+                    _write(self.file, ledger)
+            finally:
+                if not self.file.exists():  # a lock alone would look like a ledger that was lost
+                    self._lock.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        while True:
+            with open(self._lock, "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if self._lock.exists() and os.path.samestat(
+                    os.fstat(lock.fileno()), os.stat(self._lock)
+                ):
+                    yield
+                    return
+            # Another process has deleted the lock while this one waited for it.
 
     def _read(self) -> dict[str, Any]:
         if not self.file.exists():

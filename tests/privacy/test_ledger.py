@@ -238,6 +238,14 @@ def test_a_copied_ledger_is_refused_while_the_first_is_there(ledger, text, tmp_p
         copy.check_text(str(text), fingerprint(text, "text"))
 
 
+def test_a_first_run_that_is_refused_leaves_nothing_behind(ledger, text, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="above the owner's limit of 0.5"):
+        admit(ledger, "run", limit=0.5)
+    assert sorted(tmp_path.rglob("*")) == before
+    first_run(ledger, text)
+
+
 def test_where_no_mark_can_be_left_it_is_said(ledger, text, tmp_path, capsys, monkeypatch):
     (tmp_path / "a_file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "a_file"))
