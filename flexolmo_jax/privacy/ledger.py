@@ -111,16 +111,6 @@ class Ledger:
                 f"{source}: an earlier ledger of this text, {mark.ledger}, is gone with its "
                 f"folder; its runs are not counted here"
             )
-        if not known["runs"]:
-            _tell(
-                f"{self.file}: a new ledger, which knows of no earlier run. If there was any on "
-                "this text, name its ledger with --dp-ledger"
-            )
-        elif text not in known.get("texts", []):
-            _tell(
-                f"{self.file}: knows of no earlier run on this text as it is now; its runs, on "
-                "whatever text, are all counted together"
-            )
 
     def mark_text(self, source: str, text: str) -> None:
         """Writes down that this is the ledger of a text: in it, beside the text, and in the user's
@@ -128,7 +118,19 @@ class Ledger:
         with self._open() as ledger:
             ledger_id = ledger.setdefault("id", uuid.uuid4().hex)
             ledger["file"] = str(self.file)
-            ledger["texts"] = sorted({*ledger.get("texts", []), text})
+            before = ledger.get("texts", [])
+            ledger["texts"] = sorted({*before, text})
+            new = not before and len(ledger["runs"]) == 1
+        if new:
+            _tell(
+                f"{self.file}: a new ledger, which knows of no earlier run. If there was any on "
+                "this text, name its ledger with --dp-ledger"
+            )
+        elif text not in before:
+            _tell(
+                f"{self.file}: knows of no earlier run on this text as it is now; its runs, on "
+                "whatever text, are all counted together"
+            )
         for file in write_marks(source, text, self.file, ledger_id):
             _tell(
                 f"{file}: cannot be written, so no mark of the ledger is there; a second ledger "

@@ -213,6 +213,7 @@ def test_a_text_that_has_grown_still_has_its_ledger(ledger, text, tmp_path, caps
         Ledger(tmp_path / "other.json").check_text(str(text), grown)
     capsys.readouterr()
     ledger.check_text(str(text), grown)
+    ledger.mark_text(str(text), grown)
     assert "no earlier run on this text as it is now" in capsys.readouterr().err
 
 
