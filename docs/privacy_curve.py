@@ -119,7 +119,9 @@ class Study:
         words += ["--anchor", str(self.anchor(seed)), "--seed", str(seed)]
         if choice is None:
             return self.train(path, [*words, *self.size.ordinary])
-        # A ledger for each run: these owners publish nothing.
+        # A ledger for each run, where a text has only one otherwise: these owners publish nothing.
+        if self.corpus:
+            (self.corpus / f".{owner}.jsonl.ledger").unlink(missing_ok=True)
         private = ["--dp-epsilon", str(epsilon), "--dp-ledger", f"{path}.budget.json"]
         private += ["--dp-windows", str(self.size.windows), "--dp-unit", unit]
         return self.train(path, [*words, *private, *choice.words()])
@@ -134,6 +136,7 @@ class Study:
         if not (path / "manifest.json").exists():
             command = [sys.executable, "-m", "flexolmo_jax.cli", "train", *words]
             compiled = {"JAX_COMPILATION_CACHE_DIR": str(self.out / "compiled")}
+            compiled["XDG_STATE_HOME"] = str(self.out / "state" / path.name)
             words = [*command, "--out", str(path), "--resume"]
             subprocess.run(words, check=True, env={**os.environ, **compiled})
         return path

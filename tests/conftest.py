@@ -140,6 +140,14 @@ def quick(compiled):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory):
+    """So that private runs of tests leave no marks in the home folder, and see none there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, compiled) -> World:
     """Made once, by the commands that a user would type."""

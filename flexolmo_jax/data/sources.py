@@ -15,11 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from flexolmo_jax.data.files import counted, find_files, some_of
+from flexolmo_jax.data.files import counted, find_files, kind_of, some_of
+from flexolmo_jax.data.groups import group_id
 from flexolmo_jax.data.readers import Bad, Row, read_rows
 
 BOM = "\ufeff"  # the byte order mark, which some programs put in front of a text
 CORPUS = Path(__file__).parent.parent / "corpus"
+
+
+class BadGroup(Bad):
+    """Why a row cannot be used: what is in its group field is no id."""
 
 
 class Document(NamedTuple):
@@ -88,7 +93,8 @@ def read_documents(
         read of a group then depends on nothing outside of it.
 
     Raises:
-      ValueError: the source is missing, of an unknown kind, or holds no usable document.
+      ValueError: the source is missing, of an unknown kind, or holds no usable document; with
+        distinct="group", a row has something in its group field that is no id.
       OSError: a file cannot be opened, or the disk fails.
     """
     report = Report() if report is None else report
@@ -101,6 +107,8 @@ def read_documents(
     seen: set[bytes] = set()
     for where, row in rows:
         document = _document(row, where, text_field, group_field)
+        if isinstance(document, BadGroup) and distinct == "group":
+            raise ValueError(f"{where}: {document}")
         if isinstance(document, Bad):
             report.bad_rows.append(f"{where}: {document}")
             continue
@@ -150,7 +158,7 @@ def fingerprint(source: str | Path) -> str:
     for file in files:
         stat = file.stat()
         content = _digest(file, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        digest.update(f"{file.suffix} {content}\n".encode())
+        digest.update(f"{''.join(kind_of(file) or ())} {content}\n".encode())
     return digest.hexdigest()
 
 
@@ -237,13 +245,15 @@ def _document(row: Row, where: str, text_field: str, group_field: str) -> Docume
         return Bad("empty text")
     try:
         text.encode()
-        group = text if group is None else f"group:{group}"
-        group.encode()
+        name = group_id(group)
+        (name or "").encode()
     except UnicodeEncodeError:
         return Bad("text that is not valid Unicode")
     except RecursionError:
-        return Bad(f"a field {group_field!r} that is nested too deeply")
-    return Document(text, group, where)
+        return BadGroup(f"{group_field}: nested too deeply")
+    except ValueError as error:
+        return BadGroup(f"{group_field}: {error}")
+    return Document(text, text if name is None else f"group:{name}", where)
 
 
 def _decoded(value: Any) -> Any:

@@ -74,8 +74,9 @@ class UnitWindows(SourceWindows):
         ):
             if self.unit == "group" and document.group == document.text:
                 raise ValueError(
-                    f"{document.where}: no field {self.data.group_field!r}, which says whose "
-                    "document this is; every row must have it, or it would be protected alone"
+                    f"{document.where}: no field {self.data.group_field!r}, or nothing in it, "
+                    "which says whose document this is; every row must have it, or it would be "
+                    "protected alone"
                 )
             if is_heldout(document, self.data.heldout) == heldout:
                 yield document

@@ -229,11 +229,13 @@ def check_name(name: str) -> str:
 
 
 def privacy_summary(statement: Any) -> str:
-    """One line of what a manifest says of privacy (privacy/statement.py)."""
+    """One line of what a manifest says of privacy (privacy/statement.py), which nobody verified."""
+    if statement == NO_PRIVACY:
+        return NO_PRIVACY
     if not isinstance(statement, dict):
-        return str(statement)
+        return f"not a certificate: {statement!r}"
     values = (statement.get(name) for name in ("epsilon", "delta", "unit"))
-    return "epsilon {}, delta {}, unit {}".format(*values)
+    return "claims epsilon {}, delta {}, unit {}; not verified".format(*values)
 
 
 def canonical_digest(value: Any) -> str:

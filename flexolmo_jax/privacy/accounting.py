@@ -5,7 +5,9 @@ epsilon depends on. Adjacency is zero-out: two data sets are neighbours if the t
 nothing in the other, so that the number of units is the same, and may be known to everyone.
 """
 
+import collections
 import dataclasses
+import functools
 import importlib.metadata
 import logging
 import math
@@ -13,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 try:
     import dp_accounting
@@ -24,16 +26,27 @@ except ImportError as error:
     ) from error
 
 from dp_accounting import dp_event, pld, rdp
+from dp_accounting.pld import pld_pmf, privacy_loss_distribution, privacy_loss_mechanism
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # it tells of every Renyi order it leaves out
 ZERO_OUT = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
-INTERVAL = (
-    1e-3  # bins of privacy losses; ten times finer ones give 0.001 less, in ten times as long
-)
+# The grid of privacy losses. Every step's loss is put on its points, which adds a sixth of the
+# squared interval to the variance. A run of T steps has a standard deviation of about a fifth of
+# epsilon, so that with this share of epsilon / sqrt(T) epsilon is overstated by about 0.3%.
+FINENESS = 0.03
+COARSEST = 1e-3
+POINTS = 30_000  # of the grid of one step, for all runs together: what a second or two allow
+# dp-accounting holds grids of up to 1,000 points in another form, whose size it raises to the power
+# of the number of steps: a whole number of a million digits. Grids of long runs are made larger.
+LONG, LEAST_POINTS = 1000, 1001
+MOST_STEPS = 10**7  # of all runs together; beyond, rounding in Fourier transforms reaches delta
+MOST_RUNS = 100  # different ones: what the accountants can compose in 20 seconds
+MOST_UNITS = 10**12
 LARGER = 1.25  # the largest batch is at least so many times the mean one: below, epsilon explodes
 TRUNCATED = 0.01  # share of delta that batches cut at the largest size may use up
 ROWS_SHARE = 0.3  # of epsilon for the router rows; budgets add about as squares, so it costs 5%
 LOWEST = 0.2  # noise multiplier; below, the accountants take minutes and nothing is private
+HIGHEST = 1e9  # noise multiplier; above, the accountants' numbers lose their meaning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +71,34 @@ class Mechanism:
     rows_noise_multiplier: float | None = None
 
     def __post_init__(self):
+        for name in ("units", "mean_batch", "largest_batch", "steps"):
+            found = getattr(self, name)
+            if not isinstance(found, int) or isinstance(found, bool):
+                raise ValueError(f"{name} must be a whole number, found {found!r}")
+        if not 0 < self.units <= MOST_UNITS:
+            raise ValueError(f"units must be from 1 to {MOST_UNITS:,}, found {self.units}")
         if not 0 < self.mean_batch <= min(self.units, self.largest_batch):
             raise ValueError(
                 f"a mean batch must hold between 1 and all {self.units} units, and no more than "
                 f"the largest batch, {self.largest_batch}; found {self.mean_batch}"
             )
+        if self.largest_batch > 2 * MOST_UNITS:
+            raise ValueError(f"largest_batch is {self.largest_batch}, more than any text has units")
         for name in ("noise_multiplier", "rows_noise_multiplier"):
             found = getattr(self, name)
-            if found is not None and not LOWEST <= found < math.inf:
+            if found is None and name == "rows_noise_multiplier":
+                continue
+            if not isinstance(found, int | float) or isinstance(found, bool):
+                raise ValueError(f"{name} must be a number, found {found!r}")
+            if not LOWEST <= found <= HIGHEST:
                 raise ValueError(f"{name} must be at least {LOWEST}, found {found}")
         if self.steps < 0:
             raise ValueError(f"steps must not be negative, found {self.steps}")
+        if self.steps > MOST_STEPS:
+            raise ValueError(
+                f"steps must be at most {MOST_STEPS:,}, which is what can be accounted for; found "
+                f"{self.steps}"
+            )
 
     @property
     def sampling_probability(self) -> float:
@@ -82,11 +112,150 @@ class Mechanism:
 
 
 def epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
-    """Of all of the mechanisms together, from privacy loss distributions; an upper bound."""
-    accountant = pld.PLDAccountant(ZERO_OUT, INTERVAL)
-    for one in mechanisms:
-        accountant.compose(_event(one, truncated=True))
-    return accountant.get_epsilon(delta)
+    """Of all of the mechanisms together: the smaller of two upper bounds.
+
+    Both accountants prove what they say, so that a run is as private as the smaller of their two
+    figures, which is nearly always the one of privacy loss distributions.
+
+    Raises:
+      ValueError: there are more runs or steps than can be accounted for.
+    """
+    renyi = renyi_epsilon(mechanisms, delta)
+    return min(renyi, pld_epsilon(mechanisms, delta, renyi))
+
+
+def pld_epsilon(mechanisms: Sequence[Mechanism], delta: float, guess: float | None = None) -> float:
+    """An upper bound from privacy loss distributions, on a grid that suits steps and epsilon.
+
+    Args:
+      mechanisms, delta: as in `epsilon`.
+      guess: about what is to be expected; None asks the Renyi accountant.
+
+    Returns:
+      epsilon; infinity if no epsilon belongs to this delta.
+
+    Raises:
+      ValueError: there are more runs or steps than can be accounted for.
+    """
+    counted = _counted(mechanisms)
+    guess = renyi_epsilon(mechanisms, delta) if guess is None else guess
+    interval = _interval(counted, guess)
+    while True:  # a guess that is far too high asks for a grid that is too coarse
+        found = _epsilon_on_grid(counted, delta, interval)
+        finer = _interval(counted, found)
+        if finer > 0.7 * interval:
+            return found
+        interval = finer
+
+
+def _counted(mechanisms: Sequence[Mechanism]) -> dict[Mechanism, int]:
+    """How often each different mechanism is used. Raises ValueError if that is too much."""
+    counted = dict(collections.Counter(mechanisms))
+    steps = sum(one.steps * times for one, times in counted.items())
+    if len(counted) > MOST_RUNS or steps > MOST_STEPS:
+        raise ValueError(
+            f"expected at most {MOST_RUNS} different runs and {MOST_STEPS:,} steps in all, which "
+            f"is what can be accounted for; found {len(counted)} and {steps:,}"
+        )
+    return counted
+
+
+def _interval(counted: dict[Mechanism, int], guess: float) -> float:
+    """Of a grid for runs that cost about `guess` together."""
+    releases = sum(
+        (one.steps + (one.rows_noise_multiplier is not None)) * times
+        for one, times in counted.items()
+    )
+    wanted = FINENESS * guess / math.sqrt(max(1, releases))
+    widest = sum(_largest_loss(one) for one in counted)
+    return max(min(COARSEST, wanted), widest / POINTS)
+
+
+def _largest_loss(mechanism: Mechanism) -> float:
+    """Of one step: what a grid must reach to, but for a probability of exp(-50)."""
+    noise, probability = mechanism.noise_multiplier, mechanism.sampling_probability
+    loss = 10.1 / noise + 0.5 / noise**2  # of a unit that is in the batch
+    if loss < 1e-2:
+        return math.log1p(probability * math.expm1(loss))
+    absent = math.log1p(-probability) if probability < 1 else -math.inf
+    return float(np.logaddexp(absent, math.log(probability) + loss))
+
+
+def _epsilon_on_grid(counted: dict[Mechanism, int], delta: float, interval: float) -> float:
+    """Of batches that are never cut, plus what cutting them can change (see `renyi_epsilon`).
+
+    Where that is more than a small share of delta, dp-accounting's own, slower account of cut
+    batches is used instead.
+    """
+    with np.errstate(over="ignore"):  # in SciPy's logarithms of sums, of bounds that are not used
+        losses = _losses(counted, interval)
+    cut = sum(one.truncation * times for one, times in counted.items())
+
+    def delta_of(epsilon: float) -> float:
+        return losses.get_delta_for_epsilon(epsilon) + cut * (1 + math.exp(min(epsilon, 700)))
+
+    found = _solved(delta_of, delta)
+    if cut and cut * (1 + math.exp(min(found, 700))) > TRUNCATED * delta:
+        widest = sum(20.2 / one.noise_multiplier + 2 / one.noise_multiplier**2 for one in counted)
+        accountant = pld.PLDAccountant(ZERO_OUT, max(interval, widest / POINTS))
+        for one, times in counted.items():
+            accountant.compose(_event(one, truncated=True), times)
+        return _solved(accountant.get_delta, delta)
+    return found
+
+
+def _losses(
+    counted: dict[Mechanism, int], interval: float
+) -> privacy_loss_distribution.PrivacyLossDistribution:
+    """The distribution of all privacy losses together, with batches that are never cut."""
+    made = functools.partial(
+        privacy_loss_distribution.from_gaussian_mechanism,
+        value_discretization_interval=interval, neighboring_relation=ZERO_OUT,
+    )  # fmt: skip
+    total = privacy_loss_distribution.identity(value_discretization_interval=interval)
+    for one, times in counted.items():
+        if one.steps:
+            if one.steps * times > LONG and 3 * _largest_loss(one) < LEAST_POINTS * interval:
+                step = _padded(one, interval)
+            else:
+                step = made(one.noise_multiplier, sampling_prob=one.sampling_probability)
+            total = total.compose(step.self_compose(one.steps * times))
+        if one.rows_noise_multiplier is not None:
+            total = total.compose(made(one.rows_noise_multiplier / math.sqrt(times)))
+    return total
+
+
+def _padded(one: Mechanism, interval: float) -> privacy_loss_distribution.PrivacyLossDistribution:
+    """A step's losses as dp-accounting has them, on LEAST_POINTS: the added ones are empty."""
+
+    def losses(adjacency: privacy_loss_mechanism.AdjacencyType) -> pld_pmf.PLDPmf:
+        gaussian = privacy_loss_mechanism.GaussianPrivacyLoss(
+            one.noise_multiplier, sampling_prob=one.sampling_probability, adjacency_type=adjacency
+        )
+        bounds = gaussian.connect_dots_bounds()
+        first = math.floor(bounds.epsilon_lower / interval)
+        last = max(math.ceil(bounds.epsilon_upper / interval), first + LEAST_POINTS)
+        deltas = gaussian.get_delta_for_epsilon(np.arange(first, last + 1) * interval)
+        return pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(interval, first, last, deltas)
+
+    both = privacy_loss_mechanism.AdjacencyType
+    return privacy_loss_distribution.PrivacyLossDistribution(losses(both.REMOVE), losses(both.ADD))
+
+
+def _solved(delta_of: Callable[[float], float], delta: float) -> float:
+    """The smallest epsilon at which delta is small enough; infinity if there is none."""
+
+    def excess(epsilon: float) -> float:
+        return math.log(max(delta_of(epsilon), 1e-300)) - math.log(delta)
+
+    upper = 1.0
+    while excess(upper) > 0:
+        upper *= 2
+        if upper > 1e4:
+            return math.inf
+    if excess(0.0) <= 0:
+        return 0.0
+    return float(optimize.brentq(excess, 0.0, upper, xtol=1e-9, rtol=1e-9))
 
 
 def renyi_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
@@ -98,12 +267,16 @@ def renyi_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float:
 
     Returns:
       epsilon; infinity if so little of delta would not be enough for t.
+
+    Raises:
+      ValueError: there are more runs or steps than can be accounted for.
     """
+    counted = _counted(mechanisms)
     accountant = rdp.RdpAccountant(neighboring_relation=ZERO_OUT)
-    for one in mechanisms:
-        accountant.compose(_event(one, truncated=False))
+    for one, times in counted.items():
+        accountant.compose(_event(one, truncated=False), times)
     found = accountant.get_epsilon(delta * (1 - TRUNCATED))
-    truncation = sum(one.truncation for one in mechanisms)
+    truncation = sum(one.truncation * times for one, times in counted.items())
     enough = truncation == 0 or math.log(truncation) + np.logaddexp(0, found) <= math.log(
         delta * TRUNCATED
     )
@@ -149,38 +322,79 @@ def calibrate(
       multiple: of which the largest batch must be one.
 
     Raises:
-      ValueError: a mean batch would be larger than the data.
+      ValueError: a mean batch would be larger than the data; no noise reaches the target, or only
+        so much that nothing could be learned.
     """
     if mean_batch > units:
         raise ValueError(
             f"data.batch_size={mean_batch} is the mean number of units in a batch, and there are "
             f"only {units} units to train on; make it smaller"
         )
+    if not 0 < target < math.inf or not 0 < delta < 1:
+        raise ValueError(
+            f"expected a positive epsilon and a delta in (0, 1), found {target} and {delta}"
+        )
+    if steps < 1:
+        raise ValueError(f"a private run takes at least 1 step, found {steps}")
     rows_noise = None
     if rows:
         rows_noise = _up(dp_accounting.get_sigma_gaussian(ROWS_SHARE * target, delta))
-        rows_noise = max(LOWEST, rows_noise)
+        rows_noise = min(max(LOWEST, rows_noise), HIGHEST)
     largest = largest_batch(target, delta, units, mean_batch, steps, multiple)
 
     def make(noise: float) -> Mechanism:
         return Mechanism(units, mean_batch, largest, steps, noise, rows_noise)
 
-    def find(accountant: Callable, truncated: bool, bracket: Any) -> float:
-        return dp_accounting.calibrate_dp_mechanism(
-            accountant,
-            lambda noise: _event(make(noise), truncated),
-            target,
-            delta,
-            bracket,
-            tol=1e-3,
-        )
-
     if renyi_epsilon([make(LOWEST)], delta) <= target:
         return make(LOWEST)
-    start = dp_accounting.LowerEndpointAndGuess(LOWEST, 1.0)
-    rough = find(lambda: rdp.RdpAccountant(neighboring_relation=ZERO_OUT), False, start)  # quick
-    near = dp_accounting.LowerEndpointAndGuess(0.6 * rough, rough)
-    return make(_up(find(lambda: pld.PLDAccountant(ZERO_OUT, INTERVAL), True, near)))
+    most = 10 * mean_batch * math.sqrt(steps)  # ten times what all batches together can add up to
+    gaussian = mean_batch / units * math.sqrt(2 * steps * math.log(1 / delta)) / target
+    rough = _least_noise(lambda noise: renyi_epsilon([make(noise)], delta), target, gaussian)
+
+    def fine(noise: float) -> float:
+        counted = {make(noise): 1}
+        return _epsilon_on_grid(counted, delta, _interval(counted, target))
+
+    noise = _least_noise(fine, target, 0.95 * (rough or gaussian))
+    if noise is None or noise > most:
+        raise ValueError(
+            f"epsilon {target:g} (at delta {delta:.2g}) cannot be met for this text and these "
+            f"steps: with {units:,} units, batches of {mean_batch:,} and {steps:,} steps it "
+            + ("is reached by no noise" if noise is None else f"takes {noise:,.0f} times a unit's "
+               "part as noise, in which all of the text is lost")
+            + "; ask for more with --dp-epsilon, or train on more units"
+        )  # fmt: skip
+    made = make(_up(noise))
+    while epsilon([made], delta) > target:
+        made = make(_up(made.noise_multiplier * 1.001))
+    return made
+
+
+def _least_noise(epsilon_of: Callable[[float], float], target: float, guess: float) -> float | None:
+    """About the smallest noise multiplier that meets a target; None if none does."""
+    tried: dict[float, float] = {}
+
+    def excess(log_noise: float) -> float:
+        if log_noise not in tried:
+            found = epsilon_of(math.exp(log_noise))
+            tried[log_noise] = math.log(min(max(found, 1e-12), 1e12) / target)
+        return tried[log_noise]
+
+    first, last = math.log(LOWEST), math.log(HIGHEST)
+    lower = upper = min(max(first, math.log(guess)), last)
+    step = 0.1
+    while excess(upper) > 0:
+        if upper == last:
+            return None
+        lower, upper = upper, min(last, upper + step)
+        step *= 2
+    while excess(lower) <= 0:
+        if lower == first:
+            return LOWEST
+        lower, upper = max(first, lower - step), lower
+        step *= 2
+    optimize.brentq(excess, lower, upper, xtol=1e-3, rtol=1e-9)
+    return math.exp(min(noise for noise, value in tried.items() if value <= 0))
 
 
 def largest_batch(

@@ -60,12 +60,12 @@ def verify(package: Path, as_json: bool) -> None:
 
     manifest = read_manifest(package, kind="expert")
     check_files(package, manifest)
-    found = verify_statement(manifest["privacy"], str(package))
+    found = verify_statement(manifest["privacy"], str(package), manifest.get("gating"))
     if as_json:
         print(json.dumps({**found, "privacy": manifest["privacy"]}, indent=1))
         return
     _show_statement(manifest["privacy"], f"{manifest['name']}: privacy")
-    titles = {"epsilon": "this run", "epsilon_of_all_runs": "all of the owner's"}
+    titles = {"epsilon": "this run", "epsilon_of_all_runs": "all runs in this ledger"}
     rows = [
         {
             "epsilon of": title, "stated": f"{found[name]['stated']:.4f}",
@@ -76,8 +76,10 @@ def verify(package: Path, as_json: bool) -> None:
     show_table(rows, title=f"epsilon at delta {found['delta']:.3g}")
     tell(
         "The statement is coherent: two accountants bound epsilon from its numbers. That the run "
-        "did what it says is the owner's word."
+        "did what it says, and that the ledger knows of all runs, is the owner's word."
     )
+    if found["epsilon"]["stated"] > 20:
+        tell("An epsilon above 20 promises next to nothing.")
 
 
 def budget(file: Path, as_json: bool) -> None:
@@ -100,7 +102,7 @@ def budget(file: Path, as_json: bool) -> None:
         for run in ledger["runs"]
     ]  # fmt: skip
     limit = f"limit: epsilon {ledger['epsilon_limit']:g} at delta {ledger['delta']:.2g}"
-    show_table(rows, title=limit, empty="no runs")
+    show_table(rows, title=limit, empty="no run was entered yet")
 
 
 def _show_statement(statement: dict[str, Any], title: str) -> None:

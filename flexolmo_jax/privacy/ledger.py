@@ -1,7 +1,8 @@
 """The owner's ledger, budget.json: what every private run on a body of text may spend, and has.
 
 Spending is written down before it happens, and the file is replaced in one rename, so that a
-process that dies at any moment can have spent less than is written, never more.
+process that dies at any moment can have spent less than is written, never more. Reading takes no
+lock: a rename shows either the old file or the new one.
 """
 
 import contextlib
@@ -9,6 +10,9 @@ import dataclasses
 import datetime
 import fcntl
 import json
+import math
+import os
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +20,7 @@ from typing import Any
 
 from flexolmo_jax.federation.package import replace_file
 from flexolmo_jax.privacy.accounting import Mechanism, epsilon
+from flexolmo_jax.privacy.text_marks import read_marks, write_marks
 
 FILE = "budget.json"
 FORMAT = 1
@@ -71,6 +76,96 @@ class Ledger:
     def __init__(self, file: Path):
         self.file = file.absolute()
 
+    def check_text(self, source: str, text: str) -> None:
+        """Before a run starts or goes on: is this the only ledger of its text? Changes nothing.
+
+        Args:
+          source: where the text is.
+          text: its fingerprint (`text_marks.digest_of_documents`).
+
+        Raises:
+          ValueError: the text has another ledger; this one is a copy of another, or is missing
+            beside its lock. What was spent would not be counted.
+        """
+        self._check_place()
+        marks = read_marks(source, text)
+        known = self._read()
+        for mark in marks:
+            if mark.id == known.get("id"):
+                continue  # the same ledger; whether it is a copy was checked above
+            if mark.ledger.exists():
+                raise ValueError(
+                    f"{source}: this text has another ledger, {mark.ledger} (says {mark.file}); "
+                    f"earlier runs would not be counted in {self.file}: name that one with "
+                    "--dp-ledger"
+                )
+            if mark.ledger.parent.exists():
+                raise ValueError(
+                    f"{source}: the ledger of this text, {mark.ledger}, is missing (says "
+                    f"{mark.file}), so what earlier runs have spent is not known: bring it back, "
+                    "or name it with --dp-ledger. If it is lost for good, the text should not be "
+                    "trained on again; deleting that mark gives up the guarantee of all runs "
+                    "together"
+                )
+            _tell(
+                f"{source}: an earlier ledger of this text, {mark.ledger}, is gone with its "
+                f"folder; its runs are not counted here"
+            )
+
+    def mark_text(self, source: str, text: str) -> None:
+        """Writes down that this is the ledger of a text: in it, beside the text, and in the user's
+        state directory. Says where that was not possible."""
+        with self._open() as ledger:
+            ledger_id = ledger.setdefault("id", uuid.uuid4().hex)
+            ledger["file"] = str(self.file)
+            before = ledger.get("texts", [])
+            ledger["texts"] = sorted({*before, text})
+            new = not before and len(ledger["runs"]) == 1
+        if new:
+            _tell(
+                f"{self.file}: a new ledger, which knows of no earlier run. If there was any on "
+                "this text, name its ledger with --dp-ledger"
+            )
+        elif text not in before:
+            _tell(
+                f"{self.file}: knows of no earlier run on this text as it is now; its runs, on "
+                "whatever text, are all counted together"
+            )
+        for file in write_marks(source, text, self.file, ledger_id):
+            _tell(
+                f"{file}: cannot be written, so no mark of the ledger is there; a second ledger "
+                "for this text may go unnoticed"
+            )
+
+    def _check_place(self) -> None:
+        """Raises ValueError if this file is a copy, or is gone while its lock is still there."""
+        if self.file.exists():
+            before = self._read().get("file")
+            if before is None or before == str(self.file) or not os.path.exists(before):
+                return
+            if os.path.samefile(before, self.file):
+                return
+            with contextlib.suppress(ValueError):
+                if Ledger(Path(before))._read().get("id") != self._read()["id"]:
+                    return
+            raise ValueError(
+                f"{self.file}: a copy of another ledger, {before}, which is still there; what is "
+                "spent in one is not counted in the other: name that one with --dp-ledger, and go "
+                "on in the run's first folder"
+            )
+        old = self.file.with_suffix(".lock")  # of earlier versions
+        for lock in (self._lock, old):
+            if lock.is_file() and not lock.stat().st_size:
+                raise ValueError(
+                    f"{self.file}: missing, while its lock {lock} is still there, so what earlier "
+                    "runs have spent is not known: bring the ledger back; if there never was a "
+                    "run, delete the lock"
+                )
+
+    @property
+    def _lock(self) -> Path:
+        return self.file.with_name(f".{self.file.name}.lock")
+
     def admit(
         self,
         name: str,
@@ -93,10 +188,16 @@ class Ledger:
           the run's id, which is in its folder too.
 
         Raises:
-          ValueError: with the run, the limit would be exceeded, or delta is another one; nothing
-            is entered.
+          ValueError: with the run, the limit would be exceeded, or delta or unit is another one;
+            nothing is entered.
         """
         with self._open() as ledger:
+            others = sorted({one["unit"] for one in ledger["runs"]} - {unit})
+            if others:
+                raise ValueError(
+                    f"{self.file}: its runs protect the unit {', '.join(others)}, and this one "
+                    f"{unit}; epsilons of different units cannot be added: use the same --dp-unit"
+                )
             if ledger.setdefault("delta", delta) != delta:
                 raise ValueError(
                     f"{self.file}: this ledger accounts at delta {ledger['delta']:g}, found "
@@ -206,13 +307,11 @@ class Ledger:
 
     def run(self, run_id: str) -> Run:
         """A run as it is written down. Raises ValueError if it is not."""
-        with self._open() as ledger:
-            return self._find(_runs(ledger), run_id)
+        return self._find(_runs(self._read()), run_id)
 
     def contents(self) -> dict[str, Any]:
         """All of it, as JSON values."""
-        with self._open() as ledger:
-            return json.loads(json.dumps(ledger))
+        return self._read()
 
     def _find(self, runs: list[Run], run_id: str) -> Run:
         found = [run for run in runs if run.id == run_id]
@@ -226,32 +325,90 @@ class Ledger:
     @contextlib.contextmanager
     def _open(self) -> Iterator[dict[str, Any]]:
         """The contents, for this process alone; changes are written on leaving."""
+        self._read()  # what is no ledger gets no lock beside it
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.file.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            before = self._read()
-            ledger = json.loads(json.dumps(before))
-            yield ledger
-            if ledger != before:
-                _write(self.file, ledger)
+        with self._locked():
+            try:
+                before = self._read()
+                ledger = json.loads(json.dumps(before))
+                yield ledger
+                if ledger != before:
+                    _write(self.file, ledger)
+            finally:
+                if not self.file.exists():  # a lock alone would look like a ledger that was lost
+                    self._lock.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        while True:
+            with open(self._lock, "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if self._lock.exists() and os.path.samestat(
+                    os.fstat(lock.fileno()), os.stat(self._lock)
+                ):
+                    yield
+                    return
+            # Another process has deleted the lock while this one waited for it.
 
     def _read(self) -> dict[str, Any]:
         if not self.file.exists():
             return {"format": FORMAT, "runs": []}
         try:
-            ledger = json.loads(self.file.read_text())
-            _runs(ledger)
-        except (ValueError, KeyError, TypeError) as error:
+            text = self.file.read_text(encoding="utf-8")
+            ledger = json.loads(text, parse_constant=_no_constant)
+            if ledger.get("format") == FORMAT:
+                _check(ledger)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{self.file}: damaged, not a ledger ({error}); what was spent is not known, so "
                 "no run starts: bring back a copy of it"
             ) from error
         if ledger.get("format") != FORMAT:
             raise ValueError(
-                f"{self.file}: expected format {FORMAT}, found {ledger.get('format')}; another "
+                f"{self.file}: expected format {FORMAT}, found {ledger.get('format')!r}; another "
                 "version of flexolmo_jax wrote it"
             )
         return ledger
+
+
+def _check(ledger: dict[str, Any]) -> None:
+    """Raises ValueError, KeyError or TypeError if a value of a ledger is not of its type."""
+    for run in _runs(ledger):
+        texts = (run.id, run.name, run.folder, run.unit, run.started)
+        flags = (run.rows, run.finished)
+        if not all(isinstance(x, str) for x in texts) or not all(type(x) is bool for x in flags):
+            raise ValueError(f"a run of other types: {run.id!r}")
+        if type(run.steps) is not int or not 0 <= run.steps <= run.planned.steps:
+            raise ValueError(f"run {run.id!r} has begun {run.steps!r} steps")
+        for number in (run.planned_epsilon, run.spent_epsilon):
+            _number(number, "epsilon")
+    for name in ("delta", "epsilon_limit", "epsilon_spent"):
+        if name in ledger:
+            _number(ledger[name], name)
+    if not 0 < ledger.get("delta", 0.5) < 1:
+        raise ValueError(f"delta is {ledger['delta']}")
+    if bool(ledger["runs"]) != ("delta" in ledger and "epsilon_limit" in ledger):
+        raise ValueError("runs without a delta and a limit, or these without runs")
+    texts = ledger.get("texts", [])
+    if not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
+        raise ValueError("texts that are no fingerprints")
+    for name in ("id", "file"):
+        if not isinstance(ledger.get(name, ""), str):
+            raise ValueError(f"{name} is {ledger[name]!r}")
+
+
+def _number(value: Any, name: str) -> None:
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value!r}")
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _tell(text: str) -> None:
+    """On standard error: standard output may be JSON."""
+    print(text, file=sys.stderr)
 
 
 def marked_run(folder: Path) -> str | None:

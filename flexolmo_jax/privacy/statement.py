@@ -11,7 +11,7 @@ from typing import Any
 
 from flexolmo_jax.config import PrivacyConfig
 from flexolmo_jax.privacy import accounting
-from flexolmo_jax.privacy.accounting import Mechanism, epsilon, renyi_epsilon
+from flexolmo_jax.privacy.accounting import Mechanism, epsilon, pld_epsilon, renyi_epsilon
 
 ADJACENCY = (
     "zero-out: the text of one unit is nothing in the other data set; the number of units is public"
@@ -57,14 +57,15 @@ def make_statement(
       delta: of both epsilons.
       window_tokens: S.
       rows_clip: the length that a unit was clipped to in the release for router rows.
-      other_runs: what the ledger knows of other runs on the owner's text.
+      other_runs: what the ledger knows of other runs; all protect the same unit.
       library: the package, and version, of clipping, noise and sampling.
     """
-    own, all_runs = ([mechanism], [mechanism, *other_runs])
+    own = epsilon([mechanism], delta)
+    all_runs = epsilon([mechanism, *other_runs], delta) if other_runs else own
     return {
-        "epsilon": _up(epsilon(own, delta)),
+        "epsilon": _up(own),
         "delta": delta,
-        "epsilon_of_all_runs": _up(epsilon(all_runs, delta)),
+        "epsilon_of_all_runs": _up(all_runs),
         "unit": privacy.unit,
         "unit_means": UNITS[privacy.kind],
         "units": mechanism.units,
@@ -83,7 +84,7 @@ def make_statement(
         "window_tokens": window_tokens,
         "accountant": f"privacy loss distributions, {accounting.versions()}",
         "library": library,
-        "other_runs": [dataclasses.asdict(one) for one in other_runs],
+        "other_runs": [{"unit": privacy.unit, **dataclasses.asdict(one)} for one in other_runs],
         "outside": list(OUTSIDE),
     }
 
@@ -94,28 +95,40 @@ ROWS = {
 }
 
 
-def verify_statement(statement: Any, where: str) -> dict[str, Any]:
+def verify_statement(statement: Any, where: str, gating: str | None = None) -> dict[str, Any]:
     """Computes a statement's epsilons again, by both accountants.
+
+    Each of the two proves an upper bound, so that a claim holds if it is not below the smaller one.
+
+    Args:
+      statement: of a manifest.
+      where: for messages.
+      gating: of the same manifest: with "alone", router rows were fitted to a release, which the
+        statement must count; None if that is not known.
 
     Returns:
       {"epsilon": {"stated", "pld", "renyi"}, "epsilon_of_all_runs": the same, "delta": ...}.
 
     Raises:
-      ValueError: there is none, it lacks something, or it claims less than what its own numbers
-        cost.
+      ValueError: there is none, it lacks something or holds a value that cannot be, it claims less
+        than what its own numbers cost, or they are too large to be accounted for.
     """
     if not isinstance(statement, dict):
         raise ValueError(f"{where}: nothing to verify, its privacy statement is: {statement}")
-    try:
-        mechanism = _mechanism_of(statement)
-        others = [Mechanism(**one) for one in statement["other_runs"]]
-        delta = float(statement["delta"])
-        stated = {name: float(statement[name]) for name in ("epsilon", "epsilon_of_all_runs")}
-        missing = {"unit", "adjacency", "clip_norm", "accountant", "outside"} - statement.keys()
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}: the privacy statement is not one ({error!r})") from error
+    missing = REQUIRED - statement.keys()
     if missing:
         raise ValueError(f"{where}: the privacy statement lacks {', '.join(sorted(missing))}")
+    try:
+        numbers = {name: _positive(statement, name) for name in NUMBERS}
+        _check_unit(statement)
+        mechanism = _mechanism_of(statement)
+        others = _other_runs(statement)
+        _check_rows(statement, gating)
+        found = _epsilons(mechanism, others, numbers["delta"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        why = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{where}: the privacy statement is not one ({why})") from error
+    delta = numbers["delta"]
     if not 0 < delta < 1 / mechanism.units:
         raise ValueError(
             f"{where}: delta must be in (0, 1 / {mechanism.units} units), found {delta}: above, "
@@ -123,36 +136,110 @@ def verify_statement(statement: Any, where: str) -> dict[str, Any]:
         )
     if statement["adjacency"] != ADJACENCY:
         raise ValueError(f"{where}: expected adjacency {ADJACENCY!r}, found another")
-    if not float(statement["clip_norm"]) > 0:
-        raise ValueError(f"{where}: clip_norm must be positive, found {statement['clip_norm']}")
-    found: dict[str, Any] = {"delta": delta}
-    for name, mechanisms in (
-        ("epsilon", [mechanism]),
-        ("epsilon_of_all_runs", [mechanism, *others]),
-    ):
-        tight, loose = epsilon(mechanisms, delta), renyi_epsilon(mechanisms, delta)
-        if stated[name] + SLACK < tight:
+    for name, (tight, loose) in found.items():
+        stated, least = numbers[name], min(tight, loose)
+        if stated + SLACK < least:
             raise ValueError(
-                f"{where}: the statement claims {name} {stated[name]:g}, and its own numbers cost "
-                f"{tight:.4f} (privacy loss distributions; Renyi: at most {loose:.4f})"
+                f"{where}: the statement claims {name} {stated:g}, and its own numbers cost "
+                f"{least:.4f} (privacy loss distributions: at most {tight:.4f}; Renyi: at most "
+                f"{loose:.4f})"
             )
-        if stated[name] > LOOSE * tight + 0.01:
+        if stated > LOOSE * tight + 0.01:
             raise ValueError(
-                f"{where}: the statement claims {name} {stated[name]:g}, and its own numbers cost "
+                f"{where}: the statement claims {name} {stated:g}, and its own numbers cost "
                 f"only {tight:.4f}: they do not belong together"
             )
-        if loose + SLACK < tight:
+    shown = {
+        name: {"stated": numbers[name], "pld": tight, "renyi": loose}
+        for name, (tight, loose) in found.items()
+    }
+    return {"delta": delta, **shown}
+
+
+NUMBERS = ("delta", "epsilon", "epsilon_of_all_runs", "clip_norm")
+FIELDS = tuple(field.name for field in dataclasses.fields(Mechanism))
+REQUIRED = {
+    *NUMBERS, *FIELDS, "unit", "unit_means", "adjacency", "mechanism", "rows_clip_norm",
+    "windows_of_a_unit", "window_tokens", "other_runs", "accountant", "outside",
+}  # fmt: skip
+
+
+def _epsilons(
+    mechanism: Mechanism, others: list[Mechanism], delta: float
+) -> dict[str, tuple[float, float]]:
+    """By privacy loss distributions, and by Renyi divergences."""
+
+    def both(runs: list[Mechanism]) -> tuple[float, float]:
+        renyi = renyi_epsilon(runs, delta)
+        return pld_epsilon(runs, delta, renyi), renyi
+
+    own = both([mechanism])
+    return {
+        "epsilon": own,
+        "epsilon_of_all_runs": both([mechanism, *others]) if others else own,
+    }
+
+
+def _positive(statement: dict[str, Any], name: str) -> float:
+    value = statement[name]
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, found {value!r}")
+    if name == "delta" and value >= 1:
+        raise ValueError(f"delta must be in (0, 1), found {value!r}")
+    return float(value)
+
+
+def _check_unit(statement: dict[str, Any]) -> None:
+    unit = statement["unit"]
+    if not isinstance(unit, str):
+        raise ValueError(f"unit must be text, found {unit!r}")
+    kind, colon, field = unit.partition(":")
+    if kind not in UNITS or (kind == "group") != bool(colon and field.strip()) or (
+        kind != "group" and colon
+    ):  # fmt: skip
+        raise ValueError(f"unit must be document, sequence or group:FIELD, found {unit!r}")
+    if statement["unit_means"] != UNITS[kind]:
+        raise ValueError(f"unit {unit} means {UNITS[kind]!r}, found another meaning")
+    for name in ("windows_of_a_unit", "window_tokens"):
+        value = statement[name]
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a positive whole number, found {value!r}")
+
+
+def _check_rows(statement: dict[str, Any], gating: str | None) -> None:
+    """A release for router rows is counted if, and only if, there was one."""
+    noise, clip = statement["rows_noise_multiplier"], statement["rows_clip_norm"]
+    fitted = noise is not None
+    if clip is not None:
+        _positive(statement, "rows_clip_norm")
+    if fitted != (clip is not None) or not str(statement["mechanism"]).endswith(ROWS[fitted]):
+        raise ValueError("rows_noise_multiplier, rows_clip_norm and mechanism do not agree")
+    if gating is not None and fitted != (gating == "alone"):
+        raise ValueError(
+            f"rows_noise_multiplier is {noise}, and its expert was trained with gating "
+            f"{gating!r}, where router rows are fitted to "
+            + ("a release of their own" if gating == "alone" else "none")
+        )
+
+
+def _other_runs(statement: dict[str, Any]) -> list[Mechanism]:
+    """Raises ValueError if one protects another unit: epsilons of different units do not add."""
+    listed = statement["other_runs"]
+    if not isinstance(listed, list):
+        raise ValueError("other_runs is not a list")
+    found = []
+    for entry in listed:
+        if entry.get("unit") != statement["unit"]:
             raise ValueError(
-                f"{where}: the accountants disagree: Renyi divergences bound {name} by "
-                f"{loose:.4f}, below {tight:.4f} of privacy loss distributions"
+                f"one of the other runs protects the unit {entry.get('unit')!r}, and this one "
+                f"{statement['unit']!r}: their epsilons cannot be added"
             )
-        found[name] = {"stated": stated[name], "pld": tight, "renyi": loose}
+        found.append(Mechanism(**{k: v for k, v in entry.items() if k != "unit"}))
     return found
 
 
 def _mechanism_of(statement: dict[str, Any]) -> Mechanism:
-    fields = [field.name for field in dataclasses.fields(Mechanism)]
-    return Mechanism(**{name: statement[name] for name in fields})
+    return Mechanism(**{name: statement[name] for name in FIELDS})
 
 
 def _up(value: float) -> float:

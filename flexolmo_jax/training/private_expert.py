@@ -5,6 +5,7 @@ and one sum that the router rows are fitted to. What does not, is named in the s
 """
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import jax
@@ -24,6 +25,7 @@ from flexolmo_jax.privacy.accounting import calibrate, default_delta
 from flexolmo_jax.privacy.canaries import canaries_of_run, check_they_are_read, check_they_fit
 from flexolmo_jax.privacy.ledger import Ledger, Run, marked_run
 from flexolmo_jax.privacy.statement import make_statement
+from flexolmo_jax.privacy.text_marks import digest_of_documents
 from flexolmo_jax.training import private_rows
 from flexolmo_jax.training.expert import (
     anchor_to_train_beside,
@@ -42,6 +44,7 @@ from flexolmo_jax.training.run_folder import (
 )
 from flexolmo_jax.training.step import ExpertAloneLoss, ExpertPairLoss, Loss, with_parts
 
+PLAUSIBLE = 20  # epsilon; above, what is seen becomes a billion times as likely
 RELEASE = "rows_release.npz"  # in the run folder
 
 
@@ -115,13 +118,18 @@ def train_private_expert(
         check_they_fit(drawn, tokenizer, config.data.length, most)
         check_they_are_read(drawn, units.windows, tokenizer, config, units=len(units))
     book = Ledger(ledger)
+    text = digest_of_documents(data, config.data.text_field)
+    by_first(lambda: book.check_text(data, text))
     delta = privacy.delta or book.delta() or default_delta(len(units))
     if delta >= 1 / len(units):
         raise ValueError(
             f"--dp-delta must be below 1 / {len(units)} units, found {delta}: above, a mechanism "
             "that publishes one unit in full would pass"
         )
+    if privacy.epsilon > PLAUSIBLE or (privacy.limit or 0) > PLAUSIBLE:
+        print(f"an epsilon above {PLAUSIBLE} promises next to nothing", file=sys.stderr)
     entry = _entered(book, config, privacy, name, run, len(units), delta, resume)
+    by_first(lambda: book.mark_text(data, text))
     record_run(run, wanted)
 
     model = config.computing(loaded.config).replace(expert_compute="dense")  # see `ragged_dot`
@@ -178,7 +186,10 @@ def _entered(
             steps=config.steps, rows=config.gating == "alone",
             multiple=privacy.at_a_time * jax.device_count(),
         )  # fmt: skip
-        book.admit(name, run, privacy.unit, planned, delta, privacy.limit, privacy.epsilon)
+        unit = privacy.unit
+        if unit == "sequence":  # windows of other lengths are other units
+            unit = f"sequence of {config.data.length} tokens"
+        book.admit(name, run, unit, planned, delta, privacy.limit, privacy.epsilon)
 
     by_first(enter)
     there = marked_run(run)

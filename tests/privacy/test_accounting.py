@@ -9,7 +9,7 @@ import pytest
 from dp_accounting import dp_event, pld
 
 from flexolmo_jax.config import PrivacyConfig
-from flexolmo_jax.federation.package import NO_PRIVACY
+from flexolmo_jax.federation.package import NO_PRIVACY, privacy_summary
 from flexolmo_jax.privacy import accounting
 from flexolmo_jax.privacy.accounting import (
     ROWS_SHARE,
@@ -77,6 +77,35 @@ def test_a_calibrated_run_spends_its_budget_and_both_accountants_agree(
     alone = dataclasses.replace(made, rows_noise_multiplier=None)
     assert epsilon([alone], delta) < tight
     assert made.largest_batch % 8 == 0 and made.largest_batch >= 1.25 * mean_batch
+
+
+@pytest.mark.parametrize(
+    ("target", "units", "mean_batch", "steps", "noise"),
+    [  # noise on a grid of 1e-5; with one of 1e-3 for all, it was 105, 2.01 and 7.1
+        (0.1, 100_000, 1000, 10_000, 36.34),
+        (1.0, 1_000_000, 1000, 100_000, 1.640),
+        (0.02, 1_000_000, 1000, 1000, 6.08),
+    ],
+)
+def test_long_runs_and_small_budgets_get_no_more_noise_than_they_need(
+    target, units, mean_batch, steps, noise
+):
+    delta = default_delta(units)
+    made = calibrate(
+        target, delta, units=units, mean_batch=mean_batch, steps=steps, rows=False, multiple=8
+    )
+    assert made.noise_multiplier == pytest.approx(noise, rel=0.01)
+    stated = make_statement(
+        PrivacyConfig(target), made, delta, window_tokens=64, rows_clip=None, other_runs=[],
+        library="none",
+    )  # fmt: skip
+    found = verify_statement(json.loads(json.dumps(stated)), "here")["epsilon"]
+    assert 0.99 * target < found["pld"] <= found["stated"] <= target
+
+
+def test_an_epsilon_in_which_all_text_is_lost_is_refused():
+    with pytest.raises(ValueError, match="epsilon 0.0001 .* cannot be met for this text and these"):
+        calibrate(1e-4, 1e-5, units=54, mean_batch=16, steps=2, rows=True, multiple=8)
 
 
 def test_a_larger_share_of_the_rows_costs_training_little():
@@ -178,11 +207,34 @@ MANIPULATED = {
     "more steps": ({"steps": 500}, "its own numbers cost"),
     "fewer units": ({"units": 90}, "its own numbers cost"),
     "batches that are cut": ({"largest_batch": 64}, "its own numbers cost"),
-    "no rows": ({"rows_noise_multiplier": None}, "do not belong together"),
+    "no rows": ({"rows_noise_multiplier": None}, "rows_clip_norm and mechanism do not agree"),
+    "epsilon is no number": (
+        {"epsilon": math.nan},
+        "epsilon must be positive and finite, found nan",
+    ),
+    "epsilon without end": ({"epsilon_of_all_runs": math.inf}, "must be positive and finite"),
+    "epsilon as text": ({"epsilon": "3.99"}, "epsilon must be positive and finite, found '3.99'"),
+    "a truth value": ({"epsilon": True}, "epsilon must be positive and finite, found True"),
+    "a unit of nobody": ({"unit": "all of it"}, "unit must be document, sequence or group:FIELD"),
+    "a group of no field": ({"unit": "group:"}, "unit must be document, sequence or group:FIELD"),
+    "a unit that is a list": ({"unit": ["document"]}, "unit must be text"),
+    "another meaning": ({"unit_means": "everybody's text"}, "found another meaning"),
+    "steps without end": ({"steps": 10**18}, "steps must be at most 10,000,000"),
+    "counts that are not whole": ({"steps": 50.0}, "steps must be a whole number, found 50.0"),
+    "units that are a truth value": ({"units": True}, "units must be a whole number"),
+    "more drawn than there are": ({"mean_batch": 1000}, "between 1 and all 900 units"),
+    "negative noise": ({"noise_multiplier": -1.0}, "noise_multiplier must be at least 0.2"),
+    "noise that is no number": (
+        {"noise_multiplier": math.nan},
+        "noise_multiplier must be at least",
+    ),
+    "delta of one": ({"delta": 1}, "delta must be in"),
+    "negative delta": ({"delta": -1e-5}, "delta must be positive"),
+    "runs that are none": ({"other_runs": {}}, "other_runs is not a list"),
     "smaller delta": ({"delta": 1e-9}, "its own numbers cost"),
     "useless delta": ({"delta": 0.01}, "delta must be in .0, 1 / 900 units., found 0.01"),
     "another adjacency": ({"adjacency": "replace one"}, "expected adjacency"),
-    "no clipping": ({"clip_norm": 0.0}, "clip_norm must be positive"),
+    "no clipping": ({"clip_norm": 0.0}, "clip_norm must be positive and finite, found 0.0"),
     "no steps": ({"steps": None}, "the privacy statement is not one"),
 }
 
@@ -198,6 +250,44 @@ def test_a_manipulated_statement_is_refused(statement, name):
 def test_a_statement_that_lacks_something_is_refused(statement, name):
     with pytest.raises(ValueError, match=f"here: the privacy statement .*{name}"):
         verify_statement({k: v for k, v in statement.items() if k != name}, "here")
+
+
+def test_a_run_that_protects_another_unit_is_not_added(statement):
+    (other,) = statement["other_runs"]
+    for unit in ("sequence", None):
+        changed = {**statement, "other_runs": [{**other, "unit": unit}]}
+        with pytest.raises(ValueError, match="epsilons cannot be added"):
+            verify_statement(changed, "here")
+
+
+def test_more_runs_than_can_be_accounted_for_are_refused_at_once(statement):
+    (other,) = statement["other_runs"]
+    many = [{**other, "noise_multiplier": 1 + n / 1000} for n in range(1000)]
+    with pytest.raises(ValueError, match="at most 100 different runs"):
+        verify_statement({**statement, "other_runs": many}, "here")
+    with pytest.raises(ValueError, match="and 10,000,000 steps in all"):
+        verify_statement({**statement, "other_runs": [other] * 1_000_000}, "here")
+
+
+def test_rows_that_were_fitted_must_be_counted(statement):
+    verify_statement(statement, "here", gating="alone")
+    with pytest.raises(ValueError, match="gating 'pair', where router rows are fitted to none"):
+        verify_statement(statement, "here", gating="pair")
+    without = {
+        **statement, "rows_noise_multiplier": None, "rows_clip_norm": None,
+        "mechanism": statement["mechanism"].partition("Router rows")[0]
+        + "Router rows are trained in the same way.",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="router rows are fitted to a release of their own"):
+        verify_statement(without, "here", gating="alone")
+
+
+def test_what_looks_like_a_certificate_is_only_claimed():
+    text = "epsilon 0.1, delta 1e-9, unit document"
+    assert privacy_summary(text) == f"not a certificate: {text!r}"
+    claimed = privacy_summary({"epsilon": 0.1, "delta": 1e-9, "unit": "document"})
+    assert claimed.startswith("claims epsilon 0.1") and claimed.endswith("not verified")
+    assert privacy_summary(NO_PRIVACY) == NO_PRIVACY
 
 
 def test_where_there_is_no_privacy_there_is_nothing_to_verify():

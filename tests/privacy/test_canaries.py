@@ -1,6 +1,7 @@
 """Canaries: what is drawn, where it goes, what is said of it, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -130,9 +131,11 @@ def test_of_private_units_one_left_out_is_a_unit_of_nothing(world, tokenizer, tm
 
 
 def test_a_private_run_has_them_too(world, tmp_path, flexolmo):
+    own = shutil.copy(world.texts["math"], tmp_path)
     words = training(
-        world, tmp_path, "--dp-epsilon", 8, "--dp-windows", 8, "--data.batch-size", 16, "--steps", 6
-    )
+        world, tmp_path, "--dp-epsilon", 8, "--dp-windows", 8, "--data.batch-size", 16,
+        "--steps", 6, "--data", own,
+    )  # fmt: skip
     code, _, error = flexolmo(*words)
     assert code == 0, error
     manifest = read_manifest(tmp_path / "out")

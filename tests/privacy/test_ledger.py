@@ -8,6 +8,7 @@ import pytest
 
 from flexolmo_jax.privacy.accounting import Mechanism, epsilon
 from flexolmo_jax.privacy.ledger import MARK, Ledger, marked_run
+from flexolmo_jax.privacy.text_marks import digest_of_documents
 
 RUN = Mechanism(200, 16, 32, 10, noise_multiplier=1.5, rows_noise_multiplier=5.0)
 DELTA = 1e-5
@@ -160,3 +161,130 @@ def test_runs_at_the_same_time_take_turns(ledger):
         thread.join()
     assert [ledger.run(run).steps for run in runs] == [5] * 4
     assert not ledger.file.with_suffix(".partial").exists()
+
+
+# Which ledger a text has.
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "texts" / "own.jsonl"
+    file.parent.mkdir()
+    file.write_text("".join(json.dumps({"text": f"Document {n}."}) + "\n" for n in range(5)))
+    return file
+
+
+def first_run(ledger, text):
+    """What a private run does with its ledger before it trains."""
+    print_of_text = digest_of_documents(text, "text")
+    ledger.check_text(str(text), print_of_text)
+    run = admit(ledger, "run")
+    ledger.mark_text(str(text), print_of_text)
+    return run
+
+
+def test_a_new_ledger_says_that_it_knows_nothing(ledger, text, capsys):
+    first_run(ledger, text)
+    assert "a new ledger, which knows of no earlier run" in capsys.readouterr().err
+    ledger.check_text(str(text), digest_of_documents(text, "text"))
+    assert not capsys.readouterr().err
+
+
+def test_marks_hold_no_text_and_are_found_from_a_copy(ledger, text, tmp_path):
+    first_run(ledger, text)
+    marks = [text.with_name(".own.jsonl.ledger"), *(tmp_path / "state").rglob("*.json")]
+    assert len(marks) == 2 and all("Document" not in mark.read_text() for mark in marks)
+    other = Ledger(tmp_path / "other.json")
+    copied = tmp_path / "copy.jsonl"
+    lines = text.read_text().splitlines(keepends=True)
+    copied.write_text("".join(reversed(lines)) + lines[0])  # the same documents
+    for source in (text, copied):
+        with pytest.raises(ValueError, match="has another ledger, .*budget.json .*--dp-ledger"):
+            other.check_text(str(source), digest_of_documents(source, "text"))
+    assert not other.file.exists()
+
+
+def test_a_text_that_has_grown_still_has_its_ledger(ledger, text, tmp_path, capsys):
+    first_run(ledger, text)
+    with text.open("a") as file:
+        file.write('{"text": "Another document."}\n')
+    grown = digest_of_documents(text, "text")
+    with pytest.raises(ValueError, match="has another ledger"):
+        Ledger(tmp_path / "other.json").check_text(str(text), grown)
+    capsys.readouterr()
+    ledger.check_text(str(text), grown)
+    ledger.mark_text(str(text), grown)
+    assert "no earlier run on this text as it is now" in capsys.readouterr().err
+
+
+def test_a_ledger_that_is_gone_is_missed(ledger, text, tmp_path):
+    first_run(ledger, text)
+    ledger.file.rename(tmp_path / "put_away.json")
+    with pytest.raises(ValueError, match="missing, while its lock .* bring the ledger back"):
+        ledger.check_text(str(text), digest_of_documents(text, "text"))
+    with pytest.raises(ValueError, match="the ledger of this text, .*budget.json, is missing"):
+        Ledger(tmp_path / "other.json").check_text(str(text), digest_of_documents(text, "text"))
+    moved = Ledger(tmp_path / "put_away.json")  # the same ledger at another place
+    moved.check_text(str(text), digest_of_documents(text, "text"))
+    moved.mark_text(str(text), digest_of_documents(text, "text"))
+    assert moved.contents()["file"] == str(tmp_path / "put_away.json")
+
+
+def test_a_copied_ledger_is_refused_while_the_first_is_there(ledger, text, tmp_path):
+    first_run(ledger, text)
+    copy = Ledger(tmp_path / "b" / "budget.json")
+    copy.file.parent.mkdir()
+    copy.file.write_text(ledger.file.read_text())
+    with pytest.raises(ValueError, match="a copy of another ledger, .*budget.json"):
+        copy.check_text(str(text), digest_of_documents(text, "text"))
+
+
+def test_a_first_run_that_is_refused_leaves_nothing_behind(ledger, text, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="above the owner's limit of 0.5"):
+        admit(ledger, "run", limit=0.5)
+    assert sorted(tmp_path.rglob("*")) == before
+    first_run(ledger, text)
+
+
+def test_where_no_mark_can_be_left_it_is_said(ledger, text, tmp_path, capsys, monkeypatch):
+    (tmp_path / "a_file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "a_file"))
+    first_run(ledger, text)
+    assert "cannot be written, so no mark of the ledger is there" in capsys.readouterr().err
+
+
+def test_runs_of_another_unit_are_not_added(ledger, tmp_path):
+    admit(ledger, "run")
+    before = ledger.file.read_text()
+    with pytest.raises(
+        ValueError, match="unit document, and this one group:patient; .*cannot be add"
+    ):
+        ledger.admit("mine", tmp_path / "b", "group:patient", RUN, DELTA, 50.0, 2.0)
+    assert ledger.file.read_text() == before
+
+
+def test_reading_takes_no_lock_and_changes_nothing(ledger, tmp_path, flexolmo, refused):
+    admit(ledger, "run")
+    beside = tmp_path / "budget.lock"
+    beside.write_text("pinned\n")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert flexolmo("privacy", "budget", ledger.file)[0] == 0
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    (tmp_path / "poetry.toml").write_text("[tool]\n")
+    assert "not a ledger" in refused("privacy", "budget", tmp_path / "poetry.toml")
+    with pytest.raises(ValueError, match="not a ledger"):
+        admit(Ledger(tmp_path / "poetry.toml"), "another")
+    assert not list(tmp_path.glob("*poetry*lock"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("delta", float("nan")), ("epsilon_limit", "many"), ("epsilon_limit", True), ("file", 3)],
+)
+def test_values_of_other_types_are_damage(ledger, field, value):
+    admit(ledger, "run")
+    changed = {**json.loads(ledger.file.read_text()), field: value}
+    ledger.file.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="damaged, not a ledger"):
+        ledger.contents()

@@ -27,10 +27,13 @@ SMALL = ("--dp-windows", 2, "--dp-at-a-time", 4, "--dp-clip", 0.2)
 
 
 def training(world, folder, *more, config="alone", name="math"):
-    """The words of a command that trains with privacy."""
+    """The words of a command that trains with privacy, on a copy of the text in that folder."""
+    text = folder / f"{name}.jsonl"
+    if not text.exists():
+        shutil.copy(world.texts[name], text)
     return [
         "train", "expert", world.config_file(config), "--anchor", world.anchor, "--name", name,
-        "--data", world.texts[name], "--out", folder / "out", "--run", folder / "run", *SMALL,
+        "--data", text, "--out", folder / "out", "--run", folder / "run", *SMALL,
         *more,
     ]  # fmt: skip
 
@@ -64,6 +67,7 @@ def test_the_package_carries_its_certificate(private, world):
     assert said["noise_multiplier"] > 0.2 and said["rows_noise_multiplier"] > 1
     assert manifest["tokens_seen"] == 8 * 4 * 2 * 32  # of the mean batch, not what was seen
     assert "epsilon" in (private / "printed").read_text()
+    assert (private / ".math.jsonl.ledger").exists()  # the text's mark, which holds no text
     assert "is not" in (private / "printed").read_text()  # what the statement does not cover
 
 
@@ -148,7 +152,9 @@ def test_a_second_run_does_not_start_above_the_limit(private, world, tmp_path, r
 def test_a_second_run_within_the_limit_is_counted_with_the_first(
     private, world, tmp_path, flexolmo
 ):
-    shutil.copy(private / "budget.json", tmp_path / "budget.json")
+    ledger = json.loads((private / "budget.json").read_text())
+    del ledger["file"]  # or it would be a copy, which is refused
+    (tmp_path / "budget.json").write_text(json.dumps(ledger))
     again = training(
         world, tmp_path, "--dp-epsilon", 1, "--dp-limit", 6, "--gating", "pair", "--steps", 3
     )
@@ -180,7 +186,7 @@ def begun(ledger):
         return 0
 
 
-def test_a_killed_run_loses_no_budget_and_replays_no_noise(world, tmp_path, flexolmo):
+def test_a_killed_run_loses_no_budget_and_its_copy_is_refused(world, tmp_path, flexolmo, refused):
     first = tmp_path / "first"
     first.mkdir()
     long = ("--dp-epsilon", 4, "--steps", 60)
@@ -199,20 +205,20 @@ def test_a_killed_run_loses_no_budget_and_replays_no_noise(world, tmp_path, flex
 
     second = tmp_path / "second"
     shutil.copytree(first, second)
-    for folder in (first, second):
-        code, _, error = flexolmo(*training(world, folder, *long), "--resume")
-        assert code == 0, error
-        assert f"resuming after step {spent}" in error
-        (run,) = json.loads((folder / "budget.json").read_text())["runs"]
-        assert run["steps"] == run["planned"]["steps"] == 60 and run["finished"]
-        assert run["spent_epsilon"] <= 4
-        steps = [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").open()]
-        assert [step for step in steps if step > spent] == list(range(spent + 1, 61))
-        assert flexolmo("privacy", "verify", folder / "out")[0] == 0
-    one, other = (read_manifest(folder / "out") for folder in (first, second))
-    assert one["privacy"] == other["privacy"]
-    digests = [{e["sha256"] for e in made["tensors"].values()} for made in (one, other)]
-    assert not digests[0] & digests[1]  # from the same checkpoint, with other noise
+    data = ("--data", first / "math.jsonl", "--resume")
+    code, _, error = flexolmo(*training(world, first, *long), *data)
+    assert code == 0, error
+    assert f"resuming after step {spent}" in error
+    (run,) = json.loads((first / "budget.json").read_text())["runs"]
+    assert run["steps"] == run["planned"]["steps"] == 60 and run["finished"]
+    assert run["spent_epsilon"] <= 4
+    steps = [json.loads(line)["step"] for line in (first / "run" / "metrics.jsonl").open()]
+    assert [step for step in steps if step > spent] == list(range(spent + 1, 61))
+    assert flexolmo("privacy", "verify", first / "out")[0] == 0
+    # A copy of run and ledger cannot be spent from as well.
+    before = (second / "budget.json").read_text()
+    assert "a copy of another ledger" in refused(*training(world, second, *long), *data)
+    assert (second / "budget.json").read_text() == before and not (second / "out").exists()
 
 
 def test_a_run_whose_steps_are_all_begun_and_none_saved_says_so(world, tmp_path, refused):
@@ -236,6 +242,9 @@ def test_a_run_whose_steps_are_all_begun_and_none_saved_says_so(world, tmp_path,
 # What is refused before anything is spent.
 
 REFUSED = {
+    "an epsilon that only noise reaches": (
+        ["--dp-epsilon", 0.0001], "epsilon 0.0001 (at delta 1e-05) cannot be met for this text"
+    ),
     "an option without a budget": (["--dp-unit", "sequence"], "--dp-clip without --dp-epsilon"),
     "no budget at all": (["--dp-epsilon", 0], "epsilon must be positive and finite, found 0.0"),
     "a delta that allows anything": (
@@ -258,6 +267,25 @@ def test_what_cannot_be_done_is_refused(world, tmp_path, refused, name):
     more, message = REFUSED[name]
     assert message in refused(*training(world, tmp_path, *more))
     assert not (tmp_path / "budget.json").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_second_ledger_for_the_same_text_is_refused(private, world, tmp_path, refused):
+    """Beside the text, whose mark is found; a copy of the text is another test's."""
+    text = private / "math.jsonl"
+    before = {p: p.read_bytes() for p in private.iterdir() if p.is_file()}
+    asked = training(world, tmp_path, "--dp-epsilon", 1, "--data", text)
+    said = refused(*asked)
+    assert f"another ledger, {private / 'budget.json'}" in said and "--dp-ledger" in said
+    assert {p: p.read_bytes() for p in private.iterdir() if p.is_file()} == before
+    assert not (tmp_path / "budget.json").exists() and not (tmp_path / "out").exists()
+
+
+def test_windows_beside_documents_are_not_added_up(private, world, tmp_path, refused):
+    said = refused(
+        *training(world, tmp_path, "--dp-epsilon", 1, "--dp-unit", "sequence"),
+        "--dp-limit", 20, "--dp-ledger", private / "budget.json",
+    )  # fmt: skip
+    assert "protect the unit document" in said and "cannot be added" in said
 
 
 def test_an_embedding_of_private_text_is_refused(world, tmp_path, refused):

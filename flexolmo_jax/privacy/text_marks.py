@@ -1,0 +1,69 @@
+"""Which ledger a text has: marks beside the text and in the user's state directory.
+
+A ledger counts what it knows of. So that a second ledger for the same text does not start from
+nothing unnoticed, the first leaves two marks: a file beside the text, and one in the user's state
+directory under the text's fingerprint, which also finds a copy of the text. Neither holds text.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from flexolmo_jax.data.sources import read_documents
+from flexolmo_jax.federation.package import replace_file
+
+PUBLIC = "corpus:"  # texts that come with the project, which belong to nobody
+
+
+class Mark(NamedTuple):
+    """Where a ledger is, and its id."""
+
+    ledger: Path
+    id: str
+    file: Path
+
+
+def digest_of_documents(source: str | Path, text_field: str) -> str:
+    """SHA-256 of the distinct documents of a source, in whatever files and order they come."""
+    digests = {
+        hashlib.sha256(document.text.strip().encode()).digest()
+        for document in read_documents(source, text_field=text_field)
+    }
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def read_marks(source: str | Path, text: str) -> list[Mark]:
+    """The marks of a text; those that cannot be read count as none."""
+    found = []
+    for file in _files(source, text):
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            found.append(Mark(Path(kept["ledger"]), str(kept["id"]), file))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def write_marks(source: str | Path, text: str, ledger: Path, ledger_id: str) -> list[Path]:
+    """Marks a text with its ledger; returns the files that could not be written."""
+    failed = []
+    for file in _files(source, text):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            replace_file(file, json.dumps({"ledger": str(ledger), "id": ledger_id}) + "\n")
+        except OSError:
+            failed.append(file)
+    return failed
+
+
+def _files(source: str | Path, text: str) -> list[Path]:
+    if str(source).startswith(PUBLIC):
+        return []
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    files = [state / "flexolmo_jax" / "ledgers" / f"{text}.json"]
+    if not str(source).startswith("tfds:"):
+        place = Path(source).resolve()
+        files.insert(0, place.with_name(f".{place.name}.ledger"))
+    return files
