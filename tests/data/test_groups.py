@@ -39,5 +39,5 @@ def test_what_cannot_name_a_group_is_refused(value, tmp_path):
     file = tmp_path / "own.jsonl"
     rows = [{"text": "one", "patient": "p1"}, {"text": "two", "patient": value}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match=r"own.jsonl:2: group: .*names"):
+    with pytest.raises(ValueError, match=r"own.jsonl:2: patient: .*names"):
         list(read_documents(file, group_field="patient", distinct="group"))
