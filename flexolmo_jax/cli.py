@@ -10,13 +10,17 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from flexolmo_jax.arguments import make_parser
+from flexolmo_jax.json_output import print_json
 from flexolmo_jax.process import keep_freed_memory, leave_libtpu_alone, use_large_pages
+
+if TYPE_CHECKING:
+    from flexolmo_jax.federation.shares import Shares
 
 console = Console()
 INTERRUPTED = 130
@@ -170,7 +174,7 @@ def _plan(args: argparse.Namespace) -> None:
     stage = stage_of(config, args.stage)
     plan = make_plan(config, model_of(args.config, config), stage, args.topology)
     if args.json:
-        print(json.dumps(plan.values(), indent=1))
+        print_json(plan.values())
         return
     table = Table("of one chip", "", title=f"{args.config}: {stage} on {args.topology}")
     for row in plan.rows():
@@ -214,7 +218,7 @@ def _audit_twin(args: argparse.Namespace) -> None:
     anchor = args.anchor and Path(args.anchor)
     report = run_twin(Path(args.out), anchor, args.dp_epsilon, quiet=args.json)
     if args.json:
-        print(json.dumps(report, indent=1))
+        print_json(report)
     check_twin(report)
 
 
@@ -222,22 +226,49 @@ def _merge(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import merge
 
     memory = args.memory and tuple(args.memory)
-    merge(args.anchor, args.experts, args.out, active_experts=args.active, memory=memory)
+    shares = merge(
+        args.anchor, args.experts, args.out, active_experts=args.active, memory=memory,
+        allow_share=args.allow_share,
+    )  # fmt: skip
     remembering = f"router memory {memory[0]:g} {memory[1]:g}" if memory else "no router memory"
     console.print(
         f"wrote {args.out}: public + {len(args.experts)} experts, {remembering}",
         markup=False,
         soft_wrap=True,
     )
+    _tell_shares(shares)
+
+
+def _tell_shares(shares: "Shares | None") -> None:
+    """What each expert takes of the anchor's public text, layer by layer."""
+    if shares is None:
+        console.print(
+            "no public text came with the anchor, so nothing is known of the share of it that each "
+            "expert would take"
+        )
+        return
+    layers = [str(number) for number in range(len(shares.of_layers))]
+    table = Table(
+        "expert", "mean", *(f"layer {number}" for number in layers[:8]),
+        *(["largest"] if layers[8:] else []),
+        title=f"shares of {shares.tokens:,} tokens of the anchor's public text",
+    )  # fmt: skip
+    for row in shares.rows():
+        more = [row["largest"]] if layers[8:] else []
+        table.add_row(
+            row["expert"], *(f"{x:.1%}" for x in (row["mean"], *row["layers"][:8], *more))
+        )
+    console.print(table)
 
 
 def _experts_list(args: argparse.Namespace) -> None:
+    from flexolmo_jax.federation.merge import open_part
     from flexolmo_jax.federation.package import privacy_summary, read_manifest
 
     model = Path(args.model)
     rows = []
     for entry in read_manifest(model, kind="merged")["experts"]:
-        about = read_manifest(model / entry["path"], kind="expert")
+        about = open_part(model, entry).manifest
         rows.append(
             {
                 "name": entry["name"],
@@ -252,7 +283,7 @@ def _experts_list(args: argparse.Namespace) -> None:
 
 def _show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
         return
     table = Table(*(rows[0] if rows else ["no experts"]))
     for row in rows:
@@ -263,7 +294,9 @@ def _show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
 def _experts_add(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import add_expert
 
-    _tell_undone(add_expert(args.model, *args.packages))
+    added = add_expert(args.model, *args.packages, allow_share=args.allow_share)
+    _tell_undone(added.undone)
+    _tell_shares(added.shares)
 
 
 def _experts_remove(args: argparse.Namespace) -> None:
@@ -281,19 +314,20 @@ def _tell_undone(undone: bool) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from flexolmo_jax.federation.merge import check_merged
-    from flexolmo_jax.federation.package import check_files, read_manifest
+    from flexolmo_jax.federation.merge import check_merged, check_package, shares_of
+    from flexolmo_jax.federation.package import read_manifest
 
-    path = Path(args.path)
-    manifest = read_manifest(path)
-    if manifest["kind"] == "merged":
-        check_merged(path)
+    path, shares = Path(args.path), None
+    if is_merged := read_manifest(path)["kind"] == "merged":
+        opened = check_merged(path)
+        manifest, shares = dict(opened.manifest), shares_of(opened)
     else:
-        check_files(path, manifest)
+        manifest = check_package(path)
     described = manifest.pop("tensors", {})
     files = manifest.pop("files")
     if args.json:
-        print(json.dumps({**manifest, "tensors": described, "files": files}, indent=1))
+        found = {"shares": shares and shares.rows()} if is_merged else {}
+        print_json({**manifest, "tensors": described, "files": files, **found})
         return
     table = Table("field", "value", title=f"{path}: every file is as it was written")
     for key, value in manifest.items():
@@ -305,6 +339,8 @@ def _inspect(args: argparse.Namespace) -> None:
         for name, entry in described.items():
             table.add_row(name, "x".join(map(str, entry["shape"])), entry["dtype"])
         console.print(table)
+    if is_merged and manifest["experts"]:
+        _tell_shares(shares)
 
 
 def _named_sources(pairs: Sequence[str]) -> dict[str, str]:
@@ -377,7 +413,7 @@ def _generate(args: argparse.Namespace) -> None:
     made = model.generate(args.prompt, args.max_new_tokens, **options)
     if args.json:
         rows = [{"prompt": p, "continuation": c} for p, c in zip(args.prompt, made, strict=True)]
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        print_json(rows)
         return
     for prompt, continuation in zip(args.prompt, made, strict=True):
         print(f"{prompt}{continuation}")

@@ -52,6 +52,7 @@ def bits_per_byte(
 
     Raises:
       ValueError: nothing to score; as `read_documents`; as `FlexOlmo.allowed`.
+      FloatingPointError: the cost is no number.
     """
     if model.tokenizer is None:
         raise ValueError("this model came without a tokenizer.json, so text cannot be scored")
@@ -104,6 +105,11 @@ def score(
             nats += float(
                 _cost(model.backbone, model.experts, *rows, separator, model.config, model.mesh)
             )
+    if not math.isfinite(nats):
+        raise FloatingPointError(
+            f"the cost of this text is {nats}: a weight of this model is no number, or too large; "
+            "switch experts off one by one (--without) to see whose"
+        )
     num_bytes = sum(len(document.text.encode()) for document in documents)
     return Score(nats / math.log(2) / num_bytes, len(documents), num_bytes)
 

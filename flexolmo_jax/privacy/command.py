@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from rich.table import Table
 
 from flexolmo_jax.config import ExpertTraining, PrivacyConfig
 from flexolmo_jax.distributed import is_first
-from flexolmo_jax.federation.package import check_files, read_manifest
+from flexolmo_jax.federation.package import check_packages, read_manifest
+from flexolmo_jax.json_output import print_json
 
 console = Console()
 OPTIONS = tuple(
@@ -61,13 +61,15 @@ def verify(package: Path, as_json: bool) -> None:
     Raises:
       ValueError: the package is damaged, or the statement claims what its numbers do not give.
     """
+    from flexolmo_jax.federation.merge import open_expert
     from flexolmo_jax.privacy.statement import verify_statement
 
-    manifest = read_manifest(package, kind="expert")
-    check_files(package, manifest)
+    checked = open_expert(package)
+    check_packages([checked])
+    manifest = checked.manifest
     found = verify_statement(manifest["privacy"], str(package))
     if as_json:
-        print(json.dumps({**found, "privacy": manifest["privacy"]}, indent=1))
+        print_json({**found, "privacy": manifest["privacy"]})
         return
     _show_statement(manifest["privacy"], f"{manifest['name']}: privacy")
     table = Table("at delta " + f"{found['delta']:.3g}", "stated", "found", "Renyi bound")
@@ -89,7 +91,7 @@ def budget(file: Path, as_json: bool) -> None:
         raise ValueError(f"{file}: no ledger there; `flexolmo train expert --dp-epsilon` makes one")
     ledger = Ledger(file).contents()
     if as_json:
-        print(json.dumps(ledger, indent=1))
+        print_json(ledger)
         return
     title = f"limit: epsilon {ledger['epsilon_limit']:g} at delta {ledger['delta']:.2g}"
     table = Table("expert", "started", "unit", "planned", "spent", "steps", "finished", title=title)

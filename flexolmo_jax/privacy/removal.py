@@ -108,7 +108,8 @@ def _without(
     with tempfile.TemporaryDirectory(dir=beside, prefix=f".{path.absolute().name}.") as folder:
         never = Path(folder) / "never"
         anchor = path / manifest["anchor"]["path"]
-        merge(anchor, others, never, active_experts=manifest["active_experts"])
+        active = manifest["active_experts"]
+        merge(anchor, others, never, active_experts=active, allow_share=None)
         found = load(never)
     with tempfile.TemporaryDirectory(dir=beside, prefix=f".{path.absolute().name}.") as folder:
         shutil.copytree(path, folder, dirs_exist_ok=True)
