@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from hostile.sealing import seal
 
 import flexolmo_jax as fo
 from flexolmo_jax import tensors
@@ -17,7 +18,6 @@ from flexolmo_jax.federation import package as packaging
 from flexolmo_jax.federation.anchor import read_anchor, write_anchor
 from flexolmo_jax.federation.merge import read_expert, write_expert, write_tuned
 from flexolmo_jax.federation.package import read_manifest
-from hostile.sealing import seal
 
 pytestmark = pytest.mark.usefixtures("quick")
 
