@@ -279,21 +279,20 @@ def add_expert(
       ValueError: as `merge`; the model is as it was.
     """
     model = Path(model)
-    manifest = read_manifest(model, kind="merged")
-    folder = model / manifest["anchor"]["path"]
-    anchor, there = _open_parts(model, manifest)
+    opened = open_merged(model)
+    manifest, anchor = opened.manifest, opened.anchor
     added = [open_expert(Path(path)) for path in packages]
-    _check_twice([*there, *added])
+    whole = [*opened.parts, *added]
+    _check_twice(whole)
     for package in added:
         check_made_for(package, anchor)
     check_packages([*anchor.packages, *added])
-    memory = _memory(manifest)
-    whole = [*there, *added]
     names = [package.manifest["name"] for package in whole]
-    shares = _allowed_shares(anchor, whole, names, manifest["active_experts"], memory, allow_share)
+    active, memory = manifest["active_experts"], _memory(manifest)
+    shares = _allowed_shares(anchor, whole, names, active, memory, allow_share)
     entries = [*manifest["experts"], *(_entry(package, model.absolute()) for package in added)]
-    manifest = {**manifest, "anchor": _pinned(anchor, folder, model.absolute())}
-    return Added(_replace_experts(model, manifest, entries), shares)
+    pinned = _pinned(anchor, model / manifest["anchor"]["path"], model.absolute())
+    return Added(_replace_experts(model, {**manifest, "anchor": pinned}, entries), shares)
 
 
 def remove_expert(model: str | Path, *names: str) -> bool:

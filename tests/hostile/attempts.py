@@ -92,9 +92,10 @@ def _ledger() -> Any:
 def work(pipe, world: Path) -> None:
     """Makes the attempts whose numbers come through a pipe; sends what it is at, and the result."""
     with tempfile.TemporaryDirectory() as folder:
-        _, faults, refused = attempt(world, Path(folder), 0, lambda _: None)  # compiles
-        if faults or refused:
-            raise RuntimeError(f"the unchanged model is refused: {faults}")
+        for target in ("experts/code", "merged"):  # compiles whatever is needed
+            _, faults, refused = attempt(world, Path(folder), 0, lambda _: None, target)
+            if faults or refused:
+                raise RuntimeError(f"the unchanged model is refused: {faults}")
         pipe.send("ready")
         while True:
             number = pipe.recv()
@@ -105,9 +106,9 @@ def work(pipe, world: Path) -> None:
 
 
 def attempt(
-    world: Path, folder: Path, number: int, tell: Callable[[str], None]
+    world: Path, folder: Path, number: int, tell: Callable[[str], None], unchanged: str = ""
 ) -> tuple[str, list[str], bool]:
-    """Makes change `number` and tries every command; 0 changes nothing.
+    """Makes change `number` and tries every command, or those for what is `unchanged`.
 
     Returns:
       what was changed, what went wrong, and whether all that was tried was refused.
@@ -117,12 +118,11 @@ def attempt(
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(world, root)
     draw = random.Random(number)
-    target = draw.choice(
-        ("experts/code",) * 4 + ("anchor",) * 3 + ("merged",) * 2 + ("tuned", "ledger")
-    )
+    targets = {"experts/code": 4, "anchor": 3, "merged": 2, "tuned": 1, "ledger": 1}
+    (target,) = draw.choices(list(targets), list(targets.values()))
     sealed, what = False, "nothing"
-    if number == 0:
-        target = "experts/code"
+    if unchanged:
+        target = unchanged
     elif target == "ledger":
         what = mutations.ledger(draw, root / "budget.json")
     else:
@@ -141,11 +141,7 @@ def _mutate(draw: random.Random, package: Path, target: str) -> tuple[str, bool]
         kinds += [(one, True) for one in (mutations.field, mutations.raw)] * 3
         kinds += [(mutations.entries, True)] * 8
     elif target == "tuned":
-        kinds += [
-            (one, True)
-            for one in (*mutations.CONTENT, mutations.entries)
-            if one is not mutations.name
-        ]
+        kinds += [(one, True) for one in (*mutations.CONTENT, mutations.entries)]
     else:
         kinds += [(one, True) for one in mutations.CONTENT] * 3
     one, sealed = draw.choice(kinds)
