@@ -112,7 +112,7 @@ def link_to_folder(draw: random.Random, folder: Path) -> str:
 def stray_link(draw: random.Random, folder: Path) -> str:
     where = draw.choice([folder, *folders_of(folder)])
     to = draw.choice((folder, folder.parent, "/", "/dev/zero", "nowhere", "self"))
-    (where / draw.choice(("self", "more", "0"))).symlink_to(to)
+    (where / draw.choice(("self", "more", "1"))).symlink_to(to)
     return f"a stray link to {to}" if where == folder else f"a stray link in {where.name}"
 
 
