@@ -161,7 +161,7 @@ def test_an_edited_manifest_is_refused(copied):
 
 def test_a_manifest_of_another_version_says_so(copied):
     package = copied.experts["math"]
-    seal(package, files=False, format=2)
+    seal(package, contents=False, format=2)
     with pytest.raises(ValueError, match="expected package format 1, found 2; another version"):
         fo.load(copied.merged)
 

@@ -115,7 +115,7 @@ def test_a_tensor_that_load_refuses_is_refused_by_all(copied, refused_by_all, ch
         del tensors["router.row"]
     else:
         tensors["router.row"] |= changes
-    seal(copied.experts["math"], files=False, tensors=tensors)
+    seal(copied.experts["math"], contents=False, tensors=tensors)
     refused_by_all(message)
 
 
@@ -132,7 +132,10 @@ def test_an_altered_anchor_under_a_merged_model_is_refused(copied):
     head = array_of(copied.anchor, "backbone.head")
     before = manifest_of(copied.anchor)["tensors"]
     put(copied.anchor, "backbone.head", head[:, ::-1])
-    for match in ("its config, tokenizer and tensors make the anchor", "not the tensor of the man"):
+    for match in (
+        "its config, tokenizer and tensors make the anchor",
+        "not the tensor|another manifest",
+    ):
         for attempt in (
             lambda: fo.load(copied.merged),
             lambda: check_package(copied.merged),
@@ -141,7 +144,7 @@ def test_an_altered_anchor_under_a_merged_model_is_refused(copied):
         ):
             with pytest.raises(ValueError, match=match):
                 attempt()
-        seal(copied.anchor, files=False, tensors=before)
+        seal(copied.anchor, contents=False, tensors=before)
 
 
 @pytest.mark.parametrize("part", ["public.jsonl", "separator", "max_length", "licence"])
@@ -152,11 +155,11 @@ def test_nothing_of_the_anchor_of_a_merged_model_may_change(copied, part):
         seal(copied.anchor)
     elif part == "separator":
         tokenizer = {**manifest["tokenizer"], "separator": "a"}
-        seal(copied.anchor, files=False, tokenizer=tokenizer)
+        seal(copied.anchor, contents=False, tokenizer=tokenizer)
     elif part == "max_length":
-        seal(copied.anchor, files=False, model={**manifest["model"], part: 32})
+        seal(copied.anchor, contents=False, model={**manifest["model"], part: 32})
     else:
-        seal(copied.anchor, files=False, licence="CC0-1.0")
+        seal(copied.anchor, contents=False, licence="CC0-1.0")
     with pytest.raises(ValueError, match="not the anchor that was merged: it has the same weights"):
         fo.load(copied.merged)
 
@@ -164,8 +167,8 @@ def test_nothing_of_the_anchor_of_a_merged_model_may_change(copied, part):
 def test_a_merged_model_of_an_older_version_pins_the_identity_alone(copied):
     anchor = manifest_of(copied.merged)["anchor"]
     del anchor["digest"]
-    seal(copied.merged, files=False, anchor=anchor)
-    seal(copied.anchor, files=False, licence="CC0-1.0")
+    seal(copied.merged, contents=False, anchor=anchor)
+    seal(copied.anchor, contents=False, licence="CC0-1.0")
     assert fo.load(copied.merged).expert_names == ("public", "math", "code")
     fo.remove_expert(copied.merged, "code")
     fo.add_expert(copied.merged, copied.experts["code"])
@@ -181,7 +184,7 @@ def test_a_merged_model_of_an_older_version_pins_the_identity_alone(copied):
      ["math"]],
 )  # fmt: skip
 def test_a_name_that_cannot_be_one_is_refused_on_reading(copied, refused_by_all, name):
-    seal(copied.experts["math"], files=False, name=name)
+    seal(copied.experts["math"], contents=False, name=name)
     refused_by_all("cannot be an expert's name|field 'name'")
 
 
@@ -201,7 +204,7 @@ def test_a_package_given_twice_is_refused(world, tmp_path):
 def test_a_label_that_is_not_the_packages_own_name_is_refused(copied):
     experts = manifest_of(copied.merged)["experts"]
     experts[0]["name"], experts[1]["name"] = experts[1]["name"], experts[0]["name"]
-    seal(copied.merged, files=False, experts=experts)
+    seal(copied.merged, contents=False, experts=experts)
     for attempt in (fo.load, check_package):
         with pytest.raises(ValueError, match="merged as 'code' .its name is 'math'"):
             attempt(copied.merged)
@@ -217,7 +220,7 @@ def test_a_label_that_is_not_the_packages_own_name_is_refused(copied):
     ],
 )  # fmt: skip
 def test_a_field_of_another_type_ends_in_a_line_that_names_it(copied, refused_by_all, field, value):
-    seal(copied.experts["math"], files=False, **{field: value})
+    seal(copied.experts["math"], contents=False, **{field: value})
     refused_by_all(f"math/manifest.json: .*{field}")
 
 

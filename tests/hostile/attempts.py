@@ -126,7 +126,12 @@ def attempt(
     elif target == "ledger":
         what = mutations.ledger(draw, root / "budget.json")
     else:
-        what, sealed = _mutate(draw, root / target, target)
+        try:
+            what, sealed = _mutate(draw, root / target, target)
+        except OSError:  # something stands where the change would put a file
+            shutil.rmtree(root)
+            shutil.copytree(world, root)
+            what = mutations.flip(draw, root / target)
     what = f"{target}: {what}" + ", sealed" * sealed
     found = Attempt(root, target, sealed, what, tell)
     found.run()

@@ -184,7 +184,7 @@ def described_otherwise(draw: random.Random, folder: Path) -> str:
         del tensors[name]
         if what == "renamed":
             tensors[f"{name}.x"] = entry
-    seal(folder, files=False, tensors=tensors)
+    seal(folder, contents=False, tensors=tensors)
     return f"{name} of the manifest {what}" + f": {key}" * (what == "changed")
 
 
@@ -232,7 +232,7 @@ def field(draw: random.Random, folder: Path) -> str:
 
 def name(draw: random.Random, folder: Path) -> str:
     found = draw.choice(NAMES)
-    seal(folder, files=False, name=found)
+    seal(folder, contents=False, name=found)
     return f"name {found!r}"
 
 
@@ -310,7 +310,7 @@ def ledger(draw: random.Random, file: Path) -> str:
 def _seal_fields(folder: Path, manifest: dict[str, Any]) -> None:
     """Seals a manifest as it is given, with whatever is in it."""
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    seal(folder, files=False)
+    seal(folder, contents=False)
 
 
 def _changed_json(draw: random.Random, value: Any) -> str:

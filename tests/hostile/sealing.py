@@ -32,17 +32,17 @@ def put(package: Path, tensor: str, array: np.ndarray) -> None:
     seal(package)
 
 
-def seal(package: Path, /, *, files: bool = True, **changes: Any) -> None:
+def seal(package: Path, /, *, contents: bool = True, **changes: Any) -> None:
     """Makes the digests of tensors, of files and of the manifest anew.
 
     Args:
       package: the folder.
-      files: False leaves what the manifest says of files and tensors.
+      contents: False leaves what the manifest says of files and tensors.
       changes: fields of the manifest to replace.
     """
     made = {**manifest_of(package), **changes}
     made.pop("digest", None)
-    if files:
+    if contents:
         for name, entry in made.get("tensors", {}).items():
             data = data_file(package, name).read_bytes()[:-20]
             entry["sha256"] = hashlib.sha256(data).hexdigest()
