@@ -119,6 +119,7 @@ def make_parser() -> Parser:
     merge.add_argument("--out", required=True, metavar="DIR")
     _separator_argument(merge)
     merge.add_argument("--active", type=int, metavar="A", help="experts a token may use (all)")
+    _share_argument(merge)
     memory = merge.add_mutually_exclusive_group()
     memory.add_argument(
         "--memory", type=float, nargs=2, metavar=("DECAY", "WEIGHT"), default=MEMORY,
@@ -137,6 +138,7 @@ def make_parser() -> Parser:
     add = command(actions, "add", "add expert packages to a merged model")
     add.add_argument("model")
     add.add_argument("packages", nargs="+", metavar="PACKAGE")
+    _share_argument(add)
     remove = command(actions, "remove", "take experts out of a merged model")
     remove.add_argument("model")
     remove.add_argument("names", nargs="+", metavar="NAME")
@@ -240,6 +242,14 @@ def make_parser() -> Parser:
     proxies.add_argument("--out", required=True, metavar="FILE")
     proxies.add_argument("--share", type=float, default=0.05, help="default: %(default)s")
     return parser
+
+
+def _share_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-share", type=float, nargs="?", const=1.0, default=0.8, metavar="SHARE",
+        help="the largest share of the anchor's public text that an expert may take in a layer "
+        "(default: %(default)s; without a number: any)",
+    )  # fmt: skip
 
 
 def _profile_argument(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.arguments import make_parser
+from flexolmo_jax.json_output import print_json
 from flexolmo_jax.parser import UsageError, did_you_mean, parse
 from flexolmo_jax.printing import show_fields, show_table, tell, visible
 from flexolmo_jax.process import keep_freed_memory, leave_libtpu_alone, use_large_pages
@@ -232,7 +233,7 @@ def _plan(args: argparse.Namespace) -> None:
     stage = stage_of(config, args.stage)
     plan = make_plan(config, model_of(args.config, config), stage, args.topology)
     if args.json:
-        print(json.dumps(plan.values(), indent=1))
+        print_json(plan.values())
         return
     title = f"{args.config}: {stage} on {args.topology}, of one chip"
     show_fields(dict(plan.rows()), title)
@@ -274,35 +275,40 @@ def _audit_twin(args: argparse.Namespace) -> None:
     anchor = args.anchor and Path(args.anchor)
     report = run_twin(Path(args.out), anchor, args.dp_epsilon, quiet=args.json)
     if args.json:
-        print(json.dumps(report, indent=1))
+        print_json(report)
     check_twin(report)
 
 
 def _merge(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import merge
+    from flexolmo_jax.summary import show_shares
 
     memory = args.memory and tuple(args.memory)
-    merge(
+    shares = merge(
         args.anchor, args.experts, args.out, active_experts=args.active, memory=memory,
-        separator=args.separator,
+        separator=args.separator, allow_share=args.allow_share,
     )  # fmt: skip
     remembering = f"router memory {memory[0]:g} {memory[1]:g}" if memory else "no router memory"
     tell(f"wrote {args.out}: public + {len(args.experts)} experts, {remembering}")
+    show_shares(shares)
 
 
 def _experts_list(args: argparse.Namespace) -> None:
     from flexolmo_jax.summary import expert_rows, show_experts
 
     if args.json:
-        print(json.dumps(expert_rows(Path(args.model)), indent=1))
+        print_json(expert_rows(Path(args.model)))
     else:
         show_experts(Path(args.model))
 
 
 def _experts_add(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import add_expert
+    from flexolmo_jax.summary import show_shares
 
-    _tell_undone(add_expert(args.model, *args.packages))
+    added = add_expert(args.model, *args.packages, allow_share=args.allow_share)
+    _tell_undone(added.undone)
+    show_shares(added.shares)
 
 
 def _experts_remove(args: argparse.Namespace) -> None:
@@ -320,21 +326,24 @@ def _tell_undone(undone: bool) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from flexolmo_jax.federation.merge import check_merged
-    from flexolmo_jax.federation.package import check_files, read_manifest
-    from flexolmo_jax.summary import show_package
+    from flexolmo_jax.federation.merge import check_merged, check_package, shares_of
+    from flexolmo_jax.federation.package import read_manifest
+    from flexolmo_jax.summary import show_package, show_shares
 
-    path = Path(args.path)
-    manifest = read_manifest(path)
-    if manifest["kind"] == "merged":
-        check_merged(path)
+    path, shares = Path(args.path), None
+    if is_merged := read_manifest(path)["kind"] == "merged":
+        opened = check_merged(path)
+        manifest, shares = dict(opened.manifest), shares_of(opened)
     else:
-        check_files(path, manifest)
+        manifest = check_package(path)
     if args.json:
         described = {"tensors": manifest.pop("tensors", {}), "files": manifest.pop("files")}
-        print(json.dumps({**manifest, **described}, indent=1))
-    else:
-        show_package(path, manifest)
+        found = {"shares": shares and shares.rows()} if is_merged else {}
+        print_json({**manifest, **described, **found})
+        return
+    show_package(path, manifest)
+    if is_merged and manifest["experts"]:
+        show_shares(shares)
 
 
 def _named_sources(pairs: Sequence[str]) -> dict[str, str]:
@@ -420,7 +429,7 @@ def _generate(args: argparse.Namespace) -> None:
     made = model.generate(args.prompt, args.max_new_tokens, **options)
     if args.json:
         rows = [{"prompt": p, "continuation": c} for p, c in zip(args.prompt, made, strict=True)]
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        print_json(rows)
         return
     for prompt, continuation in zip(args.prompt, made, strict=True):
         print(f"{prompt}{continuation}")

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.federation.anchor import anchor_facts
+from flexolmo_jax.federation.anchor import open_anchor
+from flexolmo_jax.federation.merge import open_part
 from flexolmo_jax.federation.package import privacy_summary, read_manifest
-from flexolmo_jax.printing import show_fields, show_table
+from flexolmo_jax.federation.shares import Shares
+from flexolmo_jax.printing import show_fields, show_table, tell
 
 KINDS = {
     "anchor": "public anchor",
@@ -70,7 +72,8 @@ def package_fields(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     if kind == "merged":
         folder = path / about["anchor"]["path"]
         fields["anchor"] = f"{about['anchor']['identity'][:SHORT]} in {folder}"
-        model: Any = anchor_facts(folder).architecture
+        anchor = open_anchor(folder, about["anchor"].get("separator"))
+        model: Any = anchor.config.architecture()
         about["active_experts"] = about["active_experts"] or "all"
     else:
         if "anchor" in about:
@@ -101,7 +104,7 @@ def expert_rows(model: Path) -> list[dict[str, Any]]:
     """
     rows = []
     for entry in read_manifest(model, kind="merged")["experts"]:
-        about = read_manifest(model / entry["path"], kind="expert")
+        about = open_part(model, entry).manifest
         rows.append(
             {
                 "name": entry["name"],
@@ -122,6 +125,25 @@ def show_experts(model: Path) -> None:
         for row in expert_rows(model)
     ]
     show_table(rows, title=f"experts of {model}, besides public", empty="no experts")
+
+
+def show_shares(shares: Shares | None) -> None:
+    """Prints what each expert takes of the anchor's public text, layer by layer."""
+    if shares is None:
+        tell(
+            "no public text came with the anchor, so nothing is known of the share of it that each "
+            "expert would take"
+        )
+        return
+    rows = [
+        {
+            "expert": row["expert"],
+            **{key: f"{row[key]:.1%}" for key in ("mean", "largest")},
+            "by layer": " ".join(f"{x:.0%}" for x in row["layers"]),
+        }
+        for row in shares.rows()
+    ]
+    show_table(rows, title=f"shares of {shares.tokens:,} tokens of the anchor's public text")
 
 
 def _plain(value: Any) -> str:

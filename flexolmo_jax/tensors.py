@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import mmap
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as v0
-from orbax.checkpoint import v1 as ocp
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -47,6 +45,31 @@ def _digest(x: Any) -> str:
     return hashlib.sha256(array.tobytes()).hexdigest()
 
 
+# (unsigned type of the same width, all bits but the sign, first pattern that is out of range): of
+# the patterns of a float, larger ones are larger numbers, then infinity, then NaN.
+_PATTERNS = {
+    "float32": ("<u4", 0x7FFF_FFFF, 0x4E80_0000),
+    "bfloat16": ("<u2", 0x7FFF, 0x4E80),
+    "float16": ("<u2", 0x7FFF, 0x7C00),
+}
+UNFIT = "weights that are NaN, infinite, or 2^30 and above, which can silence every expert"
+
+
+def in_range(data: memoryview | bytes, dtype: str) -> bool:
+    """Whether all numbers are finite and, in size, below 2^30: far above any weight of use."""
+    kind, mask, bound = _PATTERNS[dtype]
+    patterns = np.frombuffer(data, kind, len(data) // np.dtype(kind).itemsize)
+    return not patterns.size or int((patterns & np.asarray(mask, kind)).max()) < bound
+
+
+def check_in_range(name: str, x: Any, where: Path) -> None:
+    """Raises ValueError, naming it, if an array has weights that are not `in_range`."""
+    if str(x.dtype) not in _PATTERNS:
+        raise ValueError(f"{where}: the tensor {name} has the dtype {x.dtype}; expected a float")
+    if not in_range(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data, str(x.dtype)):
+        raise ValueError(f"{where}: the tensor {name} has {UNFIT}")
+
+
 # Orbax looks for the files of its other storage format, and warns at every use of ours.
 logging.getLogger("absl").addFilter(
     lambda record: not re.search("data files not found|merge of OCDBT", str(record.msg))
@@ -61,13 +84,6 @@ def _this_process() -> dict[str, Any]:
         "active_processes": {this},
         "barrier_sync_key_prefix": f"process_{this}",
     }
-
-
-def _alone() -> ocp.Context:
-    context = ocp.Context()
-    for name, value in _this_process().items():
-        setattr(context.multiprocessing, name, value)
-    return context
 
 
 def save(path: Path, tensors: dict[str, Any]) -> None:
@@ -92,34 +108,10 @@ def save(path: Path, tensors: dict[str, Any]) -> None:
     (path / "orbax.checkpoint").touch()  # by this v1 knows its own layout
     for done in path.rglob("commit_success.txt"):
         done.write_text("done")  # Orbax puts the folder's path into it, the owner's business
-
-
-def load(path: Path, tensors: dict[str, Any]) -> dict[str, jax.Array]:
-    """Reads tensors with Orbax.
-
-    Args:
-      path: a folder that `save` wrote.
-      tensors: {name: anything with a shape and a dtype}, exactly those that are there.
-
-    Raises:
-      ValueError: other names or shapes are stored; the text lists them.
-    """
-    try:
-        with _alone():
-            stored = ocp.metadata(path.absolute()).metadata
-        found = {name: tuple(x.shape) for name, x in stored.items()}
-        expected = {name: tuple(x.shape) for name, x in tensors.items()}
-        if found != expected:
-            raise ValueError(f"{path}: {_difference(expected, found)}")
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = {
-            name: jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), sharding=here)
-            for name, x in tensors.items()
-        }
-        with _alone():
-            return ocp.load(path.absolute(), abstract)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"{path}: the tensors cannot be read ({error})") from error
+    about = path / "_CHECKPOINT_METADATA"
+    values = json.loads(about.read_text())  # and here the time, to the nanosecond
+    values |= {name: None for name in values if name.endswith("_timestamp_nsecs")}
+    about.write_text(json.dumps(values, sort_keys=True))
 
 
 def on_disk(path: Path, tensors: dict[str, Any]) -> dict[str, "OnDisk"]:
@@ -128,49 +120,87 @@ def on_disk(path: Path, tensors: dict[str, Any]) -> dict[str, "OnDisk"]:
     Nothing is read before it is used, and then only the part that is: a device's share of a
     matrix, without the rest passing through memory.
 
+    Args:
+      path: the folder.
+      tensors: {name: anything with a shape and a dtype}.
+
     Raises:
-      ValueError: they are stored in another way, or with other shapes.
+      ValueError: one is missing, or stored in another way, or with another shape or dtype.
     """
     return {name: _find(path / "state" / name, name, x) for name, x in tensors.items()}
 
 
+_LITTLE = [{"name": "bytes", "configuration": {"endian": "little"}}]
+_INDEX = 20  # bytes after the array: where it begins, how long it is, and a checksum of these two
+
+
 def _find(folder: Path, name: str, like: Any) -> "OnDisk":
-    """Zarr 3 as `save` has Orbax write it: the bytes of the array, then an index of one entry."""
-    file = folder / "zarr.json"
-    if not file.exists():
-        raise ValueError(f"{folder}: the tensor {name} {list(like.shape)} is missing")
-    about, shape = json.loads(file.read_text()), list(like.shape)
-    if about["shape"] != shape:
-        raise ValueError(f"{folder}: {name}: expected shape {shape}, found {about['shape']}")
-    little = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    (codec,) = about["codecs"]
-    chunks = about["chunk_grid"]["configuration"]["chunk_shape"], codec["configuration"]
-    if chunks[0] != shape or chunks[1].get("chunk_shape") != shape or chunks[1]["codecs"] != little:
-        raise ValueError(f"{folder}: {name}: expected one uncompressed file, found {about}")
-    dtype, data = jnp.dtype(about["data_type"]), folder.joinpath("c", *("0" for _ in shape))
-    if not data.exists():  # nothing but the fill value is not written at all
-        return OnDisk(None, 0, dtype, tuple(shape), about["fill_value"])
+    """Zarr 3 as `save` has Orbax write it: the bytes of the array, then an index of one entry.
+
+    The place and size of the bytes follow from shape and dtype. What the file says of itself has
+    to agree, so that other readers of Zarr see the same numbers.
+    """
+    file, shape, dtype = folder / "zarr.json", list(like.shape), jnp.dtype(like.dtype)
+    if not file.is_file():
+        raise ValueError(f"{folder}: the tensor {name} {shape} is missing")
+    try:
+        about = json.loads(file.read_bytes())
+        (codec,) = about["codecs"]
+        one = codec["configuration"]
+        keys = about["chunk_key_encoding"]
+        shapes = (
+            about["shape"],
+            about["chunk_grid"]["configuration"]["chunk_shape"],
+            one["chunk_shape"],
+        )
+        form = (
+            *(about["data_type"], one["codecs"], one["index_codecs"][:1]),
+            *(one.get("index_location", "end"), keys["name"]),
+            keys.get("configuration", {}).get("separator", "/"),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{file}: {name}: damaged, not a description of Zarr ({error!r})"
+        ) from error
+    if shapes[0] != shape:
+        raise ValueError(f"{file}: {name}: expected shape {shape}, found {shapes[0]!r:.200}")
+    expected = (dtype.name, _LITTLE, _LITTLE, "end", "default", "/")
+    if shapes != (shape, shape, shape) or form != expected:
+        raise ValueError(
+            f"{file}: {name}: expected {dtype.name} in one uncompressed file, found {about!r:.300}"
+        )
+    data, count = folder.joinpath("c", *("0" for _ in shape)), dtype.itemsize * math.prod(shape)
+    if not data.is_file():
+        raise ValueError(f"{data}: {name}: the file with its bytes is missing")
+    if data.stat().st_size != count + _INDEX:
+        raise ValueError(
+            f"{data}: {name}: expected {count} bytes and {_INDEX} of an index, found "
+            f"{data.stat().st_size} in all"
+        )
     with open(data, "rb") as opened:
-        opened.seek(-20, os.SEEK_END)
-        offset, count = np.frombuffer(opened.read(16), "<u8").tolist()
-    if count != dtype.itemsize * math.prod(shape):
-        raise ValueError(f"{data}: {name}: expected its bytes, found {count} of them")
-    return OnDisk(data, offset, dtype, tuple(shape))
+        opened.seek(count)
+        place = np.frombuffer(opened.read(16), "<u8").tolist()
+    if place != [0, count]:
+        raise ValueError(f"{data}: {name}: expected an index of 0 and {count}, found {place}")
+    return OnDisk(data, 0, dtype, tuple(shape))
 
 
 @dataclasses.dataclass(frozen=True)
 class OnDisk:
     """An array in a file, read by parts; one of those that `sharding.place` takes."""
 
-    file: Path | None  # None: it is `fill` throughout
+    file: Path
     offset: int  # of its first byte
     dtype: np.dtype
     shape: tuple[int, ...]
-    fill: float = 0.0
 
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
 
     def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
         ranges = _ranges(part, self.shape)
@@ -187,8 +217,7 @@ class OnDisk:
         Raises:
           ValueError: the file ends too early.
         """
-        if self.file is None or not out.size:
-            out[...] = self.fill
+        if not out.size:
             return
         # A run: as many of the last axes as lie together, in the file and in `out`.
         first = self.ndim - 1
@@ -279,14 +308,3 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         with contextlib.suppress(OSError):  # a system without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype, count).reshape(shape)
-
-
-def _difference(expected: dict[str, tuple], found: dict[str, tuple]) -> str:
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            return f"the tensor {name} {list(expected[name])} is missing"
-        if name not in expected:
-            return f"there is an unknown tensor {name} {list(found[name])}"
-        if expected[name] != found[name]:
-            return f"{name}: expected shape {list(expected[name])}, found {list(found[name])}"
-    return "the tensors differ"

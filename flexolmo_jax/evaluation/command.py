@@ -1,12 +1,12 @@
 """What `flexolmo evaluate --harness` does and shows."""
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.evaluation.suite import ALL, COLUMNS, PaperTask, chosen, column_scores
+from flexolmo_jax.json_output import print_json
 from flexolmo_jax.model import load
 from flexolmo_jax.printing import show_table, tell
 
@@ -40,7 +40,7 @@ def evaluate_harness(args: argparse.Namespace) -> None:
         asked = {"model": args.model, "without": args.without, "only": args.only}
         missing = {task.name: task.needs for task in left_out}
         whole = {**asked, "limit": args.limit, **found, "columns": columns, "not_run": missing}
-        print(json.dumps(whole, indent=1, default=float))
+        print_json(whole)
         return
     _show(found)
     if paper:

@@ -60,6 +60,7 @@ def bits_per_byte(
     Raises:
       ValueError: nothing to score; as `read_documents`, `FlexOlmo.allowed` and
         `Tokenizer.encode_documents`.
+      FloatingPointError: the cost is no number.
     """
     if model.tokenizer is None:
         raise ValueError("this model came without a tokenizer.json, so text cannot be scored")
@@ -119,6 +120,11 @@ def score(
             nats += float(
                 _cost(model.backbone, model.experts, *rows, ends, model.config, model.mesh)
             )
+    if not math.isfinite(nats):
+        raise FloatingPointError(
+            f"the cost of this text is {nats}: a weight of this model is no number, or too large; "
+            "switch experts off one by one (--without) to see whose"
+        )
     num_bytes = sum(tokenizer.size(document.text) for document in documents)
     return Score(nats / math.log(2) / num_bytes, len(documents), num_bytes)
 

@@ -151,7 +151,7 @@ def merged(anchor: Path, packages: Sequence[Path], folder: Path, memory=None) ->
     """FOLDER/merged, made anew."""
     out = folder / "merged"
     forget(out)
-    merge(anchor, packages, out, memory=memory)
+    merge(anchor, packages, out, memory=memory, allow_share=None)  # all are our own
     return out
 
 

@@ -459,7 +459,7 @@ class _Family:
         two, later = self.packages().paths[:2], self.packages().paths[2:count]
         model = merged(self.anchor, two, folder)
         for package in later:
-            add_expert(model, package)
+            add_expert(model, package, allow_share=None)
         return self.as_chosen(load(model))
 
 

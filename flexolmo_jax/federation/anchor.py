@@ -7,15 +7,18 @@ from typing import Any, NamedTuple
 
 import jax
 
-from flexolmo_jax import tensors
+from flexolmo_jax import sharding, tensors
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.federation import fields
+from flexolmo_jax.federation.names import PUBLIC
 from flexolmo_jax.federation.package import (
+    MANIFEST,
+    Package,
     canonical_digest,
-    check_files,
-    find_tensors,
+    check_packages,
+    open_package,
     read_manifest,
-    read_tensors,
     write_package,
 )
 from flexolmo_jax.interop import huggingface
@@ -32,8 +35,10 @@ class LoadedAnchor(NamedTuple):
       weights: the backbone and the public expert.
       config: sizes; one expert.
       tokenizer: None where a Hugging Face directory has none.
-      identity: digest of config, tokenizer and every tensor; what packages are made for.
+      identity: digest of config, tokenizer and every tensor; what packages are made for. It is
+        computed, whatever a manifest says.
       public_text: documents that owners fit their router rows against; may be empty.
+      package: its files; None for a Hugging Face directory.
       ends: ids that end a generated text, beside the tokenizer's separator.
     """
 
@@ -42,7 +47,13 @@ class LoadedAnchor(NamedTuple):
     tokenizer: Tokenizer | None
     identity: str
     public_text: list[str]
+    package: Package | None = None
     ends: tuple[int, ...] = ()
+
+    @property
+    def packages(self) -> list[Package]:
+        """What `check_packages` has to look at: nothing of a Hugging Face directory."""
+        return [] if self.package is None else [self.package]
 
 
 def identity(config: ModelConfig, tokenizer: Tokenizer | None, described: dict[str, Any]) -> str:
@@ -68,7 +79,7 @@ def write_anchor(
     described = tensors.describe(tensors.named(weights))
     manifest = {
         "kind": "anchor",
-        "name": "public",
+        "name": PUBLIC,
         "identity": identity(config, tokenizer, described),
         "model": dataclasses.asdict(config),
         "tokenizer": {"digest": tokenizer.digest, "separator": tokenizer.separator_text},
@@ -90,12 +101,19 @@ def read_anchor(path: Path, on_disk: bool = False, separator: str | None = None)
     Raises:
       ValueError: it is missing, damaged, or not an anchor.
     """
-    check_anchor(path)
-    return open_anchor(path, on_disk, separator)
+    loaded = open_anchor(path, separator)
+    check_packages(loaded.packages)
+    if on_disk:
+        return loaded
+    return loaded._replace(weights=sharding.place(loaded.weights, None))
 
 
-def open_anchor(path: Path, on_disk: bool, separator: str | None = None) -> LoadedAnchor:
-    """As `read_anchor`, of an anchor whose files have been checked."""
+def open_anchor(path: Path, separator: str | None = None) -> LoadedAnchor:
+    """As `read_anchor`, with the bytes of a package yet to be checked (`check_packages`).
+
+    Raises:
+      ValueError: as `read_anchor`; its identity is not that of its config, tokenizer and tensors.
+    """
     if huggingface.is_hugging_face(path):
         return _from_hugging_face(path, separator)
     manifest = read_manifest(path, kind="anchor")
@@ -105,51 +123,42 @@ def open_anchor(path: Path, on_disk: bool, separator: str | None = None) -> Load
             f"{path}: this anchor was trained with the separator {own!r}, found --separator "
             f"{separator!r}; leave it out"
         )
-    config = ModelConfig.from_json(manifest["model"], str(path))
-    abstract = jax.eval_shape(lambda key: init_anchor(config, key), jax.random.key(0))
-    weights = (find_tensors if on_disk else read_tensors)(path, manifest, abstract)
+    config = fields.model_of(manifest, path / MANIFEST)
+    abstract = _abstract(config, path)
+    package = open_package(path, manifest, abstract)
+    for name in (TOKENIZER, PUBLIC_TEXT):
+        if name not in manifest["files"]:
+            raise ValueError(f"{path / name}: missing from the anchor; get it again from its host")
     tokenizer = Tokenizer.load(path / TOKENIZER, own, config.vocab_size)
-    with open(path / PUBLIC_TEXT, encoding="utf-8") as lines:
-        public_text = [json.loads(line)["text"] for line in lines]
-    return LoadedAnchor(weights, config, tokenizer, manifest["identity"], public_text)
+    found = identity(config, tokenizer, manifest["tensors"])
+    if found != manifest["identity"] or tokenizer.digest != manifest["tokenizer"]["digest"]:
+        raise ValueError(
+            f"{path}: its config, tokenizer and tensors make the anchor {found[:12]}..., and not "
+            f"{manifest['identity'][:12]}..., as its manifest says; get it again from its host"
+        )
+    public_text = _public_text(path / PUBLIC_TEXT)
+    weights = package.weights(abstract)
+    return LoadedAnchor(weights, config, tokenizer, found, public_text, package)
 
 
-def check_anchor(path: Path, share: tuple[int, int] = (0, 1)) -> None:
-    """Checks every file of an anchor package; a Hugging Face directory has no digests.
-
-    `share` is as in `check_files`.
-
-    Raises:
-      ValueError: one is missing, changed, or should not be there.
-    """
-    if not huggingface.is_hugging_face(path):
-        check_files(path, read_manifest(path, kind="anchor"), share=share)
+def _abstract(config: ModelConfig, path: Path) -> Anchor:
+    try:
+        return jax.eval_shape(lambda key: init_anchor(config, key), jax.random.key(0))
+    except (TypeError, ValueError, OverflowError) as error:  # of sizes that no array can have
+        raise ValueError(f"{path}: not the config of a model ({error})") from error
 
 
-class AnchorFacts(NamedTuple):
-    """What packages have to agree with."""
-
-    architecture: dict[str, Any]
-    tokenizer: str | None  # digest
-    identity: str
-
-    @classmethod
-    def of(cls, anchor: LoadedAnchor) -> "AnchorFacts":
-        digest = anchor.tokenizer.digest if anchor.tokenizer else None
-        return cls(anchor.config.architecture(), digest, anchor.identity)
-
-
-def anchor_facts(path: Path, separator: str | None = None) -> AnchorFacts:
-    """The facts of an anchor on disk, from its manifest; of a Hugging Face directory, read in full.
-
-    Raises:
-      ValueError: it is missing, its manifest was changed, or it is not an anchor.
-    """
-    if huggingface.is_hugging_face(path):
-        return AnchorFacts.of(_from_hugging_face(path, separator))
-    manifest = read_manifest(path, kind="anchor")
-    config = ModelConfig.from_json(manifest["model"], str(path))
-    return AnchorFacts(config.architecture(), manifest["tokenizer"]["digest"], manifest["identity"])
+def _public_text(file: Path) -> list[str]:
+    texts = []
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            texts.append(json.loads(line)["text"])
+            texts[-1].encode()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{file}, line {number}: expected an object with text ({error!r})"
+            ) from error
+    return texts
 
 
 def hugging_face_tokenizer(
@@ -177,6 +186,9 @@ def _from_hugging_face(path: Path, separator: str | None = None) -> LoadedAnchor
         )
     tokenizer = hugging_face_tokenizer(path, config, separator)
     weights = Anchor(backbone, experts)
-    described = tensors.describe(tensors.named(weights))
-    found = identity(config, tokenizer, described)
-    return LoadedAnchor(weights, config, tokenizer, found, [], huggingface.ends_of_text(path))
+    named = tensors.named(weights)
+    for name, x in named.items():
+        tensors.check_in_range(name, x, path)
+    described = tensors.describe(named)
+    found, ends = identity(config, tokenizer, described), huggingface.ends_of_text(path)
+    return LoadedAnchor(weights, config, tokenizer, found, [], ends=ends)

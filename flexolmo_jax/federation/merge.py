@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,26 +21,23 @@ from flexolmo_jax import sharding
 from flexolmo_jax.config import MEMORY, ModelConfig, check_memory
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.distributed import all_together
-from flexolmo_jax.federation.anchor import (
-    AnchorFacts,
-    LoadedAnchor,
-    anchor_facts,
-    check_anchor,
-    open_anchor,
-)
+from flexolmo_jax.federation import fields
+from flexolmo_jax.federation.anchor import LoadedAnchor, open_anchor, read_anchor
+from flexolmo_jax.federation.names import PUBLIC, check_distinct, check_name
 from flexolmo_jax.federation.package import (
     FORMAT,
+    MANIFEST,
     NO_PRIVACY,
-    check_files,
-    check_name,
-    check_names,
-    find_tensors,
+    PARAMS,
+    Package,
+    check_packages,
     new_directory,
+    open_package,
     read_manifest,
-    read_tensors,
     write_manifest,
     write_package,
 )
+from flexolmo_jax.federation.shares import REFUSE, Shares, check_shares, measure_shares
 from flexolmo_jax.locking import locked
 from flexolmo_jax.modeling.experts import Experts, join
 from flexolmo_jax.modeling.router import Router
@@ -101,28 +98,48 @@ def read_expert(path: Path, anchor: LoadedAnchor) -> Experts:
     Raises:
       ValueError: it is missing or damaged, or made for another config, tokenizer or anchor.
     """
+    package = open_expert(path)
+    check_made_for(package, anchor)
+    check_packages([package])
+    return sharding.place(_weights(package), None)
+
+
+def open_expert(path: Path) -> Package:
+    """An expert package, with the bytes of its files yet to be checked (`check_packages`).
+
+    Raises:
+      ValueError: it is missing or damaged.
+    """
     manifest = read_manifest(path, kind="expert")
-    check_made_for(manifest, path, AnchorFacts.of(anchor))
-    check_files(path, manifest)
-    return read_tensors(path, manifest, _abstract_expert(anchor.config))
+    return open_package(path, manifest, _abstract_expert(manifest, path))
 
 
-def _abstract_expert(config: ModelConfig) -> Experts:
-    return jax.eval_shape(lambda key: Experts(config, 1, key), jax.random.key(0))
+def _abstract_expert(manifest: dict[str, Any], path: Path) -> Experts:
+    config = fields.model_of(manifest, path / MANIFEST)
+    try:
+        return jax.eval_shape(lambda key: Experts(config, 1, key), jax.random.key(0))
+    except (TypeError, ValueError, OverflowError) as error:  # of sizes that no array can have
+        raise ValueError(f"{path}: not the config of a model ({error})") from error
 
 
-def check_made_for(manifest: dict[str, Any], path: Path, anchor: AnchorFacts) -> None:
+def _weights(package: Package) -> Experts:
+    return package.weights(_abstract_expert(package.manifest, package.folder))
+
+
+def check_made_for(package: Package, anchor: LoadedAnchor) -> None:
     """Raises ValueError, saying which, if a package is for another config, tokenizer or anchor."""
-    ours, theirs = anchor.architecture, manifest["model"]
+    path, manifest = package.folder, package.manifest
+    ours, theirs = anchor.config.architecture(), manifest["model"]
+    tokenizer = anchor.tokenizer and anchor.tokenizer.digest
     for field in sorted(ours.keys() | theirs.keys()):
         if ours.get(field) != theirs.get(field):
             raise ValueError(
                 f"{path}: made for another model config: expected {field}={ours.get(field)}, "
                 f"found {theirs.get(field)}"
             )
-    if manifest["tokenizer"] != anchor.tokenizer:
+    if manifest["tokenizer"] != tokenizer:
         raise ValueError(
-            f"{path}: made for another tokenizer: expected sha256 {str(anchor.tokenizer)[:12]}..., "
+            f"{path}: made for another tokenizer: expected sha256 {str(tokenizer)[:12]}..., "
             f"found {str(manifest['tokenizer'])[:12]}..."
         )
     if manifest["anchor"] != anchor.identity:
@@ -140,7 +157,8 @@ def merge(
     active_experts: int | None = None,
     memory: tuple[float, float] | None = MEMORY,
     separator: str | None = None,
-) -> None:
+    allow_share: float | None = REFUSE,
+) -> Shares | None:
     """Merges an anchor and expert packages into a model: checks all of them, trains nothing.
 
     Args:
@@ -150,34 +168,41 @@ def merge(
       active_experts: how many a token may use; None for all.
       memory: decay and weight of what the router remembers of a document's earlier tokens
         (`remember`); None for a router that looks at each token alone, as in the paper.
+      allow_share: the largest share of the anchor's public text that an expert may take in a
+        layer, in (0, 1]; None does not route it.
       separator: the token that opens documents, for a Hugging Face directory that names none;
         default: what was named when the experts were trained.
 
+    Returns:
+      the share of public text that each expert takes; None if that is not known, since the anchor
+      came without such text, or was not asked for.
+
     Raises:
-      ValueError: a package is damaged or made for something else, or a name comes twice; `out`
-        cannot be written (`check_new_folder`).
+      ValueError: a package is damaged or made for something else, a name comes twice, an expert
+        takes more public text than it may, or `out` cannot be written (`check_new_folder`); nothing
+        is written.
     """
     check_new_folder(out, [anchor, *experts])
     out = Path(out).absolute()
-    separator = separator or _named_separator([Path(path) for path in experts])
-    facts = anchor_facts(Path(anchor), separator)
-    check_anchor(Path(anchor))
-    entries = [_entry(Path(path), out, facts, check_files) for path in experts]
-    _check_distinct(entries)
     if active_experts is not None and active_experts < 1:
         raise ValueError(f"active_experts must be at least 1, found {active_experts}")
     if memory is not None:
         check_memory(*memory)
+    packages = [open_expert(Path(path)) for path in experts]
+    _check_twice(packages)
+    separator = separator or _named_separator(packages)
+    loaded = open_anchor(Path(anchor), separator)
+    for package in packages:
+        check_made_for(package, loaded)
+    check_packages([*loaded.packages, *packages])
+    names = [package.manifest["name"] for package in packages]
+    shares = _allowed_shares(loaded, packages, names, active_experts, memory, allow_share)
     manifest = {
         "format": FORMAT,
         "made_by": f"flexolmo_jax {__version__}",
         "kind": "merged",
-        "anchor": {
-            "path": _relative(Path(anchor), out),
-            "identity": facts.identity,
-            **({"separator": separator} if separator else {}),
-        },
-        "experts": entries,
+        "anchor": _pinned(loaded, Path(anchor), out, separator),
+        "experts": [_entry(package, out) for package in packages],
         "active_experts": active_experts,
         "memory": memory and dict(zip(("decay", "weight"), memory, strict=True)),
         "files": {},
@@ -185,6 +210,45 @@ def merge(
     out.parent.mkdir(parents=True, exist_ok=True)
     with _changing(out), new_directory(out) as folder:
         write_manifest(folder, manifest)
+    return shares
+
+
+def _check_twice(packages: Sequence[Package]) -> None:
+    folders = [package.folder.resolve() for package in packages]
+    for package, folder in zip(packages, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise ValueError(f"{package.folder}: given twice; give each package once")
+    check_distinct([package.manifest["name"] for package in packages])
+
+
+def _allowed_shares(
+    anchor: LoadedAnchor,
+    packages: Sequence[Package],
+    names: Sequence[str],
+    active_experts: int | None,
+    memory: tuple[float, float] | None,
+    allow: float | None,
+) -> Shares | None:
+    if allow is None or not packages:
+        return None
+    if not 0 < allow <= 1:
+        raise ValueError(f"allow_share must be in (0, 1], found {allow}")
+    config = anchor.config.replace(
+        num_experts=len(packages) + 1, active_experts=active_experts, memory=memory
+    )
+    routers = [anchor.weights.public.router, *(_weights(one).router for one in packages)]
+    shares = measure_shares(anchor, routers, (PUBLIC, *names), config)
+    if shares is not None:
+        check_shares(shares, allow)
+    return shares
+
+
+def _pinned(anchor: LoadedAnchor, path: Path, out: Path, separator: str | None) -> dict[str, str]:
+    """What a merged model says of its anchor: its identity, and the digest of all its files."""
+    pinned = {"path": _relative(path, out), "identity": anchor.identity}
+    if separator:
+        pinned["separator"] = separator
+    return pinned if anchor.package is None else {**pinned, "digest": anchor.package.digest}
 
 
 def write_tuned(out: Path, model: Path, router: Router) -> None:
@@ -204,29 +268,55 @@ def write_tuned(out: Path, model: Path, router: Router) -> None:
         write_package(out, manifest, router)
 
 
-def add_expert(model: str | Path, *packages: str | Path) -> bool:
-    """Adds packages to a merged model on disk, all or none. True if that undid a tuned router.
+class Added(NamedTuple):
+    """What adding experts did.
 
-    Reads manifests, and sees that every file is there: it takes as long at any size. Their bytes
-    are checked when the model is loaded or inspected, as always.
+    Attributes:
+      undone: whether a tuned router was undone, since it was tuned without them.
+      shares: as `merge` returns them, of all experts that are now in the model.
+    """
+
+    undone: bool
+    shares: Shares | None
+
+
+def add_expert(
+    model: str | Path, *packages: str | Path, allow_share: float | None = REFUSE
+) -> Added:
+    """Adds packages to a merged model on disk, all or none.
+
+    The anchor and the added packages are checked in full, as `merge` does; of those that are in the
+    model already, all but the bytes, which were checked when they came and are at every load.
+
+    Args:
+      model: the merged model.
+      packages: expert packages.
+      allow_share: as in `merge`.
 
     Raises:
       ValueError: as `merge`; the model is as it was.
     """
     model = Path(model)
     with _changing(model):
-        return _add(model, [Path(one) for one in packages])
+        return _add(model, [Path(one) for one in packages], allow_share)
 
 
-def _add(model: Path, packages: Sequence[Path]) -> bool:
-    manifest = read_manifest(model, kind="merged")
-    folder = model / manifest["anchor"]["path"]
-    facts = anchor_facts(folder, manifest["anchor"].get("separator"))
-    _check_identity(folder, facts.identity, manifest)
-    added = [_entry(one, model.absolute(), facts, check_names) for one in packages]
-    entries = [*manifest["experts"], *added]
-    _check_distinct(entries)
-    return _replace_experts(model, manifest, entries)
+def _add(model: Path, packages: Sequence[Path], allow_share: float | None) -> Added:
+    opened = open_merged(model)
+    manifest, anchor = opened.manifest, opened.anchor
+    added = [open_expert(path) for path in packages]
+    whole = [*opened.parts, *added]
+    _check_twice(whole)
+    for package in added:
+        check_made_for(package, anchor)
+    check_packages([*anchor.packages, *added])
+    names = [package.manifest["name"] for package in whole]
+    active, memory = manifest["active_experts"], _memory(manifest)
+    shares = _allowed_shares(anchor, whole, names, active, memory, allow_share)
+    entries = [*manifest["experts"], *(_entry(package, model.absolute()) for package in added)]
+    place = model / manifest["anchor"]["path"]
+    pinned = _pinned(anchor, place, model.absolute(), manifest["anchor"].get("separator"))
+    return Added(_replace_experts(model, {**manifest, "anchor": pinned}, entries), shares)
 
 
 def remove_expert(model: str | Path, *names: str) -> bool:
@@ -253,20 +343,95 @@ def _remove(model: Path, names: Sequence[str]) -> bool:
     return _replace_experts(model, manifest, entries)
 
 
-def check_merged(path: Path, share: tuple[int, int] = (0, 1)) -> None:
-    """Checks every file of a merged model, of its anchor and of its packages; reads no weights.
+class Opened(NamedTuple):
+    """A merged model of which all is checked but the bytes of its files (`check_packages`).
 
-    `share` is as in `check_files`.
+    Attributes:
+      manifest: of the merged model.
+      anchor: its weights in their files, if it is a package.
+      parts: the packages of its experts, in order.
+      tuned: its own files: a tuned router, or nothing.
+    """
+
+    manifest: dict[str, Any]
+    anchor: LoadedAnchor
+    parts: list[Package]
+    tuned: Package
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (PUBLIC, *(part.manifest["name"] for part in self.parts))
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.anchor.config.replace(
+            num_experts=len(self.names),
+            active_experts=self.manifest["active_experts"],
+            memory=_memory(self.manifest),
+        )
+
+    @property
+    def packages(self) -> list[Package]:
+        return [self.tuned, *self.anchor.packages, *self.parts]
+
+
+def open_merged(path: Path, separator: str | None = None) -> Opened:
+    """Opens a merged model, its anchor and its packages; reads no weights of packages.
+
+    Args:
+      path: the merged model.
+      separator: the token that opens documents; default: what was named when it was merged.
+
+    Raises:
+      ValueError: a part is missing, unfit, or not the one that was merged.
+    """
+    manifest = read_manifest(path, kind="merged")
+    anchor, parts = _open_parts(path, manifest, separator)
+    router = None
+    if "tensors" in manifest:
+        stacks = [anchor.weights.public, *map(_weights, parts)]
+        router = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), join_files(stacks).router
+        )
+    return Opened(manifest, anchor, parts, open_package(path, manifest, router))
+
+
+def check_merged(path: Path) -> Opened:
+    """Checks every byte of a merged model, of its anchor and of its packages.
 
     Raises:
       ValueError: a part is missing, damaged, or not the one that was merged.
     """
-    manifest = read_manifest(path, kind="merged")
-    # Where no router was tuned, a folder `params` is what an undone one left on a killed run.
-    check_files(path, manifest, () if "tensors" in manifest else ("params",), share)
-    check_anchor(path / manifest["anchor"]["path"], share)
-    for entry in manifest["experts"]:
-        check_files(path / entry["path"], _merged_package(path, entry), share=share)
+    opened = open_merged(path)
+    check_packages(opened.packages)
+    return opened
+
+
+def shares_of(opened: Opened) -> Shares | None:
+    """The share of public text that each expert of a merged model takes, as `merge` returns it."""
+    if not opened.parts:
+        return None
+    routers = [opened.anchor.weights.public.router, *(_weights(x).router for x in opened.parts)]
+    if opened.tuned.tensors:
+        like = Router(0, 0, 0)
+        routers = [opened.tuned.weights(like)]
+    return measure_shares(opened.anchor, routers, opened.names, opened.config)
+
+
+def check_package(path: Path) -> dict[str, Any]:
+    """Checks every byte of a package of any kind; returns its manifest.
+
+    Raises:
+      ValueError: it is missing, damaged or unfit.
+    """
+    manifest = read_manifest(path)
+    if manifest["kind"] == "merged":
+        check_merged(path)
+    elif manifest["kind"] == "anchor":
+        read_anchor(path, on_disk=True)
+    else:
+        check_packages([open_expert(path)])
+    return manifest
 
 
 @contextlib.contextmanager
@@ -319,10 +484,12 @@ def load_merged(
     share = (0, 1) if mesh is None else (jax.process_index(), jax.process_count())
 
     def load_checked() -> LoadedModel:
+        opened = open_merged(path, separator)
         with concurrent.futures.ThreadPoolExecutor(1) as beside:
-            checked = beside.submit(check_merged, path, share)  # while the files are read anyway
+            # While the files are read anyway.
+            checked = beside.submit(check_packages, opened.packages, share)
             try:
-                loaded = _load_unchecked(path, dtype, mesh, over, separator)
+                loaded = _place(opened, dtype, mesh, over)
             except Exception:  # anything can come of a damaged file,
                 checked.result()  # and this says what it was
                 raise
@@ -332,50 +499,52 @@ def load_merged(
     return load_checked() if mesh is None else all_together(load_checked)
 
 
-def _load_unchecked(
-    path: Path,
-    dtype: str | None,
-    mesh: Mesh | None,
-    over: tuple[str, ...],
-    separator: str | None,
+def _place(
+    opened: Opened, dtype: str | None, mesh: Mesh | None, over: tuple[str, ...]
 ) -> LoadedModel:
-    manifest = read_manifest(path, kind="merged")
-    folder = path / manifest["anchor"]["path"]
-    separator = separator or manifest["anchor"].get("separator")
-    anchor = open_anchor(folder, on_disk=True, separator=separator)
-    _check_identity(folder, anchor.identity, manifest)
-    stacks = [anchor.weights.public]
-    for entry in manifest["experts"]:
-        package = _merged_package(path, entry)
-        check_made_for(package, path / entry["path"], AnchorFacts.of(anchor))
-        stacks.append(find_tensors(path / entry["path"], package, _abstract_expert(anchor.config)))
+    anchor, config = opened.anchor, opened.config
+    stacks = [anchor.weights.public, *map(_weights, opened.parts)]
     empty = 0 if mesh is None else -len(stacks) % mesh.shape[sharding.EXPERT]
     experts = join_files(stacks, empty)
-    if "tensors" in manifest:
-        whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), join_files(stacks))
-        tuned = find_tensors(path, manifest, whole.router)
-        experts.router = join_files([tuned], empty)
+    if opened.tuned.tensors:
+        experts.router = join_files([opened.tuned.weights(experts.router)], empty)
     backbone, experts = sharding.place((anchor.weights.backbone, experts), mesh, over, dtype)
-    names = ("public", *(entry["name"] for entry in manifest["experts"]))
+    return LoadedModel(backbone, experts, config, opened.names, anchor.tokenizer, anchor.ends)
+
+
+def _memory(manifest: dict[str, Any]) -> tuple[float, float] | None:
     memory = manifest.get("memory")  # not in the manifests of older versions
-    config = anchor.config.replace(
-        num_experts=len(names),
-        active_experts=manifest["active_experts"],
-        memory=memory and (memory["decay"], memory["weight"]),
-    )
-    return LoadedModel(backbone, experts, config, names, anchor.tokenizer, anchor.ends)
+    return memory and (memory["decay"], memory["weight"])
 
 
-def _merged_package(model: Path, entry: dict[str, str]) -> dict[str, Any]:
-    """The manifest of a package, if it is the one that was merged."""
-    package = model / entry["path"]
-    manifest = read_manifest(package, kind="expert")
-    if manifest["digest"] != entry["digest"]:
+def _open_parts(
+    model: Path, manifest: dict[str, Any], separator: str | None
+) -> tuple[LoadedAnchor, list[Package]]:
+    """The anchor and the packages of a merged model, if they are those that were merged."""
+    folder = model / manifest["anchor"]["path"]
+    anchor = open_anchor(folder, separator or manifest["anchor"].get("separator"))
+    _check_pin(folder, anchor, manifest["anchor"])
+    parts = [open_part(model, entry) for entry in manifest["experts"]]
+    for part in parts:
+        check_made_for(part, anchor)
+    return anchor, parts
+
+
+def open_part(model: Path, entry: dict[str, str]) -> Package:
+    """The package of an entry of a merged model, if it is the one that was merged.
+
+    Raises:
+      ValueError: it is missing, unfit, or another one.
+    """
+    package = open_expert(model / entry["path"])
+    found = package.manifest["name"]
+    if package.digest != entry["digest"] or found != entry["name"]:
+        what = "its manifest differs" if found == entry["name"] else f"its name is {found!r}"
         raise ValueError(
-            f"{package}: not the package that was merged as {entry['name']!r} (its manifest "
-            "differs); take it out with `flexolmo experts remove` and add it again"
+            f"{package.folder}: not the package that was merged as {entry['name']!r} ({what}); "
+            "take it out with `flexolmo experts remove` and add it again"
         )
-    return manifest
+    return package
 
 
 def load_pair(path: Path, anchor: LoadedAnchor) -> LoadedModel:
@@ -385,14 +554,13 @@ def load_pair(path: Path, anchor: LoadedAnchor) -> LoadedModel:
     config = dataclasses.replace(anchor.config, num_experts=2)
     stack = join(anchor.weights.public, expert)
     return LoadedModel(
-        anchor.weights.backbone, stack, config, ("public", name), anchor.tokenizer, anchor.ends
+        anchor.weights.backbone, stack, config, (PUBLIC, name), anchor.tokenizer, anchor.ends
     )
 
 
-def _named_separator(packages: Sequence[Path]) -> str | None:
+def _named_separator(packages: Sequence[Package]) -> str | None:
     """The separator that owners named for their training, if they did; all must be the same."""
-    manifests = [read_manifest(path, kind="expert") for path in packages]
-    named = sorted({m["separator"] for m in manifests if m.get("separator")})
+    named = sorted({p.manifest["separator"] for p in packages if p.manifest.get("separator")})
     if len(named) > 1:
         raise ValueError(
             f"the packages were trained with several separators, {', '.join(map(repr, named))}; a "
@@ -401,41 +569,34 @@ def _named_separator(packages: Sequence[Path]) -> str | None:
     return named[0] if named else None
 
 
-def _check_identity(folder: Path, found: str, manifest: dict[str, Any]) -> None:
-    if found != manifest["anchor"]["identity"]:
+def _check_pin(folder: Path, anchor: LoadedAnchor, pinned: dict[str, Any]) -> None:
+    """That an anchor is the one that was merged, its public text and separator included."""
+    if anchor.identity != pinned["identity"]:
         raise ValueError(
             f"{folder}: not the anchor that was merged: expected "
-            f"{manifest['anchor']['identity'][:12]}..., found {found[:12]}..."
+            f"{pinned['identity'][:12]}..., found {anchor.identity[:12]}..."
+        )
+    expected = pinned.get("digest")  # not in the manifests of older versions
+    found = anchor.package and anchor.package.digest
+    if expected is not None and found != expected:
+        raise ValueError(
+            f"{folder}: not the anchor that was merged: it has the same weights, and another "
+            f"manifest (expected {expected[:12]}..., found {str(found)[:12]}...)"
         )
 
 
-def _entry(
-    package: Path, model: Path, anchor: AnchorFacts, check: Callable[[Path, dict], None]
-) -> dict[str, str]:
-    manifest = read_manifest(package, kind="expert")
-    check_made_for(manifest, package, anchor)
-    check(package, manifest)
+def _entry(package: Package, model: Path) -> dict[str, str]:
     return {
-        "name": manifest["name"],
-        "path": _relative(package, model),
-        "digest": manifest["digest"],
+        "name": package.manifest["name"],
+        "path": _relative(package.folder, model),
+        "digest": package.digest,
     }
-
-
-def _check_distinct(entries: list[dict[str, str]]) -> None:
-    names = [entry["name"] for entry in entries]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(
-                f"two packages are named {name!r}; names must differ, so that each can be "
-                "switched off"
-            )
 
 
 def _replace_experts(model: Path, manifest: dict[str, Any], entries: list[dict]) -> bool:
     undone = manifest.pop("tensors", None) is not None
     write_manifest(model, {**manifest, "experts": entries, "files": {}})
-    shutil.rmtree(model / "params", ignore_errors=True)
+    shutil.rmtree(model / PARAMS, ignore_errors=True)
     return undone
 
 

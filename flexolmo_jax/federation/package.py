@@ -4,7 +4,8 @@
     expert/   manifest.json  params/
 
 The manifest holds the digest of every other file, and of itself. Whatever is written appears at
-its place in one rename, complete; whatever is read is checked in full before it is used.
+its place in one rename, complete; whatever is read is checked in full before it is used, and every
+command makes the same checks: `read_manifest`, `open_package`, `check_packages`.
 """
 
 import concurrent.futures
@@ -15,17 +16,27 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from flexolmo_jax import tensors
+from flexolmo_jax.federation import fields
+from flexolmo_jax.federation.fields import FORMAT
+from flexolmo_jax.federation.files import (
+    Expected,
+    check_bytes,
+    check_listed,
+    list_files,
+    open_regular,
+    tensor_of,
+)
 from flexolmo_jax.version import __version__
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+PARAMS = "params"
 NO_PRIVACY = "none: trained without differential privacy"
 
 
@@ -41,12 +52,15 @@ def write_package(
       files: text files to put beside them, by name.
 
     Raises:
-      ValueError: there is something at `path` already.
+      ValueError: there is something at `path` already; a weight is not in range, or a fact is
+        none that a manifest may hold.
       OSError: the disk is full, or may not be written; `path` is as it was.
     """
     with new_directory(path) as folder:
         named = tensors.named(tree)
-        tensors.save(folder / "params", named)
+        for name, x in named.items():
+            tensors.check_in_range(name, x, path)
+        tensors.save(folder / PARAMS, named)
         for name, text in (files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         manifest = {
@@ -60,8 +74,13 @@ def write_package(
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Writes folder/manifest.json with its own digest in it, replacing an old one atomically."""
+    """Writes folder/manifest.json with its own digest in it, replacing an old one atomically.
+
+    Raises:
+      ValueError: a field is not what it must be; nothing is written.
+    """
     manifest = {key: value for key, value in manifest.items() if key != "digest"}
+    fields.check_fields(manifest, folder / MANIFEST)
     manifest["digest"] = canonical_digest(manifest)
     replace_file(folder / MANIFEST, _dump(manifest))
 
@@ -85,108 +104,126 @@ def replace_file(file: Path, text: str) -> None:
 
 
 def read_manifest(folder: Path, *, kind: str | None = None) -> dict[str, Any]:
-    """Reads and checks a manifest (not the files it names).
+    """Reads a manifest and checks every field of it (not the files it names).
 
     Raises:
-      ValueError: there is none, it was changed, its format is unknown, or it is of another kind.
+      ValueError: there is none, it was changed, its format is unknown, a field cannot be, or it is
+        of another kind.
     """
     file = folder / MANIFEST
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder (expected a package with a {MANIFEST})")
-    if not file.exists():
+    if not os.path.lexists(file):
         raise ValueError(f"{folder}: no {MANIFEST} there, so this is not a flexolmo_jax package")
+    with open_regular(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if size > fields.LARGEST:
+            raise ValueError(f"{file}: expected at most {fields.LARGEST} bytes, found {size}")
+        data = opened.readall()  # type: ignore[attr-defined]
+    manifest = fields.parse(data, file)
+    digest = manifest.pop("digest", None)
     try:
-        text = file.read_text(encoding="utf-8")
-        manifest = dict(json.loads(text))
-        digest = manifest.pop("digest")
-    except (ValueError, KeyError, TypeError) as error:
+        unchanged = canonical_digest(manifest) == digest
+        unchanged = unchanged and _dump({**manifest, "digest": digest}).encode() == data
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: damaged, not a manifest ({error})") from error
-    if canonical_digest(manifest) != digest or _dump({**manifest, "digest": digest}) != text:
+    if not unchanged:
         raise ValueError(
             f"{file}: the manifest was changed after it was written (its digest does not match); "
             "get the package again from its owner"
         )
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{file}: expected package format {FORMAT}, found {manifest.get('format')}; "
-            "another version of flexolmo_jax wrote it"
-        )
+    fields.check_fields(manifest, file)
     if kind is not None and manifest["kind"] != kind:
         raise ValueError(f"{folder}: expected a package of kind {kind}, found {manifest['kind']}")
     return {**manifest, "digest": digest}
 
 
-def check_files(
-    folder: Path,
-    manifest: dict[str, Any],
-    beside: tuple[str, ...] = (),
-    share: tuple[int, int] = (0, 1),
-) -> None:
-    """Compares every file of a package with the manifest.
+class Package(NamedTuple):
+    """A package of which all is checked but the bytes of its files (`check_packages`).
+
+    Attributes:
+      folder: where it is.
+      manifest: as read; every field is of the type it should be.
+      tensors: all of its weights by name, left in their files.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    tensors: dict[str, tensors.OnDisk]
+
+    @property
+    def digest(self) -> str:
+        """Of the manifest, and so of all that is in the package."""
+        return self.manifest["digest"]
+
+    def weights(self, abstract: Any) -> Any:
+        """The tensors in the structure of `abstract`."""
+        return tensors.refill(abstract, self.tensors)
+
+
+def open_package(folder: Path, manifest: dict[str, Any], abstract: Any) -> Package:
+    """Checks that a package is regular files only, all listed, with just the tensors expected.
+
+    Nothing of the weights is read, and no memory is used that grows with a shape.
 
     Args:
-      folder, manifest: the package.
-      beside: folders in it that are no part of it.
-      share: (k, n) looks into the k-th of n about equal shares of the bytes only, so that several
-        processes can do it together; names are all looked at.
+      folder: the package.
+      manifest: what `read_manifest` gave.
+      abstract: its weights, as a tree of anything with a shape; None where it has none.
 
     Raises:
-      ValueError: names the first file that is missing, changed, or should not be there.
+      ValueError: names the first file, tensor or field that is missing, in excess or unfit.
     """
-    expected, found = manifest["files"], _digests(folder, beside, share)
-    for name in sorted(expected.keys() | found.keys()):
-        where = f"{folder / name}{_tensor_of(name)}"
-        if name not in found:
-            raise ValueError(f"{where}: missing from the package; get it again from its owner")
-        if name not in expected:
-            raise ValueError(f"{where}: not part of the package; take the file away")
-        digest = found[name]
-        if digest not in (None, expected[name]):
+    named = {} if abstract is None else tensors.named(abstract)
+    stored = manifest.get("tensors", {})
+    for name in sorted(named.keys() | stored.keys()):
+        expected = list(named[name].shape) if name in named else None
+        found = stored[name]["shape"] if name in stored else None
+        if expected is None:
+            raise ValueError(f"{folder}: found a tensor {name}, which has no place in it")
+        if found != expected:
+            what = "missing" if found is None else f"of shape {found}"
             raise ValueError(
-                f"{where}: changed after the package was written (expected sha256 "
-                f"{expected[name][:12]}..., found {str(digest)[:12]}...); get it again from its "
-                "owner"
+                f"{folder}: expected a tensor {name} of shape {expected}, found it {what}"
             )
-
-
-def check_names(folder: Path, manifest: dict[str, Any]) -> None:
-    """That every file of a package is there, whatever is in it.
-
-    Raises:
-      ValueError: names the first file that is missing.
-    """
-    for name in sorted(manifest["files"]):
-        if not (folder / name).is_file():
-            where = f"{folder / name}{_tensor_of(name)}"
-            raise ValueError(f"{where}: missing from the package; get it again from its owner")
-
-
-def find_tensors(folder: Path, manifest: dict[str, Any], abstract: Any) -> Any:
-    """As `read_tensors`, but left in the files (`tensors.OnDisk`): read when they are used."""
-    named = _as_stored(folder, manifest, abstract)
-    return tensors.refill(abstract, tensors.on_disk(folder / "params", named))
-
-
-def read_tensors(folder: Path, manifest: dict[str, Any], abstract: Any) -> Any:
-    """The package's weights in the structure of `abstract` (shapes and dtypes are checked)."""
-    named = _as_stored(folder, manifest, abstract)
-    return tensors.refill(abstract, tensors.load(folder / "params", named))
-
-
-def _as_stored(folder: Path, manifest: dict[str, Any], abstract: Any) -> dict[str, Any]:
-    expected = tensors.named(abstract)
-    stored = manifest["tensors"]
-    for name, leaf in expected.items():
-        found = stored.get(name)
-        if found is None or tuple(found["shape"]) != leaf.shape:
-            what = "missing" if found is None else f"of shape {found['shape']}"
-            raise ValueError(
-                f"{folder}: expected a tensor {name} of shape {list(leaf.shape)}, found it {what}"
-            )
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, stored[name]["dtype"])
-        for name, leaf in expected.items()
+    merged = manifest["kind"] == "merged"
+    # Of a merged model without a tuned router, `params` is what an undone one left on a killed run.
+    beside = ("params",) if merged and "tensors" not in manifest else ()
+    found_files = list_files(folder, beside)
+    left_over = {name for name in found_files if merged and _LEFT_OVER.fullmatch(name)}
+    check_listed(folder, {*manifest["files"], MANIFEST}, found_files.keys() - left_over)
+    like = {
+        name: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"])
+        for name, entry in stored.items()
     }
+    on_disk = tensors.on_disk(folder / PARAMS, like)
+    return Package(folder, manifest, on_disk)
+
+
+# Of a killed write of a merged model's manifest, the one file that is replaced in its place.
+_LEFT_OVER = re.compile(re.escape(f".{MANIFEST}.") + r"[0-9a-f]{32}\.partial")
+
+
+def check_packages(packages: Iterable[Package], share: tuple[int, int] = (0, 1)) -> None:
+    """Reads every byte of packages: digests of files and tensors, and weights in range.
+
+    `share` is as in `check_bytes`.
+
+    Raises:
+      ValueError: names the first file that was changed, or is unfit.
+    """
+    check_bytes((one for package in packages for one in _expected(package)), share)
+
+
+def _expected(package: Package) -> Iterator[Expected]:
+    data = {str(x.file.relative_to(package.folder)): name for name, x in package.tensors.items()}
+    for name, sha256 in package.manifest["files"].items():
+        file, tensor = package.folder / name, None
+        if name in data:
+            of = data[name]
+            entry = package.manifest["tensors"][of]
+            tensor = (package.tensors[of].nbytes, entry["dtype"], entry["sha256"])
+        yield Expected(file, f"{file}{tensor_of(name)}", sha256, tensor)
 
 
 @contextlib.contextmanager
@@ -218,16 +255,6 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_name(name: str) -> str:
-    """An expert's name, if it may be one. Raises ValueError otherwise."""
-    if name == "public" or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise ValueError(
-            f"{name!r} cannot be an expert's name: expected up to 64 letters, digits, '.', '_' or "
-            "'-', starting with a letter or digit, and not 'public'"
-        )
-    return name
-
-
 def privacy_summary(statement: Any) -> str:
     """One line of what a manifest says of privacy (privacy/statement.py), which nobody verified."""
     if statement == NO_PRIVACY:
@@ -240,33 +267,21 @@ def privacy_summary(statement: Any) -> str:
 
 def canonical_digest(value: Any) -> str:
     """sha256 of a JSON value, independent of key order and spacing."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _dump(manifest: dict[str, Any]) -> str:
-    return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _digests(
-    folder: Path, beside: tuple[str, ...] = (), share: tuple[int, int] = (0, 1)
-) -> dict[str, str | None]:
-    """Of every file; None for those of another share."""
-    skipped = {folder / MANIFEST, *folder.glob(f".{MANIFEST}.*.partial")}  # of a killed write
-    skipped.update(p for name in beside for p in (folder / name).rglob("*"))
-    files = sorted(p for p in folder.rglob("*") if not p.is_dir() and p not in skipped)
-    this, count = share
-    own = sorted(files, key=lambda file: -file.stat().st_size)[this::count]
+def _digests(folder: Path) -> dict[str, str]:
+    """Of every file of a folder, by its relative path."""
+    names = sorted(list_files(folder))
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        digests = dict(zip(own, pool.map(_file_digest, own), strict=True))
-    return {str(file.relative_to(folder)): digests.get(file) for file in files}
+        return dict(zip(names, pool.map(_file_digest, (folder / n for n in names)), strict=True))
 
 
 def _file_digest(file: Path) -> str:
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _tensor_of(name: str) -> str:
-    match = re.match(r"params/state/([^/]+)/", name)
-    return f" (tensor {match[1]})" if match and match[1] != "array_metadatas" else ""

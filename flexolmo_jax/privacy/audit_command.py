@@ -10,6 +10,7 @@ from flexolmo_jax.data.sources import Report, fingerprint, read_documents
 from flexolmo_jax.evaluation.split import GROUP_FIELD, Split, chosen_split
 from flexolmo_jax.federation.package import read_manifest, replace_file
 from flexolmo_jax.interop import huggingface
+from flexolmo_jax.json_output import print_json
 from flexolmo_jax.model import FlexOlmo, find_anchor, load
 from flexolmo_jax.outputs import check_kept_folder
 from flexolmo_jax.printing import show_table, tell
@@ -367,7 +368,7 @@ def _show_removal(found: dict[str, Any]) -> None:
 def _tell(found: dict[str, Any], show: Callable[[dict[str, Any]], None], as_json: bool) -> None:
     """A report on standard output: as JSON, or as a reader wants it."""
     if as_json:
-        print(json.dumps(found, indent=1))
+        print_json(found)
     else:
         show(found)
 

@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.config import ExpertTraining, PrivacyConfig
 from flexolmo_jax.distributed import is_first
-from flexolmo_jax.federation.package import check_files, read_manifest
+from flexolmo_jax.federation.package import check_packages, read_manifest
+from flexolmo_jax.json_output import print_json
 from flexolmo_jax.printing import show_fields, show_table, tell
 
 OPTIONS = tuple(
@@ -56,13 +56,15 @@ def verify(package: Path, as_json: bool) -> None:
     Raises:
       ValueError: the package is damaged, or the statement claims what its numbers do not give.
     """
+    from flexolmo_jax.federation.merge import open_expert
     from flexolmo_jax.privacy.statement import verify_statement
 
-    manifest = read_manifest(package, kind="expert")
-    check_files(package, manifest)
+    checked = open_expert(package)
+    check_packages([checked])
+    manifest = checked.manifest
     found = verify_statement(manifest["privacy"], str(package), manifest.get("gating"))
     if as_json:
-        print(json.dumps({**found, "privacy": manifest["privacy"]}, indent=1))
+        print_json({**found, "privacy": manifest["privacy"]})
         return
     _show_statement(manifest["privacy"], f"{manifest['name']}: privacy")
     titles = {"epsilon": "this run", "epsilon_of_all_runs": "all runs in this ledger"}
@@ -90,7 +92,7 @@ def budget(file: Path, as_json: bool) -> None:
         raise ValueError(f"{file}: no ledger there; `flexolmo train expert --dp-epsilon` makes one")
     ledger = Ledger(file).contents()
     if as_json:
-        print(json.dumps(ledger, indent=1))
+        print_json(ledger)
         return
     rows = [
         {

@@ -108,10 +108,9 @@ def _without(
     with tempfile.TemporaryDirectory(dir=beside, prefix=f".{path.absolute().name}.") as folder:
         never = Path(folder) / "never"
         anchor = path / manifest["anchor"]["path"]
-        merge(
-            anchor, others, never, active_experts=manifest["active_experts"],
-            separator=manifest["anchor"].get("separator"),
-        )  # fmt: skip
+        active = manifest["active_experts"]
+        separator = manifest["anchor"].get("separator")
+        merge(anchor, others, never, active_experts=active, separator=separator, allow_share=None)
         found = load(never)
     with tempfile.TemporaryDirectory(dir=beside, prefix=f".{path.absolute().name}.") as folder:
         shutil.copytree(path, folder, dirs_exist_ok=True)

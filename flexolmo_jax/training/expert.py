@@ -20,7 +20,7 @@ from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.distributed import by_first
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
 from flexolmo_jax.federation.merge import write_expert
-from flexolmo_jax.federation.package import check_name
+from flexolmo_jax.federation.names import check_name
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.outputs import check_room
 from flexolmo_jax.privacy.canaries import canaries_of_run, check_they_are_read

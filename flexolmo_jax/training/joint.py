@@ -82,4 +82,11 @@ def _write(config: AnchorTraining, start: LoadedAnchor, trained: tuple, out: Pat
         expert = select(experts, [number])
         write_expert(package, expert, package.name, together, {**facts, "gating": "joint"})
     active = config.model.active_experts
-    merge(out / "anchor", packages, out / "merged", active_experts=active, memory=None)
+    merge(
+        out / "anchor",
+        packages,
+        out / "merged",
+        active_experts=active,
+        memory=None,
+        allow_share=None,
+    )

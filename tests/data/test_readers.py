@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from flexolmo_jax.data.groups import group_id
 from flexolmo_jax.data.sources import Report, read_documents
 
 TEXTS = ["The first note.", "Ein zweiter, mit Umlauten: äöü.", 'Third; "with"\nlines.']

@@ -104,7 +104,7 @@ def test_a_group_that_is_taken_away_changes_no_other(prepared, rows, tokenizer):
 
 
 def test_a_row_without_its_group_is_refused(prepared, rows):
-    with pytest.raises(ValueError, match="jsonl:41: no field 'who', or nothing in it, which says whose document"):
+    with pytest.raises(ValueError, match="jsonl:41: no field 'who', or nothing in it, which says"):
         prepared([*rows[:40], {"text": "nobody's"}], "group")
 
 

@@ -1,0 +1,160 @@
+"""The files of a package: regular ones only, each listed, and every byte checked in one pass."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from flexolmo_jax.tensors import UNFIT, in_range
+
+CHUNK = 2**20  # bytes that a thread holds of a file
+
+
+class Expected(NamedTuple):
+    """A file, and what must be in it.
+
+    Attributes:
+      file: where it is.
+      name: what to call it in an error.
+      sha256: of all its bytes.
+      tensor: of a file that begins with a tensor: bytes of the tensor, its dtype, and its sha256.
+    """
+
+    file: Path
+    name: str
+    sha256: str
+    tensor: tuple[int, str, str] | None = None
+
+
+def list_files(folder: Path, beside: Collection[str] = ()) -> dict[str, int]:
+    """{relative path: bytes} of every file in a folder and in those below it.
+
+    Args:
+      folder: where.
+      beside: names of folders in it that are not looked into.
+
+    Raises:
+      ValueError: something is there that is no regular file: a link, a named pipe, a device.
+    """
+    found, folders = {}, [folder]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                name = os.path.relpath(entry.path, folder)
+                about = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(about.st_mode):
+                    if name not in beside:
+                        folders.append(Path(entry.path))
+                elif stat.S_ISREG(about.st_mode):
+                    found[name] = about.st_size
+                else:
+                    raise ValueError(f"{entry.path}: {_not_regular(about.st_mode)}")
+    return found
+
+
+def check_listed(folder: Path, listed: Collection[str], found: Collection[str]) -> None:
+    """Raises ValueError, naming it, if a listed file is missing or another one is there."""
+    for name in sorted({*listed, *found}):
+        where = f"{folder / name}{tensor_of(name)}"
+        if name not in found:
+            raise ValueError(f"{where}: missing from the package; get it again from its owner")
+        if name not in listed:
+            raise ValueError(f"{where}: not part of the package; take the file away")
+
+
+def tensor_of(name: str) -> str:
+    """Words that name the tensor that a file of a package belongs to; empty if none."""
+    match = re.match(r"params/state/([^/]+)/", name)
+    return f" (tensor {match[1]})" if match and match[1] != "array_metadatas" else ""
+
+
+@contextlib.contextmanager
+def open_regular(file: Path) -> Iterator[BinaryIO]:
+    """Opens a file for reading, without ever waiting for what is behind it.
+
+    Raises:
+      ValueError: it is a link, a named pipe, or anything else but a regular file.
+    """
+    mode = os.lstat(file).st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{file}: {_not_regular(mode)}")
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb", buffering=0) as opened:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):  # it was replaced in between
+            raise ValueError(f"{file}: {_not_regular(mode)}")
+        yield opened  # type: ignore[misc]
+
+
+def _not_regular(mode: int) -> str:
+    kinds = {
+        stat.S_IFLNK: "a link",
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+    }
+    found = kinds.get(stat.S_IFMT(mode), "a device")
+    return f"{found}, and a package holds regular files only; get it again from its owner"
+
+
+def check_bytes(files: Iterable[Expected], share: tuple[int, int] = (0, 1)) -> None:
+    """Reads files once: compares the digests, of tensors too, and refuses weights not in range.
+
+    Args:
+      files: the files.
+      share: (k, n) looks into the k-th of n about equal shares of the bytes only, so that several
+        processes can do it together.
+
+    Raises:
+      ValueError: names the first file that was changed, or holds such weights.
+    """
+    this, count = share
+    own = sorted(files, key=lambda one: -os.lstat(one.file).st_size)[this::count]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for _ in pool.map(_check_file, own):
+            pass
+
+
+def _check_file(expected: Expected) -> None:
+    whole, own, unfit = hashlib.sha256(), "", False
+    count, dtype, tensor = expected.tensor or (0, "", "")
+    with open_regular(expected.file) as opened:
+        for size in (count, None):  # the tensor's bytes, and the rest of the file
+            for chunk in _chunks(opened, size):
+                whole.update(chunk)
+                if size and not unfit:
+                    unfit = not in_range(chunk, dtype)
+            own = own or whole.copy().hexdigest()
+    if whole.hexdigest() != expected.sha256:
+        raise ValueError(
+            f"{expected.name}: changed after the package was written (expected sha256 "
+            f"{expected.sha256[:12]}..., found {whole.hexdigest()[:12]}...); get it again from its "
+            "owner"
+        )
+    if tensor and own != tensor:
+        raise ValueError(
+            f"{expected.name}: not the tensor of the manifest (expected sha256 {tensor[:12]}..., "
+            f"found {own[:12]}...); get the package again from its owner"
+        )
+    if unfit:
+        raise ValueError(f"{expected.name}: {UNFIT}; ask the package's owner for a sound one")
+
+
+def _chunks(opened: BinaryIO, count: int | None) -> Iterator[memoryview]:
+    """The next `count` bytes, or all that are left; no chunk ends within a number."""
+    memory = memoryview(bytearray(CHUNK if count is None else min(CHUNK, count)))
+    while count is None or count > 0:
+        wanted = len(memory) if count is None else min(len(memory), count)
+        filled = 0
+        while filled < wanted and (got := opened.readinto(memory[filled:wanted])):  # type: ignore
+            filled += got
+        if not filled:
+            return
+        yield memory[:filled]
+        if count is not None:
+            count -= filled

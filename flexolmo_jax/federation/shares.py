@@ -1,0 +1,159 @@
+"""What share of public text each expert takes, by its router rows.
+
+An owner's bias can only hold its expert back, but its rows may be of any length and direction: a
+row along the mean of all inputs takes nearly every token, and with it the text of other owners. So
+a merge routes some of the anchor's public text, which no owner's expert should take much of.
+
+Every layer's inputs are those of the anchor alone. That needs no expert's weights but its rows,
+and says what the rows do, whoever else is in the model.
+"""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexolmo_jax import sharding
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.loader import Batch, stacked
+from flexolmo_jax.data.sources import Document
+from flexolmo_jax.data.windows import tokenized, windows
+from flexolmo_jax.federation.anchor import LoadedAnchor
+from flexolmo_jax.modeling.attention import segment_positions
+from flexolmo_jax.modeling.router import Router, remember, route
+
+TOKENS = 4096  # of public text that are routed
+WARN = 0.4  # of the public text in a layer; honest experts take up to 0.28 (docs/security.md)
+REFUSE = 0.8  # a row along the mean of all inputs takes 0.93 and more
+
+
+class Shares(NamedTuple):
+    """Mean weight of each expert over public tokens.
+
+    Attributes:
+      names: of the experts, the public one first.
+      of_layers: float64 [L, E]; every row sums to 1.
+      tokens: how many were routed.
+    """
+
+    names: tuple[str, ...]
+    of_layers: np.ndarray
+    tokens: int
+
+    def rows(self) -> list[dict[str, Any]]:
+        """For tables and JSON: of each expert its mean share, its largest, and all of them."""
+        return [
+            {
+                "expert": name,
+                "mean": round(float(own.mean()), 4),
+                "largest": round(float(own.max()), 4),
+                "layers": [round(float(x), 4) for x in own],
+            }
+            for name, own in zip(self.names, self.of_layers.T, strict=True)
+        ]
+
+
+def measure_shares(
+    anchor: LoadedAnchor, routers: Sequence[Any], names: Sequence[str], config: ModelConfig
+) -> Shares | None:
+    """Routes the first public text of an anchor.
+
+    Args:
+      anchor: its weights may be on disk; one layer is held at a time.
+      routers: of the public expert and of others, each of rows [L, e, D] and biases [L, e]; end to
+        end they are the experts.
+      names: of the experts, in that order.
+      config: of the merged model: active experts, and what its router remembers.
+
+    Returns:
+      None if the anchor came without public text, or without a tokenizer.
+
+    Raises:
+      ValueError: rows give logits that are no numbers.
+    """
+    batch = _public_batch(anchor)
+    if batch is None:
+        return None
+    alone = anchor.config.replace(remat="none", expert_compute="dense")
+    weights = anchor.weights
+    router = jax.tree.map(lambda *x: np.concatenate([np.asarray(one) for one in x], 1), *routers)
+    embed = sharding.place(weights.backbone.embed, None)
+    x = embed[...][batch.tokens].astype(config.dtype)
+    shares = []
+    for number in range(config.num_layers):
+        parts = (weights.backbone.layers, weights.public, router)
+        layer, public, own = jax.tree.map(functools.partial(_layer_of, number), parts)
+        x, share = _step(x, batch.segments, layer, public, own, alone, config)
+        shares.append(np.asarray(share, np.float64))
+    of_layers = np.stack(shares)
+    if not np.isfinite(of_layers).all():
+        raise ValueError(
+            "the router rows of these experts give no numbers on public text (too large): leave "
+            f"out one of {', '.join(names[1:])}"
+        )
+    of_layers /= of_layers.sum(axis=1, keepdims=True)
+    return Shares(tuple(names), of_layers, int(np.sum(np.asarray(batch.segments) > 0)))
+
+
+def check_shares(shares: Shares, allow: float) -> None:
+    """Warns of an expert that takes much of the public text.
+
+    Args:
+      shares: what was measured.
+      allow: the largest share of a layer that an expert may take.
+
+    Raises:
+      ValueError: one takes more.
+    """
+    for number, name in enumerate(shares.names[1:], 1):
+        own = shares.of_layers[:, number]
+        layer, most = int(own.argmax()), float(own.max())
+        said = (
+            f"the expert {name!r} takes {most:.0%} of the anchor's public text in layer {layer} "
+            f"({own.mean():.0%} on average)"
+        )
+        if most > allow:
+            raise ValueError(
+                f"{said}, and would take other owners' text from them: expected at most "
+                f"{allow:.0%}; leave it out, or allow it with --allow-share"
+            )
+        if most > WARN:
+            warnings.warn(
+                f"{said}; honest experts take less than {WARN:.0%}, and it may take other owners' "
+                "text from them",
+                stacklevel=3,
+            )
+
+
+def _public_batch(anchor: LoadedAnchor) -> Batch | None:
+    if anchor.tokenizer is None or not anchor.public_text:
+        return None
+    length = min(anchor.config.max_length, 256)
+    documents = (Document(text, text) for text in anchor.public_text)
+    cut = windows(tokenized(documents, anchor.tokenizer), length, anchor.tokenizer.separator)
+    count = max(TOKENS // length, 1)
+    return next(stacked(itertools.islice(cut, count), count), None)
+
+
+def _layer_of(number: int, x: Any) -> jax.Array:
+    part = (slice(number, number + 1), *(slice(None) for _ in x.shape[1:]))
+    return jnp.asarray(np.asarray(x[part]))[0]
+
+
+@functools.partial(jax.jit, static_argnames=("alone", "config"))
+def _step(x, segments, layer, public, router: Router, alone: ModelConfig, config: ModelConfig):
+    """The next layer's [B, S, D], and the sum of each expert's weights in this one, [E]."""
+    everyone = jnp.ones((len(x), 1), bool)
+    x = layer.attend(x, segment_positions(segments), segments, alone)[0]
+    logits = router(x)  # [E, B, S]
+    if config.memory is not None:
+        logits, _ = remember(logits, segments, config.memory, jnp.zeros(logits.shape[:2]))
+    allowed = jnp.ones((len(x), len(logits)), bool)
+    chosen = route(logits, allowed, config.active_experts or len(logits), config.renormalize)
+    share = jnp.sum(jnp.where(segments > 0, chosen, 0.0), axis=(1, 2))
+    return layer.consult(x, (public,), everyone, alone)[0], share
