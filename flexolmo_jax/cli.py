@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import errno
 import io
-import json
 import os
 import sys
 import traceback
@@ -386,7 +385,6 @@ def _evaluate(args: argparse.Namespace) -> None:
         name: chosen_split(args.model, name, args.heldout, args.group_field, anchor=args.anchor)
         for name in sources
     }
-    model = load(args.model, anchor=args.anchor, dtype=args.dtype)
     rows = []
     for name, source in sources.items():
         report, split = Report(), splits[name]
@@ -398,7 +396,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         report.tell()
         rows.append({"data": name, **found._asdict(), "bad_rows": len(report.bad_rows)})
     if args.json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
         return
     show_table([{**row, "bits_per_byte": f"{row['bits_per_byte']:.4f}"} for row in rows])
 

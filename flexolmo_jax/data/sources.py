@@ -48,7 +48,7 @@ class Report:
     def lines(self, most: int = 5) -> list[str]:
         """What to tell the user: what was read in one line, then the first bad rows.
 
-        Empty if nothing was read, since windows of an earlier run are used again.
+        Empty if nothing was read: of several processes, the first alone has the report.
         """
         if not (self.documents or self.bad_rows):
             return []
