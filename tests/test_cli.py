@@ -228,7 +228,7 @@ def test_a_message_about_a_stranger_s_package_does_not_reach_the_terminal_raw(co
     manifest["model"]["width"] = STRANGE + ESCAPES
     del manifest["digest"]
     manifest["digest"] = canonical_digest(manifest)
-    file.write_text(json.dumps(manifest))
+    file.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     said = refused(
         "merge", "--anchor", copied.anchor, "--expert", copied.experts["math"], "--out", "nowhere"
     )

@@ -330,7 +330,8 @@ def test_a_wrong_study_is_refused(refused, studied, config_file, tmp_path):
     new = ("--out", tmp_path / "new")
     assert "owners must be at least two" in refused("study", config_file, *new, "--owners", "math")
     assert "ci, full" in refused("study", "nothing", *new)
-    missing = refused("study", config_file, *new, "--texts", tmp_path)
+    (tmp_path / "texts").mkdir()
+    missing = refused("study", config_file, *new, "--texts", tmp_path / "texts")
     assert "public/train.jsonl: missing" in missing and "--texts FOLDER" in missing
     assert "seeds must differ" in refused("study", config_file, *new, "--seeds", 1, 1)
     assert "expected `config` to be StudyConfig" in refused(
