@@ -386,7 +386,6 @@ def _evaluate(args: argparse.Namespace) -> None:
         name: chosen_split(args.model, name, args.heldout, args.group_field, anchor=args.anchor)
         for name in sources
     }
-    model = load(args.model, anchor=args.anchor, dtype=args.dtype)
     rows = []
     for name, source in sources.items():
         report, split = Report(), splits[name]
