@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import errno
 import io
-import json
 import os
 import sys
 import traceback
@@ -397,7 +396,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         report.tell()
         rows.append({"data": name, **found._asdict(), "bad_rows": len(report.bad_rows)})
     if args.json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
         return
     show_table([{**row, "bits_per_byte": f"{row['bits_per_byte']:.4f}"} for row in rows])
 

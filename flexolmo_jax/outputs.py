@@ -42,6 +42,11 @@ def check_new_folder(folder: str | Path, reads: Iterable[str | Path] = ()) -> No
             raise ValueError(
                 f"{folder}: already there; choose another --out, or take it away first"
             )
+        if os.path.samefile(folder, os.curdir):
+            raise ValueError(
+                f"{folder}: is the folder that this command runs in, which a rename would take "
+                "away; choose a folder inside it"
+            )
         if _is_mount_point(folder):
             raise ValueError(
                 f"{folder}: is a mount point, which cannot be replaced in one rename; choose a "
@@ -104,7 +109,7 @@ def check_training(
     Args:
       out: of the package; new.
       run: of the run; may be there, to be resumed.
-      reads: texts, anchor, model, and the config's file.
+      reads: texts, anchor or model.
       ledger: the file of all private runs, if it is named; may be there.
       profile: folder of a trace.
 

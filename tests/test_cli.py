@@ -14,7 +14,7 @@ import pytest
 
 import flexolmo_jax as fo
 from flexolmo_jax.data.sources import read_documents
-from flexolmo_jax.federation.package import read_manifest, write_manifest
+from flexolmo_jax.federation.package import canonical_digest, read_manifest, write_manifest
 from flexolmo_jax.printing import console
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -96,7 +96,7 @@ def test_training_shows_what_came_of_it(world):
     for name, out in (("public", world.anchor), ("math", world.experts["math"])):
         said = " ".join(world.printed[name].split())
         assert "held-out documents" in said and "bits per byte" in said
-        assert "steps" in said and "tokens/s" in said
+        assert "step 1/" in said and "tokens/s" in said
         assert "metrics and loss.png are in" in said and out.name in said
     assert "with math" in world.printed["math"]
     assert "public + 2 experts" in world.printed["merge"]
@@ -188,7 +188,8 @@ def test_inspect(world, flexolmo, part):
         assert about["tensors"] and "feed_forward.gate" in out
 
 
-STRANGE = "Owner [/x] [red]\x1b[2J\x1b]0;title\x07\r\u202e\x9b31m"
+STRANGE = "Owner [/x] [red]\u202e[bold]\u200b"
+ESCAPES = "\x1b[2J\x1b]0;title\x07\r\x9b31m"  # clear the screen, retitle the window
 
 
 @pytest.mark.parametrize("width", [80, 60])
@@ -217,18 +218,22 @@ def test_text_fits_the_screen_and_nothing_is_cut(world, flexolmo, narrow, width,
         if command[-1] != world.anchor:
             assert name in whole
         if command[0] != "evaluate" and command[-1] != world.anchor:
-            assert r"Owner[/x][red]\x1b[2J\x1b]0;title\x07\x0d\u202e\x9b31m" in whole
+            assert r"Owner[/x][red]\u202e[bold]\u200b" in whole
             assert "epsilon7.987654321,delta1.23e-05" in whole and "[red]data" in whole
 
 
 def test_a_message_about_a_stranger_s_package_does_not_reach_the_terminal_raw(copied, refused):
-    manifest = read_manifest(copied.experts["math"])
-    manifest["model"]["width"] = STRANGE
-    write_manifest(copied.experts["math"], manifest)
+    file = copied.experts["math"] / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["model"]["width"] = STRANGE + ESCAPES
+    del manifest["digest"]
+    manifest["digest"] = canonical_digest(manifest)
+    file.write_text(json.dumps(manifest))
     said = refused(
         "merge", "--anchor", copied.anchor, "--expert", copied.experts["math"], "--out", "nowhere"
     )
     assert not {c for c in said if unicodedata.category(c) in ("Cc", "Cf")} - {"\n"}
+    assert "field 'model.width': a control character" in said
 
 
 def test_inspecting_a_merged_model_looks_at_its_parts_too(copied, refused):
@@ -337,11 +342,13 @@ def test_a_text_that_is_not_utf_8_is_refused_before_any_work(option, words, refu
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_whose_name_is_not_utf_8_is_named_in_plain_words(world, refused, tmp_path):
+def test_a_file_whose_name_is_not_utf_8_is_read_and_named_in_plain_characters(
+    world, flexolmo, tmp_path
+):
     file = tmp_path / f"{LATIN_1}.jsonl"
     file.write_text('{"text": "a text"}\n')
-    words = world.expert_words(tmp_path / "out", data=file)
-    assert r"caf\udce9.jsonl' is not UTF-8: rename the file" in refused(*words)
+    code, _, error = flexolmo("evaluate", "--model", world.anchor, "--data", f"own={file}")
+    assert code == 0 and r"caf\udce9.jsonl: 1 document" in error
 
 
 def damage(package: Path) -> Path:
@@ -410,8 +417,10 @@ def test_two_packages_of_one_name(world, copied, refused, tmp_path):
         "--expert", world.experts["math"], copied.experts["math"],
     )  # fmt: skip
     assert "two packages are named 'math'" in said
-    said = refused("experts", "add", copied.merged, copied.experts["math"])
+    said = refused("experts", "add", copied.merged, world.experts["math"])
     assert "two packages are named 'math'" in said
+    said = refused("experts", "add", copied.merged, copied.experts["math"])
+    assert "given twice" in said
 
 
 def test_tokens_outside_the_vocabulary(world, tmp_path):

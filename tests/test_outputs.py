@@ -60,6 +60,15 @@ def test_a_place_that_would_break_something_is_refused_and_left_as_it_was(place,
     assert names(place) == before
 
 
+@pytest.mark.parametrize("out", [".", "../empty", "../link/."])
+def test_the_folder_that_a_command_runs_in_is_not_replaced(place, out, monkeypatch):
+    """It would be another one afterwards, and relative paths would lead nowhere."""
+    monkeypatch.chdir(place / "empty")
+    with pytest.raises(ValueError, match="the folder that this command runs in|is a link to"):
+        outputs.check_new_folder(out)
+    outputs.check_new_folder("new")
+
+
 @pytest.mark.parametrize("out", ["new", "deep/and/new", "empty", "link/x"])
 def test_a_place_that_is_free_is_taken_and_nothing_is_made_by_the_check(place, out):
     before = names(place)

@@ -68,6 +68,8 @@ class SourceWindows(tfds.core.GeneratorBasedBuilder):
         """The splits that hold anything; TFDS does not write empty ones."""
         splits = {}
         for name, heldout in (("train", False), ("heldout", True)):
+            if heldout and not self.data.heldout:
+                continue  # all of the source would be read once more, to find nothing
             examples = self._reported(heldout)
             first = next(examples, None)
             if first is not None:

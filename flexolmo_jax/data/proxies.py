@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 
-from flexolmo_jax.data.sources import Document, read_documents
+from flexolmo_jax.data.sources import Document, Report, read_documents
 from flexolmo_jax.outputs import check_new_file
 
 
@@ -45,8 +45,11 @@ def pick_proxies(
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], found {share}")
     check_new_file(out, [own, public])
-    own_texts = [d.text for d in itertools.islice(read_documents(own), most)]
-    public_documents: list[Document] = list(read_documents(public))
+    reports = (Report(), Report())
+    own_texts = [d.text for d in itertools.islice(read_documents(own, report=reports[0]), most)]
+    public_documents: list[Document] = list(read_documents(public, report=reports[1]))
+    for report in reports:
+        report.tell()
     public_texts = [d.text for d in public_documents[:most]]
     if min(len(own_texts), len(public_texts)) < 10:
         raise ValueError(

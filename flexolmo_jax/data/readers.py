@@ -6,6 +6,7 @@ reading. Places are line numbers where rows have lines, otherwise the numbers of
 """
 
 import bz2
+import codecs
 import csv
 import gzip
 import io
@@ -55,7 +56,8 @@ def read_rows(file: Path, text_field: str, group_field: str) -> Iterator[tuple[i
     if kind.suffix in PARQUET:
         return _parquet(file, text_field, group_field)
     if kind.suffix in TABLES:
-        return _table(file, text_field, "\t" if kind.suffix == ".tsv" else ",")
+        delimiter = "\t" if kind.suffix == ".tsv" else ","
+        return _table(file, text_field, group_field, delimiter)
     return _text(file, text_field)
 
 
@@ -130,8 +132,11 @@ def _object(value: Any) -> Row:
 def _json(file: Path) -> Iterator[tuple[int, Row]]:
     """Of a .json file: JSON Lines, an array of objects, or objects over several lines."""
     _, first = next(_lines(file), (0, b""))
-    if isinstance(first, Bad) or not isinstance(_json_row(first), Bad):
+    # An array may be all of the file in one line; that is parsed once, item by item, below.
+    is_array = not isinstance(first, Bad) and first.removeprefix(codecs.BOM_UTF8).startswith(b"[")
+    if not is_array and (isinstance(first, Bad) or not isinstance(_json_row(first), Bad)):
         return _json_lines(file)
+    del first
     text = _whole(file)
     if isinstance(text, Bad):
         return _json_lines(file)  # line by line there may be something to read
@@ -175,7 +180,20 @@ def _json_values(text: str) -> Iterator[tuple[int, Row]]:
             place = after_space(place + 1)
 
 
-def _table(file: Path, text_field: str, delimiter: str) -> Iterator[tuple[int, Row]]:
+def _check_columns(file: Path, names: list[str], text_field: str, group_field: str) -> None:
+    """Raises ValueError if there is not one column of text, or more than one of groups."""
+    if text_field not in names:
+        raise ValueError(f"{file}: no column {text_field!r}; found {', '.join(names)}")
+    for name in (text_field, group_field):
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{file}: expected one column {name!r}, found {names.count(name)}; rename others"
+            )
+
+
+def _table(
+    file: Path, text_field: str, group_field: str, delimiter: str
+) -> Iterator[tuple[int, Row]]:
     """Rows of CSV or TSV, quoted as in RFC 4180; the first row names the columns."""
     csv.field_size_limit(2**31 - 1)  # the default would refuse texts of 128 kB
     number = 1
@@ -190,8 +208,7 @@ def _table(file: Path, text_field: str, delimiter: str) -> Iterator[tuple[int, R
                 names = next(reader, [])
             except csv.Error as error:
                 raise ValueError(f"{file}: no row of column names ({error})") from error
-            if text_field not in names:
-                raise ValueError(f"{file}: no column {text_field!r}; found {', '.join(names)}")
+            _check_columns(file, names, text_field, group_field)
             while True:
                 number = reader.line_num + 1
                 try:
@@ -216,8 +233,7 @@ def _parquet(file: Path, text_field: str, group_field: str) -> Iterator[tuple[in
         raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
     with table:
         names = table.schema_arrow.names
-        if text_field not in names:
-            raise ValueError(f"{file}: no column {text_field!r}; found {', '.join(names)}")
+        _check_columns(file, names, text_field, group_field)
         columns = [text_field] + [group_field] * (group_field in names)
         kind = table.schema_arrow.field(text_field).type
         if not (_holds_text(kind) or pyarrow.types.is_null(kind)):

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from flexolmo_jax.data.files import counted, find_files, kind_of, some_of
 from flexolmo_jax.data.groups import group_id
 from flexolmo_jax.data.readers import Bad, Row, read_rows
+from flexolmo_jax.printing import visible
 
 BOM = "\ufeff"  # the byte order mark, which some programs put in front of a text
 CORPUS = Path(__file__).parent.parent / "corpus"
@@ -47,7 +48,7 @@ class Report:
     def lines(self, most: int = 5) -> list[str]:
         """What to tell the user: what was read in one line, then the first bad rows.
 
-        Empty if nothing was read, since windows of an earlier run are used again.
+        Empty if nothing was read: of several processes, the first alone has the report.
         """
         if not (self.documents or self.bad_rows):
             return []
@@ -67,7 +68,7 @@ class Report:
     def tell(self) -> None:
         """Prints `lines` on standard error: standard output may be JSON."""
         for line in self.lines():
-            print(line, file=sys.stderr)
+            print(visible(line), file=sys.stderr)
 
 
 def read_documents(

@@ -76,11 +76,13 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = True
         fields = json_text.loads(self.json)
         self._control = {*control, found} - {_unknown(fields["model"], self._tokenizer)}
-        self._composes = "NFC" in _types(fields["normalizer"])
+        self._composes = "NFC" in _types(fields.get("normalizer"))
         self._is_of_bytes = (
-            fields["normalizer"] is None
-            and _types(fields["decoder"]) == ["ByteLevel"]
+            fields.get("normalizer") is None
+            and _types(fields.get("decoder")) == ["ByteLevel"]
             and self._tokenizer.get_vocab().keys() >= set(pre_tokenizers.ByteLevel.alphabet())
+            # Such a token takes the white space around it away; special ones are never read.
+            and not any((t.lstrip or t.rstrip) and not t.special for t in added.values())
         )
         self._has_warned = False
         self.separator = found
@@ -130,6 +132,8 @@ class Tokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt, with whatever the tokenizer puts in front of one.
 
+        What it puts behind a text, as a separator, is left out: the prompt would be at its end.
+
         Raises:
           ValueError: the text is not valid Unicode, or holds what cannot be given to the model.
         """
@@ -142,12 +146,14 @@ class Tokenizer:
                 "was it typed or read in another encoding, such as Latin-1?"
             ) from error
         encoded = self._tokenizer.encode(text)
-        pairs = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
-        own = [number for number, is_put_in_front in pairs if not is_put_in_front]
+        ids, is_put_in = encoded.ids, encoded.special_tokens_mask
+        own = [number for number, put_in in zip(ids, is_put_in, strict=True) if not put_in]
+        while own and is_put_in[len(ids) - 1]:
+            ids.pop()
         self._check(own, text, "the prompt")
         self._check_whole(text, self.decode(own), "the prompt", refuse=False)
-        self._check_embedded(encoded.ids, "the prompt")
-        return encoded.ids or [self.separator]
+        self._check_embedded(ids, "the prompt")
+        return ids or [self.separator]
 
     def encode_as_transformers(self, text: str, opened: bool) -> list[int]:
         """Ids as a tokenizer of `transformers` gives them: spelled control tokens are read as such.

@@ -84,6 +84,8 @@ def heldout_documents(source: str, data: DataConfig, most_bytes: int = 40_000) -
       most_bytes: once there is so much text, no further document is taken.
     """
     chosen: list[Document] = []
+    if not data.heldout:
+        return chosen  # without a reading of all of the source
     size = 0
     documents = read_documents(source, text_field=data.text_field, group_field=data.group_field)
     for document in documents:

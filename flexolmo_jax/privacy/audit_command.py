@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.data.sources import Report, fingerprint, read_documents
+from flexolmo_jax.data.windows import tokenized
 from flexolmo_jax.evaluation.split import GROUP_FIELD, Split, chosen_split
 from flexolmo_jax.federation.package import read_manifest, replace_file
 from flexolmo_jax.interop import huggingface
@@ -379,9 +380,10 @@ def trained_documents(
     report = Report()
     field = split.group_field if split else GROUP_FIELD
     every = read_documents(data, text_field=text_field, group_field=field, report=report)
-    texts = [d.text for d in every if split is None or not split.holds_out(d)]
+    trained = (d for d in every if split is None or not split.holds_out(d))
+    encoded = [ids[1:].tolist() for ids in tokenized(trained, tokenizer_of(model))]
     report.tell()
-    return [ids[1:] for ids in tokenizer_of(model).encode_documents(texts)]
+    return encoded
 
 
 def _certificate_of(package: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:

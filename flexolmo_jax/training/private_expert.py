@@ -97,7 +97,12 @@ def train_private_expert(
         )
     config = privacy.applied_to(config)
     loaded, tokenizer = anchor_to_train_beside(anchor, config.data, separator)
-    texts = list(public_text_of(loaded, public, anchor, config))
+    texts = public_text_of(loaded, public, anchor, config)
+    # Read before the training that it is needed after, so that what is wrong with it shows now.
+    read = private_rows.units_of_public(
+        texts, tokenizer, length=config.data.length, most_windows=privacy.windows,
+        tokens=config.fit_tokens,
+    ) if config.gating == "alone" else None  # fmt: skip
     expert = in_float32(loaded.weights.public)
     asked = {f"dp_{k}": v for k, v in dataclasses.asdict(privacy).items() if k not in NOT_THE_RUN}
     asked |= {"name": name, "canaries": canaries or None}
@@ -140,8 +145,8 @@ def train_private_expert(
 
     def finish() -> None:
         finished, rows_clip = trained, None
-        if config.gating == "alone":
-            found = _release(run, book, entry, units, loaded, texts, config, privacy, steps.secret)
+        if read is not None:
+            found = _release(run, book, entry, units, loaded, read, config, privacy, steps.secret)
             finished = with_parts(expert, trained, expert.router)
             finished = private_rows.with_rows(finished, *found[:2])
             rows_clip = found[2]
@@ -217,17 +222,15 @@ def _what_is_trained(
 
 
 def _release(
-    run: Path, book: Ledger, entry: Run, units: Units, loaded: LoadedAnchor, texts: list[str],
-    config: ExpertTraining, privacy: PrivacyConfig, secret: mechanism.Secret,
+    run: Path, book: Ledger, entry: Run, units: Units, loaded: LoadedAnchor,
+    read: tuple[np.ndarray, np.ndarray], config: ExpertTraining, privacy: PrivacyConfig,
+    secret: mechanism.Secret,
 ) -> tuple[np.ndarray, np.ndarray, float]:  # fmt: skip
     """Rows, biases, and the clip norm of the release they follow from, which is made once."""
     noise = entry.planned.rows_noise_multiplier
-    assert loaded.tokenizer is not None and noise is not None
+    assert noise is not None
     anchor = sharding.place(loaded.weights, None)  # on this process's first device
-    public = private_rows.look_at_public(
-        anchor, texts, loaded.tokenizer, loaded.config, length=config.data.length,
-        most_windows=privacy.windows, tokens=config.fit_tokens,
-    )  # fmt: skip
+    public = private_rows.look_at_public(read, anchor, loaded.config)
     file = run / RELEASE
     if not file.exists():
         total = private_rows.clipped_total(

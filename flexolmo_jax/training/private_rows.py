@@ -11,7 +11,8 @@ which needs nothing else of the owner's. The rest is of public text, or follows 
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,37 +61,51 @@ class Public(NamedTuple):
     clip: float
 
 
-def look_at_public(
-    anchor: Anchor, texts: Sequence[str], tokenizer: Tokenizer, config: ModelConfig,
-    *, length: int, most_windows: int, tokens: int,
-) -> Public:  # fmt: skip
-    """Whitens each layer's inputs by public text, and measures how long public documents are.
+def units_of_public(
+    texts: Iterable[str], tokenizer: Tokenizer, *, length: int, most_windows: int, tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Public documents as units, so many as make up `tokens`; no further text is read.
 
     Args:
-      anchor: the frozen anchor.
-      texts: public documents; as many as make up `tokens`.
-      tokenizer, config: of the anchor.
+      texts: public documents.
+      tokenizer: of the anchor.
       length: S, tokens of a window.
       most_windows: W, of each document.
+      tokens: how many are wanted.
+
+    Returns:
+      tokens and segments, int32 [documents, W, S + 1] each.
 
     Raises:
-      ValueError: there is no text.
+      ValueError: there is no text, or one that cannot be given to the model.
     """
-    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    rows: list[np.ndarray] = []
     for text in texts:
         if tokens <= 0:
             break
-        cut = list(
-            windows(tokenized([Document(text, text)], tokenizer), length, tokenizer.separator)
-        )
+        cut = windows(tokenized([Document(text, text)], tokenizer), length, tokenizer.separator)
         row = np.zeros((2, most_windows, length + 1), np.int32)
-        for place, window in enumerate(cut[:most_windows]):
+        for place, window in enumerate(itertools.islice(cut, most_windows)):
             row[:, place] = window
-        rows.append((row[0], row[1]))
+        rows.append(row)
         tokens -= int((row[1] > 0).sum())
     if not rows:
         raise ValueError("the public text to fit router rows against is empty; name some more")
-    units = Batch.of(*(np.stack(part) for part in zip(*rows, strict=True)))
+    both = np.stack(rows, axis=1)
+    return both[0], both[1]
+
+
+def look_at_public(
+    public: tuple[np.ndarray, np.ndarray], anchor: Anchor, config: ModelConfig
+) -> Public:
+    """Whitens each layer's inputs by public text, and measures how long public documents are.
+
+    Args:
+      public: as `units_of_public` gives it.
+      anchor: the frozen anchor.
+      config: of the anchor.
+    """
+    units = Batch.of(*public)
     every = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), units)
     whitenings = whitened_by(every, anchor, config)
     one = of_the_anchor(config)
@@ -98,7 +113,7 @@ def look_at_public(
     measure = jax.jit(
         lambda units: jax.lax.map(lambda unit: unit_mean(unit, anchor, into, one), units)
     )
-    lengths = np.linalg.norm(np.asarray(measure(units)).reshape(len(rows), -1), axis=1)
+    lengths = np.linalg.norm(np.asarray(measure(units)).reshape(len(public[0]), -1), axis=1)
     return Public(whitenings, float(np.quantile(lengths, CLIP_QUANTILE)))
 
 

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -115,6 +116,20 @@ def test_json_that_is_nested_too_deeply_is_a_bad_row(tmp_path):
     assert read(tmp_path / "b.json") == (TEXTS, [":1: JSON that is nested too deeply"])
 
 
+def test_an_array_in_one_line_needs_a_small_multiple_of_its_size(tmp_path):
+    """It is not parsed as a line first, which would hold every item at once."""
+    rows = [{"text": f"note {number}", "tags": [[], [], [], [], {}]} for number in range(40_000)]
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(rows))
+    del rows
+    documents = read_documents(file)
+    tracemalloc.start()
+    next(documents)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * file.stat().st_size
+
+
 def test_an_array_that_breaks_off_is_read_up_to_there(tmp_path):
     file = tmp_path / "a.json"
     file.write_bytes(json.dumps([{"text": text} for text in TEXTS]).encode()[:-20])
@@ -147,6 +162,15 @@ def test_a_table_without_the_column_is_an_error_that_names_its_columns(tmp_path)
     with pytest.raises(ValueError, match=r"a.csv: no column 'text'; found id, body"):
         read(tmp_path / "a.csv")
     assert read(tmp_path / "a.csv", text_field="body")[0] == ["x"]
+
+
+def test_a_table_with_two_columns_of_text_is_an_error(tmp_path):
+    """Which of them holds the text cannot be known."""
+    (tmp_path / "a.csv").write_text("text,id,text\nx,1,y\n")
+    pa.parquet.write_table(pa.table([["x"], ["y"]], names=["text", "text"]), tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        with pytest.raises(ValueError, match=f"{name}: expected one column 'text', found 2"):
+            read(tmp_path / name)
 
 
 PARQUET = [

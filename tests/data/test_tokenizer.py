@@ -90,6 +90,30 @@ def test_only_what_a_tokenizer_puts_in_front_is_a_control_token(text, tmp_path):
         assert harness == [tokenizer.separator]
 
 
+def test_what_a_tokenizer_puts_behind_a_text_does_not_end_a_prompt():
+    """As fine-tuning with an end behind each text leaves it; what stands in front stays."""
+    made = bytes_bpe(["<s>", "</s>"])
+    pieces = [("<s>", 0), ("</s>", 1)]
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s> </s>", special_tokens=pieces
+    )
+    tokenizer = Tokenizer(made.to_str(), "</s>")
+    own = made.encode("the river", add_special_tokens=False).ids
+    assert tokenizer.encode_prompt("the river") == [0, *own]
+    assert tokenizer.encode_documents(["the river"]) == [[1, *own]]
+
+
+@pytest.mark.parametrize(
+    "field", ["normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding"]
+)
+def test_a_field_that_a_tokenizer_json_leaves_out_is_null(field):
+    """As the library reads it; other programs write no nulls."""
+    saved = json.loads(bytes_bpe().to_str())
+    null = Tokenizer(json.dumps({**saved, field: None})).encode_documents(["x"])
+    del saved[field]
+    assert Tokenizer(json.dumps(saved)).encode_documents(["x"]) == null
+
+
 def test_added_tokens_that_are_not_special_are_text_as_before():
     made = bytes_bpe()
     made.add_tokens(["<|user|>"])
@@ -209,6 +233,13 @@ def lower_case():
     return made
 
 
+def with_greedy_token():
+    """An added token that is no control token, and takes the space before it away."""
+    made = bytes_bpe()
+    made.add_tokens([tokenizers.AddedToken("[INST]", lstrip=True)])
+    return made
+
+
 def without_unknown():
     """A BPE of characters that drops the others without a word."""
     made = tokenizers.Tokenizer(models.BPE())
@@ -228,6 +259,7 @@ def without_unknown():
         (lower_case, SEPARATOR, "The river", "cannot write 'T'"),
         (lower_case, SEPARATOR, "the river tT", "cannot write 'T'"),
         (without_unknown, "</s>", "the ☃ river", "cannot write '☃'"),
+        (with_greedy_token, SEPARATOR, "the [INST] river", r"makes 'the\[INST\] river' of"),
     ],
 )
 def test_text_that_is_lost_is_named(make, separator, text, said):

@@ -17,6 +17,7 @@ from flexolmo_jax.data.sources import Document, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.units import prepare_units
 from flexolmo_jax.data.windows import tokenized, windows
+from flexolmo_jax.evaluation.domains import heldout_documents
 
 SEPARATOR = 0
 
@@ -228,6 +229,23 @@ def test_a_source_of_which_nothing_is_held_out_can_be_trained_on(tmp_path, own):
     data = DataConfig(batch_size=2, length=8, heldout=1e-9)
     source, _ = prepare(str(tmp_path / "a.txt"), data, tokenizer, tmp_path / "data")
     assert len(take(source, 2)) == 2
+
+
+def test_without_a_held_out_share_the_source_is_read_once(tmp_path, own, monkeypatch):
+    _, tokenizer, _ = own
+    (tmp_path / "a.txt").write_text("a single document")
+    readings = []
+
+    def counted(source, **options):
+        readings.append(source)
+        return read_documents(source, **options)
+
+    monkeypatch.setattr("flexolmo_jax.data.flexmix.read_documents", counted)
+    monkeypatch.setattr("flexolmo_jax.evaluation.domains.read_documents", counted)
+    data = DataConfig(batch_size=2, length=8, heldout=0.0)
+    prepare(str(tmp_path / "a.txt"), data, tokenizer, tmp_path / "data")
+    assert heldout_documents(str(tmp_path / "a.txt"), data) == []
+    assert len(readings) == 1
 
 
 def test_bytes_survive_a_trained_tokenizer():

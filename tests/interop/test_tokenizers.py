@@ -207,8 +207,14 @@ def test_documents_that_the_model_cannot_read_are_named_by_every_command(
     ):
         said = refused(*command)
         assert f"'<|t{VOCAB - 1}|>' has id" in said and f"ids below {VOCAB} only" in said
-        assert "chat.jsonl:10" in said or command[0] == "audit"
+        assert "chat.jsonl:10" in said
         assert not (tmp_path / "out").exists()
+    chat.write_text(json.dumps({"text": rows[-1]}) + "\n")
+    own = ("--data", world.texts["math"], "--public", chat, "--run", tmp_path / "run")
+    for privacy in ((), ("--dp-epsilon", "8", "--dp-delta", "0.01")):
+        said = refused(*train, *own, *privacy)  # before the training that it is needed after
+        assert f"'<|t{VOCAB - 1}|>' has id" in said
+        assert not (tmp_path / "run").exists()
     said = refused("generate", "--model", folder, "--prompt", f"<|t{VOCAB - 1}|>")
     assert f"the prompt: the token '<|t{VOCAB - 1}|>' has id" in said
 

@@ -313,10 +313,13 @@ class Rows:
             )
             for name in ("math", "code")
         }
-        self.public = private_rows.look_at_public(
-            self.anchor.weights, self.anchor.public_text, self.anchor.tokenizer,
-            self.anchor.config, length=32, most_windows=2, tokens=4096,
-        )  # fmt: skip
+        self.public = self.look_at(self.anchor.public_text)
+
+    def look_at(self, texts):
+        read = private_rows.units_of_public(
+            texts, self.anchor.tokenizer, length=32, most_windows=2, tokens=4096
+        )
+        return private_rows.look_at_public(read, self.anchor.weights, self.anchor.config)
 
     def total(self, units):
         return private_rows.clipped_total(
@@ -366,13 +369,9 @@ def test_the_release_has_the_noise_it_says(rows):
 
 def test_rows_of_a_release_tell_the_owners_text_from_public_text(rows, world):
     """With little noise, in every layer."""
-    anchor, config = rows.anchor.weights, rows.anchor.config
 
     def means(texts):
-        found = private_rows.look_at_public(
-            anchor, texts, rows.anchor.tokenizer, config, length=32, most_windows=2, tokens=4096
-        )
-        return np.stack([w.mean for w in found.whitenings])
+        return np.stack([w.mean for w in rows.look_at(texts).whitenings])
 
     units = rows.units["math"]
     little = private_rows.release(
