@@ -84,8 +84,11 @@ def _acquire(file: Path, busy: str, advice: str, deadline: float) -> int | None:
 def _open(file: Path) -> int:
     try:
         return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except PermissionError:
-        return os.open(file, os.O_RDONLY | os.O_NOFOLLOW)  # left behind by another user
+    except PermissionError as error:
+        try:
+            return os.open(file, os.O_RDONLY | os.O_NOFOLLOW)  # left behind by another user
+        except FileNotFoundError:  # nothing can be written beside what is to be locked
+            raise error from None
 
 
 def _is_current(descriptor: int, file: Path) -> bool:

@@ -125,7 +125,7 @@ def check_training(
     if ledger is not None:
         if os.path.isdir(ledger):
             raise ValueError(f"{ledger}: is a folder; name the ledger's file")
-        _check_place(ledger, ())
+        _check_place(ledger, reads)
         kept["the ledger"] = ledger
     for what, place in kept.items():
         if _is_in(place, out):

@@ -130,6 +130,8 @@ def test_nothing_of_a_training_lies_in_another_part_of_it(place):
         check(out, run, reads, ledger=out / "budget.json")
     with pytest.raises(ValueError, match="a package of kind expert"):
         check(out, run, reads, ledger=place / "package" / "budget.json")
+    with pytest.raises(ValueError, match="lies in .*texts, which is read"):
+        check(out, run, reads, ledger=place / "texts" / "budget.json")
     with pytest.raises(ValueError, match="the profile would lie in the package"):
         check(out, run, reads, profile=out / "trace")
     with pytest.raises(ValueError, match="would lie in the run folder"):

@@ -6,7 +6,7 @@ import math
 import re
 import unicodedata
 
-MISSING = ("", "nan", "none", "null", "<na>", "n/a", "nat")
+MISSING = ("", "na", "nan", "-nan", "none", "null", "<na>", "n/a", "#n/a", "nat")
 _WHOLE = re.compile(r"[+-]?[0-9]+(\.0*)?")
 
 

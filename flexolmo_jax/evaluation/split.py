@@ -79,6 +79,12 @@ def chosen_split(
     if share is True or share is None:
         if record is None or not record.share:
             if share is None:
+                if any(records.values()) and record is None:
+                    warnings.warn(
+                        f"{model}: {_why_none(records, record)}; without --heldout, all documents "
+                        "are taken for trained ones, held-out ones too",
+                        stacklevel=2,
+                    )
                 return None
             raise ValueError(
                 f"{model}: {_why_none(records, record)}; say --heldout SHARE and, where documents "
@@ -124,30 +130,22 @@ def _records(model: Path, anchor: Path | None) -> dict[str, Split | None]:
         return {}
     manifest = read_manifest(model)
     if manifest["kind"] == "anchor":
-        return {"public": _record(model, manifest)}
+        return {"public": _record(manifest)}
     records: dict[str, Split | None] = {}
     if manifest["kind"] == "merged":
         anchor = model / manifest["anchor"]["path"]
         for entry in manifest["experts"]:
             package = model / entry["path"]
-            records[entry["name"]] = _record(package, read_manifest(package, kind="expert"))
+            records[entry["name"]] = _record(read_manifest(package, kind="expert"))
     else:
-        records[manifest["name"]] = _record(model, manifest)
+        records[manifest["name"]] = _record(manifest)
     if anchor is not None and (anchor / MANIFEST).exists():
-        records["public"] = _record(anchor, read_manifest(anchor, kind="anchor"))
+        records["public"] = _record(read_manifest(anchor, kind="anchor"))
     return records
 
 
-def _record(package: Path, manifest: dict[str, Any]) -> Split | None:
+def _record(manifest: dict[str, Any]) -> Split | None:
     found = manifest.get("heldout")
     if found is None:  # of an older version
         return None
-    match found:
-        case {"share": int() | float() as share, "group_field": str() as field} if (
-            not isinstance(share, bool) and 0 <= share < 1 and field
-        ):
-            return Split(float(share), field)
-    raise ValueError(
-        f"{package / MANIFEST}: heldout: expected a share in [0, 1) and the name of a group field, "
-        f"found {repr(found)[:100]}"
-    )
+    return Split(float(found["share"]), found["group_field"])

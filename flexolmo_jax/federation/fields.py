@@ -163,6 +163,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
 def _is_integer(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
@@ -260,10 +264,15 @@ COMMON = {
     "tokens_seen": Field("a whole number", _is_integer, optional=True),
     "heldout": Field(
         "an object of a share in [0, 1) and a group field, or null",
-        _or_none(lambda x: _has(x, {"share": _is_share, "group_field": _is_text})),
+        _or_none(lambda x: _has(x, {"share": _is_share, "group_field": _is_name})),
         optional=True,
     ),
     "separator": Field("text", _is_text, optional=True),
+    "canaries": Field(
+        "an object of a number of candidates, and a commitment, a sha256",
+        lambda x: _has(x, {"candidates": _is_integer, "commitment": _is_digest}),
+        optional=True,
+    ),
     **dict.fromkeys(
         ("gating", "router", "domain_embedding"),
         Field("text or null", _or_none(_is_text), optional=True),

@@ -310,6 +310,12 @@ def _add(model: Path, packages: Sequence[Path], allow_share: float | None) -> Ad
     for package in added:
         check_made_for(package, anchor)
     check_packages([*anchor.packages, *added])
+    named, own = _named_separator(whole), anchor.tokenizer and anchor.tokenizer.separator_text
+    if named not in (None, own):
+        raise ValueError(
+            f"{', '.join(map(str, packages))}: trained with the separator {named!r}, and {model} "
+            f"has {own!r}; merge anew with --separator {named!r}"
+        )
     names = [package.manifest["name"] for package in whole]
     active, memory = manifest["active_experts"], _memory(manifest)
     shares = _allowed_shares(anchor, whole, names, active, memory, allow_share)

@@ -11,6 +11,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -111,8 +112,11 @@ OTHER_WEIGHTS = ("*.safetensors", "*.index.json", "*.bin", "*.gguf", "*.pth")
 def is_hugging_face(path: str | Path) -> bool:
     """Whether `path` is a folder with a config.json and weights beside it, of whatever format.
 
-    Those that cannot be read are refused by `load`.
+    Those that cannot be read are refused by `load`. A folder with a manifest.json is a package, in
+    which such files have no place: taken for a model, they would escape its digests.
     """
+    if os.path.lexists(Path(path) / "manifest.json"):
+        return False
     weights = (file for pattern in OTHER_WEIGHTS for file in Path(path).glob(pattern))
     return (Path(path) / "config.json").is_file() and any(weights)
 

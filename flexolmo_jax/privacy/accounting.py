@@ -40,7 +40,7 @@ POINTS = 30_000  # of the grid of one step, for all runs together: what a second
 # of the number of steps: a whole number of a million digits. Grids of long runs are made larger.
 LONG, LEAST_POINTS = 1000, 1001
 MOST_STEPS = 10**7  # of all runs together; beyond, rounding in Fourier transforms reaches delta
-MOST_RUNS = 100  # different ones: what the accountants can compose in 20 seconds
+MOST_RUNS = 100  # whose steps differ: what the accountants can compose in 20 seconds
 MOST_UNITS = 10**12
 LARGER = 1.25  # the largest batch is at least so many times the mean one: below, epsilon explodes
 TRUNCATED = 0.01  # share of delta that batches cut at the largest size may use up
@@ -149,15 +149,29 @@ def pld_epsilon(mechanisms: Sequence[Mechanism], delta: float, guess: float | No
 
 
 def _counted(mechanisms: Sequence[Mechanism]) -> dict[Mechanism, int]:
-    """How often each different mechanism is used. Raises ValueError if that is too much."""
-    counted = dict(collections.Counter(mechanisms))
-    steps = sum(one.steps * times for one, times in counted.items())
-    if len(counted) > MOST_RUNS or steps > MOST_STEPS:
+    """All steps and releases of some runs: mechanisms, and how often each is used.
+
+    Runs whose steps are alike, as those that were interrupted or tried with another learning rate,
+    count as one longer run: composition knows no order. Releases for router rows stand apart.
+
+    Raises:
+      ValueError: that is too much.
+    """
+    steps: collections.Counter[Mechanism] = collections.Counter()
+    releases: collections.Counter[Mechanism] = collections.Counter()
+    for one, times in collections.Counter(mechanisms).items():
+        steps[dataclasses.replace(one, steps=0, rows_noise_multiplier=None)] += one.steps * times
+        if one.rows_noise_multiplier is not None:
+            releases[dataclasses.replace(one, steps=0)] += times
+    different = max(len(steps), len(releases))
+    if different > MOST_RUNS or steps.total() > MOST_STEPS:
         raise ValueError(
-            f"expected at most {MOST_RUNS} different runs and {MOST_STEPS:,} steps in all, which "
-            f"is what can be accounted for; found {len(counted)} and {steps:,}"
+            f"expected at most {MOST_RUNS} runs whose noise or batches differ, and {MOST_STEPS:,} "
+            f"steps in all, which is what can be accounted for; found {different} and "
+            f"{steps.total():,}"
         )
-    return counted
+    longer = {dataclasses.replace(one, steps=count): 1 for one, count in steps.items()}
+    return longer | dict(releases)
 
 
 def _interval(counted: dict[Mechanism, int], guess: float) -> float:
@@ -167,7 +181,8 @@ def _interval(counted: dict[Mechanism, int], guess: float) -> float:
         for one, times in counted.items()
     )
     wanted = FINENESS * guess / math.sqrt(max(1, releases))
-    widest = sum(_largest_loss(one) for one in counted)
+    losses = [_largest_loss(one) for one in counted if one.steps]
+    widest = sum(losses) or max(map(_largest_loss, counted))  # where no step was taken yet
     return max(min(COARSEST, wanted), widest / POINTS)
 
 

@@ -217,8 +217,7 @@ def run_membership(
     package = _package_of(path, expert)
     manifest = read_manifest(package, kind="expert")
     canaries = _canaries_of(package, manifest, run)
-    name, statement = manifest["name"], manifest["privacy"]
-    certificate = statement if isinstance(statement, dict) else None
+    name, certificate = manifest["name"], _certificate_of(package, manifest)
     delta = certificate["delta"] if certificate else membership.DELTA
     model = load(path, anchor=anchor)
     ways = {"the expert alone": {"only": [name]}, "the model": {}}
@@ -385,6 +384,24 @@ def trained_documents(
     encoded = [ids[1:].tolist() for ids in tokenized(trained, tokenizer_of(model))]
     report.tell()
     return encoded
+
+
+def _certificate_of(package: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """What a package claims of privacy, verified or not; None if it has no certificate.
+
+    Raises:
+      ValueError: it has one that lacks what a claim consists of.
+    """
+    claim = manifest["privacy"]
+    if not isinstance(claim, dict):
+        return None
+    numbers: list[Any] = [claim.get(name) for name in ("epsilon", "delta")]
+    if not all(type(x) in (int, float) and x > 0 for x in numbers) or "unit" not in claim:
+        raise ValueError(
+            f"{package}: its privacy statement claims no epsilon and delta above 0 of a unit; see "
+            f"`flexolmo privacy verify {package}`"
+        )
+    return claim
 
 
 def _canaries_of(package: Path, manifest: dict[str, Any], run: Path) -> Canaries:

@@ -71,7 +71,7 @@ def verify(package: Path, as_json: bool) -> None:
     rows = [
         {
             "epsilon of": title, "stated": f"{found[name]['stated']:.4f}",
-            "found": f"{found[name]['pld']:.4f}", "Renyi bound": f"{found[name]['renyi']:.4f}",
+            "found": _bound(found[name]["pld"]), "Renyi bound": _bound(found[name]["renyi"]),
         }
         for name, title in titles.items()
     ]  # fmt: skip
@@ -82,6 +82,10 @@ def verify(package: Path, as_json: bool) -> None:
     )
     if found["epsilon"]["stated"] > 20:
         tell("An epsilon above 20 promises next to nothing.")
+
+
+def _bound(found: float | None) -> str:
+    return "none" if found is None else f"{found:.4f}"
 
 
 def budget(file: Path, as_json: bool) -> None:

@@ -74,7 +74,8 @@ class Ledger:
     """The ledger in a file. Runs of several processes at a time take turns in it."""
 
     def __init__(self, file: Path):
-        self.file = file.absolute()
+        # Not a link to it: one rename would put a second ledger in the link's place.
+        self.file = Path(os.path.realpath(file))
 
     def check_text(self, source: str, text: str) -> None:
         """Before a run starts or goes on: is this the only ledger of its text? Changes nothing.
@@ -155,7 +156,7 @@ class Ledger:
             )
         old = self.file.with_suffix(".lock")  # of earlier versions
         for lock in (self._lock, old):
-            if lock.is_file() and not lock.stat().st_size:
+            if lock.is_file() and not lock.stat().st_size and not _is_held(lock):
                 raise ValueError(
                     f"{self.file}: missing, while its lock {lock} is still there, so what earlier "
                     "runs have spent is not known: bring the ledger back; if there never was a "
@@ -395,6 +396,17 @@ def _check(ledger: dict[str, Any]) -> None:
     for name in ("id", "file"):
         if not isinstance(ledger.get(name, ""), str):
             raise ValueError(f"{name} is {ledger[name]!r}")
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process holds a lock, as one that enters its first run in a new ledger does."""
+    with contextlib.suppress(FileNotFoundError), open(lock, "rb") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+    return True  # and has deleted it by now
 
 
 def _number(value: Any, name: str) -> None:

@@ -110,7 +110,11 @@ def _without(
         anchor = path / manifest["anchor"]["path"]
         active = manifest["active_experts"]
         separator = manifest["anchor"].get("separator")
-        merge(anchor, others, never, active_experts=active, separator=separator, allow_share=None)
+        kept = manifest.get("memory")
+        merge(
+            anchor, others, never, active_experts=active, separator=separator, allow_share=None,
+            memory=kept and (kept["decay"], kept["weight"]),
+        )  # fmt: skip
         found = load(never)
     with tempfile.TemporaryDirectory(dir=beside, prefix=f".{path.absolute().name}.") as folder:
         shutil.copytree(path, folder, dirs_exist_ok=True)

@@ -107,7 +107,8 @@ def verify_statement(statement: Any, where: str, gating: str | None = None) -> d
         statement must count; None if that is not known.
 
     Returns:
-      {"epsilon": {"stated", "pld", "renyi"}, "epsilon_of_all_runs": the same, "delta": ...}.
+      {"epsilon": {"stated", "pld", "renyi"}, "epsilon_of_all_runs": the same, "delta": ...}; None
+      for an accountant that finds no bound, as Renyi's where batches may be cut.
 
     Raises:
       ValueError: there is none, it lacks something or holds a value that cannot be, it claims less
@@ -144,16 +145,21 @@ def verify_statement(statement: Any, where: str, gating: str | None = None) -> d
                 f"{least:.4f} (privacy loss distributions: at most {tight:.4f}; Renyi: at most "
                 f"{loose:.4f})"
             )
-        if stated > LOOSE * tight + 0.01:
+        if stated > LOOSE * max(tight, loose) + 0.01:  # older versions found more than `tight`
             raise ValueError(
                 f"{where}: the statement claims {name} {stated:g}, and its own numbers cost "
                 f"only {tight:.4f}: they do not belong together"
             )
     shown = {
-        name: {"stated": numbers[name], "pld": tight, "renyi": loose}
+        name: {"stated": numbers[name], "pld": _known(tight), "renyi": _known(loose)}
         for name, (tight, loose) in found.items()
     }
     return {"delta": delta, **shown}
+
+
+def _known(bound: float) -> float | None:
+    """Infinity is no bound, and no JSON."""
+    return bound if math.isfinite(bound) else None
 
 
 NUMBERS = ("delta", "epsilon", "epsilon_of_all_runs", "clip_norm")
@@ -214,6 +220,8 @@ def _check_rows(statement: dict[str, Any], gating: str | None) -> None:
         _positive(statement, "rows_clip_norm")
     if fitted != (clip is not None) or not str(statement["mechanism"]).endswith(ROWS[fitted]):
         raise ValueError("rows_noise_multiplier, rows_clip_norm and mechanism do not agree")
+    if gating not in (None, "alone", "pair"):
+        raise ValueError(f"its expert was trained with gating {gating!r}, which is unknown")
     if gating is not None and fitted != (gating == "alone"):
         raise ValueError(
             f"rows_noise_multiplier is {noise}, and its expert was trained with gating "
@@ -229,6 +237,8 @@ def _other_runs(statement: dict[str, Any]) -> list[Mechanism]:
         raise ValueError("other_runs is not a list")
     found = []
     for entry in listed:
+        if not isinstance(entry, dict):
+            raise ValueError(f"one of the other runs is no object: {entry!r:.60}")
         if entry.get("unit") != statement["unit"]:
             raise ValueError(
                 f"one of the other runs protects the unit {entry.get('unit')!r}, and this one "

@@ -50,6 +50,9 @@ def write_marks(source: str | Path, text: str, ledger: Path, ledger_id: str) -> 
     """Marks a text with its ledger; returns the files that could not be written."""
     failed = []
     for file in _files(source, text):
+        if not file.is_absolute():
+            failed.append(file)
+            continue
         try:
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             replace_file(file, json.dumps({"ledger": str(ledger), "id": ledger_id}) + "\n")
@@ -61,7 +64,8 @@ def write_marks(source: str | Path, text: str, ledger: Path, ledger_id: str) -> 
 def _files(source: str | Path, text: str) -> list[Path]:
     if str(source).startswith(PUBLIC):
         return []
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    # Without a home (some containers), "~" stays as it is, and there is no such mark.
+    state = Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"))
     files = [state / "flexolmo_jax" / "ledgers" / f"{text}.json"]
     if not str(source).startswith("tfds:"):
         place = Path(source).resolve()

@@ -27,7 +27,7 @@ def test_different_ids_stay_different():
     assert len({group_id(value) for value in ids}) == len(ids)
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), "", " \t", "\u200b", "NaN", "null", "None"])
+@pytest.mark.parametrize("value", [None, float("nan"), "", " \t", "\u200b", "NaN", "NA", "null"])
 def test_what_names_no_group_is_none(value):
     assert group_id(value) is None
 

@@ -37,7 +37,6 @@ def models(world, tmp_path_factory):
         ("ward", {"share": 0.1, "group_field": "patient"}),
         ("everything", {"share": 0.0, "group_field": "group"}),
         ("old", None),
-        ("odd", {"share": True, "group_field": "patient"}),
     ):
         more = {"heldout": heldout} if heldout else {}
         write_expert(folder / name, anchor.weights.public, name, anchor, {**facts, **more})
@@ -75,8 +74,25 @@ def test_the_record_is_of_the_expert_that_is_named_or_of_all(models, world):
     ):
         with pytest.raises(ValueError, match=why):
             chosen_split(models / model, name, True, None)
-    with pytest.raises(ValueError, match="odd/manifest.json: heldout: expected a share"):
-        chosen_split(models / "odd", "odd", True, None)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"share": True, "group_field": "patient"}, {"share": 1, "group_field": "patient"},
+        {"share": 0.1, "group_field": ""}, {"share": 0.1}, "a tenth",
+    ],
+)  # fmt: skip
+def test_no_package_holds_an_odd_record(world, odd, tmp_path):
+    anchor = read_anchor(world.anchor)
+    with pytest.raises(ValueError, match="field 'heldout': expected an object of a share"):
+        write_expert(tmp_path / "odd", anchor.weights.public, "odd", anchor, {"heldout": odd})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_audit_of_experts_with_several_records_says_that_it_goes_by_none(models):
+    with pytest.warns(UserWarning, match="other splits .*all documents are taken for trained"):
+        assert chosen_split(models / "merged", None, None, None, trained=True) is None
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,18 @@ def refused_by_all(copied, tmp_path):
     return check
 
 
+def test_a_hugging_face_model_inside_a_package_is_not_taken_for_it(copied, refused_by_all):
+    """Its weights are in no digest."""
+    folders = (copied.experts["math"], copied.anchor, copied.merged)
+    for folder in folders:
+        (folder / "config.json").write_text('{"model_type": "olmo2"}')
+        (folder / "model.safetensors").write_bytes(b"")
+        with pytest.raises(ValueError, match="config.json: not part of the package"):
+            fo.load(folder)
+        if folder == copied.experts["math"]:
+            refused_by_all("config.json: not part of the package")
+
+
 @pytest.mark.parametrize(
     "part",
     ["params", "params/state", "params/state/router.row", "params/state/router.row/c",

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from flexolmo_jax.data.sources import read_documents
 from flexolmo_jax.data.tokenizer import SEPARATOR, Tokenizer
 from flexolmo_jax.evaluation.domains import bits_per_byte
+from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.interop import huggingface
 from flexolmo_jax.model import load
 
@@ -151,6 +152,9 @@ def test_a_separator_is_named_once_and_kept(folder, world, flexolmo, refused, tm
     assert code == 0, error
     merged = tmp_path / "merged"
     assert flexolmo("merge", "--anchor", folder, "--expert", out, "--out", merged)[0] == 0
+    merge(folder, [], tmp_path / "other", separator="<|pad|>")
+    said = refused("experts", "add", tmp_path / "other", out)
+    assert "trained with the separator '</s>', and" in said and "has '<|pad|>'" in said
     plain = load(merged).generate([[40, 41]], 8)[0]
     write(folder / "generation_config.json", {"eos_token_id": [0, plain[2]]})
     for path in (merged, out):

@@ -10,6 +10,7 @@ from dp_accounting import dp_event, pld
 
 from flexolmo_jax.config import PrivacyConfig
 from flexolmo_jax.federation.package import NO_PRIVACY, privacy_summary
+from flexolmo_jax.json_output import print_json
 from flexolmo_jax.privacy import accounting
 from flexolmo_jax.privacy.accounting import (
     ROWS_SHARE,
@@ -252,6 +253,30 @@ def test_a_statement_that_lacks_something_is_refused(statement, name):
         verify_statement({k: v for k, v in statement.items() if k != name}, "here")
 
 
+@pytest.mark.parametrize("others", [["a run"], [None], [[1]]])
+def test_other_runs_that_are_no_objects_are_refused(statement, others):
+    with pytest.raises(ValueError, match="^here: .*one of the other runs is no object"):
+        verify_statement({**statement, "other_runs": others}, "here")
+
+
+def test_a_bound_that_is_not_known_is_none_and_prints_as_json(capsys):
+    """Of many runs, cut batches cost more of delta than Renyi's accountant has to spare."""
+    run = calibrate(0.5, 1e-6, units=20_000, mean_batch=400, steps=500, rows=True, multiple=8)
+    others = [dataclasses.replace(run, steps=n) for n in range(480, 500)]
+    made = make_statement(
+        PrivacyConfig(0.5), run, 1e-6,
+        window_tokens=32, rows_clip=1.0, other_runs=others, library="x",
+    )  # fmt: skip
+    found = verify_statement(made, "here", "alone")
+    assert found["epsilon_of_all_runs"]["renyi"] is None
+    print_json(found)
+    assert "null" in capsys.readouterr().out
+
+
+def test_a_claim_of_an_older_version_that_found_more_still_verifies(statement):
+    verify_statement({**statement, "epsilon": 1.03 * statement["epsilon"]}, "here")
+
+
 def test_a_run_that_protects_another_unit_is_not_added(statement):
     (other,) = statement["other_runs"]
     for unit in ("sequence", None):
@@ -263,7 +288,7 @@ def test_a_run_that_protects_another_unit_is_not_added(statement):
 def test_more_runs_than_can_be_accounted_for_are_refused_at_once(statement):
     (other,) = statement["other_runs"]
     many = [{**other, "noise_multiplier": 1 + n / 1000} for n in range(1000)]
-    with pytest.raises(ValueError, match="at most 100 different runs"):
+    with pytest.raises(ValueError, match="at most 100 runs whose noise or batches differ"):
         verify_statement({**statement, "other_runs": many}, "here")
     with pytest.raises(ValueError, match="and 10,000,000 steps in all"):
         verify_statement({**statement, "other_runs": [other] * 1_000_000}, "here")
@@ -271,6 +296,8 @@ def test_more_runs_than_can_be_accounted_for_are_refused_at_once(statement):
 
 def test_rows_that_were_fitted_must_be_counted(statement):
     verify_statement(statement, "here", gating="alone")
+    with pytest.raises(ValueError, match="gating 'some', which is unknown"):
+        verify_statement(statement, "here", gating="some")
     with pytest.raises(ValueError, match="gating 'pair', where router rows are fitted to none"):
         verify_statement(statement, "here", gating="pair")
     without = {

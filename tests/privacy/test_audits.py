@@ -14,6 +14,7 @@ from flexolmo_jax.federation.package import read_manifest, write_manifest
 from flexolmo_jax.model import load
 from flexolmo_jax.privacy import membership
 from flexolmo_jax.privacy.canaries import Canaries
+from flexolmo_jax.privacy.removal import audit_removal
 from flexolmo_jax.privacy.statement import ADJACENCY
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -101,6 +102,11 @@ def test_a_false_certificate_is_refuted(world, audited, tmp_path, refused):
     said = refused(*words(world, audited, "--model", tmp_path / "out"))
     assert "the certificate is refuted: epsilon is at least" in said
     assert "the certificate claims 0.1" in said
+    for wrong in ({"epsilon": "0.1"}, {"delta": None}, {"delta": 0}):
+        changed = {**read_manifest(tmp_path / "out"), "privacy": {**claim, **wrong}}
+        write_manifest(tmp_path / "out", changed)
+        said = refused(*words(world, audited, "--model", tmp_path / "out"))
+        assert "claims no epsilon and delta above 0" in said
 
 
 def test_in_a_merged_model_too(audited, flexolmo):
@@ -121,6 +127,17 @@ def test_nothing_is_left_of_an_expert(world, audited, flexolmo):
     assert found["prefixes"] == {"texts": 20, "better": 0, "mean": 0.0, "largest": 0.0}
     assert found["canaries"] == 2 * COUNT and not found["tuned"]
     assert [p.name for p in audited.iterdir() if p.name.startswith(".")] == []  # tidied up
+
+
+def test_a_model_without_router_memory_is_compared_with_one_without(audited, world, tmp_path):
+    merge(world.anchor, [audited / "out"], tmp_path / "plain", memory=None)
+    question = np.arange(2, 40) % 200
+    found = audit_removal(tmp_path / "plain", "math", None, [question])
+    assert found.removed.equal and found.switched_off.equal
+    packages = [audited / "out", world.experts["code"]]
+    merge(world.anchor, packages, tmp_path / "two", memory=None)
+    found = audit_removal(tmp_path / "two", "math", None, [question])
+    assert found.removed.equal and found.switched_off.equal
 
 
 def removal(audited, world, *more):

@@ -247,11 +247,40 @@ def test_a_first_run_that_is_refused_leaves_nothing_behind(ledger, text, tmp_pat
     first_run(ledger, text)
 
 
-def test_where_no_mark_can_be_left_it_is_said(ledger, text, tmp_path, capsys, monkeypatch):
+def test_a_link_to_a_ledger_is_that_ledger(ledger, tmp_path):
+    admit(ledger, "run")
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "link.json"
+    link.symlink_to(ledger.file)
+    admit(Ledger(link), "another", limit=5.0)
+    assert link.is_symlink() and len(ledger.contents()["runs"]) == 2
+
+
+def test_a_ledger_that_another_process_is_about_to_begin_is_not_missed(ledger, text):
+    with ledger._open() as contents:  # the lock is there, and the ledger is not yet
+        assert not contents["runs"]
+        ledger.check_text(str(text), digest_of_documents(text, "text"))
+    ledger._lock.touch()
+    with pytest.raises(ValueError, match="missing, while its lock"):
+        ledger.check_text(str(text), digest_of_documents(text, "text"))
+
+
+def test_runs_that_were_interrupted_often_stay_accountable(ledger, tmp_path):
+    many = dataclasses.replace(RUN, steps=300)
+    mechanisms = [dataclasses.replace(many, steps=n) for n in range(1, 301)]
+    together = dataclasses.replace(RUN, steps=sum(range(1, 301)), rows_noise_multiplier=None)
+    rows = dataclasses.replace(RUN, steps=0, rows_noise_multiplier=5.0 / 300**0.5)
+    assert epsilon(mechanisms, DELTA) == pytest.approx(epsilon([together, rows], DELTA), rel=1e-6)
+
+
+@pytest.mark.parametrize("state", ["a_file", "relative"])
+def test_where_no_mark_can_be_left_it_is_said(ledger, text, tmp_path, capsys, monkeypatch, state):
     (tmp_path / "a_file").touch()
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "a_file"))
+    place = state if state == "relative" else str(tmp_path / "a_file")
+    monkeypatch.setenv("XDG_STATE_HOME", place)
     first_run(ledger, text)
     assert "cannot be written, so no mark of the ledger is there" in capsys.readouterr().err
+    assert not (tmp_path / "relative").exists()
 
 
 def test_runs_of_another_unit_are_not_added(ledger, tmp_path):
