@@ -14,7 +14,8 @@ NO_PYTHON := no Python with venv among $(SUPPORTED) on this machine (looked for 
 	install one (on Debian or Ubuntu with its package python3-venv), or name it: make PYTHON=/path/to/python
 
 # Tests of each kind that a second Python and JAX have to pass: parity, training, packages, decoding, the commands.
-SUBSET := tests/interop tests/modeling tests/training/test_training.py tests/federation tests/inference tests/test_cli.py
+SUBSET := tests/interop tests/training/test_training.py tests/federation/test_package.py \
+	tests/inference/test_generate.py tests/test_model.py
 
 .PHONY: demo audit test test-subset test-wheel lint bench clean
 
