@@ -16,7 +16,8 @@ from flexolmo_jax.config import ModelConfig, OptimizerConfig
 from flexolmo_jax.data.loader import Batch
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.anchor import read_anchor, write_anchor
-from flexolmo_jax.federation.merge import merge, write_expert
+from flexolmo_jax.federation.expert import write_expert
+from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.inference.unstacked import round_to_int8
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.modeling.experts import Experts, mix

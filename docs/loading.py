@@ -49,7 +49,8 @@ def make(folder: Path, experts: int) -> None:
     from flexolmo_jax.config import ModelConfig
     from flexolmo_jax.data.tokenizer import Tokenizer
     from flexolmo_jax.federation.anchor import read_anchor, write_anchor
-    from flexolmo_jax.federation.merge import merge, write_expert
+    from flexolmo_jax.federation.expert import write_expert
+    from flexolmo_jax.federation.merge import merge
     from flexolmo_jax.modeling.transformer import init_anchor
 
     config = ModelConfig(

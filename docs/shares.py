@@ -17,7 +17,7 @@ import numpy as np
 
 from flexolmo_jax.config import MEMORY
 from flexolmo_jax.federation.anchor import read_anchor
-from flexolmo_jax.federation.merge import read_expert
+from flexolmo_jax.federation.expert import read_expert
 from flexolmo_jax.federation.shares import measure_shares
 
 OWNERS = ("code", "math", "educational", "creative")

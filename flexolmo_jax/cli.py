@@ -14,12 +14,11 @@ from typing import Any
 
 from flexolmo_jax.arguments import make_parser
 from flexolmo_jax.json_output import print_json
-from flexolmo_jax.parser import UsageError, did_you_mean, parse
+from flexolmo_jax.parser import UsageError, check_text, check_texts, did_you_mean, parse
 from flexolmo_jax.printing import show_fields, show_table, tell, visible
 from flexolmo_jax.process import keep_freed_memory, leave_libtpu_alone, use_large_pages
 
 INTERRUPTED = 130
-TEXTS = ("prompt", "name", "names", "expert", "without", "only", "text_field", "separator")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     sys.excepthook = _show_uncaught
     try:
-        _check_texts(args)
+        check_texts(args)
         if args.command == "train":
             _join(args)
         if arguments is None and args.command in ("train", "study", "audit"):
@@ -76,30 +75,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _leave_the_others()
         return 2
     return 0
-
-
-def _check_texts(args: argparse.Namespace) -> None:
-    """Raises ValueError if a text among the arguments is not UTF-8; paths may be of any bytes."""
-    for name in TEXTS:
-        given = getattr(args, name, None) or []
-        for text in [given] if isinstance(given, str) else given:
-            _check_text(f"--{name.replace('_', '-')}", text)
-    option = "the command"
-    for word in args.overrides:  # --name value, or --name=value
-        if word.startswith("--"):
-            option, _, word = word.partition("=")
-        if not Path(word).exists():
-            _check_text(option, word)
-
-
-def _check_text(option: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{option}: expected text in UTF-8, found {ascii(text)}: it is in another encoding, "
-            "such as Latin-1; set the terminal to UTF-8, or convert the text"
-        ) from error
 
 
 def _let_a_second_interrupt_end_the_process() -> None:
@@ -325,7 +300,7 @@ def _tell_undone(undone: bool) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from flexolmo_jax.federation.merge import check_merged, check_package, shares_of
+    from flexolmo_jax.federation.merged import check_merged, check_package, shares_of
     from flexolmo_jax.federation.package import read_manifest
     from flexolmo_jax.summary import show_package, show_shares
 
@@ -356,7 +331,7 @@ def _named_sources(pairs: Sequence[str]) -> dict[str, str]:
                 f"--data {pair}: the name {name!r} is given twice, first to {sources[name]}; give "
                 "each text a name of its own"
             )
-        _check_text("--data", name)
+        check_text("--data", name)
         sources[name] = source
     return sources
 

@@ -20,7 +20,7 @@ from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.anchor import LoadedAnchor, hugging_face_tokenizer, read_anchor
-from flexolmo_jax.federation.merge import LoadedModel, load_merged, load_pair
+from flexolmo_jax.federation.merged import LoadedModel, load_merged, load_pair
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.inference import decode
 from flexolmo_jax.inference.sampling import Sampling

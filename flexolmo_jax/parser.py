@@ -6,9 +6,13 @@ import importlib.metadata
 import platform
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from flexolmo_jax.version import __version__
+
+# Arguments that are text, and no paths.
+TEXTS = ("prompt", "name", "names", "expert", "without", "only", "text_field", "separator")
 
 
 class UsageError(ValueError):
@@ -79,3 +83,28 @@ def _with_suggestion(message: str, parser: Parser, words: Sequence[str]) -> str:
         if not missing and parser.prog == "flexolmo":
             return f"{message}; `flexolmo demo` shows the whole idea"
     return message
+
+
+def check_texts(args: argparse.Namespace) -> None:
+    """Raises ValueError if a text among the arguments is not UTF-8; paths may be of any bytes."""
+    for name in TEXTS:
+        given = getattr(args, name, None) or []
+        for text in [given] if isinstance(given, str) else given:
+            check_text(f"--{name.replace('_', '-')}", text)
+    option = "the command"
+    for word in args.overrides:  # --name value, or --name=value
+        if word.startswith("--"):
+            option, _, word = word.partition("=")
+        if not Path(word).exists():
+            check_text(option, word)
+
+
+def check_text(option: str, text: str) -> None:
+    """Raises ValueError if the text that was given for an option is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{option}: expected text in UTF-8, found {ascii(text)}: it is in another encoding, "
+            "such as Latin-1; set the terminal to UTF-8, or convert the text"
+        ) from error

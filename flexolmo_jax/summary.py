@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.federation.anchor import open_anchor
-from flexolmo_jax.federation.merge import open_part
+from flexolmo_jax.federation.merged import open_part
 from flexolmo_jax.federation.package import privacy_summary, read_manifest
 from flexolmo_jax.federation.shares import Shares
 from flexolmo_jax.printing import show_fields, show_table, tell

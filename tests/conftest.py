@@ -22,7 +22,8 @@ from flexolmo_jax.cli import main  # noqa: E402
 from flexolmo_jax.config import AnchorTraining, ExpertTraining, RouterTraining, load_config  # noqa: E402
 from flexolmo_jax.data.sources import read_documents  # noqa: E402
 from flexolmo_jax.federation.anchor import read_anchor  # noqa: E402
-from flexolmo_jax.federation.merge import merge, write_expert  # noqa: E402
+from flexolmo_jax.federation.expert import write_expert  # noqa: E402
+from flexolmo_jax.federation.merge import merge  # noqa: E402
 from flexolmo_jax.model import FlexOlmo, load  # noqa: E402
 
 PARTS = """from flexolmo_jax.config import *

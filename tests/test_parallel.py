@@ -15,7 +15,7 @@ import pytest
 
 from flexolmo_jax import tensors
 from flexolmo_jax.federation.anchor import read_anchor
-from flexolmo_jax.federation.merge import read_expert
+from flexolmo_jax.federation.expert import read_expert
 from flexolmo_jax.model import load
 
 PARALLEL = Path(__file__).parent / "parallel"

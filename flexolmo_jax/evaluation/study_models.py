@@ -16,7 +16,8 @@ from flexolmo_jax.data.flexmix import prepare
 from flexolmo_jax.evaluation.stages import forget
 from flexolmo_jax.evaluation.study_config import StudyConfig
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anchor
-from flexolmo_jax.federation.merge import merge, read_expert, write_expert
+from flexolmo_jax.federation.expert import read_expert, write_expert
+from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.flops import expert_alone_step_flops, forward_flops
 from flexolmo_jax.locking import private_folder
 from flexolmo_jax.model import FlexOlmo, load

@@ -56,7 +56,7 @@ def verify(package: Path, as_json: bool) -> None:
     Raises:
       ValueError: the package is damaged, or the statement claims what its numbers do not give.
     """
-    from flexolmo_jax.federation.merge import open_expert
+    from flexolmo_jax.federation.expert import open_expert
     from flexolmo_jax.privacy.statement import verify_statement
 
     checked = open_expert(package)

@@ -19,7 +19,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.distributed import by_first
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
-from flexolmo_jax.federation.merge import write_expert
+from flexolmo_jax.federation.expert import write_expert
 from flexolmo_jax.federation.names import check_name
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.outputs import check_room

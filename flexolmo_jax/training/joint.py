@@ -13,7 +13,8 @@ from flexolmo_jax.config import AnchorTraining
 from flexolmo_jax.data.flexmix import prepare
 from flexolmo_jax.data.sources import fingerprint
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anchor
-from flexolmo_jax.federation.merge import merge, write_expert
+from flexolmo_jax.federation.expert import write_expert
+from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.modeling.experts import Experts, join, select
 from flexolmo_jax.modeling.transformer import Anchor
 from flexolmo_jax.training.expert import anchor_to_train_beside, in_float32

@@ -17,7 +17,7 @@ from flexolmo_jax.data.sources import fingerprint
 from flexolmo_jax.data.units import Units, prepare_units
 from flexolmo_jax.distributed import by_first
 from flexolmo_jax.federation.anchor import LoadedAnchor
-from flexolmo_jax.federation.merge import write_expert
+from flexolmo_jax.federation.expert import write_expert
 from flexolmo_jax.federation.names import check_name
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.privacy import mechanism

@@ -14,7 +14,8 @@ from flexolmo_jax.config import RouterTraining
 from flexolmo_jax.data.flexmix import prepare
 from flexolmo_jax.data.sources import fingerprint
 from flexolmo_jax.distributed import by_first
-from flexolmo_jax.federation.merge import load_merged, write_tuned
+from flexolmo_jax.federation.merge import write_tuned
+from flexolmo_jax.federation.merged import load_merged
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.training.expert import check_length, check_room_for
 from flexolmo_jax.training.loop import OrdinarySteps, mesh_of, train

@@ -29,7 +29,8 @@ def make_world(root: Path) -> None:
     from flexolmo_jax.config import ModelConfig
     from flexolmo_jax.data.tokenizer import Tokenizer
     from flexolmo_jax.federation.anchor import read_anchor, write_anchor
-    from flexolmo_jax.federation.merge import merge, write_expert
+    from flexolmo_jax.federation.expert import write_expert
+    from flexolmo_jax.federation.merge import merge
     from flexolmo_jax.modeling.transformer import init_anchor
 
     texts = ["the river walks under the stone house", "a quiet engine of small numbers"]
@@ -70,7 +71,7 @@ def work(root: Path, name: str, jobs, results, moment) -> None:
 
 
 def names_in(model: Path) -> set[str]:
-    from flexolmo_jax.federation.merge import check_merged
+    from flexolmo_jax.federation.merged import check_merged
 
     check_merged(model)
     return {one["name"] for one in json.loads((model / "manifest.json").read_text())["experts"]}

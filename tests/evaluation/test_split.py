@@ -9,7 +9,8 @@ import flexolmo_jax as fo
 from flexolmo_jax.data.sources import is_heldout, read_documents
 from flexolmo_jax.evaluation.split import Split, chosen_split
 from flexolmo_jax.federation.anchor import read_anchor
-from flexolmo_jax.federation.merge import merge, write_expert
+from flexolmo_jax.federation.expert import write_expert
+from flexolmo_jax.federation.merge import merge
 
 WORDS = "the river walks under a quiet stone house".split()
 

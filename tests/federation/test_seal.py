@@ -12,7 +12,8 @@ from hostile.sealing import array_of, data_file, manifest_of, put, seal
 
 import flexolmo_jax as fo
 from flexolmo_jax.federation.anchor import read_anchor
-from flexolmo_jax.federation.merge import check_package, write_expert
+from flexolmo_jax.federation.expert import write_expert
+from flexolmo_jax.federation.merged import check_package
 
 pytestmark = pytest.mark.usefixtures("quick")
 

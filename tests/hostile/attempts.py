@@ -21,7 +21,8 @@ from flexolmo_jax.config import COMPUTE, ModelConfig
 from flexolmo_jax.data.sources import read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.anchor import read_anchor, write_anchor
-from flexolmo_jax.federation.merge import write_expert, write_tuned
+from flexolmo_jax.federation.expert import write_expert
+from flexolmo_jax.federation.merge import write_tuned
 from flexolmo_jax.modeling.transformer import init_anchor
 
 from . import mutations

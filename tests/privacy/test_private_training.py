@@ -16,7 +16,7 @@ from flexolmo_jax import tensors
 from flexolmo_jax.data.sources import is_heldout, read_documents
 from flexolmo_jax.data.units import prepare_units
 from flexolmo_jax.federation.anchor import read_anchor
-from flexolmo_jax.federation.merge import read_expert
+from flexolmo_jax.federation.expert import read_expert
 from flexolmo_jax.federation.package import read_manifest, write_manifest
 from flexolmo_jax.model import load
 from flexolmo_jax.training import private_rows

@@ -13,7 +13,8 @@ import pytest
 from safetensors.flax import save_file
 
 from flexolmo_jax.federation.anchor import read_anchor
-from flexolmo_jax.federation.merge import load_merged, load_pair, merge
+from flexolmo_jax.federation.merge import merge
+from flexolmo_jax.federation.merged import load_merged, load_pair
 from flexolmo_jax.interop import huggingface
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.tensors import named

@@ -22,7 +22,8 @@ from flexolmo_jax import tensors
 from flexolmo_jax.data.flexmix import prepare
 from flexolmo_jax.data.loader import batches
 from flexolmo_jax.federation.anchor import read_anchor
-from flexolmo_jax.federation.merge import load_merged, merge, remove_expert
+from flexolmo_jax.federation.merge import merge, remove_expert
+from flexolmo_jax.federation.merged import load_merged
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.training import loop
 from flexolmo_jax.training.anchor import train_anchor
