@@ -84,7 +84,7 @@ class ModelConfig:
         if self.memory is not None:
             check_memory(*self.memory)
         for name in ("dtype", "expert_compute", "attention", "remat"):
-            known, found = get_args(self.__annotations__[name]), getattr(self, name)
+            known, found = _choices(self, name), getattr(self, name)
             _require(found in known, f"{name} must be one of {', '.join(known)}, found {found!r}")
 
     @property
@@ -115,6 +115,11 @@ class ModelConfig:
         for name in (*COMPUTE, "num_experts", "active_experts", "memory", "max_length"):
             del same[name]
         return same
+
+
+def _choices(config: Any, name: str) -> tuple[Any, ...]:
+    """The values that a Literal field of a config, or of its class, may have."""
+    return get_args(next(f.type for f in dataclasses.fields(config) if f.name == name))
 
 
 def check_memory(decay: float, weight: float) -> None:
@@ -224,7 +229,7 @@ class Training:
             f"checkpoint_every must be positive, found {self.checkpoint_every}",
         )
         for name in ("remat", "expert_compute"):
-            known = get_args(ModelConfig.__annotations__[name])
+            known = _choices(ModelConfig, name)
             found = getattr(self, name)
             _require(
                 found is None or found in known,
@@ -282,7 +287,7 @@ class ExpertTraining(Training):
     def __post_init__(self):
         super().__post_init__()
         for name in ("gating", "router"):
-            known, found = get_args(self.__annotations__[name]), getattr(self, name)
+            known, found = _choices(self, name), getattr(self, name)
             _require(
                 found in known, f"{name} must be {' or '.join(map(repr, known))}, found {found!r}"
             )
