@@ -110,11 +110,13 @@ def _slice_of_corpus(name: str, file: Path, count: int) -> Path:
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory) -> str:
-    """A folder of compiled programs, for all processes of this run of the tests."""
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # each worker has a folder of its own in it
-    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "compiled"))
+    """A folder of compiled programs, for this process and those that tests start.
+
+    Not for both workers: JAX writes its entries in place, and warns where it reads half of one.
+    """
+    folder = os.environ.setdefault(
+        "JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled"))
+    )
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
