@@ -62,8 +62,7 @@ def bits_per_byte(
         `Tokenizer.encode_documents`.
       FloatingPointError: the cost is no number.
     """
-    if model.tokenizer is None:
-        raise ValueError("this model came without a tokenizer.json, so text cannot be scored")
+    _tokenizer(model)  # before the text is read
     if heldout is not None:
         check_share(heldout)
     documents = read_documents(

@@ -215,6 +215,7 @@ def _place(
 
 
 def memory_of(manifest: dict[str, Any]) -> tuple[float, float] | None:
+    """Decay and weight of a merged model's router memory; None for a router without."""
     memory = manifest.get("memory")  # not in the manifests of older versions
     return memory and (memory["decay"], memory["weight"])
 
