@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 from benchmarks.sizes import LAYERS, Size
-from flexolmo_jax.flops import anchor_step_flops, expert_step_flops, forward_flops
+from flexolmo_jax.modeling.flops import anchor_step_flops, expert_step_flops, forward_flops
 
-OURS, PEER = "benchmarks.ours", "benchmarks.peer"
+OURS, PEER = "benchmarks.ours", "benchmarks.pytorch"
 CASES = ("gemm", "stream", "expert_step", "expert_alone_step", "anchor_step", "merged_forward")
 CASES += ("decode_1", "decode_8", "masks_8", *(f"moe_{e}_{a}" for e, a in LAYERS))
 CASES += ("remat", "loss_100352", "load", "merge")
@@ -51,7 +51,7 @@ def sides(case: str) -> list[Side]:
         found = [("ours, all experts", OURS, "all"), ("ours, others off in each", OURS, "off")]
         limit = []
     elif case == "remat":
-        found = [(f"ours, {policy}", OURS, policy) for policy in ("none", "products", "layer")]
+        found = [(f"ours, {policy}", OURS, policy) for policy in ("none", "matmuls", "layer")]
     elif case == "loss_100352":
         found = [("ours, 128 positions at a time", OURS, "chunks"), ("ours, all logits", OURS, "")]
         found += [("torch, cross_entropy", PEER, "eager")]

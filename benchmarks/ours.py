@@ -13,14 +13,15 @@ import optax
 
 from benchmarks.sizes import Size
 from flexolmo_jax.config import ModelConfig, OptimizerConfig
-from flexolmo_jax.data.loader import Batch
+from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.anchor import read_anchor, write_anchor
 from flexolmo_jax.federation.expert import write_expert
 from flexolmo_jax.federation.merge import merge
-from flexolmo_jax.inference.unstacked import round_to_int8
+from flexolmo_jax.inference.cpu_weights import round_to_int8
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.modeling.experts import Experts, mix
+from flexolmo_jax.modeling.kernels.cross_entropy import cross_entropy
 from flexolmo_jax.modeling.transformer import (
     Anchor,
     Backbone,
@@ -28,7 +29,6 @@ from flexolmo_jax.modeling.transformer import (
     forward,
     init_anchor,
 )
-from flexolmo_jax.training.cross_entropy import cross_entropy
 from flexolmo_jax.training.optimizer import make_optimizer
 from flexolmo_jax.training.step import (
     AnchorLoss,

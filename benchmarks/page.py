@@ -3,13 +3,13 @@
 import statistics
 
 from benchmarks.cases import YARDSTICK, flops, read_bytes, sides, tokens
+from benchmarks.requirements import targets
 from benchmarks.sizes import Size
-from benchmarks.targets import targets
 
 INTRODUCTION = """\
 All sides of a case run in processes of their own and take turns; medians, and the spread of the
 runs (largest less smallest, over the median). *Against the peer*: the rate of the line over that of
-the faster PyTorch line. *Of the machine*: needed FLOPs only (`flexolmo_jax/flops.py`; no weight
+the faster PyTorch line. *Of the machine*: needed FLOPs only (`flexolmo_jax/modeling/flops.py`; no weight
 gradients of what is frozen) over the rate of a plain matrix product, or needed bytes of weights and
 cache over the rate of a matrix-vector product, both measured in turn with the case. *First run* is
 mostly compiling. *Its products alone*: of a layer, its nine products, forward and backward, each

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from flexolmo_jax.process import keep_freed_memory, leave_libtpu_alone, with_large_pages
+from flexolmo_jax.runtime.startup import keep_freed_memory, leave_libtpu_alone, with_large_pages
 
 CASES = (  # name, case and option of `ours.build`, the program
     ("expert_step", "expert_step", "", "train_step"),

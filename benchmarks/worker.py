@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.cases import Side
 from benchmarks.sizes import Size
-from flexolmo_jax.process import keep_freed_memory, leave_libtpu_alone, with_large_pages
+from flexolmo_jax.runtime.startup import keep_freed_memory, leave_libtpu_alone, with_large_pages
 
 CONTEXT = multiprocessing.get_context("spawn")
 

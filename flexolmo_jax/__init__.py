@@ -14,16 +14,16 @@ _MODULES = {
     "OptimizerConfig": "config",
     "RouterTraining": "config",
     "load_config": "config",
-    "bits_per_byte": "evaluation.domains",
+    "bits_per_byte": "evaluation.bits_per_byte",
     "add_expert": "federation.merge",
     "merge": "federation.merge",
     "remove_expert": "federation.merge",
     "FlexOlmo": "model",
     "load": "model",
-    "make_mesh": "sharding",
-    "train_anchor": "training.anchor",
-    "train_expert": "training.expert",
-    "train_router": "training.router_tuning",
+    "make_mesh": "parallel.mesh",
+    "train_anchor": "training.stages.anchor",
+    "train_expert": "training.stages.expert",
+    "train_router": "training.stages.router",
 }
 __all__ = ["__version__", *_MODULES]  # noqa: PLE0604
 

@@ -15,19 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.anchor import LoadedAnchor, hugging_face_tokenizer, read_anchor
 from flexolmo_jax.federation.merged import LoadedModel, load_merged, load_pair
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.inference import decode
+from flexolmo_jax.inference.cpu_weights import Unstacked, round_to_int8, unstack
 from flexolmo_jax.inference.sampling import Sampling
-from flexolmo_jax.inference.unstacked import Unstacked, round_to_int8, unstack
-from flexolmo_jax.interop import huggingface
-from flexolmo_jax.modeling.experts import Experts, fill_up, join
+from flexolmo_jax.interop import hf_import
+from flexolmo_jax.modeling.experts import Experts, join, pad_experts
 from flexolmo_jax.modeling.transformer import Backbone, forward
+from flexolmo_jax.parallel import placement
+from flexolmo_jax.parallel.mesh import BATCH, EXPERT, SERVING, TENSOR, specs_of
 
 
 def _check_memory(config: ModelConfig, rows: int, length: int, max_new_tokens: int) -> None:
@@ -93,14 +95,14 @@ class FlexOlmo:
         """
         tokens = self._check_tokens(np.asarray(tokens))
         mask = self.allowed(len(tokens), without, only, allowed)
-        rows = sharding.place_rows(self.filled_up((tokens, mask)), self.mesh)
-        with sharding.within(self.mesh):
+        rows = placement.put_batch(self.pad_batch((tokens, mask)), self.mesh)
+        with placement.use_mesh(self.mesh):
             logits = _logits(self.backbone, self.experts, *rows, self.config, self.mesh)
         if self.mesh is not None and len(logits) > len(tokens):  # an uneven cut cannot stay
-            logits = jax.device_put(logits, jax.NamedSharding(self.mesh, sharding.P()))
+            logits = jax.device_put(logits, jax.NamedSharding(self.mesh, P()))
         return logits[: len(tokens)]
 
-    def filled_up(self, rows):
+    def pad_batch(self, rows):
         """Arrays [B, ...] with copies of the last row, until they can go to the mesh."""
         ways = 1 if self.mesh is None else self.mesh.size
         return jax.tree.map(
@@ -364,18 +366,18 @@ def load(
         on several devices; sizes that the devices do not divide.
     """
     path = Path(path)
-    if mesh is not None and mesh.shape[sharding.TENSOR] > 1:
+    if mesh is not None and mesh.shape[TENSOR] > 1:
         raise ValueError(
             "a model in use cannot share its layers among devices: make its mesh without "
             "tensor_parallel"
         )
-    if huggingface.is_hugging_face(path):
+    if hf_import.is_hugging_face(path):
         loaded = _hugging_face(path, dtype, separator)
     else:
         manifest = read_manifest(path)
         if manifest["kind"] == "merged":
             weights = None if dtype == "int8" else dtype
-            loaded = load_merged(path, weights, mesh, sharding.SERVING, separator)
+            loaded = load_merged(path, weights, mesh, SERVING, separator)
         elif manifest["kind"] == "anchor":
             loaded = _alone(read_anchor(path, separator=separator))
         else:
@@ -390,9 +392,9 @@ def load(
     if int8:
         backbone, experts = round_to_int8(backbone, experts)
     if mesh is not None and experts.router.bias.shape[1] == len(loaded.names):
-        experts = fill_up(experts, mesh.shape[sharding.EXPERT])
-    where = (mesh, sharding.SERVING, config.dtype if dtype else None)
-    backbone, experts = sharding.place((backbone, experts), *where)
+        experts = pad_experts(experts, mesh.shape[EXPERT])
+    where = (mesh, SERVING, config.dtype if dtype else None)
+    backbone, experts = placement.device_put((backbone, experts), *where)
     return FlexOlmo(
         backbone, experts, config, loaded.names, loaded.tokenizer, int8, mesh, loaded.ends
     )
@@ -407,10 +409,10 @@ def _alone(anchor: LoadedAnchor) -> LoadedModel:
 
 
 def _hugging_face(path: Path, dtype: str | None, separator: str | None) -> LoadedModel:
-    backbone, experts, config = huggingface.load(path, None if dtype == "int8" else dtype)
+    backbone, experts, config = hf_import.load(path, None if dtype == "int8" else dtype)
     names = ("public", *(f"expert_{i}" for i in range(1, config.num_experts)))
     tokenizer = hugging_face_tokenizer(path, config, separator)
-    ends = huggingface.ends_of_text(path)
+    ends = hf_import.ends_of_text(path)
     return LoadedModel(backbone, experts, config, names, tokenizer, ends)
 
 
@@ -440,6 +442,6 @@ def _logits(backbone, experts, tokens, allowed, config: ModelConfig, mesh) -> ja
         out = forward(backbone, (experts,), jnp.asarray(tokens), config, allowed=allowed)
         return backbone.logits(out.hidden, config)
 
-    weights, rows = (backbone, experts), sharding.ROWS
-    where = mesh and (*sharding.specs_of(weights, mesh), rows, rows)
-    return sharding.spread(local, mesh, where, rows)(*weights, tokens, allowed)
+    weights, rows = (backbone, experts), BATCH
+    where = mesh and (*specs_of(weights, mesh), rows, rows)
+    return placement.shard_map(local, mesh, where, rows)(*weights, tokens, allowed)

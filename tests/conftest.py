@@ -18,7 +18,7 @@ import pytest
 # Before the first use of JAX: with libtpu on a machine without a TPU, a profile would end it.
 jax.config.update("jax_platforms", "cpu")
 
-from flexolmo_jax.cli import main  # noqa: E402
+from flexolmo_jax.commands.main import main  # noqa: E402
 from flexolmo_jax.config import AnchorTraining, ExpertTraining, RouterTraining, load_config  # noqa: E402
 from flexolmo_jax.data.sources import read_documents  # noqa: E402
 from flexolmo_jax.federation.anchor import read_anchor  # noqa: E402

@@ -14,7 +14,7 @@ import pytest
 
 import flexolmo_jax as fo
 from flexolmo_jax.federation.package import read_manifest
-from flexolmo_jax.training import expert
+from flexolmo_jax.training.stages import expert
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -53,7 +53,7 @@ def limited(arguments, size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     return subprocess.run(
-        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, arguments)],
+        [sys.executable, "-m", "flexolmo_jax", *map(str, arguments)],
         capture_output=True, text=True, preexec_fn=limit,
     )  # fmt: skip
 
@@ -153,7 +153,7 @@ def started(arguments):
     """A command in a process of its own, once it has taken its first steps."""
     run = Path(arguments[arguments.index("--run") + 1])
     process = subprocess.Popen(
-        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, arguments)],
+        [sys.executable, "-m", "flexolmo_jax", *map(str, arguments)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -206,9 +206,9 @@ def test_a_second_interrupt_ends_at_once(world, tmp_path):
         "        import os, signal\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "        take()\n"
-        "from flexolmo_jax.training import expert\n"
+        "from flexolmo_jax.training.stages import expert\n"
         "expert.OrdinarySteps = Steps\n"
-        "from flexolmo_jax.cli import main\n"
+        "from flexolmo_jax.commands.main import main\n"
         "sys.exit(main())\n"
     )
     words = [str(word) for word in world.expert_words(tmp_path / "mine", run=tmp_path / "run")]
@@ -236,7 +236,7 @@ def test_training_runs_with_large_pages(world, tmp_path):
         f"open({str(tmp_path / 'starts')!r}, 'a').write(os.environ.get('GLIBC_TUNABLES', '') + '|')"
     )
     ran = subprocess.run(
-        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, world.expert_words(out))],
+        [sys.executable, "-m", "flexolmo_jax", *map(str, world.expert_words(out))],
         capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(tmp_path), "GLIBC_TUNABLES": "glibc.malloc.check=0"},
     )  # fmt: skip

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexolmo_jax import tensors
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.expert import read_expert
 from flexolmo_jax.model import load
+from flexolmo_jax.storage import tensors
 
 PARALLEL = Path(__file__).parent / "parallel"
 
@@ -51,7 +51,7 @@ def start(arguments, devices):
 def start_training(world, out, run, processes, devices, *more):
     """The world's training of an expert, by processes that have so many devices each."""
     command = [
-        "-m", "flexolmo_jax.cli", "train", "expert", world.config_file("alone"), "--name", "math",
+        "-m", "flexolmo_jax", "train", "expert", world.config_file("alone"), "--name", "math",
         "--anchor", world.anchor, "--data", world.texts["math"], "--out", out, "--run", run, *more,
     ]  # fmt: skip
     if processes == 1:

@@ -40,8 +40,8 @@ CASES = {
     ),
     "plan.sh": (
         {"TOPOLOGY": "v5p:4x4x4"},
-        ["flexolmo_2x7b_expert", "--parts", "8"],
-        ["flexolmo plan flexolmo_2x7b_expert --parts 8 --topology v5p:4x4x4"],
+        ["flexolmo_2x7b_expert", "--microbatches", "8"],
+        ["flexolmo plan flexolmo_2x7b_expert --microbatches 8 --topology v5p:4x4x4"],
     ),
 }  # fmt: skip
 

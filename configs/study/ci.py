@@ -14,7 +14,7 @@ from flexolmo_jax.config import (
     OptimizerConfig,
     RouterTraining,
 )
-from flexolmo_jax.evaluation.study_config import StudyConfig
+from flexolmo_jax.studies.baselines.config import StudyConfig
 
 data = DataConfig(batch_size=16, length=64, heldout=0.0)
 

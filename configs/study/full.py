@@ -18,7 +18,7 @@ from flexolmo_jax.config import (
     OptimizerConfig,
     RouterTraining,
 )
-from flexolmo_jax.evaluation.study_config import StudyConfig
+from flexolmo_jax.studies.baselines.config import StudyConfig
 
 data = DataConfig(batch_size=8, length=128, heldout=0.0)  # the texts are split already
 

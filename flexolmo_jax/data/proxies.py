@@ -7,7 +7,6 @@ choice itself says something about the owner's text is inherent in the paper's m
 
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,8 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 
 from flexolmo_jax.data.sources import Document, Report, read_documents
-from flexolmo_jax.outputs import check_new_file
+from flexolmo_jax.storage.files import new_file
+from flexolmo_jax.storage.outputs import check_new_file
 
 
 class Proxies(NamedTuple):
@@ -68,13 +68,11 @@ def pick_proxies(
     count = max(1, round(share * len(public_documents)))
     best = sorted(range(len(scores)), key=lambda i: -scores[i])[:count]
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with new_file(out) as file:
         for index in best:
             text, group, _ = public_documents[index]
             row = {"text": text, "probability": float(scores[index])}
             if group != text:  # so that a held-out document stays held out under its group
                 row["group"] = group.removeprefix("group:")
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, out)
     return Proxies(count, len(public_documents), float(accuracy.mean()))

@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 from flexolmo_jax.data.files import counted, find_files, kind_of, some_of
 from flexolmo_jax.data.groups import group_id
 from flexolmo_jax.data.readers import Bad, Row, read_rows
-from flexolmo_jax.printing import visible
+from flexolmo_jax.runtime.console import visible
+from flexolmo_jax.storage.files import file_digest
 
 BOM = "\ufeff"  # the byte order mark, which some programs put in front of a text
 CORPUS = Path(__file__).parent.parent / "corpus"
@@ -166,8 +167,7 @@ def fingerprint(source: str | Path) -> str:
 @functools.lru_cache(maxsize=100_000)
 def _digest(file: Path, *state: int) -> str:
     """sha256 of a file; `state` is another one when the file has been written again."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return file_digest(file)
 
 
 def _files(source: str | Path) -> list[Path]:

@@ -7,12 +7,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from flexolmo_jax.config import DataConfig
-from flexolmo_jax.data.flexmix import SourceWindows, build
-from flexolmo_jax.data.loader import Batch
+from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.data.sources import Document, Report, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.window_store import SourceWindows, build
 from flexolmo_jax.data.windows import Window, tokenized, windows
-from flexolmo_jax.locking import private_folder
+from flexolmo_jax.storage.locks import private_folder
 
 KINDS = ("document", "group", "sequence")
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.modeling.transformer import forward
+from flexolmo_jax.parallel import placement
+from flexolmo_jax.parallel.mesh import BATCH, specs_of
 
 TOKENS = 8192  # that a batch has, about, whatever the length of its rows
 POSITIONS = 512  # of a batch whose logits are in memory at a time
@@ -84,11 +85,11 @@ def likelihoods(
                     f"tokens must be below {model.config.vocab_size}, the vocabulary's size; found "
                     f"{max(tokens.max(), targets.max())}"
                 )
-            filled = model.filled_up((tokens, lengths, targets, mask))
-            given = sharding.place_rows(filled, model.mesh)
-            with sharding.within(model.mesh):
+            filled = model.pad_batch((tokens, lengths, targets, mask))
+            given = placement.put_batch(filled, model.mesh)
+            with placement.use_mesh(model.mesh):
                 found = _answer(model.backbone, model.experts, *given, model.config, model.mesh)
-            nats, greedy = (sharding.on_host(x) for x in found)
+            nats, greedy = (placement.to_host(x) for x in found)
             for i, row in enumerate(batch):
                 for k, query in enumerate(row.queries):
                     answers[query] = Answer(float(nats[i, k]), bool(greedy[i, k]))
@@ -159,7 +160,7 @@ def _answer(backbone, experts, tokens, lengths, targets, allowed, config: ModelC
         nats, greedy = jax.lax.map(part, (split(hidden), split(targets)))
         return nats.sum(axis=0), greedy.all(axis=0)
 
-    weights, rows = (backbone, experts), sharding.ROWS
-    where = mesh and (*sharding.specs_of(weights, mesh), rows, rows, rows, rows)
-    answer = sharding.spread(local, mesh, where, (rows, rows))
+    weights, rows = (backbone, experts), BATCH
+    where = mesh and (*specs_of(weights, mesh), rows, rows, rows, rows)
+    answer = placement.shard_map(local, mesh, where, (rows, rows))
     return answer(*weights, tokens, lengths, targets, allowed)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from flexolmo_jax import sharding, tensors
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation import fields
@@ -15,14 +14,16 @@ from flexolmo_jax.federation.names import PUBLIC
 from flexolmo_jax.federation.package import (
     MANIFEST,
     Package,
-    canonical_digest,
     check_packages,
     open_package,
     read_manifest,
     write_package,
 )
-from flexolmo_jax.interop import huggingface
+from flexolmo_jax.interop import hf_import
 from flexolmo_jax.modeling.transformer import Anchor, init_anchor
+from flexolmo_jax.parallel import placement
+from flexolmo_jax.storage import tensors
+from flexolmo_jax.storage.files import canonical_digest
 
 PUBLIC_TEXT = "public.jsonl"
 TOKENIZER = "tokenizer.json"
@@ -95,7 +96,7 @@ def read_anchor(path: Path, on_disk: bool = False, separator: str | None = None)
 
     Args:
       path: the directory.
-      on_disk: leave the weights of a package in their files (`tensors.OnDisk`), once checked.
+      on_disk: leave the weights of a package in their files (`storage.on_disk`), once checked.
       separator: the token that opens documents, for a Hugging Face directory that names none.
 
     Raises:
@@ -105,7 +106,7 @@ def read_anchor(path: Path, on_disk: bool = False, separator: str | None = None)
     check_packages(loaded.packages)
     if on_disk:
         return loaded
-    return loaded._replace(weights=sharding.place(loaded.weights, None))
+    return loaded._replace(weights=placement.device_put(loaded.weights, None))
 
 
 def open_anchor(path: Path, separator: str | None = None) -> LoadedAnchor:
@@ -114,7 +115,7 @@ def open_anchor(path: Path, separator: str | None = None) -> LoadedAnchor:
     Raises:
       ValueError: as `read_anchor`; its identity is not that of its config, tokenizer and tensors.
     """
-    if huggingface.is_hugging_face(path):
+    if hf_import.is_hugging_face(path):
         return _from_hugging_face(path, separator)
     manifest = read_manifest(path, kind="anchor")
     own = manifest["tokenizer"]["separator"]
@@ -171,14 +172,14 @@ def hugging_face_tokenizer(
       config: of its model.
       separator: the token that opens documents; default: what the directory names.
     """
-    file = huggingface.tokenizer_file(path)
+    file = hf_import.tokenizer_file(path)
     if file is None:
         return None
-    return Tokenizer.load(file, separator or huggingface.separator(path), config.vocab_size)
+    return Tokenizer.load(file, separator or hf_import.separator(path), config.vocab_size)
 
 
 def _from_hugging_face(path: Path, separator: str | None = None) -> LoadedAnchor:
-    backbone, experts, config = huggingface.load(path)
+    backbone, experts, config = hf_import.load(path)
     if config.num_experts != 1:
         raise ValueError(
             f"{path}: expected a dense OLMo 2 model as the anchor, found {config.num_experts} "
@@ -190,5 +191,5 @@ def _from_hugging_face(path: Path, separator: str | None = None) -> LoadedAnchor
     for name, x in named.items():
         tensors.check_in_range(name, x, path)
     described = tensors.describe(named)
-    found, ends = identity(config, tokenizer, described), huggingface.ends_of_text(path)
+    found, ends = identity(config, tokenizer, described), hf_import.ends_of_text(path)
     return LoadedAnchor(weights, config, tokenizer, found, [], ends=ends)

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 
-from flexolmo_jax import sharding
 from flexolmo_jax.federation import fields
 from flexolmo_jax.federation.anchor import LoadedAnchor
 from flexolmo_jax.federation.names import check_name
@@ -19,6 +18,7 @@ from flexolmo_jax.federation.package import (
     write_package,
 )
 from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.parallel import placement
 
 
 def write_expert(
@@ -54,7 +54,7 @@ def read_expert(path: Path, anchor: LoadedAnchor) -> Experts:
     package = open_expert(path)
     check_made_for(package, anchor)
     check_packages([package])
-    return sharding.place(weights_of(package), None)
+    return placement.device_put(weights_of(package), None)
 
 
 def open_expert(path: Path) -> Package:

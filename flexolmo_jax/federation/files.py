@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from flexolmo_jax.tensors import UNFIT, in_range
+from flexolmo_jax.storage.tensors import UNFIT, in_range
 
 CHUNK = 2**20  # bytes that a thread holds of a file
 

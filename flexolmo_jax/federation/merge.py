@@ -20,15 +20,15 @@ from flexolmo_jax.federation.package import (
     PARAMS,
     Package,
     check_packages,
-    new_directory,
     read_manifest,
     write_manifest,
     write_package,
 )
 from flexolmo_jax.federation.shares import REFUSE, Shares, check_shares, measure_shares
-from flexolmo_jax.locking import locked
 from flexolmo_jax.modeling.router import Router
-from flexolmo_jax.outputs import check_new_folder
+from flexolmo_jax.storage.files import new_directory
+from flexolmo_jax.storage.locks import locked
+from flexolmo_jax.storage.outputs import check_new_folder
 from flexolmo_jax.version import __version__
 
 CHANGE_SECONDS = 60.0  # how long a change of a merged model waits for another one to end

@@ -9,10 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
-from flexolmo_jax.distributed import all_together
 from flexolmo_jax.federation.anchor import LoadedAnchor, open_anchor, read_anchor
 from flexolmo_jax.federation.expert import check_made_for, open_expert, read_expert, weights_of
 from flexolmo_jax.federation.names import PUBLIC
@@ -26,7 +24,11 @@ from flexolmo_jax.federation.shares import Shares, measure_shares
 from flexolmo_jax.modeling.experts import Experts, join
 from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.modeling.transformer import Backbone
-from flexolmo_jax.tensors import Joined
+from flexolmo_jax.parallel import placement
+from flexolmo_jax.parallel.mesh import AXES, EXPERT
+from flexolmo_jax.runtime.processes import raise_together
+from flexolmo_jax.storage.on_disk import Joined
+from flexolmo_jax.storage.tensors import leaf_name
 
 
 class LoadedModel(NamedTuple):
@@ -143,7 +145,7 @@ def load_merged(
     path: Path,
     dtype: str | None = None,
     mesh: Mesh | None = None,
-    over: tuple[str, ...] = sharding.AXES,
+    over: tuple[str, ...] = AXES,
     separator: str | None = None,
 ) -> LoadedModel:
     """Loads a merged model: checks every file, and concatenates along the expert axis.
@@ -151,7 +153,7 @@ def load_merged(
     Args:
       path: the merged model.
       dtype: of the weights; default: as stored.
-      mesh, over: where they go (`sharding.place`), each device reading its own part of every
+      mesh, over: where they go (`placement.device_put`), each device reading its own part of every
         file; with empty experts after them, up to a number that the axis `expert` divides. Of
         several processes, all must load, and each checks its share of the bytes.
       separator: the token that opens documents; default: what was named at the merge.
@@ -174,7 +176,7 @@ def load_merged(
             checked.result()
         return loaded
 
-    return load_checked() if mesh is None else all_together(load_checked)
+    return load_checked() if mesh is None else raise_together(load_checked)
 
 
 def load_pair(path: Path, anchor: LoadedAnchor) -> LoadedModel:
@@ -191,11 +193,11 @@ def load_pair(path: Path, anchor: LoadedAnchor) -> LoadedModel:
 def join_files(stacks: list[Any], empty: int = 0) -> Any:
     """As `join`, of arrays on the host, read when they are placed; with empty experts after them.
 
-    Empty experts (`fill_up`) have weights 0 and the bias -inf: no token ever chooses them.
+    Empty experts (`pad_experts`) have weights 0 and the bias -inf: no token ever chooses them.
     """
 
     def one(path, *leaves):
-        is_bias = jax.tree_util.keystr(path).removesuffix(".value").endswith("bias")
+        is_bias = leaf_name(path).endswith("bias")
         return Joined(leaves, empty, -np.inf if is_bias else 0.0)
 
     return jax.tree_util.tree_map_with_path(one, *stacks)
@@ -206,11 +208,11 @@ def _place(
 ) -> LoadedModel:
     anchor, config = opened.anchor, opened.config
     stacks = [anchor.weights.public, *map(weights_of, opened.parts)]
-    empty = 0 if mesh is None else -len(stacks) % mesh.shape[sharding.EXPERT]
+    empty = 0 if mesh is None else -len(stacks) % mesh.shape[EXPERT]
     experts = join_files(stacks, empty)
     if opened.tuned.tensors:
         experts.router = join_files([opened.tuned.weights(experts.router)], empty)
-    backbone, experts = sharding.place((anchor.weights.backbone, experts), mesh, over, dtype)
+    backbone, experts = placement.device_put((anchor.weights.backbone, experts), mesh, over, dtype)
     return LoadedModel(backbone, experts, config, opened.names, anchor.tokenizer, anchor.ends)
 
 

@@ -9,21 +9,14 @@ command makes the same checks: `read_manifest`, `open_package`, `check_packages`
 """
 
 import concurrent.futures
-import contextlib
-import hashlib
 import json
 import os
-import re
-import shutil
-import time
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from flexolmo_jax import tensors
 from flexolmo_jax.federation import fields
 from flexolmo_jax.federation.fields import FORMAT
 from flexolmo_jax.federation.files import (
@@ -33,6 +26,14 @@ from flexolmo_jax.federation.files import (
     list_files,
     open_regular,
     tensor_of,
+)
+from flexolmo_jax.storage import on_disk, tensors
+from flexolmo_jax.storage.files import (
+    canonical_digest,
+    file_digest,
+    is_partial,
+    new_directory,
+    replace_file,
 )
 from flexolmo_jax.version import __version__
 
@@ -86,24 +87,6 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     replace_file(folder / MANIFEST, _dump(manifest))
 
 
-def replace_file(file: Path, text: str) -> None:
-    """Writes a file in one rename, once the text is on the disk."""
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as opened:
-            opened.write(text)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def read_manifest(folder: Path, *, kind: str | None = None) -> dict[str, Any]:
     """Reads a manifest and checks every field of it (not the files it names).
 
@@ -150,7 +133,7 @@ class Package(NamedTuple):
 
     folder: Path
     manifest: dict[str, Any]
-    tensors: dict[str, tensors.OnDisk]
+    tensors: dict[str, on_disk.OnDisk]
 
     @property
     def digest(self) -> str:
@@ -191,18 +174,14 @@ def open_package(folder: Path, manifest: dict[str, Any], abstract: Any) -> Packa
     # Of a merged model without a tuned router, `params` is what an undone one left on a killed run.
     beside = ("params",) if merged and "tensors" not in manifest else ()
     found_files = list_files(folder, beside)
-    left_over = {name for name in found_files if merged and _LEFT_OVER.fullmatch(name)}
+    # A killed write of a merged model's manifest, the one file that is replaced in its place.
+    left_over = {name for name in found_files if merged and is_partial(name, of=MANIFEST)}
     check_listed(folder, {*manifest["files"], MANIFEST}, found_files.keys() - left_over)
     like = {
         name: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"])
         for name, entry in stored.items()
     }
-    on_disk = tensors.on_disk(folder / PARAMS, like)
-    return Package(folder, manifest, on_disk)
-
-
-# Of a killed write of a merged model's manifest, the one file that is replaced in its place.
-_LEFT_OVER = re.compile(re.escape(f".{MANIFEST}.") + r"[0-9a-f]{32}\.partial")
+    return Package(folder, manifest, on_disk.open_tensors(folder / PARAMS, like))
 
 
 def check_packages(packages: Iterable[Package], share: tuple[int, int] = (0, 1)) -> None:
@@ -227,45 +206,6 @@ def _expected(package: Package) -> Iterator[Expected]:
         yield Expected(file, f"{file}{tensor_of(name)}", sha256, tensor)
 
 
-@contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `path` when all went well, and vanishes otherwise.
-
-    Raises:
-      ValueError: there is something at `path` already.
-    """
-    path = path.absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path}: already there; choose another --out, or take it away first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # What a killed write left. Its name is matched in full: `.a.b.ID` is not one of `a`.
-    left_over = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{32}\.partial")
-    for beside in path.parent.iterdir():
-        if left_over.fullmatch(beside.name):
-            shutil.rmtree(beside, ignore_errors=True)
-    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
-    partial.mkdir()
-    try:
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
-        os.rename(partial, path)
-    except BaseException:
-        _remove(partial)
-        raise
-
-
-def _remove(folder: Path) -> None:
-    """Removes a folder for good, though TensorStore's threads write on after one has failed."""
-    for _ in range(50):
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.05)
-        if not folder.exists():
-            return
-
-
 def privacy_summary(statement: Any) -> str:
     """One line of what a manifest says of privacy (privacy/statement.py), which nobody verified."""
     if statement == NO_PRIVACY:
@@ -276,12 +216,6 @@ def privacy_summary(statement: Any) -> str:
     return "claims epsilon {}, delta {}, unit {}; not verified".format(*values)
 
 
-def canonical_digest(value: Any) -> str:
-    """sha256 of a JSON value, independent of key order and spacing."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _dump(manifest: dict[str, Any]) -> str:
     return json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -290,9 +224,4 @@ def _digests(folder: Path) -> dict[str, str]:
     """Of every file of a folder, by its relative path."""
     names = sorted(list_files(folder))
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(_file_digest, (folder / n for n in names)), strict=True))
-
-
-def _file_digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        return dict(zip(names, pool.map(file_digest, (folder / n for n in names)), strict=True))

@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.data.loader import Batch, stacked
+from flexolmo_jax.data.batches import Batch, stacked
 from flexolmo_jax.data.sources import Document
 from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.federation.anchor import LoadedAnchor
 from flexolmo_jax.modeling.attention import segment_positions
 from flexolmo_jax.modeling.router import Router, remember, route
+from flexolmo_jax.parallel import placement
 
 TOKENS = 4096  # of public text that are routed
 WARN = 0.4  # of the public text in a layer; honest experts take up to 0.28 (docs/security.md)
@@ -82,7 +82,7 @@ def measure_shares(
     alone = anchor.config.replace(remat="none", expert_compute="dense")
     weights = anchor.weights
     router = jax.tree.map(lambda *x: np.concatenate([np.asarray(one) for one in x], 1), *routers)
-    embed = sharding.place(weights.backbone.embed, None)
+    embed = placement.device_put(weights.backbone.embed, None)
     x = embed[...][batch.tokens].astype(config.dtype)
     shares = []
     for number in range(config.num_layers):

@@ -11,14 +11,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.inference.cpu_weights import Unstacked
 from flexolmo_jax.inference.sampling import Sampling, sample
-from flexolmo_jax.inference.unstacked import Unstacked
 from flexolmo_jax.modeling.attention import KVCache
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.layers import dot
 from flexolmo_jax.modeling.transformer import Backbone, forward
+from flexolmo_jax.parallel import collectives, placement
+from flexolmo_jax.parallel.mesh import BATCH, specs_of
 
 BUCKET = 64  # prompt and output lengths are rounded up to it, so that few shapes are compiled
 
@@ -34,7 +35,7 @@ class State(NamedTuple):
     made: jax.Array  # int32 [B, room]
 
 
-ROWS = sharding.ROWS
+ROWS = BATCH
 STATE = State(P(), ROWS, ROWS, P(None, *ROWS), P(None, None, *ROWS), ROWS)  # type: ignore[arg-type]
 
 
@@ -83,8 +84,8 @@ def generate(
     done = np.arange(batch) >= len(prompts)
     weights = (backbone, experts, unstacked)
     room = _round_up(max_new_tokens)
-    rows = sharding.place_rows((tokens, padding, mask, done), mesh)
-    with sharding.within(mesh):
+    rows = placement.put_batch((tokens, padding, mask, done), mesh)
+    with placement.use_mesh(mesh):
         state = _prefill(weights, *rows, config=config, room=room, mesh=mesh)
     _, padding, mask, _ = rows
     ends = np.asarray(stop or [-1], np.int32)
@@ -92,14 +93,14 @@ def generate(
     while limit < max_new_tokens:
         limit = min(limit + (every or max_new_tokens), max_new_tokens)
         key = jax.random.key(seed)
-        with sharding.within(mesh):
+        with placement.use_mesh(mesh):
             state = go_on(
                 weights, state, padding, mask, key, ends, limit,
                 config=config, sampling=sampling, mesh=mesh,
             )  # fmt: skip
-        made = sharding.on_host(state.made)[: len(prompts), : int(state.step)].tolist()
+        made = placement.to_host(state.made)[: len(prompts), : int(state.step)].tolist()
         yield [list(itertools.takewhile(lambda token: token not in stop, ids)) for ids in made]
-        if sharding.on_host(state.done).all():
+        if placement.to_host(state.done).all():
             return
 
 
@@ -123,8 +124,8 @@ def _next_logits(weights, hidden: jax.Array, config: ModelConfig) -> jax.Array:
 def _prefill(weights, tokens, padding, allowed, done, *, config, room, mesh) -> State:
     """Reads the prompts, tokens int32 [B, P], left-padded; has room for `room` new tokens."""
     read = functools.partial(_read, config=config, room=room)
-    where = (sharding.specs_of(weights, mesh), ROWS, ROWS, ROWS, ROWS)
-    return sharding.spread(read, mesh, where, STATE)(weights, tokens, padding, allowed, done)
+    where = (specs_of(weights, mesh), ROWS, ROWS, ROWS, ROWS)
+    return placement.shard_map(read, mesh, where, STATE)(weights, tokens, padding, allowed, done)
 
 
 def _read(weights, tokens, padding, allowed, done, *, config, room) -> State:
@@ -149,8 +150,8 @@ def _read(weights, tokens, padding, allowed, done, *, config, room) -> State:
 def _loop(weights, state, padding, allowed, key, stop, limit, *, config, sampling, mesh) -> State:
     """Makes tokens until there are `limit` or all sequences have ended; stop: int32 [K]."""
     make = functools.partial(_make, config=config, sampling=sampling)
-    where = (sharding.specs_of(weights, mesh), STATE, ROWS, ROWS, P(), P(), P())
-    return sharding.spread(make, mesh, where, STATE)(
+    where = (specs_of(weights, mesh), STATE, ROWS, ROWS, P(), P(), P())
+    return placement.shard_map(make, mesh, where, STATE)(
         weights, state, padding, allowed, key, stop, limit
     )
 
@@ -170,12 +171,12 @@ def _make(weights, state, padding, allowed, key, stop, limit, *, config, samplin
     caches = state.cache if layers is not None else (state.cache,)
     slots = caches[0].keys.shape[-2]
     length = slots - state.made.shape[1]  # of the prompts
-    rows = sharding.first_row(len(padding)) + jnp.arange(len(padding))
+    rows = collectives.first_sequence(len(padding)) + jnp.arange(len(padding))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
     is_text = _visible(padding, slots)
 
     def more(state):
-        return (state.step < limit) & (sharding.total(jnp.sum(~state.done)) > 0)
+        return (state.step < limit) & (collectives.psum_batch(jnp.sum(~state.done)) > 0)
 
     def one(state):
         step, logits, done, cache, past, made = state

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.modeling.attend import self_attention
+from flexolmo_jax.modeling.kernels.flash_attention import self_attention
 from flexolmo_jax.modeling.layers import RMSNorm, Shared, dot, normal, rotate
+from flexolmo_jax.parallel import collectives
 
 
 class KVCache(NamedTuple):
@@ -91,7 +91,7 @@ class Attention(nnx.Module):
           [B, S, D], and the cache with this call's keys and values written into it.
         """
         c = config
-        x = sharding.to_tensor(x)
+        x = collectives.copy_to_tensor_parallel(x)
         q = _heads(x, self.q[...], c.num_heads, c.head_size)
         k = _heads(x, self.k[...], c.kv_heads, c.head_size)
         v = _heads(x, self.v[...], c.kv_heads, c.head_size)
@@ -108,7 +108,7 @@ class Attention(nnx.Module):
         if o.ndim == 2:
             return dot(out.reshape(*x.shape[:2], -1), o), cache
         out = jnp.einsum("BSNH,NHD->BSD", out, o.astype(x.dtype))
-        return sharding.from_tensor(out), cache
+        return collectives.reduce_from_tensor_parallel(out), cache
 
 
 def _heads(x: jax.Array, weight: jax.Array, heads: int, head_size: int) -> jax.Array:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.modeling.grouped import grouped_swiglu
+from flexolmo_jax.modeling.kernels.grouped_swiglu import grouped_swiglu
 from flexolmo_jax.modeling.layers import Expert, dot, normal
 from flexolmo_jax.modeling.router import Router, remember, route
+from flexolmo_jax.parallel import collectives
 
 MANY = 64  # tokens from which on it pays to leave some out of an expert's product
 
@@ -168,7 +168,7 @@ def select(stack: Experts, indices: list[int]) -> Experts:
     return jax.tree.map(lambda leaf: leaf[:, jnp.asarray(indices)], stack)
 
 
-def fill_up(stack: Experts, multiple: int) -> Experts:
+def pad_experts(stack: Experts, multiple: int) -> Experts:
     """The stack with empty experts after its own, until `multiple` divides their number.
 
     Their weights are 0 and their router bias is -inf, so that no token ever chooses them.
@@ -229,15 +229,17 @@ def mix(
     for stack in stacks:
         last = first + stack.router.bias.shape[0]
         own, feed_forward = weights[first:last], stack.feed_forward
-        is_away = sharding.some_are_away(stack)
-        apart = is_away or sharding.shares_layers() or config.expert_compute == "grouped"
-        tokens, own = sharding.to_experts(x, own) if is_away else (x, own)
-        tokens, own = sharding.to_tensor((tokens, own))
+        is_away = collectives.is_expert_parallel(stack)
+        apart = is_away or collectives.is_tensor_parallel() or config.expert_compute == "grouped"
+        tokens, own = collectives.dispatch_to_experts(x, own) if is_away else (x, own)
+        tokens, own = collectives.copy_to_tensor_parallel((tokens, own))
         if config.expert_compute == "grouped":
             out = feed_forward.grouped(tokens, own, min(active, len(own)))
         else:
             out = feed_forward.add(jnp.zeros_like(tokens) if apart else total, tokens, own, skip)
-        out = sharding.from_tensor(sharding.from_experts(out) if is_away else out)
+        out = collectives.reduce_from_tensor_parallel(
+            collectives.combine_from_experts(out) if is_away else out
+        )
         total = total + out if apart else out
         first = last
     return total, logits, past

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flexolmo_jax import sharding
-from flexolmo_jax.modeling.stored import Stored
+from flexolmo_jax.modeling.kernels.quantized import Quantized
+from flexolmo_jax.parallel import collectives
 
 
 class Shared(nnx.Variable):
@@ -30,9 +30,9 @@ def normal(key: jax.Array, *shape: int, std: float = 0.02) -> jax.Array:
     return std * jax.random.truncated_normal(key, -3.0, 3.0, shape)
 
 
-def dot(x: jax.Array, weight: jax.Array | Stored, dtype=None) -> jax.Array:
+def dot(x: jax.Array, weight: jax.Array | Quantized, dtype=None) -> jax.Array:
     """x @ weight, [..., A] times [A, B], summed in float32; of x's dtype, or another."""
-    if isinstance(weight, Stored):
+    if isinstance(weight, Quantized):
         return weight.matmul(x).astype(dtype or x.dtype)
     product = jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
     return product.astype(dtype or x.dtype)
@@ -51,7 +51,10 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         mean = jnp.mean(x32 * x32, axis=axes, keepdims=True)
         if x.shape[axes[0]] < len(scale):  # other devices have the other heads
-            scale, mean = sharding.own_heads(scale, x.shape[axes[0]]), sharding.mean_of_shares(mean)
+            scale, mean = (
+                collectives.local_heads(scale, x.shape[axes[0]]),
+                collectives.pmean_tensor(mean),
+            )
         return (scale * (x32 * jax.lax.rsqrt(mean + eps))).astype(x.dtype)
 
 

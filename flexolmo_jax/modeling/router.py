@@ -89,7 +89,7 @@ def remember(
     goes_on = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     kept = jnp.where(goes_on, decay, 0.0)  # [B, S]: share of the sum that each token finds
 
-    def times(factor, sums):  # a logit may be -inf (`fill_up`), and 0 times that is not 0
+    def times(factor, sums):  # a logit may be -inf (`pad_experts`), and 0 times that is not 0
         return jnp.where(factor > 0, factor * sums, 0.0)
 
     def after(one, other):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.attention import (
     Attention,
@@ -17,6 +16,7 @@ from flexolmo_jax.modeling.attention import (
 )
 from flexolmo_jax.modeling.experts import Experts, mix
 from flexolmo_jax.modeling.layers import RMSNorm, Shared, dot, normal
+from flexolmo_jax.parallel import collectives
 
 
 def _narrow(primitive, *inputs, **params) -> bool:
@@ -31,9 +31,11 @@ def _narrow(primitive, *inputs, **params) -> bool:
 ANSWER = "answer"  # name of what attention and experts hand to the norms on their outputs
 _policies = jax.checkpoint_policies
 REMAT = {  # what is kept for the backward pass; never matrices gathered from other devices
-    "none": _policies.save_anything_except_these_names(sharding.GATHERED),
-    "products": _policies.dots_with_no_batch_dims_saveable,
-    "wide": _policies.save_from_both_policies(_narrow, _policies.save_only_these_names(ANSWER)),
+    "none": _policies.save_anything_except_these_names(collectives.GATHERED),
+    "matmuls": _policies.dots_with_no_batch_dims_saveable,
+    "wide_matmuls": _policies.save_from_both_policies(
+        _narrow, _policies.save_only_these_names(ANSWER)
+    ),
     "layer": _policies.nothing_saveable,
 }
 
@@ -78,8 +80,8 @@ class Backbone(nnx.Module):
     def head_matrix(self, config: ModelConfig) -> jax.Array:
         """[D, V]: the output head, or the embedding where they are tied."""
         if hasattr(self, "head"):
-            return sharding.whole("head", self.head[...], config)
-        return sharding.whole("embed", self.embed[...], config).T
+            return collectives.all_gather_matrix("head", self.head[...], config)
+        return collectives.all_gather_matrix("embed", self.embed[...], config).T
 
 
 class Anchor(NamedTuple):
@@ -168,13 +170,13 @@ def forward(
     def layer_step(carry, slices):
         x, cache = carry
         layer, stacks, number, past = slices
-        layer = sharding.gather(layer, config)
-        stacks = tuple(sharding.gather_experts(stack, config) for stack in stacks)
+        layer = collectives.all_gather_module(layer, config)
+        stacks = tuple(collectives.all_gather_experts(stack, config) for stack in stacks)
         x, cache = layer.attend(x, positions, segments, config, cache, at, visible, number)
         x, *routing = layer.consult(x, stacks, allowed, config, segments=segments, past=past)
         return (x, cache), routing
 
-    x = sharding.look_up(backbone.embed[...], tokens, config)
+    x = collectives.embedding_lookup(backbone.embed[...], tokens, config)
     if layers is not None:
         caches, routing = [], []
         for number, (layer, experts) in enumerate(layers):
@@ -186,7 +188,7 @@ def forward(
         hidden = backbone.norm(x, config.norm_eps)
         stacked = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *routing)
         return Output(hidden, stacked[0], tuple(caches) if cache else None, stacked[1])
-    if config.remat != "none" or sharding.is_spread():
+    if config.remat != "none" or collectives.inside_shard_map():
         layer_step = jax.checkpoint(layer_step, policy=REMAT[config.remat])
     numbers = None if cache is None else jnp.arange(config.num_layers)
     (x, cache), (router_logits, past) = jax.lax.scan(

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from flexolmo_jax import flops, sharding
 from flexolmo_jax.config import (
     AnchorTraining,
     ExpertTraining,
@@ -25,15 +25,19 @@ from flexolmo_jax.config import (
     Training,
     find_config,
 )
-from flexolmo_jax.data.loader import Batch
+from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.inference import decode
 from flexolmo_jax.inference.sampling import Sampling
+from flexolmo_jax.modeling import flops
 from flexolmo_jax.modeling.attention import KVCache
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Anchor, abstract_model, init_anchor
+from flexolmo_jax.parallel import collectives, placement
+from flexolmo_jax.parallel.mesh import AXES, BATCH, EXPERT, SERVING, make_mesh, shardings, specs
 from flexolmo_jax.planning.chips import Chip, chip_of
+from flexolmo_jax.planning.costs import cost
 from flexolmo_jax.planning.hlo import read
-from flexolmo_jax.planning.program import cost
+from flexolmo_jax.training.gradients import check_batch
 from flexolmo_jax.training.optimizer import make_optimizer
 from flexolmo_jax.training.step import (
     AnchorLoss,
@@ -172,7 +176,7 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
     """Compiles a stage's step for a topology, and reads off what it costs.
 
     Args:
-      config: batch, length, parts, remat, devices for experts.
+      config: batch, length, microbatches, remat, devices for experts.
       model: sizes, dtype.
       stage: one of STAGES; "forward" is the loss of merged weights, "decode" one more token of
         each of `data.batch_size` sequences of `data.length` tokens.
@@ -186,17 +190,17 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
     model = config.computing(model)
     if stage == "decode" and config.tensor_parallel > 1:
         raise ValueError("tensor_parallel is for training and forward passes; leave it out")
-    mesh = sharding.make_mesh(
+    mesh = make_mesh(
         config.expert_parallel, _devices(topology, chip, count), config.tensor_parallel
     )
-    sharding.check_batch(config, mesh, "chips" if count == chips else "devices (two a chip)")
+    check_batch(config, mesh, "chips" if count == chips else "devices (two a chip)")
     known: dict[str, Any] = {
         "stage": stage, "topology": topology, "chips": chips, "devices": count,
         "memory": chip.memory,
     }  # fmt: skip
     started = time.monotonic()
     run, arguments, named = _step(config, model, stage, mesh)
-    with sharding.within(mesh), tempfile.TemporaryDirectory() as dump:
+    with placement.use_mesh(mesh), tempfile.TemporaryDirectory() as dump:
         lowered = run.lower(*arguments, **named)
         try:
             # From the compiler itself: an executable's program is what jaxlib understands of it.
@@ -296,9 +300,7 @@ def _step(config: Training, model: ModelConfig, stage: str, mesh: Mesh) -> tuple
     if stage == "decode":
         return _decode(config, model, mesh)
     shape = (config.data.batch_size, config.data.length)
-    rows = functools.partial(
-        jax.ShapeDtypeStruct, shape, sharding=NamedSharding(mesh, sharding.ROWS)
-    )
+    rows = functools.partial(jax.ShapeDtypeStruct, shape, sharding=NamedSharding(mesh, BATCH))
     shapes: tuple[Any, ...] = (*(rows(jnp.int32) for _ in range(3)), rows(jnp.float32))
     batch = Batch(*shapes)
     if stage == "forward":
@@ -310,17 +312,17 @@ def _step(config: Training, model: ModelConfig, stage: str, mesh: Mesh) -> tuple
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = _placed(jax.eval_shape(optimizer.init, trainable), mesh)
     trainable, frozen = _placed(trainable, mesh), _placed(frozen, mesh)
-    named = {"mesh": mesh, "parts": config.parts}
+    named = {"mesh": mesh, "microbatches": config.microbatches}
     return train_step, (loss, optimizer, trainable, state, frozen, batch), named
 
 
 def _forward(backbone, experts, batch: Batch, *, loss: RouterLoss, mesh: Mesh):
     def local(backbone, experts, batch):
         rows = RouterRows.of(experts.router)
-        return sharding.total(loss(rows, (backbone, experts), batch)[1])
+        return collectives.psum_batch(loss(rows, (backbone, experts), batch)[1])
 
-    where = (*sharding.specs((backbone, experts), mesh), sharding.ROWS)
-    return sharding.spread(local, mesh, where, sharding.P())(backbone, experts, batch)
+    where = (*specs((backbone, experts), mesh), BATCH)
+    return placement.shard_map(local, mesh, where, P())(backbone, experts, batch)
 
 
 def _stage(config: Training, model: ModelConfig, stage: str, mesh: Mesh) -> tuple[Any, Any, Any]:
@@ -343,14 +345,14 @@ def _stage(config: Training, model: ModelConfig, stage: str, mesh: Mesh) -> tupl
 
 def _weights(model: ModelConfig, mesh: Mesh) -> tuple[Any, Experts]:
     """Shapes of the merged model, with empty experts where the mesh needs them."""
-    ways = mesh.shape[sharding.EXPERT]
+    ways = mesh.shape[EXPERT]
     return abstract_model(model.replace(num_experts=-(-model.num_experts // ways) * ways))
 
 
-def _placed(tree: Any, mesh: Mesh, over: tuple[str, ...] = sharding.AXES) -> Any:
+def _placed(tree: Any, mesh: Mesh, over: tuple[str, ...] = AXES) -> Any:
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        tree, sharding.shardings(tree, mesh, over),
+        tree, shardings(tree, mesh, over),
     )  # fmt: skip
 
 
@@ -359,16 +361,16 @@ def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> tuple[Any, tupl
     batch, length = config.data.batch_size, config.data.length
 
     def abstract(shape, dtype, *spec):
-        where = NamedSharding(mesh, sharding.P(*spec))
+        where = NamedSharding(mesh, P(*spec))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     weights = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), _weights(model, mesh)
     )
-    weights = _placed(weights, mesh, sharding.SERVING)
+    weights = _placed(weights, mesh, SERVING)
     num_experts = weights[1].router.bias.shape[1]
     shape = (model.num_layers, batch, model.kv_heads, length, model.head_size)
-    axes = sharding.AXES
+    axes = AXES
     cache = KVCache(*(abstract(shape, model.dtype, None, axes) for _ in range(2)))
     state = decode.State(
         abstract((), jnp.int32),

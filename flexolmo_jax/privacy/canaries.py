@@ -19,8 +19,8 @@ from flexolmo_jax.config import ExpertTraining
 from flexolmo_jax.data.sources import Document
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import tokenized, windows
-from flexolmo_jax.distributed import in_turn
-from flexolmo_jax.federation.package import canonical_digest, replace_file
+from flexolmo_jax.runtime.processes import one_process_at_a_time
+from flexolmo_jax.storage.files import canonical_digest, replace_file
 
 FILE = "canaries.json"  # in the run folder
 FORMAT = 1
@@ -138,7 +138,7 @@ def canaries_of_run(count: int, run: Path, tokenizer: Tokenizer) -> Canaries | N
             Canaries.draw(count, tokenizer).write(run)
         return Canaries.read(run)
 
-    found = in_turn(find)
+    found = one_process_at_a_time(find)
     if len(found.candidates) != 2 * count:
         raise ValueError(
             f"{run / FILE}: holds {len(found.candidates)} candidates, and --canaries {count} asks "

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.federation.package import replace_file
 from flexolmo_jax.privacy.accounting import Mechanism, epsilon
 from flexolmo_jax.privacy.text_marks import read_marks, write_marks
+from flexolmo_jax.storage.files import replace_file
 
 FILE = "budget.json"
 FORMAT = 1

@@ -30,11 +30,11 @@ class Clipping:
 
     Attributes:
       norm: C, the length to which a unit's part is clipped.
-      at_a_time: units whose parts are in memory at the same time; None for all.
+      microbatch_size: units whose gradients are in memory at the same time; None for all.
     """
 
     norm: float
-    at_a_time: int | None = None
+    microbatch_size: int | None = None
 
 
 class Secret:
@@ -104,7 +104,7 @@ def clipped_gradients(
         l2_clip_norm=clip.norm,
         rescale_to_unit_norm=True,
         return_grad_norms=True,
-        microbatch_size=clip.at_a_time,
+        microbatch_size=clip.microbatch_size,
         dtype=jnp.float32,
     )
     assert gradients.sensitivity(ZERO_OUT) == 1.0
@@ -128,7 +128,7 @@ def clipped_sum(
         keep_batch_dim=False,
         l2_clip_norm=clip.norm,
         rescale_to_unit_norm=True,
-        microbatch_size=clip.at_a_time,
+        microbatch_size=clip.microbatch_size,
         dtype=jnp.float32,
     )
     assert total.sensitivity(ZERO_OUT) == 1.0
@@ -142,9 +142,9 @@ def _by_turns(clip: Clipping, batch: Any, is_empty: jax.Array) -> tuple[Any, jax
     Of n turns, jax-privacy works on units i, n + i, 2n + i, ... in turn i, up to the last turn in
     which a unit is not empty.
     """
-    if clip.at_a_time is None:
+    if clip.microbatch_size is None:
         return batch, is_empty
-    places = jnp.arange(len(is_empty)).reshape(-1, clip.at_a_time).T.reshape(-1)
+    places = jnp.arange(len(is_empty)).reshape(-1, clip.microbatch_size).T.reshape(-1)
     order = jnp.argsort(is_empty, stable=True)[places]
     return jax.tree.map(lambda x: x[order], batch), is_empty[order]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flexolmo_jax.data.sources import read_documents
-from flexolmo_jax.federation.package import replace_file
+from flexolmo_jax.storage.files import replace_file
 
 PUBLIC = "corpus:"  # texts that come with the project, which belong to nobody
 

@@ -16,9 +16,9 @@ from typing import Any, Self
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from flexolmo_jax import tensors
-from flexolmo_jax.distributed import agree, is_first
-from flexolmo_jax.locking import private_folder
+from flexolmo_jax.runtime.processes import all_agree, is_main_process
+from flexolmo_jax.storage import tensors
+from flexolmo_jax.storage.locks import private_folder
 
 
 class Checkpoints:
@@ -83,7 +83,7 @@ class Checkpoints:
                 state, damage = self.load(step, like), None
             except ValueError as error:
                 state, damage = like, error
-            if agree(damage is None):
+            if all_agree(damage is None):
                 return step, state
             damage = damage or ValueError(f"another process could not read checkpoint {step}")
             if len(self._checkpointer.checkpoints) == 1:
@@ -94,12 +94,12 @@ class Checkpoints:
 
     def _put_aside(self, step: int) -> None:
         self._checkpointer.close()
-        if is_first():
+        if is_main_process():
             aside = self.folder.with_name("damaged")
             private_folder(aside)
             number = len(list(aside.iterdir()))
             (self.folder / str(step)).rename(aside / f"{step}.{number}")
-        agree(True)  # nobody looks before it is done
+        all_agree(True)  # nobody looks before it is done
         self._open()
 
     def load(self, step: int, like: Any) -> Any:

@@ -18,15 +18,18 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import Training
-from flexolmo_jax.data.flexmix import SourceWindows
-from flexolmo_jax.data.loader import Batch, batches
-from flexolmo_jax.distributed import is_first
+from flexolmo_jax.data.batches import Batch, batches
+from flexolmo_jax.data.window_store import SourceWindows
+from flexolmo_jax.parallel import placement
+from flexolmo_jax.parallel.mesh import AXES, make_mesh
+from flexolmo_jax.runtime.processes import is_main_process
+from flexolmo_jax.storage.files import replace_file
 from flexolmo_jax.training.checkpoint import Checkpoints
+from flexolmo_jax.training.divergence import LossMonitor, record_divergence
+from flexolmo_jax.training.gradients import check_batch
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
 from flexolmo_jax.training.step import Loss, train_step
-from flexolmo_jax.training.watch import Watch, record_breakdown
 
 LINES = 30.0  # seconds, at most about, from one line of progress to the next
 HIGH_RATE = 0.1  # no AdamW training of a transformer is known to go well above
@@ -75,11 +78,11 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
     _warn_of_odd_values(training)
     mesh = steps.mesh
     # In float32 whatever they are stored in: a step of half precision is rounded off, or overflows.
-    trainable = sharding.place(trainable, mesh, dtype="float32")
-    frozen = sharding.place(frozen, mesh, () if steps.whole else sharding.AXES)
+    trainable = placement.device_put(trainable, mesh, dtype="float32")
+    frozen = placement.device_put(frozen, mesh, () if steps.whole else AXES)
     optimizer = make_optimizer(training.optimizer, training.steps)
     schedule = make_schedule(training.optimizer, training.steps)
-    with sharding.within(mesh):
+    with placement.use_mesh(mesh):
         opt_state = jax.jit(optimizer.init)(trainable)
     checkpoints = Checkpoints(run / "checkpoints")
     saved, (trainable, opt_state) = checkpoints.load_newest((trainable, opt_state))
@@ -87,7 +90,7 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
     if start:
         console.print(f"{title}: resuming after step {start}")
     metrics_file = run / "metrics.jsonl"
-    if is_first():
+    if is_main_process():
         _forget_metrics_after(metrics_file, start)
     pending: list[tuple[int, dict[str, jax.Array]]] = []
 
@@ -99,8 +102,8 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
         data = steps.batches(start)
         since, since_step = time.monotonic(), start
         for step in range(start + 1, training.steps + 1):
-            batch = sharding.place_rows(next(data), mesh)
-            with sharding.within(mesh):
+            batch = placement.put_batch(next(data), mesh)
+            with placement.use_mesh(mesh):
                 trainable, opt_state, metrics = steps.take(
                     step, optimizer, trainable, opt_state, frozen, batch
                 )
@@ -125,7 +128,7 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
                     "tokens": step * steps.tokens_a_step,
                     "tokens_per_second": round(rate, 1),
                 }
-                if is_first():
+                if is_main_process():
                     with open(metrics_file, "a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
                 progress(step, row["loss"], rate, steps.status(step))
@@ -137,12 +140,12 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
                 raise Interrupted(
                     f"{title}: stopped after step {step}; go on with --resume", interrupted.by_user
                 )
-    if is_first():
+    if is_main_process():
         _plot(metrics_file, run / "loss.png", title)
-    return trainable if mesh is None else sharding.on_host(trainable)
+    return trainable if mesh is None else placement.to_host(trainable)
 
 
-class Breakdown(NamedTuple):
+class Diverged(NamedTuple):
     """What stopped a run, and what to do."""
 
     why: str
@@ -177,14 +180,14 @@ class Steps(Protocol):
     def take(self, step: int, optimizer, trainable, opt_state, frozen, batch: Batch) -> tuple:
         """(trainable, opt_state, metrics) after a step; the metrics hold loss and grad_norm."""
 
-    def breakdown(self, step: int, metrics: dict[str, float], run: Path) -> "Breakdown | None":
+    def breakdown(self, step: int, metrics: dict[str, float], run: Path) -> "Diverged | None":
         """What went wrong at a step, if anything did."""
 
     def status(self, step: int) -> str:
         """What more to show beside the progress bar."""
 
 
-class OrdinarySteps:
+class StandardSteps:
     """Steps of `train_step`, on batches that are a function of the seed."""
 
     whole = False
@@ -194,7 +197,7 @@ class OrdinarySteps:
         self.mesh = mesh_of(training)
         self.save_every = training.checkpoint_every
         self.tokens_a_step = training.data.batch_size * training.data.length
-        self._watch = Watch()
+        self._watch = LossMonitor()
 
     def start(self, saved: int) -> int:
         return saved
@@ -205,17 +208,17 @@ class OrdinarySteps:
     def take(self, step: int, optimizer, trainable, opt_state, frozen, batch: Batch):
         return train_step(
             self.loss, optimizer, trainable, opt_state, frozen, batch,
-            mesh=self.mesh, parts=self.training.parts,
+            mesh=self.mesh, microbatches=self.training.microbatches,
         )  # fmt: skip
 
-    def breakdown(self, step: int, metrics: dict[str, float], run: Path) -> "Breakdown | None":
+    def breakdown(self, step: int, metrics: dict[str, float], run: Path) -> "Diverged | None":
         why = self._watch.breakdown(metrics["loss"], metrics["grad_norm"])
         if not why:
             return None
         about = run / "breakdown.json"
-        if is_first():
-            record_breakdown(about, self.source, self.training.seed, step, why)
-        return Breakdown(
+        if is_main_process():
+            record_divergence(about, self.source, self.training.seed, step, why)
+        return Diverged(
             why,
             f"{about} names the documents of that step: look at them, or start anew with a lower "
             "learning rate",
@@ -233,10 +236,8 @@ def mesh_of(training: Training) -> Mesh | None:
     """
     mesh = None
     if max(jax.device_count(), training.expert_parallel, training.tensor_parallel) > 1:
-        mesh = sharding.make_mesh(
-            training.expert_parallel, tensor_parallel=training.tensor_parallel
-        )
-    sharding.check_batch(training, mesh)
+        mesh = make_mesh(training.expert_parallel, tensor_parallel=training.tensor_parallel)
+    check_batch(training, mesh)
     return mesh
 
 
@@ -367,9 +368,7 @@ def _forget_metrics_after(file: Path, step: int) -> None:
         return
     rows = [line for line in file.read_text().splitlines() if line.endswith("}")]
     kept = [line for line in rows if json.loads(line)["step"] <= step]
-    partial = file.with_suffix(".partial")
-    partial.write_text("".join(line + "\n" for line in kept))
-    partial.replace(file)
+    replace_file(file, "".join(line + "\n" for line in kept))
 
 
 def _plot(metrics: Path, picture: Path, title: str) -> None:

@@ -4,6 +4,7 @@ import jax
 import optax
 
 from flexolmo_jax.config import OptimizerConfig
+from flexolmo_jax.storage.tensors import leaf_name
 
 NOT_DECAYED = ("scale", "bias", "embed")  # norms, router biases, embeddings (as OLMo 2)
 
@@ -23,8 +24,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     def decays(tree):
         def one(path, _):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            return not name.removesuffix(".value").endswith(NOT_DECAYED)
+            return not leaf_name(path).endswith(NOT_DECAYED)
 
         return jax.tree_util.tree_map_with_path(one, tree)
 

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.data.loader import Batch
+from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.modeling.experts import Experts, FeedForward
+from flexolmo_jax.modeling.kernels.cross_entropy import cross_entropy
 from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.modeling.transformer import Anchor, Backbone, forward
-from flexolmo_jax.training.cross_entropy import cross_entropy
+from flexolmo_jax.parallel import collectives
+from flexolmo_jax.training.gradients import gradients
 
 # loss(trainable, frozen, batch) -> (value that is minimised, metrics), sums over the tokens by
 # their weights: `train_step` hands over weights that sum to 1.
@@ -28,11 +29,19 @@ Loss = Callable[[Any, Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 
 @functools.partial(
     jax.jit,
-    static_argnames=("loss", "optimizer", "mesh", "parts"),
+    static_argnames=("loss", "optimizer", "mesh", "microbatches"),
     donate_argnames=("trainable", "opt_state"),
 )
 def train_step(
-    loss: Loss, optimizer, trainable, opt_state, frozen, batch: Batch, *, mesh=None, parts: int = 1
+    loss: Loss,
+    optimizer,
+    trainable,
+    opt_state,
+    frozen,
+    batch: Batch,
+    *,
+    mesh=None,
+    microbatches: int = 1,
 ):
     """One update of `trainable`.
 
@@ -40,13 +49,13 @@ def train_step(
       loss, optimizer: what is done.
       trainable, opt_state, frozen, batch: with a mesh, placed on it (sharding.py).
       mesh: of several devices, or None.
-      parts: each device works on its sequences in so many parts; memory goes down with them.
+      microbatches: gradient accumulation steps of each device; more of them use less memory.
 
     Returns:
       (trainable, opt_state, metrics): float32 scalars, among them loss and grad_norm.
     """
     batch = batch._replace(weights=batch.weights / jnp.maximum(jnp.sum(batch.weights), 1.0))
-    metrics, grads = sharding.gradients(loss, mesh, trainable, frozen, batch, parts)
+    metrics, grads = gradients(loss, mesh, trainable, frozen, batch, microbatches)
     updates, opt_state = optimizer.update(grads, opt_state, trainable)
     metrics["grad_norm"] = optax.tree.norm(grads)
     return optax.apply_updates(trainable, updates), opt_state, metrics
@@ -67,7 +76,7 @@ def language_model_loss(
       weights sum to 1.
     """
     out = forward(backbone, stacks, batch.tokens, config, segments=batch.segments)
-    shares = map(sharding.own_positions, (out.hidden, batch.targets, batch.weights))
+    shares = map(collectives.split_positions, (out.hidden, batch.targets, batch.weights))
     hidden, targets, weights = shares
     sums = cross_entropy(
         hidden,
@@ -77,7 +86,7 @@ def language_model_loss(
         z_loss=output_z_loss,
         chunk=config.loss_chunk,
     )
-    total, nats = sharding.from_tensor(sums)
+    total, nats = collectives.reduce_from_tensor_parallel(sums)
     if router_z_loss:
         z = jax.nn.logsumexp(out.router_logits, axis=1)  # [L, B, S]
         total += router_z_loss * jnp.sum(jnp.mean(z**2, axis=0) * batch.weights)

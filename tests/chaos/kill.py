@@ -35,7 +35,7 @@ EXPERT = "ExpertTraining(data=data, optimizer=optimizer, steps=40, gating='pair'
 # Imported once, in a process that all others are forked from.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["flexolmo_jax.cli", "flexolmo_jax.training.anchor", "flexolmo_jax.training.expert",
+    ["flexolmo_jax.commands.main", "flexolmo_jax.training.stages.anchor", "flexolmo_jax.training.stages.expert",
      "flexolmo_jax.model"]
 )  # fmt: skip
 
@@ -75,7 +75,7 @@ def _command(words: list[str], said: str) -> None:
     with open(said, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from flexolmo_jax.cli import main
+    from flexolmo_jax.commands.main import main
 
     sys.exit(main(words))
 

@@ -11,13 +11,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from flexolmo_jax.config import DataConfig
-from flexolmo_jax.data.flexmix import prepare
-from flexolmo_jax.data.loader import Batch, batches, stacked, window_numbers
+from flexolmo_jax.data.batches import Batch, batches, stacked, window_numbers
 from flexolmo_jax.data.sources import Document, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.units import prepare_units
+from flexolmo_jax.data.window_store import prepare
 from flexolmo_jax.data.windows import tokenized, windows
-from flexolmo_jax.evaluation.domains import heldout_documents
+from flexolmo_jax.evaluation.bits_per_byte import heldout_documents
 
 SEPARATOR = 0
 
@@ -240,8 +240,8 @@ def test_without_a_held_out_share_the_source_is_read_once(tmp_path, own, monkeyp
         readings.append(source)
         return read_documents(source, **options)
 
-    monkeypatch.setattr("flexolmo_jax.data.flexmix.read_documents", counted)
-    monkeypatch.setattr("flexolmo_jax.evaluation.domains.read_documents", counted)
+    monkeypatch.setattr("flexolmo_jax.data.window_store.read_documents", counted)
+    monkeypatch.setattr("flexolmo_jax.evaluation.bits_per_byte.read_documents", counted)
     data = DataConfig(batch_size=2, length=8, heldout=0.0)
     prepare(str(tmp_path / "a.txt"), data, tokenizer, tmp_path / "data")
     assert heldout_documents(str(tmp_path / "a.txt"), data) == []

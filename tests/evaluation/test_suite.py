@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from flexolmo_jax.corpora.tasks import SOURCES
 from flexolmo_jax.evaluation import harness
 from flexolmo_jax.evaluation.suite import COLUMNS, SUITE, PaperTask, chosen, column_scores
-from flexolmo_jax.evaluation.task_data import SOURCES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "tasks.md"
 

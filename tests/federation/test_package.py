@@ -12,13 +12,13 @@ import pytest
 from hostile.sealing import seal
 
 import flexolmo_jax as fo
-from flexolmo_jax import tensors
 from flexolmo_jax.federation import merge as merging
 from flexolmo_jax.federation import package as packaging
 from flexolmo_jax.federation.anchor import read_anchor, write_anchor
 from flexolmo_jax.federation.expert import read_expert, write_expert
 from flexolmo_jax.federation.merge import write_tuned
 from flexolmo_jax.federation.package import read_manifest
+from flexolmo_jax.storage import tensors
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import flexolmo_jax as fo
-from flexolmo_jax.cli import main
+from flexolmo_jax.commands.main import main
 from flexolmo_jax.config import COMPUTE, ModelConfig
 from flexolmo_jax.data.sources import read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
@@ -63,13 +63,13 @@ def make_world(root: Path) -> None:
 def _statement() -> Any:
     from flexolmo_jax.config import PrivacyConfig
     from flexolmo_jax.privacy.accounting import Mechanism
-    from flexolmo_jax.privacy.statement import make_statement
+    from flexolmo_jax.privacy.certificate import make_certificate
 
     mechanism = Mechanism(
         units=1000, mean_batch=10, largest_batch=20, steps=50, noise_multiplier=1.5,
         rows_noise_multiplier=None,
     )  # fmt: skip
-    return make_statement(
+    return make_certificate(
         PrivacyConfig(8.0), mechanism, 1e-5, window_tokens=32, rows_clip=None, other_runs=[],
         library="jax-privacy",
     )  # fmt: skip

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from flexolmo_jax.interop import huggingface
+from flexolmo_jax.interop import hf_import
 from flexolmo_jax.modeling.transformer import forward
 
 FOLDERS = sorted(p for p in (Path(__file__).parent / "golden").iterdir() if p.is_dir())
@@ -20,7 +20,7 @@ def test_there_are_models_of_both_kinds():
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_logits_are_those_of_transformers(folder):
-    backbone, experts, config = huggingface.load(folder)
+    backbone, experts, config = hf_import.load(folder)
     with np.load(folder / "expected.npz") as file:
         expected = {name: file[name] for name in file.files}
     real = expected["attention_mask"] > 0

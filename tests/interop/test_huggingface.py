@@ -16,10 +16,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.interop import huggingface
+from flexolmo_jax.interop import hf_import
 from flexolmo_jax.model import load
 from flexolmo_jax.modeling.transformer import forward
-from flexolmo_jax.tensors import named
+from flexolmo_jax.storage.tensors import named
 
 GOLDEN = Path(__file__).parent / "golden"
 WEIGHTS = "model.safetensors"
@@ -86,7 +86,7 @@ def test_logits_are_those_of_transformers(number, torch_models, tmp_path):
     # Every other model in several shards: both forms, with dense, tied, and separate experts.
     model.save_pretrained(tmp_path, max_shard_size="8KB" if number % 2 else "1GB")
     assert (tmp_path / INDEX).exists() == bool(number % 2)
-    backbone, experts, config = huggingface.load(tmp_path)
+    backbone, experts, config = hf_import.load(tmp_path)
 
     expected = torch_models["random_batch"](model, number)
     real = expected["attention_mask"] > 0
@@ -102,7 +102,7 @@ def test_logits_are_those_of_transformers(number, torch_models, tmp_path):
         for file in [*tmp_path.glob("*.safetensors"), *tmp_path.glob(INDEX)]:
             file.unlink()
         save_file(packed, tmp_path / WEIGHTS)  # with a tied model's lm_head a second time
-        again = huggingface.load(tmp_path)
+        again = hf_import.load(tmp_path)
         jax.tree.map(np.testing.assert_array_equal, again[:2], (backbone, experts))
 
 
@@ -144,19 +144,19 @@ def edit_config(folder, **changes):
 
 def message(folder):
     with pytest.raises(ValueError) as error:
-        huggingface.load(folder)
+        hf_import.load(folder)
     assert str(folder) in str(error.value)
     return str(error.value)
 
 
 def test_folders_and_tokenizers_are_recognised(folder, tmp_path):
-    assert huggingface.is_hugging_face(folder)
-    assert huggingface.is_hugging_face(str(folder))
-    assert not huggingface.is_hugging_face(tmp_path)
-    assert not huggingface.is_hugging_face(tmp_path / "nowhere")
-    assert huggingface.tokenizer_file(folder) is None
+    assert hf_import.is_hugging_face(folder)
+    assert hf_import.is_hugging_face(str(folder))
+    assert not hf_import.is_hugging_face(tmp_path)
+    assert not hf_import.is_hugging_face(tmp_path / "nowhere")
+    assert hf_import.tokenizer_file(folder) is None
     (folder / "tokenizer.json").write_text("{}")
-    assert huggingface.tokenizer_file(folder) == folder / "tokenizer.json"
+    assert hf_import.tokenizer_file(folder) == folder / "tokenizer.json"
 
 
 def test_configs_of_both_versions_of_transformers(folder):
@@ -171,14 +171,14 @@ def test_configs_of_both_versions_of_transformers(folder):
         active_experts=2,
         max_length=64,
     )
-    assert huggingface.load_config(folder) == expected
+    assert hf_import.load_config(folder) == expected
     # Version 4, which leaves out what is at its default.
     edit_config(folder, rope_parameters=None, rope_theta=10000, rms_norm_eps=None)
-    assert huggingface.load_config(folder) == expected.replace(rope_theta=10_000.0)
+    assert hf_import.load_config(folder) == expected.replace(rope_theta=10_000.0)
     edit_config(folder, rope_theta=None, rope_scaling={"type": "default"}, norm_topk_prob=True)
-    assert huggingface.load_config(folder) == expected.replace(renormalize=True)
+    assert hf_import.load_config(folder) == expected.replace(renormalize=True)
     edit_config(folder, model_type="olmo2", max_position_embeddings=None, head_dim=6)
-    found = huggingface.load_config(folder)
+    found = hf_import.load_config(folder)
     assert (found.num_experts, found.rope_theta, found.norm_eps) == (1, 1e4, 1e-5)
     assert (found.max_length, found.head_size) == (2048, 6)
 
@@ -244,7 +244,7 @@ def test_a_second_head_is_for_tied_models_only(folder):
     tied = shutil.copytree(GOLDEN / "olmo2_tied", folder.parent / "tied")
     head = {"lm_head.weight": load_file(tied / WEIGHTS)["model.embed_tokens.weight"]}
     edit_weights(tied, **head)
-    assert "head" not in named(huggingface.load(tied)[0])
+    assert "head" not in named(hf_import.load(tied)[0])
     edit_weights(folder, **{"lm_head.weight": None})
     assert "1 missing (lm_head.weight [61, 16])" in message(folder)
 
@@ -277,20 +277,20 @@ def test_integers_and_doubled_tensors_are_refused(folder):
 
 
 def test_dtypes(folder):
-    exact = huggingface.load(folder)
+    exact = hf_import.load(folder)
     assert {str(x.dtype) for x in jax.tree.leaves(exact[:2])} == {"float32"}
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact[:2])
-    asked = huggingface.load(folder, dtype="bfloat16")
+    asked = hf_import.load(folder, dtype="bfloat16")
     jax.tree.map(np.testing.assert_array_equal, asked[:2], rounded)
 
     tensors = {k: v.astype(jnp.bfloat16) for k, v in load_file(folder / WEIGHTS).items()}
     save_file(tensors, folder / WEIGHTS)
-    stored = huggingface.load(folder)
+    stored = hf_import.load(folder)
     assert {str(x.dtype) for x in jax.tree.leaves(stored[:2])} == {"bfloat16"}
     jax.tree.map(np.testing.assert_array_equal, stored[:2], rounded)
 
     edit_weights(folder, **{"model.norm.weight": np.ones(16, np.float32)})
-    widest = huggingface.load(folder)
+    widest = hf_import.load(folder)
     assert {str(x.dtype) for x in jax.tree.leaves(widest[:2])} == {"float32"}
 
 
@@ -331,7 +331,7 @@ def test_of_several_checkpoints_in_a_folder_the_one_that_transformers_reads(torc
         read = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
         for key, value in model.state_dict().items():
             np.testing.assert_array_equal(read[key].numpy(), value.numpy())
-        backbone, experts, _ = huggingface.load(tmp_path)
+        backbone, experts, _ = hf_import.load(tmp_path)
         embed = model.state_dict()["model.embed_tokens.weight"].numpy()
         np.testing.assert_array_equal(backbone.embed[...], embed)
         gate = model.state_dict()["model.layers.1.mlp.gate_proj.weight"].numpy()
@@ -367,13 +367,13 @@ def test_of_several_checkpoints_in_a_folder_the_one_that_transformers_reads(torc
 
 def test_shards_are_read_where_the_index_has_them(folder):
     """In folders below, and through links, as in the Hugging Face cache; no others."""
-    expected = huggingface.load(folder)
+    expected = hf_import.load(folder)
     parts = shard(folder, under="below/model-{}.safetensors")
     file = folder / "below" / "model-0.safetensors"
     file.rename(folder.parent / "blob")
     file.symlink_to(folder.parent / "blob")
     save_file({"x": np.ones(3, np.float32)}, folder / "not_named.safetensors")
-    same(huggingface.load(folder), expected)
+    same(hf_import.load(folder), expected)
     first = next(iter(parts))
     write_index(
         folder, {key: file for file, part in parts.items() for key in part if file != first}
@@ -404,7 +404,7 @@ def test_an_index_that_names_files_elsewhere_is_refused(folder, elsewhere):
 )
 def test_weights_of_another_name_are_refused_by_name(folder, name):
     (folder / WEIGHTS).rename(folder / name)
-    assert huggingface.is_hugging_face(folder)
+    assert hf_import.is_hugging_face(folder)
     assert f"expected {WEIGHTS} or {INDEX}, found {name}" in message(folder)
 
 
@@ -442,7 +442,7 @@ def test_loading_needs_little_more_than_the_model(packed, tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(fields))
     tracemalloc.start()
-    model = huggingface.load(tmp_path)[:2]
+    model = hf_import.load(tmp_path)[:2]
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))

@@ -11,9 +11,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from flexolmo_jax.data.sources import read_documents
 from flexolmo_jax.data.tokenizer import SEPARATOR, Tokenizer
-from flexolmo_jax.evaluation.domains import bits_per_byte
+from flexolmo_jax.evaluation.bits_per_byte import bits_per_byte
 from flexolmo_jax.federation.merge import merge
-from flexolmo_jax.interop import huggingface
+from flexolmo_jax.interop import hf_import
 from flexolmo_jax.model import load
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -84,20 +84,20 @@ def folder(tmp_path):
 
 
 def test_where_the_name_of_the_separator_comes_from(folder):
-    assert huggingface.separator(folder) == SEPARATOR
+    assert hf_import.separator(folder) == SEPARATOR
     write(folder / "config.json", {**CONFIG, "eos_token_id": [1, 0]})
-    assert huggingface.separator(folder) == "<|pad|>"
+    assert hf_import.separator(folder) == "<|pad|>"
     write(folder / "generation_config.json", {"eos_token_id": 0})
-    assert huggingface.separator(folder) == "</s>"
+    assert hf_import.separator(folder) == "</s>"
     write(folder / "special_tokens_map.json", {"eos_token": {"content": "<|pad|>"}})
-    assert huggingface.separator(folder) == "<|pad|>"
+    assert hf_import.separator(folder) == "<|pad|>"
     write(folder / "tokenizer_config.json", {"eos_token": None})
-    assert huggingface.separator(folder) == "<|pad|>"
+    assert hf_import.separator(folder) == "<|pad|>"
     write(folder / "tokenizer_config.json", {"eos_token": "</s>"})
-    assert huggingface.separator(folder) == "</s>"
+    assert hf_import.separator(folder) == "</s>"
     (folder / "tokenizer_config.json").write_text("[")
     with pytest.raises(ValueError, match="tokenizer_config.json: cannot be read as a JSON object"):
-        huggingface.separator(folder)
+        hf_import.separator(folder)
 
 
 @pytest.mark.parametrize(

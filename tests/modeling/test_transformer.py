@@ -219,7 +219,7 @@ gradient = jax.jit(jax.value_and_grad(split_loss), static_argnames="config", com
 def test_remat_and_bfloat16(split_model):
     config, args = split_model
     loss, grads = gradient(*args, config=config)
-    for remat in ("products", "wide", "layer"):
+    for remat in ("matmuls", "wide_matmuls", "layer"):
         again, same = gradient(*args, config=config.replace(remat=remat))
         np.testing.assert_allclose(again, loss, rtol=1e-6)
         jax.tree.map(lambda *x: np.testing.assert_allclose(*x, rtol=1e-4, atol=1e-6), same, grads)

@@ -14,15 +14,18 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from flexolmo_jax import sharding, tensors  # noqa: E402
 from flexolmo_jax.config import ModelConfig  # noqa: E402
-from flexolmo_jax.data.loader import Batch  # noqa: E402
+from flexolmo_jax.data.batches import Batch  # noqa: E402
 from flexolmo_jax.model import FlexOlmo  # noqa: E402
-from flexolmo_jax.modeling.experts import fill_up, select  # noqa: E402
+from flexolmo_jax.modeling.experts import pad_experts, select  # noqa: E402
 from flexolmo_jax.modeling.transformer import Anchor, abstract_model  # noqa: E402
+from flexolmo_jax.parallel import placement  # noqa: E402
+from flexolmo_jax.parallel.mesh import make_mesh, num_shards  # noqa: E402
 from flexolmo_jax.privacy.accounting import Mechanism  # noqa: E402
 from flexolmo_jax.privacy.mechanism import Clipping  # noqa: E402
-from flexolmo_jax.training.private_steps import private_step  # noqa: E402
+from flexolmo_jax.storage import tensors  # noqa: E402
+from flexolmo_jax.training.gradients import gradients  # noqa: E402
+from flexolmo_jax.training.private.steps import private_step  # noqa: E402
 from flexolmo_jax.training.step import (  # noqa: E402
     AnchorLoss,
     ExpertAloneLoss,
@@ -43,14 +46,14 @@ OF_TRAINING |= {"4x1x2": (1, 2), "2x2x2": (2, 2)}  # x tensor
 @pytest.fixture(scope="module", params=SHAPES)
 def mesh(request):
     assert jax.device_count() == 8
-    yield sharding.make_mesh(SHAPES[request.param])
+    yield make_mesh(SHAPES[request.param])
     jax.clear_caches()  # compiled programs hold memory maps; at 65530 of them Linux ends a process
 
 
 @pytest.fixture(scope="module", params=OF_TRAINING)
 def training_mesh(request):
     experts, tensor = OF_TRAINING[request.param]
-    yield sharding.make_mesh(experts, tensor_parallel=tensor)
+    yield make_mesh(experts, tensor_parallel=tensor)
     jax.clear_caches()
 
 
@@ -89,18 +92,18 @@ def stage(name, config, multiple=1):
         return ExpertAloneLoss(pair, 1e-4), own.feed_forward, (anchor, own.router)
     if name == "pair":
         return ExpertPairLoss(pair, 1e-4, 1e-3), own, anchor
-    filled = fill_up(experts, multiple)
+    filled = pad_experts(experts, multiple)
     return RouterLoss(config, 1e-4, 1e-3), RouterRows.of(filled.router), (backbone, filled)
 
 
-def gradients(loss, trainable, frozen, mesh=None, parts=1):
+def run_gradients(loss, trainable, frozen, mesh=None, microbatches=1):
     batch = some_batch()
     batch = batch._replace(weights=batch.weights / jnp.sum(batch.weights))
-    trainable, frozen = sharding.place((trainable, frozen), mesh)
-    batch = sharding.place_rows(batch, mesh)
-    run = jax.jit(sharding.gradients, static_argnums=(0, 1, 5))
-    with sharding.within(mesh):
-        return sharding.on_host(run(loss, mesh, trainable, frozen, batch, parts))
+    trainable, frozen = placement.device_put((trainable, frozen), mesh)
+    batch = placement.put_batch(batch, mesh)
+    run = jax.jit(gradients, static_argnums=(0, 1, 5))
+    with placement.use_mesh(mesh):
+        return placement.to_host(run(loss, mesh, trainable, frozen, batch, microbatches))
 
 
 def assert_close(found, expected):
@@ -116,29 +119,31 @@ def assert_close(found, expected):
 
 @functools.cache
 def alone(name, config):
-    return gradients(*stage(name, config))
+    return run_gradients(*stage(name, config))
 
 
 STAGES = ["anchor", "alone", "pair", "router"]
 VARIANTS = {
     (2, 1): {"remat": "layer", "tie_embeddings": True, "memory": (0.8, 0.3)},
-    (4, 1): {"remat": "products", "expert_compute": "grouped", "active_experts": 3},
-    (1, 2): {"remat": "wide", "tie_embeddings": True, "expert_compute": "grouped"},
+    (4, 1): {"remat": "matmuls", "expert_compute": "grouped", "active_experts": 3},
+    (1, 2): {"remat": "wide_matmuls", "tie_embeddings": True, "expert_compute": "grouped"},
 }
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_losses_and_gradients_are_those_of_one_device(training_mesh, name):
-    found = gradients(*stage(name, CONFIG, training_mesh.shape["expert"]), mesh=training_mesh)
+    found = run_gradients(*stage(name, CONFIG, training_mesh.shape["expert"]), mesh=training_mesh)
     assert_close(found, alone(name, CONFIG))
 
 
 @pytest.mark.parametrize("shape", VARIANTS)
 @pytest.mark.parametrize("name", STAGES)
-def test_so_they_are_recomputed_grouped_and_in_parts(name, shape):
-    mesh = sharding.make_mesh(shape[0], tensor_parallel=shape[1])
-    config, parts = CONFIG.replace(**VARIANTS[shape]), 2
-    found = gradients(*stage(name, config, mesh.shape["expert"]), mesh=mesh, parts=parts)
+def test_so_they_are_recomputed_grouped_and_in_microbatches(name, shape):
+    mesh = make_mesh(shape[0], tensor_parallel=shape[1])
+    config, microbatches = CONFIG.replace(**VARIANTS[shape]), 2
+    found = run_gradients(
+        *stage(name, config, mesh.shape["expert"]), mesh=mesh, microbatches=microbatches
+    )
     assert_close(found, alone(name, config))
 
 
@@ -151,7 +156,7 @@ def models(request, mesh):
     backbone, experts = weights(config)
     names = tuple("abcdefg")
     plain = FlexOlmo(backbone, experts, config, names, None)
-    placed = sharding.place((backbone, fill_up(experts, mesh.shape["expert"])), mesh)
+    placed = placement.device_put((backbone, pad_experts(experts, mesh.shape["expert"])), mesh)
     return plain, FlexOlmo(*placed, config, names, None, mesh=mesh)
 
 
@@ -193,10 +198,10 @@ def test_the_compiled_step_moves_one_layers_matrices_at_a_time(training_mesh, na
     config = CONFIG.replace(num_layers=5, width=64, ffn_width=160, vocab_size=192)
     config = config.replace(remat="layer")
     loss, trainable, frozen = stage(name, config, mesh.shape["expert"])
-    trainable, frozen = sharding.place((trainable, frozen), mesh)
+    trainable, frozen = placement.device_put((trainable, frozen), mesh)
     optimizer = optax.adamw(1e-3)
-    batch = sharding.place_rows(some_batch(length=16), mesh)
-    with sharding.within(mesh):
+    batch = placement.put_batch(some_batch(length=16), mesh)
+    with placement.use_mesh(mesh):
         state = jax.jit(optimizer.init)(trainable)
         step = train_step.lower(loss, optimizer, trainable, state, frozen, batch, mesh=mesh)
         found = COLLECTIVE.findall(step.compile().as_text())
@@ -216,7 +221,7 @@ def test_the_compiled_step_moves_one_layers_matrices_at_a_time(training_mesh, na
                if k == "all-reduce"]  # fmt: skip
     small = 5 * 8 * config.width  # router rows of all layers
     if mesh.shape["tensor"] > 1:  # activations [B, S, D], and the head's gradient, cut
-        cut = config.vocab_size * config.width // sharding.ways(mesh)
+        cut = config.vocab_size * config.width // num_shards(mesh)
         small = max(small, 16 * 16 * config.width, cut)
     assert all(size <= small for size in reduced), reduced
     held = sum(
@@ -234,9 +239,9 @@ def test_an_optimizer_step_keeps_everything_in_its_place(mesh):
     expected, *_ = train_step(
         loss, optimizer, expected, optimizer.init(expected), frozen, some_batch()
     )
-    trainable, frozen = sharding.place((trainable, frozen), mesh)
-    batch = sharding.place_rows(some_batch(), mesh)
-    with sharding.within(mesh):
+    trainable, frozen = placement.device_put((trainable, frozen), mesh)
+    batch = placement.put_batch(some_batch(), mesh)
+    with placement.use_mesh(mesh):
         state = jax.jit(optimizer.init)(trainable)
         before = jax.tree.map(lambda leaf: leaf.sharding, (trainable, state))
         trainable, state, _ = train_step(
@@ -247,13 +252,13 @@ def test_an_optimizer_step_keeps_everything_in_its_place(mesh):
         *map(jax.tree.leaves, (before, after)), jax.tree.leaves((trainable, state)), strict=True
     ):
         assert one.is_equivalent_to(other, leaf.ndim)
-    assert_close(sharding.on_host(trainable), jax.device_get(expected))
+    assert_close(placement.to_host(trainable), jax.device_get(expected))
 
 
 @pytest.mark.parametrize("name", ["alone", "pair"])
 def test_a_private_step_is_that_of_one_device(name):
     """Clipped unit by unit on each device, summed, and the noise added once."""
-    mesh = sharding.make_mesh()
+    mesh = make_mesh()
     loss, trainable, frozen = stage(name, CONFIG)
     flat = some_batch(rows=48, length=12)
     units = jax.tree.map(lambda x: x.reshape(24, 2, 12), flat)  # the last ones are padding
@@ -262,10 +267,10 @@ def test_a_private_step_is_that_of_one_device(name):
 
     def steps(mesh):
         start = jax.tree.map(jnp.copy, trainable)
-        placed = sharding.place(start, mesh)
-        rest = sharding.place(frozen, mesh, ())
-        batch = sharding.place_rows(units, mesh)
-        with sharding.within(mesh):
+        placed = placement.device_put(start, mesh)
+        rest = placement.device_put(frozen, mesh, ())
+        batch = placement.put_batch(units, mesh)
+        with placement.use_mesh(mesh):
             state = jax.jit(optimizer.init)(placed)
             cut = jax.tree.map(lambda x: x.sharding, placed)
             for number in range(3):
@@ -276,7 +281,7 @@ def test_a_private_step_is_that_of_one_device(name):
         assert jax.tree.all(
             jax.tree.map(lambda x, at: x.sharding.is_equivalent_to(at, x.ndim), placed, cut)
         )
-        return sharding.on_host((placed, metrics))
+        return placement.to_host((placed, metrics))
 
     (found, told), (expected, said) = steps(mesh), steps(None)
     moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), expected, trainable)
@@ -289,11 +294,11 @@ def test_a_private_step_is_that_of_one_device(name):
 
 
 def test_what_cannot_be_divided_is_said():
-    mesh = sharding.make_mesh(2)
+    mesh = make_mesh(2)
     with pytest.raises(ValueError, match="must divide the number of devices, 8; found 3 times 1"):
-        sharding.make_mesh(3)
+        make_mesh(3)
     with pytest.raises(ValueError, match="a multiple of 8"):
-        sharding.place_rows(some_batch(rows=12), mesh)
+        placement.put_batch(some_batch(rows=12), mesh)
     odd = weights(CONFIG.replace(width=36, num_heads=2, num_kv_heads=2))
     with pytest.raises(ValueError, match="cannot be cut evenly among 8 devices along its 36"):
-        sharding.place(odd, mesh)
+        placement.device_put(odd, mesh)

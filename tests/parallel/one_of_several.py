@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from flexolmo_jax import distributed, load, make_mesh
-from flexolmo_jax.sharding import on_host
+from flexolmo_jax import load, make_mesh
+from flexolmo_jax.parallel.placement import to_host
+from flexolmo_jax.runtime import processes
 
-model, out, coordinator, processes, process = sys.argv[1:]
-distributed.start(coordinator, int(processes), int(process), wait=60)
+model, out, coordinator, count, number = sys.argv[1:]
+processes.start(coordinator, int(count), int(number), wait=60)
 spread = load(model, mesh=make_mesh(2))
-logits = on_host(spread.logits(np.arange(24).reshape(4, 6)))
+logits = to_host(spread.logits(np.arange(24).reshape(4, 6)))
 texts = spread.generate(["one", "and the other"], 8, without=["math"])
-if distributed.is_first():
+if processes.is_main_process():
     np.save(Path(out) / "logits.npy", logits)
     (Path(out) / "texts.json").write_text(json.dumps(texts))

@@ -8,9 +8,9 @@ import sys
 import pytest
 from dp_accounting import dp_event, pld
 
+from flexolmo_jax.commands.json_output import print_json
 from flexolmo_jax.config import PrivacyConfig
 from flexolmo_jax.federation.package import NO_PRIVACY, privacy_summary
-from flexolmo_jax.json_output import print_json
 from flexolmo_jax.privacy import accounting
 from flexolmo_jax.privacy.accounting import (
     ROWS_SHARE,
@@ -22,7 +22,7 @@ from flexolmo_jax.privacy.accounting import (
     largest_batch,
     renyi_epsilon,
 )
-from flexolmo_jax.privacy.statement import make_statement, verify_statement
+from flexolmo_jax.privacy.certificate import make_certificate, verify_certificate
 
 # 100,000 units, 1,024 in the mean batch, 2,000 steps, noise multiplier 0.7, delta 1e-6: figures
 # that were computed with dp-accounting 0.6.0 by other code than ours.
@@ -96,11 +96,11 @@ def test_long_runs_and_small_budgets_get_no_more_noise_than_they_need(
         target, delta, units=units, mean_batch=mean_batch, steps=steps, rows=False, multiple=8
     )
     assert made.noise_multiplier == pytest.approx(noise, rel=0.01)
-    stated = make_statement(
+    stated = make_certificate(
         PrivacyConfig(target), made, delta, window_tokens=64, rows_clip=None, other_runs=[],
         library="none",
     )  # fmt: skip
-    found = verify_statement(json.loads(json.dumps(stated)), "here")["epsilon"]
+    found = verify_certificate(json.loads(json.dumps(stated)), "here")["epsilon"]
     assert 0.99 * target < found["pld"] <= found["stated"] <= target
 
 
@@ -149,7 +149,7 @@ def test_impossible_runs_are_refused(change, message):
 
 def test_without_the_extra_the_command_says_what_to_install(monkeypatch, refused, tmp_path):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    for name in ("accounting", "ledger", "statement"):
+    for name in ("accounting", "ledger", "certificate"):
         monkeypatch.delitem(sys.modules, f"flexolmo_jax.privacy.{name}", raising=False)
     (tmp_path / "budget.json").write_text("{}")
     said = refused("privacy", "budget", tmp_path / "budget.json")
@@ -185,7 +185,7 @@ def test_budgets_that_cannot_be_are_refused(change, message):
 def statement():
     mechanism = calibrate(4.0, 1e-5, units=900, mean_batch=64, steps=50, rows=True, multiple=8)
     earlier = dataclasses.replace(mechanism, steps=20)
-    made = make_statement(
+    made = make_certificate(
         PrivacyConfig(4.0), mechanism, 1e-5, window_tokens=128, rows_clip=2.0,
         other_runs=[earlier], library="jax_privacy 2.0.0",
     )  # fmt: skip
@@ -193,7 +193,7 @@ def statement():
 
 
 def test_a_statement_is_verified_by_both_accountants(statement):
-    found = verify_statement(statement, "here")
+    found = verify_certificate(statement, "here")
     one, all_runs = found["epsilon"], found["epsilon_of_all_runs"]
     assert one["pld"] <= one["stated"] <= 4.0 < one["renyi"]
     assert one["stated"] < all_runs["stated"] < 2 * one["stated"]  # better than adding up
@@ -244,37 +244,37 @@ MANIPULATED = {
 def test_a_manipulated_statement_is_refused(statement, name):
     change, message = MANIPULATED[name]
     with pytest.raises(ValueError, match=f"^here: .*{message}"):
-        verify_statement({**statement, **change}, "here")
+        verify_certificate({**statement, **change}, "here")
 
 
 @pytest.mark.parametrize("name", ["units", "outside", "other_runs", "unit"])
 def test_a_statement_that_lacks_something_is_refused(statement, name):
     with pytest.raises(ValueError, match=f"here: the privacy statement .*{name}"):
-        verify_statement({k: v for k, v in statement.items() if k != name}, "here")
+        verify_certificate({k: v for k, v in statement.items() if k != name}, "here")
 
 
 @pytest.mark.parametrize("others", [["a run"], [None], [[1]]])
 def test_other_runs_that_are_no_objects_are_refused(statement, others):
     with pytest.raises(ValueError, match="^here: .*one of the other runs is no object"):
-        verify_statement({**statement, "other_runs": others}, "here")
+        verify_certificate({**statement, "other_runs": others}, "here")
 
 
 def test_a_bound_that_is_not_known_is_none_and_prints_as_json(capsys):
     """Of many runs, cut batches cost more of delta than Renyi's accountant has to spare."""
     run = calibrate(0.5, 1e-6, units=20_000, mean_batch=400, steps=500, rows=True, multiple=8)
     others = [dataclasses.replace(run, steps=n) for n in range(480, 500)]
-    made = make_statement(
+    made = make_certificate(
         PrivacyConfig(0.5), run, 1e-6,
         window_tokens=32, rows_clip=1.0, other_runs=others, library="x",
     )  # fmt: skip
-    found = verify_statement(made, "here", "alone")
+    found = verify_certificate(made, "here", "alone")
     assert found["epsilon_of_all_runs"]["renyi"] is None
     print_json(found)
     assert "null" in capsys.readouterr().out
 
 
 def test_a_claim_of_an_older_version_that_found_more_still_verifies(statement):
-    verify_statement({**statement, "epsilon": 1.03 * statement["epsilon"]}, "here")
+    verify_certificate({**statement, "epsilon": 1.03 * statement["epsilon"]}, "here")
 
 
 def test_a_run_that_protects_another_unit_is_not_added(statement):
@@ -282,31 +282,31 @@ def test_a_run_that_protects_another_unit_is_not_added(statement):
     for unit in ("sequence", None):
         changed = {**statement, "other_runs": [{**other, "unit": unit}]}
         with pytest.raises(ValueError, match="epsilons cannot be added"):
-            verify_statement(changed, "here")
+            verify_certificate(changed, "here")
 
 
 def test_more_runs_than_can_be_accounted_for_are_refused_at_once(statement):
     (other,) = statement["other_runs"]
     many = [{**other, "noise_multiplier": 1 + n / 1000} for n in range(1000)]
     with pytest.raises(ValueError, match="at most 100 runs whose noise or batches differ"):
-        verify_statement({**statement, "other_runs": many}, "here")
+        verify_certificate({**statement, "other_runs": many}, "here")
     with pytest.raises(ValueError, match="and 10,000,000 steps in all"):
-        verify_statement({**statement, "other_runs": [other] * 1_000_000}, "here")
+        verify_certificate({**statement, "other_runs": [other] * 1_000_000}, "here")
 
 
 def test_rows_that_were_fitted_must_be_counted(statement):
-    verify_statement(statement, "here", gating="alone")
+    verify_certificate(statement, "here", gating="alone")
     with pytest.raises(ValueError, match="gating 'some', which is unknown"):
-        verify_statement(statement, "here", gating="some")
+        verify_certificate(statement, "here", gating="some")
     with pytest.raises(ValueError, match="gating 'pair', where router rows are fitted to none"):
-        verify_statement(statement, "here", gating="pair")
+        verify_certificate(statement, "here", gating="pair")
     without = {
         **statement, "rows_noise_multiplier": None, "rows_clip_norm": None,
         "mechanism": statement["mechanism"].partition("Router rows")[0]
         + "Router rows are trained in the same way.",
     }  # fmt: skip
     with pytest.raises(ValueError, match="router rows are fitted to a release of their own"):
-        verify_statement(without, "here", gating="alone")
+        verify_certificate(without, "here", gating="alone")
 
 
 def test_what_looks_like_a_certificate_is_only_claimed():
@@ -319,4 +319,4 @@ def test_what_looks_like_a_certificate_is_only_claimed():
 
 def test_where_there_is_no_privacy_there_is_nothing_to_verify():
     with pytest.raises(ValueError, match="nothing to verify, its privacy statement is: none"):
-        verify_statement(NO_PRIVACY, "here")
+        verify_certificate(NO_PRIVACY, "here")

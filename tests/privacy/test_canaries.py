@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from flexolmo_jax.data.flexmix import SourceWindows, prepare
 from flexolmo_jax.data.units import prepare_units
+from flexolmo_jax.data.window_store import SourceWindows, prepare
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.privacy.canaries import FILE, Canaries, Canary
@@ -27,7 +27,7 @@ def training(world, folder, *more):
 @pytest.fixture(scope="module")
 def trained(world, tmp_path_factory):
     """A run with canaries, each read about once."""
-    from flexolmo_jax.cli import main
+    from flexolmo_jax.commands.main import main
 
     folder = tmp_path_factory.mktemp("trained")
     assert main([str(w) for w in training(world, folder, "--steps", 200)]) == 0

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexolmo_jax import tensors
-from flexolmo_jax.data.loader import Batch
+from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.privacy.accounting import Mechanism
 from flexolmo_jax.privacy.mechanism import (
@@ -22,7 +21,8 @@ from flexolmo_jax.privacy.mechanism import (
     clipped_sum,
     with_noise,
 )
-from flexolmo_jax.training.private_steps import private_step
+from flexolmo_jax.storage import tensors
+from flexolmo_jax.training.private.steps import private_step
 from flexolmo_jax.training.step import ExpertAloneLoss
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -122,11 +122,11 @@ def by_hand(loss, norm, trainable, frozen, batch):
     return total
 
 
-@pytest.mark.parametrize(("norm", "at_a_time"), [(0.05, None), (10.0, 1), (0.05, 2)])
-def test_the_clipped_sum_is_that_of_one_unit_after_the_other(model, norm, at_a_time):
+@pytest.mark.parametrize(("norm", "microbatch_size"), [(0.05, None), (10.0, 1), (0.05, 2)])
+def test_the_clipped_sum_is_that_of_one_unit_after_the_other(model, norm, microbatch_size):
     loss, trainable, frozen = model
     batch = units(count=5)
-    found, about, norms = clipped(loss, Clipping(norm, at_a_time), trainable, frozen, batch)
+    found, about, norms = clipped(loss, Clipping(norm, microbatch_size), trainable, frozen, batch)
     expected = tensors.named(by_hand(loss, norm, trainable, frozen, batch))
     assert (norms > norm).sum() == (5 if norm < 1 else 0)  # the test is of both kinds
     for name, value in tensors.named(found).items():

@@ -12,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax import tensors
 from flexolmo_jax.data.sources import is_heldout, read_documents
 from flexolmo_jax.data.units import prepare_units
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.expert import read_expert
 from flexolmo_jax.federation.package import read_manifest, write_manifest
 from flexolmo_jax.model import load
-from flexolmo_jax.training import private_rows
+from flexolmo_jax.storage import tensors
+from flexolmo_jax.training.private import release
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-SMALL = ("--dp-windows", 2, "--dp-at-a-time", 4, "--dp-clip", 0.2)
+SMALL = ("--dp-windows", 2, "--dp-microbatch-size", 4, "--dp-clip", 0.2)
 
 
 def training(world, folder, *more, config="alone", name="math"):
@@ -44,7 +44,9 @@ def private(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("private")
     words = training(world, folder, "--dp-epsilon", 4)
     done = subprocess.run(
-        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, words)], capture_output=True, text=True
+        [sys.executable, "-m", "flexolmo_jax", *map(str, words)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     (folder / "printed").write_text(done.stdout)
@@ -190,7 +192,12 @@ def test_a_killed_run_loses_no_budget_and_its_copy_is_refused(world, tmp_path, f
     first = tmp_path / "first"
     first.mkdir()
     long = ("--dp-epsilon", 4, "--steps", 60)
-    words = [sys.executable, "-m", "flexolmo_jax.cli", *map(str, training(world, first, *long))]
+    words = [
+        sys.executable,
+        "-m",
+        "flexolmo_jax",
+        *map(str, training(world, first, *long)),
+    ]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while begun(first / "budget.json") < 20 and process.poll() is None:
@@ -224,7 +231,7 @@ def test_a_killed_run_loses_no_budget_and_its_copy_is_refused(world, tmp_path, f
 def test_a_run_whose_steps_are_all_begun_and_none_saved_says_so(world, tmp_path, refused):
     words = training(world, tmp_path, "--dp-epsilon", 4, "--steps", 4)
     process = subprocess.Popen(
-        [sys.executable, "-m", "flexolmo_jax.cli", *map(str, words)],
+        [sys.executable, "-m", "flexolmo_jax", *map(str, words)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while begun(tmp_path / "budget.json") < 1 and process.poll() is None:
@@ -316,15 +323,15 @@ class Rows:
         self.public = self.look_at(self.anchor.public_text)
 
     def look_at(self, texts):
-        read = private_rows.units_of_public(
+        read = release.units_of_public(
             texts, self.anchor.tokenizer, length=32, most_windows=2, tokens=4096
         )
-        return private_rows.look_at_public(read, self.anchor.weights, self.anchor.config)
+        return release.look_at_public(read, self.anchor.weights, self.anchor.config)
 
     def total(self, units):
-        return private_rows.clipped_total(
+        return release.clipped_total(
             self.anchor.weights, units, self.public, self.anchor.config,
-            np.random.default_rng(0), most_windows=2, at_a_time=4,
+            np.random.default_rng(0), most_windows=2, microbatch_size=4,
         )  # fmt: skip
 
 
@@ -362,7 +369,7 @@ def test_the_release_changes_by_one_at_most_between_neighbours(rows):
 
 def test_the_release_has_the_noise_it_says(rows):
     total, n = jnp.zeros((50, 2000)), 40
-    made = private_rows.release(total, 2.0, n, 5.0, jax.random.key(1))
+    made = release.release(total, 2.0, n, 5.0, jax.random.key(1))
     assert made.noise == 5.0 * 2.0 / n
     assert made.mean.std() == pytest.approx(made.noise, rel=0.02)
 
@@ -374,10 +381,10 @@ def test_rows_of_a_release_tell_the_owners_text_from_public_text(rows, world):
         return np.stack([w.mean for w in rows.look_at(texts).whitenings])
 
     units = rows.units["math"]
-    little = private_rows.release(
+    little = release.release(
         rows.total(units), rows.public.clip, len(units), 1e-3, jax.random.key(0)
     )
-    fitted, biases = private_rows.rows_of(little, rows.public.whitenings, 0.3)
+    fitted, biases = release.rows_of(little, rows.public.whitenings, 0.3)
     own = [d.text for d in read_documents(str(world.texts["math"]))]
     for texts, is_own in ((own, True), (rows.anchor.public_text, False)):
         scores = np.einsum("LD,LD->L", fitted, means(texts)) + biases
@@ -387,9 +394,9 @@ def test_rows_of_a_release_tell_the_owners_text_from_public_text(rows, world):
 
 def test_where_all_may_be_noise_the_rows_say_nothing(rows):
     shape = (rows.anchor.config.num_layers, rows.anchor.config.width)
-    noise = private_rows.Release(np.full(shape, 0.9, np.float32), noise=1.0, clip=2.0)
-    fitted, biases = private_rows.rows_of(noise, rows.public.whitenings, 0.3)
+    noise = release.Release(np.full(shape, 0.9, np.float32), noise=1.0, clip=2.0)
+    fitted, biases = release.rows_of(noise, rows.public.whitenings, 0.3)
     assert not fitted.any() and np.allclose(biases, np.log(0.3 / 0.7))
     longer = noise._replace(mean=np.full(shape, 2.0, np.float32))
-    fitted, _ = private_rows.rows_of(longer, rows.public.whitenings, 0.3)
+    fitted, _ = release.rows_of(longer, rows.public.whitenings, 0.3)
     assert np.all(np.linalg.norm(fitted, axis=1) > 0)

@@ -15,14 +15,14 @@ from safetensors.flax import save_file
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.federation.merged import load_merged, load_pair
-from flexolmo_jax.interop import huggingface
+from flexolmo_jax.interop import hf_import
 from flexolmo_jax.modeling.experts import Experts
-from flexolmo_jax.tensors import named
+from flexolmo_jax.storage.tensors import named
 from flexolmo_jax.training import loop
-from flexolmo_jax.training.anchor import train_anchor
-from flexolmo_jax.training.expert import train_expert
-from flexolmo_jax.training.joint import train_jointly
-from flexolmo_jax.training.router_tuning import train_router
+from flexolmo_jax.training.stages.anchor import train_anchor
+from flexolmo_jax.training.stages.expert import train_expert
+from flexolmo_jax.training.stages.joint import train_jointly
+from flexolmo_jax.training.stages.router import train_router
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -47,9 +47,9 @@ def folders(world, tmp_path_factory):
             (folder / "config.json").write_text(json.dumps(FIELDS))
             shutil.copy(world.anchor / "tokenizer.json", folder)
             if stored == dtype:
-                config = huggingface.load_config(folder)
-                table = {**huggingface._BACKBONE, **huggingface._DENSE}
-                sizes = huggingface._sizes(config)
+                config = hf_import.load_config(folder)
+                table = {**hf_import._BACKBONE, **hf_import._DENSE}
+                sizes = hf_import._sizes(config)
                 numbers = {
                     key: np.ones(source.shape(sizes))
                     if "norm" in key
@@ -153,7 +153,7 @@ def test_a_merged_model_holds_the_experts_as_they_were_trained(world, folders, t
 
 def test_whole_models_that_start_from_float16_are_trained_in_float32(world, folders, tmp_path):
     anchor = folders["float16", "float16"]
-    model = huggingface.load_config(anchor)
+    model = hf_import.load_config(anchor)
     config = at_a_low_rate(
         world.config("anchor", steps=2, model=model, tokenizer=str(anchor / "tokenizer.json"))
     )

@@ -8,8 +8,8 @@ import pytest
 
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.model import load
-from flexolmo_jax.training.anchor import train_anchor
-from flexolmo_jax.training.joint import train_jointly
+from flexolmo_jax.training.stages.anchor import train_anchor
+from flexolmo_jax.training.stages.joint import train_jointly
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import flexolmo_jax as fo
-from flexolmo_jax.data.loader import stacked
+from flexolmo_jax.data.batches import stacked
 from flexolmo_jax.data.sources import Document, is_heldout, read_documents
 from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.federation.anchor import read_anchor
@@ -19,8 +19,8 @@ from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.federation.merged import load_pair
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.modeling.transformer import forward
-from flexolmo_jax.training.expert import train_expert
-from flexolmo_jax.training.router_fit import discriminate, separate
+from flexolmo_jax.training.router_fit.rows import discriminate, separate
+from flexolmo_jax.training.stages.expert import train_expert
 
 pytestmark = pytest.mark.usefixtures("quick")
 

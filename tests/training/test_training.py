@@ -18,20 +18,20 @@ import optax
 import pytest
 
 import flexolmo_jax as fo
-from flexolmo_jax import tensors
-from flexolmo_jax.data.flexmix import prepare
-from flexolmo_jax.data.loader import batches
+from flexolmo_jax.data.batches import batches
+from flexolmo_jax.data.window_store import prepare
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.merge import merge, remove_expert
 from flexolmo_jax.federation.merged import load_merged
 from flexolmo_jax.federation.package import read_manifest
+from flexolmo_jax.storage import tensors
 from flexolmo_jax.training import loop
-from flexolmo_jax.training.anchor import train_anchor
 from flexolmo_jax.training.checkpoint import Checkpoints
-from flexolmo_jax.training.expert import train_expert
 from flexolmo_jax.training.loop import Interrupted
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
-from flexolmo_jax.training.router_tuning import train_router
+from flexolmo_jax.training.stages.anchor import train_anchor
+from flexolmo_jax.training.stages.expert import train_expert
+from flexolmo_jax.training.stages.router import train_router
 from flexolmo_jax.training.step import (
     AnchorLoss,
     ExpertAloneLoss,

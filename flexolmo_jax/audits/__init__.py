@@ -1,0 +1,1 @@
+"""Attacks on trained experts: extraction, membership inference, removal."""

@@ -1,0 +1,1 @@
+"""The command `flexolmo`: one file per command."""

@@ -1,0 +1,71 @@
+"""Config files: Python files that set `config`; presets are those in `configs/`."""
+
+import os
+import runpy
+import warnings
+from pathlib import Path
+from typing import Any
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+if not CONFIGS.exists():  # a source checkout: configs/ stands beside the package
+    CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def find_config(path: str | Path, folder: Path | None = None) -> Path:
+    """The file of a config.
+
+    A bare name (`demo_expert`) is always one that comes with flexolmo_jax: a file in the working
+    folder that happens to be named so is not run. What ends in .py or has a slash is a file.
+
+    Args:
+      path: a Python file, or the name of a config that comes with flexolmo_jax.
+      folder: where those that come with flexolmo_jax are; default: CONFIGS.
+
+    Raises:
+      ValueError: there is none.
+    """
+    file, folder, said = Path(path), folder or CONFIGS, str(path)
+    bundled = folder / f"{file.stem}.py"
+    is_bare = not isinstance(path, Path) and os.sep not in said
+    if is_bare and not said.endswith(".py"):
+        beside = [one for one in (f"{said}.py", said) if Path(one).is_file()]
+        if bundled.is_file():
+            if beside:
+                warnings.warn(
+                    f"{said}: this is the config that comes with flexolmo_jax, {bundled}; for the "
+                    f"file in this folder, write ./{beside[0]}",
+                    stacklevel=3,
+                )
+            return bundled
+        if beside:
+            raise ValueError(
+                f"no config named {said}; for the file in this folder, write ./{beside[0]}"
+            )
+    elif file.is_file():
+        return file
+    elif is_bare and bundled.is_file():
+        return bundled
+    known = ", ".join(sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__"))
+    raise ValueError(f"no config at {path}; give a Python file, or one of: {known}")
+
+
+def load_config(path: str | Path, kind: type, folder: Path | None = None) -> Any:
+    """Runs a config file and returns its `config`.
+
+    Args:
+      path, folder: as in `find_config`.
+      kind: the class that `config` must be of.
+
+    Raises:
+      ValueError: the file is missing, fails, or holds a config of another stage.
+    """
+    file = find_config(path, folder)
+    try:
+        values = runpy.run_path(str(file))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    config = values.get("config")
+    if not isinstance(config, kind):
+        found = "none" if config is None else type(config).__name__
+        raise ValueError(f"{file}: expected `config` to be {kind.__name__}, found {found}")
+    return config

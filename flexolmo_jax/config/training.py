@@ -1,0 +1,189 @@
+"""The stages of training: their data, optimizer and steps."""
+
+import dataclasses
+from typing import Any, Literal
+
+from flexolmo_jax.config.model import ModelConfig, choices, require
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay to 0 (the reference's recipe)."""
+
+    learning_rate: float
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices only
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        require(
+            self.learning_rate > 0, f"learning_rate must be positive, found {self.learning_rate}"
+        )
+        require(
+            self.learning_rate <= 1,
+            f"learning_rate must be at most 1 (AdamW moves every weight by about as much in a "
+            f"step), found {self.learning_rate}",
+        )
+        require(
+            self.warmup_steps >= 0, f"warmup_steps must be 0 or more, found {self.warmup_steps}"
+        )
+        for name in ("b1", "b2"):
+            found = getattr(self, name)
+            require(0 <= found < 1, f"{name} must be in [0, 1), found {found}")
+        for name in ("eps", "clip_norm"):
+            found = getattr(self, name)
+            require(0 < found < float("inf"), f"{name} must be positive and finite, found {found}")
+        require(
+            0 <= self.weight_decay < 1 / self.learning_rate,
+            "weight_decay must be 0 or more, and below 1 / learning_rate, where a step would leave "
+            f"nothing of a weight; found {self.weight_decay}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """How text becomes batches."""
+
+    batch_size: int  # sequences a step
+    length: int  # tokens a sequence (S)
+    source: str | None = None  # where the text is, if no --data says so
+    text_field: str = "text"  # of JSONL and Parquet rows
+    group_field: str = "group"  # rows that share it stay on one side of the held-out split
+    heldout: float = 0.05  # share of the documents that no training ever sees
+
+    def __post_init__(self):
+        require(self.batch_size > 0, f"batch_size must be positive, found {self.batch_size}")
+        require(self.length > 1, f"length must be at least 2 tokens, found {self.length}")
+        require(0 <= self.heldout < 1, f"heldout must be in [0, 1), found {self.heldout}")
+        for name in ("text_field", "group_field"):
+            require(getattr(self, name) != "", f"{name} must not be empty")
+
+    def split(self) -> dict[str, Any]:
+        """What a package says of its held-out split, so that others can score the same documents.
+
+        Which documents are held out follows from this and from each document's group (its text,
+        where it has none) alone; see `is_heldout` in data/sources.py.
+        """
+        return {"share": self.heldout, "group_field": self.group_field}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What every stage has."""
+
+    data: DataConfig
+    optimizer: OptimizerConfig
+    steps: int
+    seed: int = 0
+    licence: str = "unspecified"  # of the weights that come out
+    contact: str = "unspecified"  # whom to ask, and to tell when the expert is to be taken out
+    output_z_loss: float = 1e-5  # weight of mean(logsumexp(logits)^2)
+    checkpoint_every: int = 1000  # steps
+    log_every: int = 10  # steps
+    expert_parallel: int = 1  # devices that a merged model's experts are spread over
+    tensor_parallel: int = 1  # devices that share every layer's heads and hidden units
+    microbatches: int = 1  # gradient accumulation steps per device; more of them use less memory
+    remat: Literal["none", "matmuls", "wide_matmuls", "layer"] | None = (
+        None  # None: as the model has it
+    )
+    expert_compute: Literal["dense", "grouped"] | None = None  # None: as the model has it
+
+    def __post_init__(self):
+        require(self.steps > 0, f"steps must be positive, found {self.steps}")
+        require(0 <= self.seed < 2**63, f"seed must be 0 or more, found {self.seed}")
+        require(
+            0 <= self.output_z_loss < float("inf"),
+            f"output_z_loss must be 0 or more, and finite, found {self.output_z_loss}",
+        )
+        for name in ("log_every", "expert_parallel", "tensor_parallel", "microbatches"):
+            found = getattr(self, name)
+            require(found > 0, f"{name} must be positive, found {found}")
+        require(
+            self.checkpoint_every > 0,
+            f"checkpoint_every must be positive, found {self.checkpoint_every}",
+        )
+        for name in ("remat", "expert_compute"):
+            known = choices(ModelConfig, name)
+            found = getattr(self, name)
+            require(
+                found is None or found in known,
+                f"{name} must be one of {', '.join(known)}, found {found!r}",
+            )
+
+    def computing(self, model: ModelConfig) -> ModelConfig:
+        """The model as this training computes it: the same numbers, up to rounding."""
+        wanted = {"remat": self.remat, "expert_compute": self.expert_compute}
+        return model.replace(**{name: value for name, value in wanted.items() if value})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnchorTraining(Training):
+    """Stage 1: the public model, by the one who hosts it, on public text."""
+
+    model: ModelConfig
+    tokenizer: str | None = None  # a tokenizer.json; None trains a BPE of model.vocab_size
+    separator: str = "<|endoftext|>"  # the token that opens every document
+    public_tokens: int = 65_536  # how much public text goes into the anchor for owners to fit rows
+    domain_embedding: str | None = None  # as in ExpertTraining; sets the public router row
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.data.length <= self.model.max_length,
+            f"data.length={self.data.length} is longer than model.max_length="
+            f"{self.model.max_length}",
+        )
+        require(
+            self.model.memory is None,
+            "model.memory is for merged models: choose it with `flexolmo merge --memory`",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertTraining(Training):
+    """Stage 2: one owner's expert, by the owner alone, on closed text.
+
+    `gating="alone"` fixes the expert's gate to 1 while it trains and then fits its router rows and
+    biases against the anchor's public text (the default recipe), as `router` says: by logistic
+    regression, or as the linear discriminant of two Gaussians of one covariance ("lda");
+    `gating="pair"` is the paper's form: a softmax over the public and the new expert, rows learned
+    jointly from the domain embedding.
+    """
+
+    gating: Literal["alone", "pair"] = "alone"
+    router: Literal["logistic", "lda"] = "logistic"  # with "alone": how the rows are fitted
+    router_z_loss: float = 0.0  # with gating="pair"
+    domain_embedding: str | None = None  # with "pair": "wordllama", or a .npy of [D] or [N, D]
+    fit_tokens: int = 32_768  # with "alone": tokens of each side that the rows are fitted on
+    fit_prior: float = 0.3  # with "alone": share of text taken to be the owner's; less is humbler
+    fit_ridge: float = 1e-3  # with "logistic": ridge penalty of the whitened rows
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("gating", "router"):
+            known, found = choices(self, name), getattr(self, name)
+            require(
+                found in known, f"{name} must be {' or '.join(map(repr, known))}, found {found!r}"
+            )
+        require(
+            self.gating == "alone" or self.router == "logistic",
+            f"router={self.router!r} with gating='pair': the paper's form learns its rows; leave "
+            "router out",
+        )
+        require(0 < self.fit_prior < 1, f"fit_prior must be in (0, 1), found {self.fit_prior}")
+        require(
+            self.gating != "alone" or self.fit_tokens >= self.data.length,
+            f"fit_tokens must be at least data.length={self.data.length}, found {self.fit_tokens}",
+        )
+        require(self.fit_ridge > 0, f"fit_ridge must be positive, found {self.fit_ridge}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterTraining(Training):
+    """Stage 3, optional: the merged model's router rows only, on proxies from public text."""
+
+    router_z_loss: float = 0.001
+    active_experts: int | None = None  # None: as the merged model says

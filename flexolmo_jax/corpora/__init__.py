@@ -1,0 +1,1 @@
+"""Public corpora and tasks that are downloaded; training never imports them."""

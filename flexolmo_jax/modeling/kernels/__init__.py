@@ -1,0 +1,1 @@
+"""Fast paths of single operations, each beside its plain reference."""

@@ -1,0 +1,121 @@
+"""The mesh of devices, and which axis of each matrix is sharded over it.
+
+- A batch's sequences are sharded over all devices of the axes `data` and `expert`.
+- Every matrix is sharded over all devices, and all-gathered one layer at a time, in the dtype of
+  the activations.
+- The experts of a stack that the axis `expert` divides stay on their devices: tokens travel to them
+  and their outputs travel back (expert parallelism).
+- Devices along the axis `tensor`, of size 1 unless a config asks, hold the same sequences and each
+  a share of every layer's heads and hidden units (tensor parallelism, Shoeybi et al. 2019,
+  section 3). The output head is whole on each of them, for its share of the positions.
+- Norms and router rows are small and replicated.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flexolmo_jax.storage.tensors import leaf_name
+
+DATA, EXPERT = AXES = ("data", "expert")
+TENSOR = "tensor"
+ALL_AXES = (*AXES, TENSOR)
+BATCH = P(AXES)  # the sequences of a batch
+SERVING: tuple[str, ...] = ()  # a model in use is replicated, its experts aside
+SHARDED_AXIS = {  # of each matrix: the model width, for `down` the hidden width
+    "embed": -1, "head": -2, "q": -3, "k": -3, "v": -3, "o": -1, "gate": -2, "up": -2, "down": -2,
+}  # fmt: skip
+TENSOR_AXIS = {  # of each matrix: the one that is sharded over `tensor`
+    "q": -2, "k": -2, "v": -2, "o": -3, "gate": -1, "up": -1, "down": -2,
+}  # fmt: skip
+EXPERT_WEIGHTS = ("gate", "up", "down")  # [L, E, ...]
+
+
+def make_mesh(expert_parallel: int = 1, devices: Any = None, tensor_parallel: int = 1) -> Mesh:
+    """The mesh of all devices, with the axes `data`, `expert` and `tensor`.
+
+    Args:
+      expert_parallel: size of the axis `expert`.
+      devices: default: all devices of all processes.
+      tensor_parallel: size of the axis `tensor`; 1 for a model in use.
+
+    Raises:
+      ValueError: the product of the two does not divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count, inner = len(devices), expert_parallel * tensor_parallel
+    if min(expert_parallel, tensor_parallel) < 1 or count % inner:
+        raise ValueError(
+            f"expert_parallel times tensor_parallel must divide the number of devices, {count}; "
+            f"found {expert_parallel} times {tensor_parallel}"
+        )
+    shape = (count // inner, expert_parallel, tensor_parallel)
+    # `jax.make_mesh` refuses eight on a torus of 4x4x4, because no axis of the torus is 8 or 2x4.
+    torus = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(torus, ALL_AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def num_shards(mesh: Mesh) -> int:
+    """The number of devices over which a batch's sequences are sharded."""
+    return mesh.shape[DATA] * mesh.shape[EXPERT]
+
+
+def specs(tree: Any, mesh: Mesh, over: tuple[str, ...] = AXES) -> Any:
+    """The `PartitionSpec` of each leaf of modules, optimizer states and the like, by its name.
+
+    Args:
+      tree: a pytree of arrays, or of shapes.
+      mesh: the mesh that the leaves are placed on.
+      over: the axes over which matrices are sharded; () replicates them (for serving), except
+        experts on the axis `expert`.
+
+    Raises:
+      ValueError: a matrix cannot be sharded evenly.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, x: _spec(path, x, mesh, over), tree)
+
+
+def shardings(tree: Any, mesh: Mesh, over: tuple[str, ...] = AXES) -> Any:
+    """The `NamedSharding` of each leaf; arguments as in `specs`."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree, mesh, over))
+
+
+def specs_of(tree: Any, mesh: Mesh | None) -> Any:
+    """The `PartitionSpec` that each array already has, also inside `jax.jit`; None without a mesh."""
+    return None if mesh is None else jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
+
+
+def matrix_name(path: tuple) -> str:
+    """The last part of a leaf's name: "gate" of feed_forward.gate."""
+    return leaf_name(path).rsplit(".", 1)[-1]
+
+
+def _spec(path: tuple, leaf: Any, mesh: Mesh, over: tuple[str, ...]) -> P:
+    name = matrix_name(path)
+    if name not in SHARDED_AXIS:
+        return P()
+    spec: list[Any] = [None] * leaf.ndim
+    if name in EXPERT_WEIGHTS and _is_expert_parallel(leaf.shape[-3], mesh):
+        spec[-3] = EXPERT
+        over = tuple(axis for axis in over if axis != EXPERT)
+    if name in TENSOR_AXIS and mesh.shape[TENSOR] > 1:
+        spec[TENSOR_AXIS[name]] = (TENSOR,)
+    if over:
+        spec[SHARDED_AXIS[name]] = (*(spec[SHARDED_AXIS[name]] or ()), *over)
+    for size, axes in zip(leaf.shape, spec, strict=True):
+        shards = math.prod(mesh.shape[axis] for axis in axes) if isinstance(axes, tuple) else 1
+        if size % shards:
+            raise ValueError(
+                f"{name} {list(leaf.shape)} cannot be sharded evenly over {shards} devices along "
+                f"its {size}; use a number of devices that divides it"
+            )
+    return P(*spec)
+
+
+def _is_expert_parallel(num_experts: int, mesh: Mesh) -> bool:
+    size = mesh.shape[EXPERT]
+    return size > 1 and num_experts % size == 0

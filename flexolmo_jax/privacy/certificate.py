@@ -1,0 +1,256 @@
+"""The privacy statement of a package's manifest: the certificate, and how it is verified.
+
+It holds all that epsilon follows from, so that anyone can compute it again. That training did what
+it says is the owner's word; the audits test it from outside.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from flexolmo_jax.config import PrivacyConfig
+from flexolmo_jax.privacy import accounting
+from flexolmo_jax.privacy.accounting import Mechanism, epsilon, pld_epsilon, renyi_epsilon
+
+ADJACENCY = (
+    "zero-out: the text of one unit is nothing in the other data set; the number of units is public"
+)
+UNITS = {
+    "document": "all of the text of one document",
+    "sequence": "one window of tokens, NOT a document: a document of n windows is n units",
+    "group": "all documents of one group",
+}
+OUTSIDE = (
+    "the number of units, and how many windows of a unit a step may use, are public",
+    "the anchor, its tokenizer and its public text are public, and were made without this text",
+    "text that stands in several units is protected in each of them, not in all at once",
+    "which documents are held out depends on their group or text alone; held-out documents are not "
+    "trained on, and results on them, on the owner's screen, are not private",
+    "the training loss, on the owner's screen and in metrics.jsonl and loss.png, is not private; "
+    "they stay in the owner's run folder, as windows and checkpoints do",
+    "choices that the owner made by looking at this text, such as hyperparameters tried without "
+    "the ledger, are not counted",
+    "noise is float32 from threefry2x32, with 64 bits of the operating system's entropy as key: "
+    "attacks on the last bits of floating-point noise, or on the generator, are not covered",
+    "how long training took is not covered",
+)
+SLACK = 1e-6  # of epsilon, for what another machine rounds differently
+LOOSE = 1.01  # a claim may be so many times above what is found; newer accountants are tighter
+
+
+def make_certificate(
+    privacy: PrivacyConfig,
+    mechanism: Mechanism,
+    delta: float,
+    *,
+    window_tokens: int,
+    rows_clip: float | None,
+    other_runs: Sequence[Mechanism],
+    library: str,
+) -> dict[str, Any]:
+    """The statement, as JSON values.
+
+    Args:
+      privacy: what the owner asked for.
+      mechanism: what the run does.
+      delta: of both epsilons.
+      window_tokens: S.
+      rows_clip: the length that a unit was clipped to in the release for router rows.
+      other_runs: what the ledger knows of other runs; all protect the same unit.
+      library: the package, and version, of clipping, noise and sampling.
+    """
+    own = epsilon([mechanism], delta)
+    all_runs = epsilon([mechanism, *other_runs], delta) if other_runs else own
+    return {
+        "epsilon": _up(own),
+        "delta": delta,
+        "epsilon_of_all_runs": _up(all_runs),
+        "unit": privacy.unit,
+        "unit_means": UNITS[privacy.kind],
+        "units": mechanism.units,
+        "adjacency": ADJACENCY,
+        "mechanism": "DP-SGD: Gaussian noise on sums of clipped gradients, one for each unit; then "
+        "AdamW. " + ROWS[mechanism.rows_noise_multiplier is not None],
+        "sampling": "Poisson; batches above the largest are cut at random",
+        "mean_batch": mechanism.mean_batch,
+        "largest_batch": mechanism.largest_batch,
+        "steps": mechanism.steps,
+        "clip_norm": privacy.clip,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "rows_clip_norm": rows_clip,
+        "rows_noise_multiplier": mechanism.rows_noise_multiplier,
+        "windows_of_a_unit": privacy.windows,
+        "window_tokens": window_tokens,
+        "accountant": f"privacy loss distributions, {accounting.versions()}",
+        "library": library,
+        "other_runs": [{"unit": privacy.unit, **dataclasses.asdict(one)} for one in other_runs],
+        "outside": list(OUTSIDE),
+    }
+
+
+ROWS = {
+    False: "Router rows are trained in the same way.",
+    True: "Router rows: one sum over all units of clipped vectors, with Gaussian noise.",
+}
+
+
+def verify_certificate(statement: Any, where: str, gating: str | None = None) -> dict[str, Any]:
+    """Computes a statement's epsilons again, by both accountants.
+
+    Each of the two proves an upper bound, so that a claim holds if it is not below the smaller one.
+
+    Args:
+      statement: of a manifest.
+      where: for messages.
+      gating: of the same manifest: with "alone", router rows were fitted to a release, which the
+        statement must count; None if that is not known.
+
+    Returns:
+      {"epsilon": {"stated", "pld", "renyi"}, "epsilon_of_all_runs": the same, "delta": ...}; None
+      for an accountant that finds no bound, as Renyi's where batches may be cut.
+
+    Raises:
+      ValueError: there is none, it lacks something or holds a value that cannot be, it claims less
+        than what its own numbers cost, or they are too large to be accounted for.
+    """
+    if not isinstance(statement, dict):
+        raise ValueError(f"{where}: nothing to verify, its privacy statement is: {statement}")
+    missing = REQUIRED - statement.keys()
+    if missing:
+        raise ValueError(f"{where}: the privacy statement lacks {', '.join(sorted(missing))}")
+    try:
+        numbers = {name: _positive(statement, name) for name in NUMBERS}
+        _check_unit(statement)
+        mechanism = _mechanism_of(statement)
+        others = _other_runs(statement)
+        _check_rows(statement, gating)
+        found = _epsilons(mechanism, others, numbers["delta"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        why = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{where}: the privacy statement is not one ({why})") from error
+    delta = numbers["delta"]
+    if not 0 < delta < 1 / mechanism.units:
+        raise ValueError(
+            f"{where}: delta must be in (0, 1 / {mechanism.units} units), found {delta}: above, "
+            "a mechanism that publishes one unit in full would pass"
+        )
+    if statement["adjacency"] != ADJACENCY:
+        raise ValueError(f"{where}: expected adjacency {ADJACENCY!r}, found another")
+    for name, (tight, loose) in found.items():
+        stated, least = numbers[name], min(tight, loose)
+        if stated + SLACK < least:
+            raise ValueError(
+                f"{where}: the statement claims {name} {stated:g}, and its own numbers cost "
+                f"{least:.4f} (privacy loss distributions: at most {tight:.4f}; Renyi: at most "
+                f"{loose:.4f})"
+            )
+        if stated > LOOSE * max(tight, loose) + 0.01:  # older versions found more than `tight`
+            raise ValueError(
+                f"{where}: the statement claims {name} {stated:g}, and its own numbers cost "
+                f"only {tight:.4f}: they do not belong together"
+            )
+    shown = {
+        name: {"stated": numbers[name], "pld": _known(tight), "renyi": _known(loose)}
+        for name, (tight, loose) in found.items()
+    }
+    return {"delta": delta, **shown}
+
+
+def _known(bound: float) -> float | None:
+    """Infinity is no bound, and no JSON."""
+    return bound if math.isfinite(bound) else None
+
+
+NUMBERS = ("delta", "epsilon", "epsilon_of_all_runs", "clip_norm")
+FIELDS = tuple(field.name for field in dataclasses.fields(Mechanism))
+REQUIRED = {
+    *NUMBERS, *FIELDS, "unit", "unit_means", "adjacency", "mechanism", "rows_clip_norm",
+    "windows_of_a_unit", "window_tokens", "other_runs", "accountant", "outside",
+}  # fmt: skip
+
+
+def _epsilons(
+    mechanism: Mechanism, others: list[Mechanism], delta: float
+) -> dict[str, tuple[float, float]]:
+    """By privacy loss distributions, and by Renyi divergences."""
+
+    def both(runs: list[Mechanism]) -> tuple[float, float]:
+        renyi = renyi_epsilon(runs, delta)
+        return pld_epsilon(runs, delta, renyi), renyi
+
+    own = both([mechanism])
+    return {
+        "epsilon": own,
+        "epsilon_of_all_runs": both([mechanism, *others]) if others else own,
+    }
+
+
+def _positive(statement: dict[str, Any], name: str) -> float:
+    value = statement[name]
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, found {value!r}")
+    if name == "delta" and value >= 1:
+        raise ValueError(f"delta must be in (0, 1), found {value!r}")
+    return float(value)
+
+
+def _check_unit(statement: dict[str, Any]) -> None:
+    unit = statement["unit"]
+    if not isinstance(unit, str):
+        raise ValueError(f"unit must be text, found {unit!r}")
+    kind, colon, field = unit.partition(":")
+    if kind not in UNITS or (kind == "group") != bool(colon and field.strip()) or (
+        kind != "group" and colon
+    ):  # fmt: skip
+        raise ValueError(f"unit must be document, sequence or group:FIELD, found {unit!r}")
+    if statement["unit_means"] != UNITS[kind]:
+        raise ValueError(f"unit {unit} means {UNITS[kind]!r}, found another meaning")
+    for name in ("windows_of_a_unit", "window_tokens"):
+        value = statement[name]
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a positive whole number, found {value!r}")
+
+
+def _check_rows(statement: dict[str, Any], gating: str | None) -> None:
+    """A release for router rows is counted if, and only if, there was one."""
+    noise, clip = statement["rows_noise_multiplier"], statement["rows_clip_norm"]
+    fitted = noise is not None
+    if clip is not None:
+        _positive(statement, "rows_clip_norm")
+    if fitted != (clip is not None) or not str(statement["mechanism"]).endswith(ROWS[fitted]):
+        raise ValueError("rows_noise_multiplier, rows_clip_norm and mechanism do not agree")
+    if gating not in (None, "alone", "pair"):
+        raise ValueError(f"its expert was trained with gating {gating!r}, which is unknown")
+    if gating is not None and fitted != (gating == "alone"):
+        raise ValueError(
+            f"rows_noise_multiplier is {noise}, and its expert was trained with gating "
+            f"{gating!r}, where router rows are fitted to "
+            + ("a release of their own" if gating == "alone" else "none")
+        )
+
+
+def _other_runs(statement: dict[str, Any]) -> list[Mechanism]:
+    """Raises ValueError if one protects another unit: epsilons of different units do not add."""
+    listed = statement["other_runs"]
+    if not isinstance(listed, list):
+        raise ValueError("other_runs is not a list")
+    found = []
+    for entry in listed:
+        if not isinstance(entry, dict):
+            raise ValueError(f"one of the other runs is no object: {entry!r:.60}")
+        if entry.get("unit") != statement["unit"]:
+            raise ValueError(
+                f"one of the other runs protects the unit {entry.get('unit')!r}, and this one "
+                f"{statement['unit']!r}: their epsilons cannot be added"
+            )
+        found.append(Mechanism(**{k: v for k, v in entry.items() if k != "unit"}))
+    return found
+
+
+def _mechanism_of(statement: dict[str, Any]) -> Mechanism:
+    return Mechanism(**{name: statement[name] for name in FIELDS})
+
+
+def _up(value: float) -> float:
+    return math.ceil(value * 1e4) / 1e4

@@ -1,0 +1,208 @@
+"""Tensors that stay in their files until a part of them is read: the files that `tensors.save` writes."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import mmap
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def open_tensors(path: Path, tensors: dict[str, Any]) -> dict[str, "OnDisk"]:
+    """The tensors of a folder that `save` wrote, left in their files.
+
+    Nothing is read before it is used, and then only the part that is: a device's share of a
+    matrix, without the rest passing through memory.
+
+    Args:
+      path: the folder.
+      tensors: {name: anything with a shape and a dtype}.
+
+    Raises:
+      ValueError: one is missing, or stored in another way, or with another shape or dtype.
+    """
+    return {name: _find(path / "state" / name, name, x) for name, x in tensors.items()}
+
+
+_LITTLE = [{"name": "bytes", "configuration": {"endian": "little"}}]
+_INDEX = 20  # bytes after the array: where it begins, how long it is, and a checksum of these two
+
+
+def _find(folder: Path, name: str, like: Any) -> "OnDisk":
+    """Zarr 3 as `save` has Orbax write it: the bytes of the array, then an index of one entry.
+
+    The place and size of the bytes follow from shape and dtype. What the file says of itself has
+    to agree, so that other readers of Zarr see the same numbers.
+    """
+    file, shape, dtype = folder / "zarr.json", list(like.shape), jnp.dtype(like.dtype)
+    if not file.is_file():
+        raise ValueError(f"{folder}: the tensor {name} {shape} is missing")
+    try:
+        about = json.loads(file.read_bytes())
+        (codec,) = about["codecs"]
+        one = codec["configuration"]
+        keys = about["chunk_key_encoding"]
+        shapes = (
+            about["shape"],
+            about["chunk_grid"]["configuration"]["chunk_shape"],
+            one["chunk_shape"],
+        )
+        form = (
+            *(about["data_type"], one["codecs"], one["index_codecs"][:1]),
+            *(one.get("index_location", "end"), keys["name"]),
+            keys.get("configuration", {}).get("separator", "/"),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{file}: {name}: damaged, not a description of Zarr ({error!r})"
+        ) from error
+    if shapes[0] != shape:
+        raise ValueError(f"{file}: {name}: expected shape {shape}, found {shapes[0]!r:.200}")
+    expected = (dtype.name, _LITTLE, _LITTLE, "end", "default", "/")
+    if shapes != (shape, shape, shape) or form != expected:
+        raise ValueError(
+            f"{file}: {name}: expected {dtype.name} in one uncompressed file, found {about!r:.300}"
+        )
+    data, count = folder.joinpath("c", *("0" for _ in shape)), dtype.itemsize * math.prod(shape)
+    if not data.is_file():
+        raise ValueError(f"{data}: {name}: the file with its bytes is missing")
+    if data.stat().st_size != count + _INDEX:
+        raise ValueError(
+            f"{data}: {name}: expected {count} bytes and {_INDEX} of an index, found "
+            f"{data.stat().st_size} in all"
+        )
+    with open(data, "rb") as opened:
+        opened.seek(count)
+        place = np.frombuffer(opened.read(16), "<u8").tolist()
+    if place != [0, count]:
+        raise ValueError(f"{data}: {name}: expected an index of 0 and {count}, found {place}")
+    return OnDisk(data, 0, dtype, tuple(shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class OnDisk:
+    """An array in a file, read by parts; one of those that `placement.device_put` takes."""
+
+    file: Path
+    offset: int  # of its first byte
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
+        ranges = _ranges(part, self.shape)
+        out = _empty(tuple(map(len, ranges)), self.dtype)
+        self.read(ranges, out)
+        return out
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self[(slice(None),) * self.ndim], dtype)
+
+    def read(self, ranges: tuple[range, ...], out: np.ndarray) -> None:
+        """Reads a part into `out`, of its shape; the bytes go nowhere else on the way.
+
+        Raises:
+          ValueError: the file ends too early.
+        """
+        if not out.size:
+            return
+        # A run: as many of the last axes as lie together, in the file and in `out`.
+        first = self.ndim - 1
+        while (
+            first and ranges[first] == range(self.shape[first])
+            and out[(0,) * (first - 1)].flags.c_contiguous
+        ):  # fmt: skip
+            first -= 1
+        stride = math.prod(self.shape[first + 1 :])
+        if len(ranges[first]) * stride * self.dtype.itemsize < SMALL_RUN:
+            stored = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+            out[...] = stored[tuple(slice(r.start, r.stop) for r in ranges)]
+            return
+        with open(self.file, "rb", buffering=0) as opened:
+            for index in np.ndindex(out.shape[:first]):
+                at = 0
+                for axis, number in enumerate(index):
+                    at = at * self.shape[axis] + ranges[axis][number]
+                at = (at * self.shape[first] + ranges[first].start) * stride
+                opened.seek(self.offset + at * self.dtype.itemsize)
+                left = out[index].reshape(-1).view(np.uint8).data
+                while left:
+                    count = opened.readinto(left)
+                    if not count:
+                        raise ValueError(f"{self.file}: it ends too early")
+                    left = left[count:]
+
+
+SMALL_RUN = 65_536  # bytes; of shorter ones, one system call each would take too long
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Arrays [L, E_i, ...] end to end along axis 1, read by parts; as `OnDisk`.
+
+    Of several dtypes, it is of the one that holds them all: beside an anchor in half precision,
+    trained experts are float32.
+    """
+
+    arrays: tuple[Any, ...]  # OnDisk, or of NumPy or JAX
+    empty: int = 0  # so many more after them
+    fill: float = 0.0  # filled with this
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        layers, _, *rest = self.arrays[0].shape
+        return (layers, sum(x.shape[1] for x in self.arrays) + self.empty, *rest)
+
+    @property
+    def ndim(self) -> int:
+        return self.arrays[0].ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(jnp.result_type(*(x.dtype for x in self.arrays)))
+
+    def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
+        layers, wanted, *rest = _ranges(part, self.shape)
+        out = _empty((len(layers), len(wanted), *map(len, rest)), self.dtype)
+        first = done = 0  # experts before this array; in `out` already
+        for x in self.arrays:
+            here = range(max(wanted.start, first), min(wanted.stop, first + x.shape[1]))
+            if here:
+                own = range(here.start - first, here.stop - first)
+                into, ranges = out[:, done : done + len(here)], (layers, own, *rest)
+                if isinstance(x, OnDisk) and x.dtype == out.dtype:
+                    x.read(ranges, into)
+                else:
+                    into[...] = x[tuple(slice(r.start, r.stop) for r in ranges)]
+                done += len(here)
+            first += x.shape[1]
+        out[:, done:] = self.fill
+        return out
+
+
+def _ranges(part: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[range, ...]:
+    return tuple(range(*one.indices(size)) for one, size in zip(part, shape, strict=True))
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that JAX on CPU takes over as it is: aligned, and of the system's large pages.
+
+    Most of the time of loading would else go into touching small ones for the first time.
+    """
+    count = math.prod(shape)
+    memory = mmap.mmap(-1, max(count * dtype.itemsize, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype, count).reshape(shape)

@@ -1,0 +1,1 @@
+"""Experiments: what they run, and the reports they write."""

@@ -1,0 +1,1 @@
+"""FlexOlmo compared with every baseline, on the same texts, over several seeds."""

@@ -1,0 +1,248 @@
+"""The texts of a study, in the form that its stages read: files, and sequences to score."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+
+from flexolmo_jax.data.domain_embedding import DOCUMENTS
+from flexolmo_jax.data.sources import Document, is_heldout, read_documents
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.windows import tokenized, windows
+from flexolmo_jax.storage.files import canonical_digest, file_digest, new_file, replace_file
+from flexolmo_jax.studies.baselines.config import StudyConfig
+
+SPLITS = ("train", "tune", "heldout")
+MIXED = "mixed"  # the name of sequences that change their domain, beside the domains'
+CORPUS = "corpus"
+TOKENIZER = "tokenizer.json"
+
+
+class Sequences(NamedTuple):
+    """Sequences to score: of one document each, or (mixed) of two halves of two domains.
+
+    Attributes:
+      tokens: int32 [N, S + 1]; the first S are read, the last S are predicted.
+      sizes: int32 [N, S], bytes of each predicted token; 0 for padding and ends of documents.
+      document: int32 [N], which sequences are of one document, or of one group of them (a book).
+    """
+
+    tokens: np.ndarray
+    sizes: np.ndarray
+    document: np.ndarray
+
+
+def find_texts(config: StudyConfig, domain: str) -> dict[str, str]:
+    """The sources of a domain by split.
+
+    Raises:
+      ValueError: a file is missing.
+    """
+    if config.texts == CORPUS:
+        return {split: f"corpus:{domain}" for split in SPLITS}
+    found = {}
+    for split in SPLITS:
+        file = Path(config.texts) / domain / f"{split}.jsonl"
+        if not file.is_file():
+            raise ValueError(
+                f"{file}: missing; expected texts to be {CORPUS!r}, or a folder that `flexolmo "
+                "data flexmix` wrote: set it with --texts FOLDER"
+            )
+        found[split] = str(file)
+    return found
+
+
+def digest_of_texts(config: StudyConfig, domain: str) -> str:
+    """Changes when a byte of any of its texts does."""
+    digest = hashlib.sha256()
+    for split, source in find_texts(config, domain).items():
+        digest.update(split.encode())
+        if config.texts == CORPUS:
+            for document in read_documents(source):
+                digest.update(canonical_digest([document.text, document.group]).encode())
+        else:
+            digest.update(bytes.fromhex(file_digest(Path(source))))
+    return digest.hexdigest()
+
+
+def write_texts(config: StudyConfig, domain: str, folder: Path) -> None:
+    """Writes train.jsonl, tune.jsonl and heldout.jsonl of a domain.
+
+    Documents come in the order of their digests. An owner's training text is cut at `owner_bytes`.
+    """
+    for split, source in find_texts(config, domain).items():
+        documents = [d for d in read_documents(source) if _belongs(d, split, config)]
+        documents.sort(key=lambda d: hashlib.sha256(d.text.encode()).digest())
+        if not documents:
+            raise ValueError(
+                f"{source}: no document is for {split}; give more, or hold out another share"
+            )
+        if split == "train" and domain != "public":
+            documents = list(_first_bytes(documents, config.owner_bytes))
+        _write_documents(folder / f"{split}.jsonl", documents)
+
+
+def write_pool(texts: Mapping[str, Path], most: int, file: Path) -> None:
+    """Everybody's training text in one file, of each domain at most so many bytes."""
+    pool: list[Document] = []
+    for folder in texts.values():
+        pool += _first_bytes(read_documents(folder / "train.jsonl"), most)
+    _write_documents(file, pool)
+
+
+def _belongs(document: Document, split: str, config: StudyConfig) -> bool:
+    if config.texts != CORPUS:
+        return True
+    if is_heldout(document, config.heldout / 3):
+        return split == "tune"
+    return split == ("heldout" if is_heldout(document, config.heldout) else "train")
+
+
+def _first_bytes(documents: Iterable[Document], most: int) -> Iterator[Document]:
+    """Documents until there are so many bytes; the last one is cut."""
+    left = most
+    for document in documents:
+        if left <= 0:
+            return
+        text = document.text.encode()[:left].decode(errors="ignore")
+        left -= len(document.text.encode())
+        yield document._replace(text=text)
+
+
+def _write_documents(file: Path, documents: Iterable[Document]) -> None:
+    rows = (
+        {"text": d.text, "group": d.group.removeprefix("group:") if d.group != d.text else None}
+        for d in documents
+    )
+    replace_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def training_texts(folder: Path) -> list[str]:
+    """The texts of a train.jsonl that `write_texts` wrote."""
+    return [d.text for d in read_documents(folder / "train.jsonl")]
+
+
+def write_tokenizer(public: Path, vocab_size: int, folder: Path) -> None:
+    """A BPE of the public training text, the same for all seeds."""
+    tokenizer = Tokenizer.train(training_texts(public), vocab_size)
+    replace_file(folder / TOKENIZER, tokenizer.json)
+
+
+def write_embedding(own: Path, public: Path, file: Path) -> None:
+    """What the paper takes from an embedding model, of a domain's documents; a .npy file.
+
+    Hashed words and word pairs, weighted by how rare they are in public text (TF-IDF): no
+    download, and nothing of other owners is needed.
+    """
+    hashed = HashingVectorizer(n_features=4096, ngram_range=(1, 2), alternate_sign=False)
+    rarity = TfidfTransformer(sublinear_tf=True)
+    rarity.fit(hashed.transform(training_texts(public)[:DOCUMENTS]))
+    weighted = rarity.transform(hashed.transform(training_texts(own)[:DOCUMENTS]))
+    np.save(file, np.asarray(weighted.mean(axis=0), np.float32).reshape(-1))
+
+
+def write_public_sample(public: Path, share: float, file: Path) -> None:
+    """Some public documents, which stand beside the proxies in router tuning."""
+    documents = list(read_documents(public / "train.jsonl"))  # they come in no order
+    _write_documents(file, documents[: max(1, round(share * len(documents)))])
+
+
+def write_sequences(
+    config: StudyConfig, texts: Mapping[str, Path], tokenizer: Tokenizer, file: Path
+) -> None:
+    """All sequences to score, by "SPLIT.DOMAIN" and "SPLIT.mixed", into one .npz file."""
+    sizes = token_sizes(tokenizer)
+    found: dict[str, Sequences] = {}
+    for split, count in (("tune", config.tune_sequences), ("heldout", config.test_sequences)):
+        for domain in config.domains:
+            documents = read_documents(texts[domain] / f"{split}.jsonl")
+            made = _sequences(documents, tokenizer, sizes, config, count)
+            found[f"{split}.{domain}"] = made
+        mixed = config.mixed_sequences if split == "heldout" else -(-config.mixed_sequences // 2)
+        alone = {domain: found[f"{split}.{domain}"] for domain in config.domains}
+        found[f"{split}.{MIXED}"] = _mixed(alone, sizes, mixed)
+    arrays = {
+        f"{name}.{field}": getattr(one, field)
+        for name, one in found.items()
+        for field in Sequences._fields
+    }
+    with new_file(file, "wb") as opened:
+        np.savez(opened, **arrays)
+
+
+def read_sequences(file: Path) -> dict[str, Sequences]:
+    """What `write_sequences` wrote."""
+    with np.load(file) as arrays:
+        names = sorted({name.rpartition(".")[0] for name in arrays})
+        return {n: Sequences(*(arrays[f"{n}.{f}"] for f in Sequences._fields)) for n in names}
+
+
+def token_sizes(tokenizer: Tokenizer) -> np.ndarray:
+    """Bytes of text that each token stands for, int32 [V]; 0 for the separator.
+
+    In a byte-level BPE, a character of a token's name is a byte.
+    """
+    sizes = np.asarray([len(name) for name in tokenizer.names()], np.int32)
+    sizes[tokenizer.separator] = 0
+    return sizes
+
+
+def _sequences(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    sizes: np.ndarray,
+    config: StudyConfig,
+    count: int,
+) -> Sequences:
+    """The first sequences of each document, until there are `count`."""
+    tokens: list[np.ndarray] = []
+    predicted, group = [], []
+    numbers: dict[str, int] = {}
+    chosen, again = itertools.tee(documents)
+    for document, ids in zip(chosen, tokenized(again, tokenizer), strict=True):
+        cut = windows([ids], config.length, tokenizer.separator)
+        for window in itertools.islice(cut, config.document_windows):
+            size = sizes[window.tokens[1:]] * (window.segments[1:] == 1)
+            if len(tokens) < count and size.any():
+                tokens.append(window.tokens)
+                predicted.append(size)
+                group.append(numbers.setdefault(document.group, len(numbers)))
+        if len(tokens) == count:
+            break
+    return Sequences(np.stack(tokens), np.stack(predicted), np.asarray(group, np.int32))
+
+
+def _mixed(alone: dict[str, Sequences], sizes: np.ndarray, count: int) -> Sequences:
+    """Half a sequence of one domain, then half a one of another, read as one document.
+
+    The half-way token is the last one of the first half, so S / 2 of what is predicted, and one
+    more, are of the second domain. Sequences with less text than that are not used.
+    """
+    half = next(iter(alone.values())).sizes.shape[1] // 2
+    full = {d: s.tokens[(s.sizes[:, : half + 1] > 0).all(axis=1)] for d, s in alone.items()}
+    domains = [domain for domain, tokens in full.items() if len(tokens)]
+    pairs = list(itertools.permutations(domains, 2))
+    if not pairs:
+        raise ValueError(
+            f"no two domains have documents of {half + 2} tokens to mix: take a smaller length"
+        )
+    random = np.random.default_rng(0)
+    order = {domain: itertools.cycle(random.permutation(len(full[domain]))) for domain in domains}
+    tokens = []
+    for number in range(count):
+        first, second = pairs[number % len(pairs)]
+        before = full[first][next(order[first])]
+        after = full[second][next(order[second])]
+        tokens.append(np.concatenate([before[:half], after[1 : half + 2]]))
+    stacked = np.stack(tokens).astype(np.int32)
+    return Sequences(stacked, sizes[stacked[:, 1:]], np.arange(count, dtype=np.int32))
+
+
+def first(sequences: Sequences, count: int) -> Sequences:
+    """The first `count` of them."""
+    return Sequences(*(array[:count] for array in sequences))

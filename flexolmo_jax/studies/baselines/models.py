@@ -1,0 +1,192 @@
+"""The models of a study that are not one of the three stages as it is: baselines and ablations.
+
+Soups, BTX (whole models fine-tuned apart, their attention averaged, their feed-forward networks
+made the experts of a mixture), and packages whose router rows are fitted anew.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from flexolmo_jax.config import ExpertTraining
+from flexolmo_jax.data.window_store import prepare
+from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anchor
+from flexolmo_jax.federation.expert import read_expert, write_expert
+from flexolmo_jax.federation.merge import merge
+from flexolmo_jax.model import FlexOlmo, load
+from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.modeling.flops import expert_alone_step_flops, forward_flops
+from flexolmo_jax.modeling.transformer import Anchor
+from flexolmo_jax.storage.locks import private_folder
+from flexolmo_jax.studies.baselines.config import StudyConfig
+from flexolmo_jax.studies.engine.stages import forget
+from flexolmo_jax.training.router_fit.inputs import whitened_by
+from flexolmo_jax.training.stages.expert import fit_rows, public_batch
+from flexolmo_jax.training.step import with_parts
+
+PACKAGE = "package"  # of a stage's folder: what came of it
+RUN = "run"  # and the folder of the training run
+
+
+def trained(
+    train: Callable[..., None], folder: Path, *, windows: Path | None = None, **more
+) -> None:
+    """Runs one of the training functions in a stage's folder, or goes on where it was killed.
+
+    Args:
+      train: takes out, run, resume and `more`.
+      folder: of the stage; holds the package and metrics afterwards, no checkpoints.
+      windows: where the training windows are already; they are not made again.
+    """
+    out, run = folder / PACKAGE, folder / RUN
+    forget(out)  # of a kill while it was written
+    if windows is not None and not (run / "data").is_symlink():
+        private_folder(run)
+        (run / "data").symlink_to(windows)
+    train(out=out, run=run, resume=(run / "config.json").exists(), **more)
+    forget(run / "checkpoints")
+    if windows is None:
+        forget(run / "data")
+    else:
+        (run / "data").unlink()
+
+
+def unrestricted_steps(config: StudyConfig, times: float) -> int:
+    """Steps of the unrestricted mixture that cost `times` the FLOPs of all owners' experts."""
+    steps = len(config.owners) * config.expert.steps
+    all_experts = steps * expert_alone_step_flops(config.model, config.length)
+    one_step = 3 * forward_flops(config.model, config.length, config.unrestricted_active)
+    return max(1, round(times * all_experts / one_step))
+
+
+def average(models: Sequence[FlexOlmo], weights: Sequence[float]) -> FlexOlmo:
+    """A soup: one model whose every weight is the weighted mean of the models' weights."""
+    first = models[0]
+
+    def mean(*leaves):
+        return sum(w * leaf for w, leaf in zip(weights, leaves, strict=True))
+
+    trees = [(model.backbone, model.experts) for model in models]
+    backbone, experts = jax.tree.map(mean, *trees)
+    return dataclasses.replace(first, backbone=backbone, experts=experts)
+
+
+def write_btx(anchor: Path, dense: Mapping[str, Path], folder: Path) -> None:
+    """BTX's parts as ours: an "anchor" with the averaged backbone, and packages beside it.
+
+    The public model is one of those averaged, and its feed-forward network one of the experts.
+
+    Args:
+      anchor: the public model.
+      dense: whole models by owner, fine-tuned from it.
+      folder: gets anchor/ and OWNER/, with equal rows: the uniform router.
+    """
+    forget(folder)
+    public = read_anchor(anchor)
+    whole = {name: read_anchor(path) for name, path in dense.items()}
+    backbones = [one.weights.backbone for one in (public, *whole.values())]
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *backbones)
+    assert public.tokenizer is not None
+    write_anchor(
+        folder / "anchor", Anchor(mean, public.weights.public), public.config, public.tokenizer,
+        public.public_text, {"licence": "unspecified", "contact": "unspecified"},
+    )  # fmt: skip
+    together = read_anchor(folder / "anchor")
+    router = public.weights.public.router
+    for name, one in whole.items():
+        expert = with_parts(one.weights.public, one.weights.public.feed_forward, router)
+        _write_package(folder, name, expert, together)
+
+
+def _write_package(folder: Path, name: str, expert: Experts, anchor: LoadedAnchor) -> None:
+    facts = {"licence": "unspecified", "contact": "unspecified"}
+    write_expert(folder / name, expert, name, anchor, facts)
+
+
+def refit(
+    anchor: Path,
+    experts: Mapping[str, Experts],
+    texts: Mapping[str, Path],
+    windows: Mapping[str, Path],
+    training: ExpertTraining,
+    folder: Path,
+) -> None:
+    """FOLDER/OWNER: packages of experts whose router rows each owner fits alone.
+
+    Args:
+      anchor: that the experts stand beside.
+      experts: by owner; their rows are replaced.
+      texts: folders of `write_texts` by owner.
+      windows: by owner: folders where the training windows are, or will be.
+      training: says how rows are fitted.
+    """
+    loaded = read_anchor(anchor)
+    assert loaded.tokenizer is not None
+    for name, expert in experts.items():
+        text = str(texts[name] / "train.jsonl")
+        source, _ = prepare(text, training.data, loaded.tokenizer, windows[name])
+        length = training.data.length
+        public = public_batch(
+            loaded.public_text, loaded.tokenizer, length, training.fit_tokens // length
+        )
+        fitted = fit_rows(expert, loaded, source, public, training)
+        forget(folder / name)
+        _write_package(folder, name, fitted, loaded)
+
+
+def experts_of(anchor: Path, packages: Mapping[str, Path]) -> dict[str, Experts]:
+    """The experts of packages that were made for an anchor."""
+    loaded = read_anchor(anchor)
+    return {name: read_expert(path, loaded) for name, path in packages.items()}
+
+
+def dense_experts(dense: Mapping[str, Path]) -> dict[str, Experts]:
+    """The feed-forward networks of whole models, as experts."""
+    return {name: read_anchor(path).weights.public for name, path in dense.items()}
+
+
+def merged(anchor: Path, packages: Sequence[Path], folder: Path, memory=None) -> Path:
+    """FOLDER/merged, made anew."""
+    out = folder / "merged"
+    forget(out)
+    merge(anchor, packages, out, memory=memory, allow_share=None)  # all are our own
+    return out
+
+
+def routed(model: FlexOlmo, *, active: int | None = None, memory=None) -> FlexOlmo:
+    """The model with another number of active experts, and another memory of its router."""
+    config = model.config.replace(active_experts=active, memory=memory)
+    return dataclasses.replace(model, config=config)
+
+
+def without_bias(model: FlexOlmo) -> FlexOlmo:
+    """The model with all router biases at 0."""
+    experts = jax.tree.map(jnp.array, model.experts)
+    experts.router.bias[...] = jnp.zeros_like(experts.router.bias[...])
+    return dataclasses.replace(model, experts=experts)
+
+
+def bias_folded(model: FlexOlmo, anchor: Path) -> FlexOlmo:
+    """The model with its router biases folded into the rows, for a router that has none.
+
+    Args:
+      model: merged.
+      anchor: its anchor, whose public text says which row is about 1 for every input.
+    """
+    loaded = read_anchor(anchor)
+    assert loaded.tokenizer is not None
+    text = public_batch(loaded.public_text, loaded.tokenizer, loaded.config.max_length, 256)
+    public = whitened_by(text, loaded.weights, loaded.config)
+    constant = jnp.asarray([one.constant for one in public], jnp.float32)  # [L, D]
+    experts = jax.tree.map(jnp.array, model.experts)
+    bias = experts.router.bias[...][..., None]  # [L, E, 1]
+    experts.router.row[...] = experts.router.row[...] + bias * constant[:, None]
+    return without_bias(dataclasses.replace(model, experts=experts))
+
+
+def load_all(anchor: Path, dense: Mapping[str, Path]) -> list[FlexOlmo]:
+    """The public model, then the owners' whole ones."""
+    return [load(anchor), *(load(path) for path in dense.values())]

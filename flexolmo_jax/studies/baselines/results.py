@@ -1,0 +1,187 @@
+"""Results of a study: bits per byte of every method, with bootstrap intervals over documents.
+
+Every method is scored on the same sequences, so differences between two are paired: documents are
+drawn with replacement once, and all methods and seeds are summed over the same draws.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from flexolmo_jax.studies.baselines import methods
+from flexolmo_jax.studies.baselines.config import StudyConfig
+from flexolmo_jax.studies.baselines.datasets import MIXED, Sequences, read_sequences
+from flexolmo_jax.studies.baselines.scores import Scores, load_scores, tuning_score
+from flexolmo_jax.studies.baselines.seed_stages import CHOICE, SeedPlan
+from flexolmo_jax.studies.baselines.shared_stages import SCORES, SEQUENCES, Shared
+
+DRAWS = 1000
+INTERVAL = (2.5, 97.5)  # percentiles
+AFTER = "after the change"  # of mixed sequences, the second half
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """Bits per byte, or a difference of them: the mean over seeds, and how sure it is."""
+
+    mean: float
+    low: float  # of the 95% interval over documents
+    high: float
+    seeds: tuple[float, ...]
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the seeds; 0 of one."""
+        return float(np.std(self.seeds, ddof=1)) if len(self.seeds) > 1 else 0.0
+
+    def json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "spread": self.spread}
+
+
+class Results:
+    """Bits per byte of all methods, on all columns, of all seeds.
+
+    Attributes:
+      methods: their names.
+      columns: the domains, "mixed", and AFTER.
+      choices: of each seed: what was chosen on the tuning split.
+    """
+
+    def __init__(self, config: StudyConfig, shared: Shared, plans: Mapping[int, SeedPlan]):
+        self.config = config
+        self.sequences = read_sequences(shared.sequences.folder / SEQUENCES)
+        self.prompts = load_scores(shared.prompts.folder / SCORES)
+        self.columns = (*config.domains, MIXED, AFTER)
+        self.choices: dict[int, dict[str, Any]] = {}
+        self._masks = {column: self._mask(column) for column in self.columns}
+        self._draws = {column: self._draw(column) for column in self.columns}
+        per_seed = []
+        for seed, plan in plans.items():
+            found = {name: load_scores(s.folder / SCORES) for name, s in plan.scored.items()}
+            self.choices[seed] = {
+                name: json.loads((stage.folder / CHOICE).read_text())
+                for name, stage in plan.choices.items()
+            }
+            self._combine(found, self.choices[seed])
+            per_seed.append({name: self._sums(one) for name, one in found.items()})
+        self.methods = tuple(per_seed[0])
+        # Nats by method and column: float64 [seeds, documents].
+        self._nats = {
+            (name, column): np.stack([one[name][column] for one in per_seed])
+            for name in self.methods
+            for column in per_seed[0][name]
+        }
+
+    def _sequences(self, column: str) -> Sequences:
+        return self.sequences[f"heldout.{MIXED if column == AFTER else column}"]
+
+    def _mask(self, column: str) -> np.ndarray:
+        sizes = self._sequences(column).sizes
+        start = sizes.shape[1] // 2 - 1 if column == AFTER else 0  # the first token of the second
+        return sizes * (np.arange(sizes.shape[1]) >= start)
+
+    def _draw(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """How often each document is drawn, int [DRAWS, documents]; and their bytes."""
+        document = self._sequences(column).document
+        count = document.max() + 1
+        random = np.random.default_rng(0)
+        times = random.multinomial(count, np.full(count, 1 / count), size=DRAWS)
+        return times, np.bincount(document, self._masks[column].sum(axis=1), count)
+
+    def _sums(self, scores: Scores) -> dict[str, np.ndarray]:
+        """Nats of each document, by column."""
+        out = {}
+        for column in self.columns:
+            name = f"heldout.{MIXED if column == AFTER else column}"
+            if name in scores:
+                kept = np.where(self._masks[column] > 0, scores[name], 0.0)
+                nats = kept.sum(axis=1, dtype=np.float64)
+                out[column] = np.bincount(self._sequences(column).document, nats)
+        return out
+
+    def _combine(self, found: dict[str, Scores], choices: dict[str, Any]) -> None:
+        """Adds the methods that combine whole models' answers; chooses BTM's decay."""
+        config = self.config
+        members = ["anchor", *(f"dense.{name}" for name in config.owners)]
+        nats = {
+            name: np.stack([found[member][name] for member in members]) for name in self.sequences
+        }
+        sizes = {name: one.sizes for name, one in self.sequences.items()}
+
+        def combine(evidence, active: int) -> Scores:
+            mixed = {n: methods.btm(one, evidence(one), active) for n, one in nats.items()}
+            return {n: np.where(sizes[n] > 0, one, 0.0) for n, one in mixed.items()}
+
+        for active in (1, 2):
+            found[f"btm_prefix_top{active}"] = combine(
+                lambda one: methods.prefix_evidence(one, config.prefix), active
+            )
+            found[f"btm_running_top{active}"] = combine(methods.running_evidence, active)
+            tried = []
+            for decay in config.decays:
+                scores = combine(lambda one, d=decay: methods.running_evidence(one, d), active)
+                tried.append((tuning_score(scores, self.sequences), decay, scores))
+            best = min(tried, key=lambda one: one[0])
+            found[f"btm_decay_top{active}"] = best[2]
+            choices[f"btm_top{active}"] = {
+                "decay": best[1], "tried": [{"decay": d, "tune": t} for t, d, _ in tried]
+            }  # fmt: skip
+        found["prompt_routing"] = {
+            name: methods.follow(one, self.prompts[name], config.prefix)
+            for name, one in nats.items()
+        }
+        found["oracle"] = {
+            f"heldout.{name}": found[f"expert.{name}" if name != "public" else "anchor"][
+                f"heldout.{name}"
+            ]
+            for name in config.domains
+        }
+        active = choices["flexolmo"]["active"]
+        found["flexolmo"] = found[f"flexolmo_top{active or 'all'}"]
+
+    def has(self, method: str, column: str) -> bool:
+        return (method, column) in self._nats
+
+    def value(self, method: str, *columns: str, minus: str | None = None) -> Value:
+        """Bits per byte of a method: the plain mean over the columns.
+
+        Args:
+          method: one of `methods`.
+          columns: some of `columns`.
+          minus: a method to compare with: the value is the difference from it, paired.
+        """
+        parts = [self._value(method, column) for column in columns]
+        if minus is not None:
+            others = [self._value(minus, column) for column in columns]
+            parts = [(a - c, b - d) for (a, b), (c, d) in zip(parts, others, strict=True)]
+        seeds = np.mean([one for one, _ in parts], axis=0)
+        low, high = np.percentile(np.mean([draws for _, draws in parts], axis=0), INTERVAL)
+        return Value(float(seeds.mean()), float(low), float(high), tuple(map(float, seeds)))
+
+    def _value(self, method: str, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """Bits per byte of each seed; and of each draw, the mean over seeds."""
+        nats, (times, sizes) = self._nats[method, column], self._draws[column]
+        bits = nats / np.log(2)
+        seeds = bits.sum(axis=1) / sizes.sum()
+        return seeds, (times @ bits.mean(axis=0)) / (times @ sizes)
+
+    def owners_mean(self, method: str, minus: str | None = None) -> Value:
+        """The mean over the owners' domains: what a merge is for."""
+        return self.value(method, *self.config.owners, minus=minus)
+
+    def kept(self, method: str, owner: str) -> float:
+        """Share of an expert's gain on its own domain that a merged model keeps.
+
+        The gain is that of the expert answering alone, over the anchor.
+        """
+        anchor, own, merged = (
+            self.value(name, owner).mean for name in ("anchor", f"alone.{owner}", method)
+        )
+        return (anchor - merged) / (anchor - own)
+
+    def public_cost(self, method: str) -> float:
+        """How much worse than the anchor a method is on public text, as a share."""
+        return self.value(method, "public").mean / self.value("anchor", "public").mean - 1

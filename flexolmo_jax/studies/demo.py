@@ -1,0 +1,150 @@
+"""The demo: the whole path on the text that comes with the project, in minutes.
+
+An anchor is trained on public text; then every owner's expert in a process of its own that is
+given nothing but its own text and the anchor; then all are merged, measured, and switched off in
+turn.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from flexolmo_jax.config import ExpertTraining, load_config
+from flexolmo_jax.evaluation.bits_per_byte import heldout_documents, score
+from flexolmo_jax.evaluation.plots import heat_map
+from flexolmo_jax.federation.merge import merge
+from flexolmo_jax.model import FlexOlmo, load
+from flexolmo_jax.runtime.console import console, show_table, tell
+from flexolmo_jax.storage.files import replace_file
+from flexolmo_jax.storage.outputs import check_kept_folder
+
+OWNERS = ("code", "math", "educational", "creative")
+AT_ONCE = 2  # owners that train at the same time
+
+
+def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
+    """Runs the demo and writes OUT/anchor, OUT/experts/NAME, OUT/merged, OUT/report.json/.png.
+
+    Args:
+      out: a new folder.
+      seed: of initialisation and data order, of all stages.
+
+    Returns:
+      the report: seconds, domains, bits_per_byte[MODEL][DOMAIN], seeds and configs.
+
+    Raises:
+      ValueError: `out` is there already; RuntimeError: a stage failed.
+    """
+    check_kept_folder(out, holding=())
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    anchor, merged = out / "anchor", out / "merged"
+    packages = {name: out / "experts" / name for name in OWNERS}
+
+    console.rule("1. the public anchor")
+    run_command(
+        ["train", "anchor", "demo_anchor", "--data", "corpus:public", "--seed", str(seed)],
+        out=anchor, run=out / "runs" / "anchor", quiet=False,
+    )  # fmt: skip
+    console.rule("2. each owner, alone, with its own text and the anchor")
+
+    def train_owner(name: str) -> None:
+        run_command(
+            ["train", "expert", "demo_expert", "--data", f"corpus:{name}", "--name", name]
+            + ["--anchor", str(anchor), "--seed", str(seed)],
+            out=packages[name], run=out / "runs" / name, quiet=True,
+        )  # fmt: skip
+        tell(f"expert {name}: trained and packaged")
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(train_owner, OWNERS))
+    console.rule("3. merge, measure, switch off")
+    merge(anchor, list(packages.values()), merged)
+    report: dict[str, Any] = {
+        "domains": ["public", *OWNERS],
+        "bits_per_byte": _measure(anchor, packages, merged),
+        "samples": _samples(load(merged)),
+        "seeds": {"anchor": seed, **{name: seed for name in OWNERS}},
+        "configs": {
+            "anchor": _saved_config(out / "runs" / "anchor"),
+            **{name: _saved_config(out / "runs" / name) for name in OWNERS},
+        },
+    }
+    report["seconds"] = round(time.monotonic() - started, 1)
+    replace_file(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+    heat_map(report["bits_per_byte"], out / "report.png", baseline="anchor")
+    _show(report, out)
+    return report
+
+
+def run_command(arguments: list[str], *, out: Path, run: Path, quiet: bool) -> None:
+    """Runs the command line in a process of its own."""
+    cache = run.parent / "compiled"  # the owners' programs are the same: compile them once
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", "flexolmo_jax", *arguments]
+    command += ["--out", str(out), "--run", str(run)]
+    done = subprocess.run(command, env=environment, capture_output=quiet, text=True)
+    if done.returncode:
+        raise RuntimeError(f"flexolmo {' '.join(arguments)} failed: {done.stderr or 'see above'}")
+
+
+def _measure(anchor: Path, packages: dict[str, Path], merged: Path) -> dict[str, dict[str, float]]:
+    """bits_per_byte[MODEL][DOMAIN] on the held-out documents of every domain."""
+    data = load_config("demo_expert", ExpertTraining).data
+    texts = {name: heldout_documents(f"corpus:{name}", data) for name in ("public", *packages)}
+
+    def row(model: FlexOlmo, without: tuple[str, ...] = ()) -> dict[str, float]:
+        return {
+            domain: score(model, documents, without=without).bits_per_byte
+            for domain, documents in texts.items()
+        }
+
+    table = {"anchor": row(load(anchor))}
+    for name, package in packages.items():
+        table[f"expert:{name}"] = row(load(package, anchor=anchor))
+    whole = load(merged)
+    table["merged"] = row(whole)
+    for name in packages:
+        table[f"merged_without:{name}"] = row(whole, (name,))
+    return table
+
+
+def _samples(model: FlexOlmo) -> dict[str, str]:
+    """What the merged model makes of the first words of a held-out document of each domain."""
+    data = load_config("demo_expert", ExpertTraining).data
+    prompts = {
+        name: heldout_documents(f"corpus:{name}", data)[0].text.strip()[:60]
+        for name in ("public", *OWNERS)
+    }
+    made = model.generate(list(prompts.values()), 48, temperature=0.7, top_p=0.9)
+    return {
+        name: f"{prompt} || {text}"
+        for (name, prompt), text in zip(prompts.items(), made, strict=True)
+    }
+
+
+def _saved_config(run: Path) -> dict[str, Any]:
+    return json.loads((run / "config.json").read_text())
+
+
+def _show(report: dict[str, Any], out: Path) -> None:
+    scores, domains = report["bits_per_byte"], report["domains"]
+    rows = []
+    for model, row in scores.items():
+        cells = {}
+        for domain in domains:
+            change = row[domain] / scores["anchor"][domain] - 1
+            colour = "green" if change < -0.01 else "red" if change > 0.02 else "white"
+            cells[domain] = Text.assemble(f"{row[domain]:.3f} ", (f"{change:+.1%}", colour))
+        rows.append({"model": model, **cells})
+    show_table(rows, title="bits per byte on held-out documents (lower is better)")
+    for domain, sample in report["samples"].items():
+        tell(f"{domain}: {sample!r}")
+    tell(f"{report['seconds']:.0f} seconds; report.json and report.png are in {out}")

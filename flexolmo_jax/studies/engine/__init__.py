@@ -1,0 +1,1 @@
+"""What all studies share: stages that are kept, tables and figures."""

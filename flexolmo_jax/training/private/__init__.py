@@ -1,0 +1,1 @@
+"""Expert training with differential privacy."""

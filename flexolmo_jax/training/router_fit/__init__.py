@@ -1,0 +1,1 @@
+"""Router rows that an owner fits alone, in closed form."""

@@ -1,0 +1,1 @@
+"""The stages of training: anchor, expert, router; and joint training as a baseline."""

@@ -1,0 +1,44 @@
+"""Needed FLOPs against the weights themselves: two for each weight that a token meets."""
+
+import jax
+import pytest
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.modeling.flops import anchor_step_flops, expert_step_flops, forward_flops
+from flexolmo_jax.modeling.transformer import abstract_model
+
+CONFIG = ModelConfig(
+    vocab_size=300, width=16, num_layers=3, num_heads=4, num_kv_heads=2, ffn_width=24
+)
+LENGTH = 9
+
+
+def sizes(config):
+    """Weights of: all attention projections, one expert of all layers, the head."""
+    backbone, experts = abstract_model(config)
+    attention = backbone.layers.attention
+    projections = [attention.q, attention.k, attention.v, attention.o]
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    return count(projections), count(experts.feed_forward), count(backbone.head)
+
+
+def scores(config):
+    """FLOPs a token of both attention products, at (S + 1) / 2 keys on average, all layers."""
+    return config.num_layers * 2 * 2 * config.width * (LENGTH + 1) / 2
+
+
+def test_forward_is_two_for_each_weight_and_the_scores():
+    projections, expert, head = sizes(CONFIG)
+    for active in (1, 4):
+        expected = 2 * (projections + active * expert + head) + scores(CONFIG)
+        assert forward_flops(CONFIG, LENGTH, active) == expected
+    assert anchor_step_flops(CONFIG, LENGTH) == 3 * forward_flops(CONFIG, LENGTH, 1)
+
+
+def test_an_experts_step_needs_no_gradient_of_frozen_weights():
+    projections, expert, head = sizes(CONFIG)
+    share = 1 - 1 / CONFIG.num_layers  # the first layer's inputs need no gradient
+    back = 2 * share * (projections + expert) + 2 * share * scores(CONFIG) + 2 * head
+    own = 2 * share * 2 * expert + 2 * (1 - share) * expert * (1 + 1 / 3)
+    expected = forward_flops(CONFIG, LENGTH, 2) + back + own
+    assert expert_step_flops(CONFIG, LENGTH) == pytest.approx(expected)
