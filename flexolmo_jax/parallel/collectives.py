@@ -96,8 +96,7 @@ def all_gather_experts(stack: Any, config: ModelConfig) -> Any:
 
 def is_expert_parallel(stack: Any) -> bool:
     """Whether other devices hold some of a stack's experts (of one layer, router rows whole)."""
-    experts_here = stack.feed_forward.gate.shape[0]
-    return inside_shard_map() and experts_here < stack.router.bias.shape[0]
+    return inside_shard_map() and stack.feed_forward.gate.shape[0] < stack.router.bias.shape[0]
 
 
 def embedding_lookup(embed: jax.Array, tokens: jax.Array, config: ModelConfig) -> jax.Array:
