@@ -116,6 +116,7 @@ def read_manifest(folder: Path, *, kind: str | None = None) -> dict[str, Any]:
             f"{file}: the manifest was changed after it was written (its digest does not match); "
             "get the package again from its owner"
         )
+    manifest = fields.upgrade(manifest)
     fields.check_fields(manifest, file)
     if kind is not None and manifest["kind"] != kind:
         raise ValueError(f"{folder}: expected a package of kind {kind}, found {manifest['kind']}")

@@ -158,7 +158,7 @@ def test_a_second_run_within_the_limit_is_counted_with_the_first(
     del ledger["file"]  # or it would be a copy, which is refused
     (tmp_path / "budget.json").write_text(json.dumps(ledger))
     again = training(
-        world, tmp_path, "--dp-epsilon", 1, "--dp-limit", 6, "--gating", "pair", "--steps", 3
+        world, tmp_path, "--dp-epsilon", 1, "--dp-limit", 6, "--gating", "softmax", "--steps", 3
     )
     code, _, error = flexolmo(*again)
     assert code == 0, error
