@@ -117,7 +117,7 @@ def test_an_extra_file_is_refused_by_name(copied, part, name):
     file = copied.root / part / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("x")
-    with pytest.raises(ValueError, match=f"{name}.*: not part of the package"):
+    with pytest.raises(ValueError, match=f"{name}.*: unexpected file; delete it"):
         fo.load(copied.merged)
 
 

@@ -117,7 +117,7 @@ def test_verify_refuses_a_manipulated_statement(private, tmp_path, refused):
     assert "its digest does not match" in refused("privacy", "verify", package)
     (package / "manifest.json").write_text(text)
     (package / "more").write_text("?")
-    assert "not part of the package" in refused("privacy", "verify", package)
+    assert "unexpected file; delete it" in refused("privacy", "verify", package)
 
 
 def test_verify_says_of_an_ordinary_expert_that_there_is_nothing(world, refused):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flexolmo_jax.config import DataConfig, ExpertTraining, ModelConfig, Training
 from flexolmo_jax.data.batches import Batch, batches, stacked
 from flexolmo_jax.data.domain_embedding import DOCUMENTS, domain_embedding, source_name
-from flexolmo_jax.data.sources import Document, fingerprint, is_heldout, read_documents
+from flexolmo_jax.data.sources import Document, bytes_of, fingerprint, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.window_store import SourceWindows, prepare
 from flexolmo_jax.data.windows import tokenized, windows
@@ -212,7 +212,7 @@ def check_room_for(
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
     check_room(
-        out, run, data, trained=count(trained),
+        out, run, text=bytes_of(data), trained=count(trained),
         packaged=count(trained if packaged is None else packaged),
         saves=-(-config.steps // config.checkpoint_every),
     )  # fmt: skip
