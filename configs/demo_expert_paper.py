@@ -13,7 +13,7 @@ config = ExpertTraining(
     optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=10),
     steps=200,
     checkpoint_every=100,
-    gating="pair",
+    gating="softmax",
     domain_embedding="wordllama",
     router_z_loss=0.001,
 )

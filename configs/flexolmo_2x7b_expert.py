@@ -4,7 +4,7 @@
         --out OUT/experts/NAME
 
 50B tokens; learning rate, warm-up, z-losses and sequence length are those of the reference's
-scripts, the batch is the one its checkpoint names imply. Add `--gating alone` for our default
+scripts, the batch is the one its checkpoint names imply. Add `--gating fixed` for our default
 recipe. Not run here: the shapes are checked without memory (tests/test_config.py).
 """
 
@@ -24,7 +24,7 @@ config = ExpertTraining(
     data=DataConfig(batch_size=1024, length=4096),
     optimizer=OptimizerConfig(learning_rate=9e-4, warmup_steps=2000),
     steps=11_921,
-    gating="pair",
+    gating="softmax",
     output_z_loss=1e-5,
     router_z_loss=0.001,
 )

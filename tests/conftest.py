@@ -45,7 +45,7 @@ CONFIGS = {
     ),
     "pair": (
         ExpertTraining,
-        "ExpertTraining(data=data, optimizer=optimizer, steps=6, gating='pair',"
+        "ExpertTraining(data=data, optimizer=optimizer, steps=6, gating='softmax',"
         " router_z_loss=0.001, domain_embedding=str(FOLDER / 'embedding.npy'), **often)",
     ),
     "router": (

@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexolmo_jax.corpora.extract import Row
-from flexolmo_jax.corpora.packages import PARTS, limited, rows_file
+from flexolmo_jax.corpora.catalogue import PARTS
+from flexolmo_jax.corpora.packages import limited, rows_file
+from flexolmo_jax.corpora.rows import Row
 
 SHINGLE = 8  # words
 REPEATED = 0.2  # share of a row's shingles that other groups may already have

@@ -64,9 +64,13 @@ DATA = {"batch_size": 2, "length": 8}
         (fo.ExpertTraining, {"steps": 0}, "steps must be positive, found 0"),
         (fo.ExpertTraining, {"log_every": 0}, "log_every must be positive"),
         (fo.ExpertTraining, {"checkpoint_every": 0}, "checkpoint_every must be positive"),
-        (fo.ExpertTraining, {"gating": "both"}, "gating must be 'alone' or 'pair'"),
+        (fo.ExpertTraining, {"gating": "both"}, "gating must be 'fixed' or 'softmax'"),
         (fo.ExpertTraining, {"router": "svm"}, "router must be 'logistic' or 'lda', found 'svm'"),
-        (fo.ExpertTraining, {"gating": "pair", "router": "lda"}, "learns its rows; leave router"),
+        (
+            fo.ExpertTraining,
+            {"gating": "softmax", "router": "lda"},
+            "learns its rows; leave router",
+        ),
         (
             fo.AnchorTraining,
             {"model": fo.ModelConfig(**SIZES, max_length=4)},
@@ -154,7 +158,7 @@ def test_full_size_models_are_of_one_architecture():
 
 def test_expert_training_has_the_references_values():
     config = preset("flexolmo_2x7b_expert")["config"]
-    assert (config.gating, config.output_z_loss, config.router_z_loss) == ("pair", 1e-5, 1e-3)
+    assert (config.gating, config.output_z_loss, config.router_z_loss) == ("softmax", 1e-5, 1e-3)
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.warmup_steps) == (9e-4, 2000)
     assert (optimizer.b1, optimizer.b2, optimizer.eps, optimizer.clip_norm) == (0.9, 0.95, 1e-8, 1)

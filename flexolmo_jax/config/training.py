@@ -146,19 +146,19 @@ class AnchorTraining(Training):
 class ExpertTraining(Training):
     """Stage 2: one owner's expert, by the owner alone, on closed text.
 
-    `gating="alone"` fixes the expert's gate to 1 while it trains and then fits its router rows and
+    `gating="fixed"` fixes the expert's gate to 1 during training and then fits its router rows and
     biases against the anchor's public text (the default recipe), as `router` says: by logistic
-    regression, or as the linear discriminant of two Gaussians of one covariance ("lda");
-    `gating="pair"` is the paper's form: a softmax over the public and the new expert, rows learned
-    jointly from the domain embedding.
+    regression, or as the linear discriminant of two Gaussians of one covariance ("lda").
+    `gating="softmax"` is the paper's form: the gate is a softmax over the public and the new
+    expert, whose rows start at the domain embedding and are learned jointly.
     """
 
-    gating: Literal["alone", "pair"] = "alone"
-    router: Literal["logistic", "lda"] = "logistic"  # with "alone": how the rows are fitted
-    router_z_loss: float = 0.0  # with gating="pair"
-    domain_embedding: str | None = None  # with "pair": "wordllama", or a .npy of [D] or [N, D]
-    fit_tokens: int = 32_768  # with "alone": tokens of each side that the rows are fitted on
-    fit_prior: float = 0.3  # with "alone": share of text taken to be the owner's; less is humbler
+    gating: Literal["fixed", "softmax"] = "fixed"
+    router: Literal["logistic", "lda"] = "logistic"  # with "fixed": how the rows are fitted
+    router_z_loss: float = 0.0  # with gating="softmax"
+    domain_embedding: str | None = None  # with "softmax": "wordllama", or a .npy: [D] or [N, D]
+    fit_tokens: int = 32_768  # with "fixed": tokens of each side that the rows are fitted on
+    fit_prior: float = 0.3  # with "fixed": prior that a token is the owner's
     fit_ridge: float = 1e-3  # with "logistic": ridge penalty of the whitened rows
 
     def __post_init__(self):
@@ -169,13 +169,13 @@ class ExpertTraining(Training):
                 found in known, f"{name} must be {' or '.join(map(repr, known))}, found {found!r}"
             )
         require(
-            self.gating == "alone" or self.router == "logistic",
-            f"router={self.router!r} with gating='pair': the paper's form learns its rows; leave "
-            "router out",
+            self.gating == "fixed" or self.router == "logistic",
+            f"router={self.router!r} with gating='softmax': the paper's form learns its rows; "
+            "leave router out",
         )
         require(0 < self.fit_prior < 1, f"fit_prior must be in (0, 1), found {self.fit_prior}")
         require(
-            self.gating != "alone" or self.fit_tokens >= self.data.length,
+            self.gating != "fixed" or self.fit_tokens >= self.data.length,
             f"fit_tokens must be at least data.length={self.data.length}, found {self.fit_tokens}",
         )
         require(self.fit_ridge > 0, f"fit_ridge must be positive, found {self.fit_ridge}")

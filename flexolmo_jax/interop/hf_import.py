@@ -345,7 +345,7 @@ def _weight_files(path: Path) -> list[Path]:
         if _has_shards(path):
             warnings.warn(
                 f"{path}: holds two checkpoints; {WEIGHTS} is read, as transformers does, and the "
-                f"shards of {INDEX} are not: take one of them away",
+                f"shards of {INDEX} are not: delete one of them",
                 stacklevel=2,
             )
         return [path / WEIGHTS]

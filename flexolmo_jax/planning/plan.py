@@ -286,7 +286,7 @@ def _needed(config: Training, model: ModelConfig, stage: str) -> float:
         return flops.anchor_step_flops(model, length)
     if stage == "expert":
         assert isinstance(config, ExpertTraining)
-        of = flops.expert_alone_step_flops if config.gating == "alone" else flops.expert_step_flops
+        of = flops.expert_alone_step_flops if config.gating == "fixed" else flops.expert_step_flops
         return of(model, length)
     if stage == "router":
         return flops.router_step_flops(model, length, every)
@@ -337,7 +337,7 @@ def _stage(config: Training, model: ModelConfig, stage: str, mesh: Mesh) -> tupl
     )
     if not isinstance(config, ExpertTraining):
         return anchor, None, AnchorLoss(model, z)
-    if config.gating == "alone":
+    if config.gating == "fixed":
         frozen = (anchor, anchor.public.router)
         return anchor.public.feed_forward, frozen, ExpertAloneLoss(model, z)
     return anchor.public, anchor, ExpertPairLoss(model, z, config.router_z_loss)

@@ -103,7 +103,7 @@ def verify_certificate(statement: Any, where: str, gating: str | None = None) ->
     Args:
       statement: of a manifest.
       where: for messages.
-      gating: of the same manifest: with "alone", router rows were fitted to a release, which the
+      gating: of the same manifest: with "fixed", router rows were fitted to a release, which the
         statement must count; None if that is not known.
 
     Returns:
@@ -220,13 +220,13 @@ def _check_rows(statement: dict[str, Any], gating: str | None) -> None:
         _positive(statement, "rows_clip_norm")
     if fitted != (clip is not None) or not str(statement["mechanism"]).endswith(ROWS[fitted]):
         raise ValueError("rows_noise_multiplier, rows_clip_norm and mechanism do not agree")
-    if gating not in (None, "alone", "pair"):
+    if gating not in (None, "fixed", "softmax"):
         raise ValueError(f"its expert was trained with gating {gating!r}, which is unknown")
-    if gating is not None and fitted != (gating == "alone"):
+    if gating is not None and fitted != (gating == "fixed"):
         raise ValueError(
             f"rows_noise_multiplier is {noise}, and its expert was trained with gating "
             f"{gating!r}, where router rows are fitted to "
-            + ("a release of their own" if gating == "alone" else "none")
+            + ("a release of their own" if gating == "fixed" else "none")
         )
 
 

@@ -1,4 +1,4 @@
-"""Tensors that stay in their files until a part of them is read: the files that `tensors.save` writes."""
+"""Tensors that stay in the files that `tensors.save` wrote until a part of them is read."""
 
 import contextlib
 import dataclasses

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.data.files import find_files
-
 STATE = 3 * 4  # bytes of a checkpoint for each trained weight: float32, with AdamW's two moments
 WINDOWS = 0.5  # bytes of windows for each byte of text, at the least
 NO_FILES = ("corpus:", "tfds:")  # sources that are no path
@@ -39,9 +37,7 @@ def check_new_folder(folder: str | Path, reads: Iterable[str | Path] = ()) -> No
         )
     if os.path.lexists(folder):
         if not folder.is_dir() or any(folder.iterdir()):
-            raise ValueError(
-                f"{folder}: already there; choose another --out, or take it away first"
-            )
+            raise ValueError(f"{folder}: already there; choose another --out, or delete it first")
         if os.path.samefile(folder, os.curdir):
             raise ValueError(
                 f"{folder}: is the folder that this command runs in, which a rename would take "
@@ -78,8 +74,8 @@ def check_kept_folder(
         if not any(next(folder.glob(pattern), None) for pattern in holding):
             why = f" and not made by this command: it holds no {' or '.join(holding)}"
             raise ValueError(
-                f"{folder}: already there{why if holding else ''}; choose another folder, or take "
-                "it away first"
+                f"{folder}: already there{why if holding else ''}; choose another folder, or "
+                "delete it first"
             )
     if found := _what_is(Path(os.path.realpath(folder)), runs=False):
         raise ValueError(f"{folder}: is {found}; choose another folder")
@@ -91,7 +87,7 @@ def check_new_file(file: str | Path, reads: Iterable[str | Path] = ()) -> None:
     """Checks that a file can be written; raises ValueError as `check_new_folder`."""
     file = Path(file)
     if os.path.lexists(file):
-        raise ValueError(f"{file}: already there; choose another --out, or take it away first")
+        raise ValueError(f"{file}: already there; choose another --out, or delete it first")
     _check_place(file, reads)
     _check_writable(file.absolute())
 
@@ -139,12 +135,12 @@ def check_training(
         )
 
 
-def check_room(out: Path, run: Path, data: str, *, trained: int, packaged: int, saves: int) -> None:
-    """Checks that the disk has room for what a training writes: a careful estimate, from below.
+def check_room(out: Path, run: Path, *, text: int, trained: int, packaged: int, saves: int) -> None:
+    """Checks that the disk has room for what a training writes: a lower estimate.
 
     Args:
       out, run: where the package and the run go.
-      data: the source; its windows are written into `run`.
+      text: bytes of the source, whose windows are written into `run`; 0 where it is unknown.
       trained: how many weights are trained.
       packaged: how many are written into packages, float32.
       saves: how many checkpoints the training writes; two are kept.
@@ -153,7 +149,7 @@ def check_room(out: Path, run: Path, data: str, *, trained: int, packaged: int, 
       ValueError: there is clearly too little; the text has the numbers, in bytes.
     """
     parts = {
-        "windows": (run, int(WINDOWS * _bytes_of_source(data))),
+        "windows": (run, int(WINDOWS * text)),
         "checkpoints": (run, STATE * trained * min(saves, 2)),
         "package": (out, 4 * packaged),
     }
@@ -260,17 +256,6 @@ def _check_writable(place: Path, inside: bool = False) -> None:
 def _existing(place: Path) -> Path:
     """The place, or the closest of the folders around it that is there."""
     return next(one for one in (place, *place.parents) if os.path.lexists(one))
-
-
-def _bytes_of_source(data: str) -> int:
-    """Of the files that are read of a source; 0 where that is not known beforehand.
-
-    Raises:
-      ValueError: as `find_files`.
-    """
-    if str(data).startswith(NO_FILES):
-        return 0
-    return sum(file.stat().st_size for file in find_files(Path(data)).files)
 
 
 def _bytes_of_folder(folder: Path) -> int:

@@ -42,7 +42,7 @@ ROWS, ROWS_DECODED = 1024, 256  # sequences: of a step, 4M tokens; of a turn of 
 STAGES: dict[str, tuple[str, str, dict[str, Any]]] = {  # title: config, stage, what is set
     "7B anchor": ("olmo2_7b_anchor", "anchor", {}),
     "2x7B expert, pair": ("flexolmo_2x7b_expert", "expert", {}),
-    "2x7B expert, alone": ("flexolmo_2x7b_expert", "expert", {"gating": "alone"}),
+    "2x7B expert, alone": ("flexolmo_2x7b_expert", "expert", {"gating": "fixed"}),
     "7x7B router": ("flexolmo_7x7b_router", "router", {}),
     "8x7B forward": ("flexolmo_8x7b_router", "forward", {"expert_compute": "grouped"}),
     "8x7B decode": ("flexolmo_8x7b_router", "decode", {"expert_parallel": 8}),

@@ -96,11 +96,11 @@ def check_run(
 
 
 def _check_same(folder: Path, wanted: dict[str, Any], there: dict[str, Any]) -> None:
-    if "contact" in there:  # now in FREE
+    # Older versions recorded the contact, or had other words for the values of gating.
+    if "contact" in there or there.get("gating") in ("alone", "pair"):
         raise ValueError(
-            f"{folder}: an older version of flexolmo_jax started this run, and recorded its text "
-            "by path and time, not by content; finish it with that version, or start anew in "
-            "another --run"
+            f"{folder}: an older version of flexolmo_jax started this run; finish it with that "
+            "version, or start again in another --run"
         )
     ours, theirs = _flat(wanted), _flat(there)
     for name in sorted(ours.keys() | theirs.keys()):

@@ -31,7 +31,9 @@ often = dict(checkpoint_every=4, log_every=1)
 model = ModelConfig(vocab_size=512, width=32, num_layers=2, num_heads=2, ffn_width=48)
 config = """
 ANCHOR = "AnchorTraining(data=data, optimizer=optimizer, steps=8, model=model, **often)"
-EXPERT = "ExpertTraining(data=data, optimizer=optimizer, steps=40, gating='pair', seed=1, **often)"
+EXPERT = (
+    "ExpertTraining(data=data, optimizer=optimizer, steps=40, gating='softmax', seed=1, **often)"
+)
 # Imported once, in a process that all others are forked from.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from flexolmo_jax.corpora import extract, packages
-from flexolmo_jax.corpora.extract import MINIMUM
+from flexolmo_jax.corpora import catalogue, extract, packages
+from flexolmo_jax.corpora.rows import MINIMUM, pieces
+from flexolmo_jax.corpora.rows import rows as rows_of
 
 LONG = "A sentence that is here to make the document long enough to be one. " * 3
 
@@ -28,21 +29,21 @@ def write(path: Path, data: str | bytes) -> Path:
 
 def test_pieces_keep_the_text_and_the_limit():
     text = "\n\n".join(f"paragraph {n}\n" + "line of words\n" * 40 for n in range(30))
-    parts = list(extract.pieces(text, 1_000))
+    parts = list(pieces(text, 1_000))
     assert all(len(part.encode()) <= 1_000 for part in parts)
     assert "".join("".join(parts).split()) == "".join(text.split())
 
 
 def test_pieces_cut_one_long_line_at_spaces_and_drop_what_is_no_text():
-    parts = list(extract.pieces("é" * 300 + " " + "word " * 500, 400))
+    parts = list(pieces("é" * 300 + " " + "word " * 500, 400))
     assert parts and all(len(part.encode()) <= 400 for part in parts)
     assert "é" not in "".join(parts)
 
 
 def test_rows_share_a_group_and_stubs_are_dropped():
-    made = list(extract.rows((LONG + "\n\n") * 100, "book/1"))
+    made = list(rows_of((LONG + "\n\n") * 100, "book/1"))
     assert len(made) > 1 and {row["group"] for row in made} == {"book/1"}
-    assert list(extract.rows("x" * (MINIMUM - 1), "stub")) == []
+    assert list(rows_of("x" * (MINIMUM - 1), "stub")) == []
 
 
 # Formats
@@ -199,7 +200,7 @@ def test_a_package_that_is_not_what_it_was_names_the_missing_file(tmp_path):
 
 def take_texts(folder: Path):
     for path in sorted(folder.glob("**/*.txt")):
-        yield from extract.rows(path.read_text(), f"tiny/{path.stem}")
+        yield from rows_of(path.read_text(), f"tiny/{path.stem}")
 
 
 TINY = packages.Package("npm", "tiny", "1.0.0", "CC0")
@@ -313,12 +314,12 @@ def test_no_owner_and_public_part_take_the_same_texts():
     assert {part.domain for part in packages.PARTS} == set(packages.DOMAINS)
     owners = [p for p in packages.PARTS if p.domain != "public"]
     whole = {
-        packages.STDLIB,
-        packages.METAMATH,
-        packages.IMDB,
-        packages.REDDIT,
-        packages.MAIL,
-        packages.PYTHON,
+        catalogue.STDLIB,
+        catalogue.METAMATH,
+        catalogue.IMDB,
+        catalogue.REDDIT,
+        catalogue.MAIL,
+        catalogue.PYTHON,
     }
     assert whole <= {part.package for part in owners}
     assert not whole & {part.package for part in packages.PARTS if part.domain == "public"}

@@ -117,7 +117,7 @@ def test_an_extra_file_is_refused_by_name(copied, part, name):
     file = copied.root / part / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("x")
-    with pytest.raises(ValueError, match=f"{name}.*: not part of the package"):
+    with pytest.raises(ValueError, match=f"{name}.*: unexpected file; delete it"):
         fo.load(copied.merged)
 
 
@@ -138,7 +138,7 @@ def edits(manifest):
     yield text.replace('"name": "math"', '"name": "maths"')
     yield text.replace("none: trained without", "yes: trained with")
     yield text.replace('"licence": "unspecified"', '"licence": "MIT"')
-    yield text.replace('"format": 1', '"format": 2')
+    yield text.replace('"format": 2', '"format": 3')
     yield text.replace("\n ", "\n  ")
     yield text[:-1]
     yield text[: len(text) // 2]
@@ -162,8 +162,8 @@ def test_an_edited_manifest_is_refused(copied):
 
 def test_a_manifest_of_another_version_says_so(copied):
     package = copied.experts["math"]
-    seal(package, contents=False, format=2)
-    with pytest.raises(ValueError, match="expected package format 1, found 2; another version"):
+    seal(package, contents=False, format=3)
+    with pytest.raises(ValueError, match="expected package format 2, found 3; another version"):
         fo.load(copied.merged)
 
 

@@ -46,10 +46,10 @@ def test_a_hugging_face_model_inside_a_package_is_not_taken_for_it(copied, refus
     for folder in folders:
         (folder / "config.json").write_text('{"model_type": "olmo2"}')
         (folder / "model.safetensors").write_bytes(b"")
-        with pytest.raises(ValueError, match="config.json: not part of the package"):
+        with pytest.raises(ValueError, match="config.json: unexpected file; delete it"):
             fo.load(folder)
         if folder == copied.experts["math"]:
-            refused_by_all("config.json: not part of the package")
+            refused_by_all("config.json: unexpected file; delete it")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_named_pipe_is_refused_at_once(copied, refused_by_all, where):
 @pytest.mark.parametrize("name", [".x.partial", "x.partial", f".manifest.json.{'0' * 32}.partial"])
 def test_what_a_killed_write_left_is_no_part_of_a_package(copied, refused_by_all, name):
     (copied.experts["math"] / name).write_text("x")
-    refused_by_all("not part of the package")
+    refused_by_all("unexpected file; delete it")
     seal(copied.experts["math"])
     refused_by_all("field 'files'")
 

@@ -160,6 +160,13 @@ def _mutate(draw: random.Random, package: Path, target: str) -> tuple[str, bool]
     return what, sealed
 
 
+def _written(package: Path) -> int | None:
+    """When the manifest was written; None where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return (package / "manifest.json").lstat().st_mtime_ns
+    return None
+
+
 class Attempt:
     """Tries the commands on a changed world."""
 
@@ -209,11 +216,11 @@ class Attempt:
         added = packages[1] if self.target == "experts/code" else root / "experts" / "third"
         if self.target == "experts/code":
             fo.remove_expert(fresh, "code")
-        before = mutations.files_of(fresh) and (fresh / "manifest.json").lstat().st_mtime_ns
+        before = _written(fresh)
         if self.command("experts", "add", fresh, added, "--allow-share"):
             if self.logits("the model with an added expert", fresh, same=False) is None:
                 self.faults.append("experts add accepts what load refuses")
-        elif before and (fresh / "manifest.json").lstat().st_mtime_ns != before:
+        elif _written(fresh) != before:
             self.faults.append("a refused add has written something")
 
     def command(self, *words: object) -> bool:

@@ -244,10 +244,10 @@ def raw(draw: random.Random, folder: Path) -> str:
     what, made = draw.choice(
         [
             ("a key twice", text.replace('"kind"', '"kind": "expert",\n "kind"', 1)),
-            ("NaN", re.sub(r'"format": 1', '"format": NaN', text)),
-            ("Infinity", re.sub(r'"format": 1', '"format": 1e999', text)),
-            ("a huge number", re.sub(r'"format": 1', '"format": ' + "9" * 10_000, text)),
-            ("deep lists", text.replace('"format": 1', f'"x": {"[" * deep}{"]" * deep}')),
+            ("NaN", re.sub(r'"format": 2', '"format": NaN', text)),
+            ("Infinity", re.sub(r'"format": 2', '"format": 1e999', text)),
+            ("a huge number", re.sub(r'"format": 2', '"format": ' + "9" * 10_000, text)),
+            ("deep lists", text.replace('"format": 2', f'"x": {"[" * deep}{"]" * deep}')),
             ("deep objects", '{"a":' * deep + "1" + "}" * deep),
             ("no object", draw.choice(("[]", "3", "null", '"x"', "", "{", "true"))),
             ("a byte order mark", "\ufeff" + text),

@@ -267,7 +267,7 @@ def test_a_bound_that_is_not_known_is_none_and_prints_as_json(capsys):
         PrivacyConfig(0.5), run, 1e-6,
         window_tokens=32, rows_clip=1.0, other_runs=others, library="x",
     )  # fmt: skip
-    found = verify_certificate(made, "here", "alone")
+    found = verify_certificate(made, "here", "fixed")
     assert found["epsilon_of_all_runs"]["renyi"] is None
     print_json(found)
     assert "null" in capsys.readouterr().out
@@ -295,18 +295,18 @@ def test_more_runs_than_can_be_accounted_for_are_refused_at_once(statement):
 
 
 def test_rows_that_were_fitted_must_be_counted(statement):
-    verify_certificate(statement, "here", gating="alone")
+    verify_certificate(statement, "here", gating="fixed")
     with pytest.raises(ValueError, match="gating 'some', which is unknown"):
         verify_certificate(statement, "here", gating="some")
-    with pytest.raises(ValueError, match="gating 'pair', where router rows are fitted to none"):
-        verify_certificate(statement, "here", gating="pair")
+    with pytest.raises(ValueError, match="gating 'softmax', where router rows are fitted to none"):
+        verify_certificate(statement, "here", gating="softmax")
     without = {
         **statement, "rows_noise_multiplier": None, "rows_clip_norm": None,
         "mechanism": statement["mechanism"].partition("Router rows")[0]
         + "Router rows are trained in the same way.",
     }  # fmt: skip
     with pytest.raises(ValueError, match="router rows are fitted to a release of their own"):
-        verify_certificate(without, "here", gating="alone")
+        verify_certificate(without, "here", gating="fixed")
 
 
 def test_what_looks_like_a_certificate_is_only_claimed():

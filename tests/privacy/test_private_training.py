@@ -117,7 +117,7 @@ def test_verify_refuses_a_manipulated_statement(private, tmp_path, refused):
     assert "its digest does not match" in refused("privacy", "verify", package)
     (package / "manifest.json").write_text(text)
     (package / "more").write_text("?")
-    assert "not part of the package" in refused("privacy", "verify", package)
+    assert "unexpected file; delete it" in refused("privacy", "verify", package)
 
 
 def test_verify_says_of_an_ordinary_expert_that_there_is_nothing(world, refused):
@@ -158,7 +158,7 @@ def test_a_second_run_within_the_limit_is_counted_with_the_first(
     del ledger["file"]  # or it would be a copy, which is refused
     (tmp_path / "budget.json").write_text(json.dumps(ledger))
     again = training(
-        world, tmp_path, "--dp-epsilon", 1, "--dp-limit", 6, "--gating", "pair", "--steps", 3
+        world, tmp_path, "--dp-epsilon", 1, "--dp-limit", 6, "--gating", "softmax", "--steps", 3
     )
     code, _, error = flexolmo(*again)
     assert code == 0, error

@@ -90,7 +90,7 @@ def test_an_owner_may_fit_a_discriminant(world, tmp_path):
     trained(world, tmp_path / "lda", router="lda")
     assert read_manifest(tmp_path / "lda")["router"] == "lda"
     assert read_manifest(world.experts["math"])["router"] == "logistic"
-    assert read_manifest(world.experts["code"])["router"] is None  # gating="pair"
+    assert read_manifest(world.experts["code"])["router"] is None  # gating="softmax"
     pair = load_pair(tmp_path / "lda", read_anchor(world.anchor))
     own, public = (heldout_texts(world, name) for name in ("math", "public"))
     for layer in range(2):

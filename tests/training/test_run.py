@@ -127,10 +127,10 @@ def test_another_nested_value_is_named_in_full(world, tmp_path):
         check_run(tmp_path, wanted, True, other)
 
 
-def test_a_run_of_an_older_version_is_refused_with_the_reason(world, tmp_path):
+@pytest.mark.parametrize("old", [{"contact": "unspecified"}, {"gating": "alone"}])
+def test_a_run_of_an_older_version_is_refused_with_the_reason(world, tmp_path, old):
     config = world.config("alone")
-    old = dataclasses.asdict(config) | {"source": "math.jsonl (0123456789abcdef)"}
-    (tmp_path / "config.json").write_text(json.dumps(old))
     wanted = describe_run(config, source=fingerprint(world.texts["math"]), source_at="")
+    (tmp_path / "config.json").write_text(json.dumps(wanted | old))
     with pytest.raises(ValueError, match="an older version of flexolmo_jax started this run"):
         check_run(tmp_path, wanted, True, config)

@@ -165,7 +165,7 @@ def test_the_loss_of_an_anchor_goes_down(world):
     assert goes_down(world.run("public"))
 
 
-@pytest.mark.parametrize("gating", ["alone", "pair"])
+@pytest.mark.parametrize("gating", ["fixed", "softmax"])
 def test_the_loss_of_an_expert_goes_down(world, learned_anchor, tmp_path, gating):
     config = world.config("alone", gating=gating, steps=24)
     fo.train_expert(

@@ -25,7 +25,7 @@ class StudyConfig:
     texts: str  # "corpus", or the folder that `flexolmo data flexmix` wrote
     owners: tuple[str, ...]  # domains beside "public"; the curve over owners adds them in order
     anchor: AnchorTraining
-    expert: ExpertTraining  # gating="alone"
+    expert: ExpertTraining  # gating="fixed"
     router: RouterTraining  # router tuning on proxies
     dense_learning_rate: float  # of whole models fine-tuned on an owner's text
     unrestricted_learning_rate: float  # of the mixture whose weights are all trained on all text
@@ -55,8 +55,8 @@ class StudyConfig:
         require(len(set(names)) == len(names), f"owners must differ, found {list(names)}")
         require("public" not in names, "owners must not hold 'public', which is always there")
         require(
-            self.expert.gating == "alone",
-            f"expert.gating must be 'alone', found {self.expert.gating!r}: the paper's form is "
+            self.expert.gating == "fixed",
+            f"expert.gating must be 'fixed', found {self.expert.gating!r}: the paper's form is "
             "trained beside it, with the same values",
         )
         length = self.anchor.data.length
@@ -108,7 +108,7 @@ class StudyConfig:
     def paper_training(self, embedding: str | None, seed: int) -> ExpertTraining:
         """Of an owner's expert, in the paper's form."""
         return dataclasses.replace(
-            self.expert, gating="pair", domain_embedding=embedding, router_z_loss=1e-3, seed=seed
+            self.expert, gating="softmax", domain_embedding=embedding, router_z_loss=1e-3, seed=seed
         )
 
     def dense_training(self, tokenizer: str, seed: int) -> AnchorTraining:

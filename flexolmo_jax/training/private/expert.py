@@ -103,7 +103,7 @@ def train_private_expert(
     read = release.units_of_public(
         texts, tokenizer, length=config.data.length, most_windows=privacy.windows,
         tokens=config.fit_tokens,
-    ) if config.gating == "alone" else None  # fmt: skip
+    ) if config.gating == "fixed" else None  # fmt: skip
     expert = in_float32(loaded.weights.public)
     asked = {f"dp_{k}": v for k, v in dataclasses.asdict(privacy).items() if k not in NOT_THE_RUN}
     asked |= {"name": name, "canaries": canaries or None}
@@ -113,7 +113,7 @@ def train_private_expert(
         config, source=fingerprint(data), source_at=data, anchor=loaded.identity, **asked
     )
     check_run(run, wanted, resume, config, out)
-    trains = expert.feed_forward if config.gating == "alone" else expert
+    trains = expert.feed_forward if config.gating == "fixed" else expert
     check_room_for(config, data, out, run, trains, packaged=expert)
     drawn = canaries_of_run(canaries, run, tokenizer)
     extra, empty = (drawn.inserted, drawn.left_out) if drawn else ([], 0)
@@ -189,7 +189,7 @@ def _entered(
             return
         planned = calibrate(
             privacy.epsilon, delta, units=units, mean_batch=config.data.batch_size,
-            steps=config.steps, rows=config.gating == "alone",
+            steps=config.steps, rows=config.gating == "fixed",
             multiple=privacy.microbatch_size * jax.device_count(),
         )  # fmt: skip
         unit = privacy.unit
@@ -214,7 +214,7 @@ def _entered(
 def _what_is_trained(
     config: ExpertTraining, model: ModelConfig, loaded: LoadedAnchor, expert: Experts
 ) -> tuple[Loss, object, object]:
-    if config.gating == "alone":
+    if config.gating == "fixed":
         frozen = (loaded.weights, loaded.weights.public.router)
         return ExpertAloneLoss(model, config.output_z_loss), expert.feed_forward, frozen
     pair = model.replace(num_experts=2)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flexolmo_jax.config import DataConfig, ExpertTraining, ModelConfig, Training
 from flexolmo_jax.data.batches import Batch, batches, stacked
 from flexolmo_jax.data.domain_embedding import DOCUMENTS, domain_embedding, source_name
-from flexolmo_jax.data.sources import Document, fingerprint, is_heldout, read_documents
+from flexolmo_jax.data.sources import Document, bytes_of, fingerprint, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.window_store import SourceWindows, prepare
 from flexolmo_jax.data.windows import tokenized, windows
@@ -67,7 +67,7 @@ def train_expert(
     texts = public_text_of(loaded, public, anchor, config)
     # Read before the training that it is needed after, so that what is wrong with it shows now.
     length = config.data.length
-    alone = config.gating == "alone"
+    alone = config.gating == "fixed"
     read = public_batch(texts, tokenizer, length, config.fit_tokens // length) if alone else None
     mesh = mesh_of(config)
     start = loaded.weights.public
@@ -98,7 +98,7 @@ def train_expert(
     facts = {
         "tokens_seen": config.steps * config.data.batch_size * config.data.length,
         "gating": config.gating,
-        "router": config.router if config.gating == "alone" else None,
+        "router": config.router if config.gating == "fixed" else None,
         "domain_embedding": source_name(config.domain_embedding),
         "licence": config.licence,
         "contact": config.contact,
@@ -212,7 +212,7 @@ def check_room_for(
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
     check_room(
-        out, run, data, trained=count(trained),
+        out, run, text=bytes_of(data), trained=count(trained),
         packaged=count(trained if packaged is None else packaged),
         saves=-(-config.steps // config.checkpoint_every),
     )  # fmt: skip
@@ -231,7 +231,7 @@ def public_text_of(
     if public is not None:
         field = _field_of(public, config.data.text_field)
         return (d.text for d in read_documents(public, text_field=field))
-    if not anchor.public_text and config.gating == "alone":
+    if not anchor.public_text and config.gating == "fixed":
         raise ValueError(
             f"{where}: no public text came with this anchor, and the router rows are fitted "
             "against it; name some with --public"

@@ -64,7 +64,7 @@ def check_listed(folder: Path, listed: Collection[str], found: Collection[str]) 
         if name not in found:
             raise ValueError(f"{where}: missing from the package; get it again from its owner")
         if name not in listed:
-            raise ValueError(f"{where}: not part of the package; take the file away")
+            raise ValueError(f"{where}: unexpected file; delete it")
 
 
 def tensor_of(name: str) -> str:
