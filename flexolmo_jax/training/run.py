@@ -57,6 +57,18 @@ def describe_run(training: Training, **made_from: Any) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
+def package_facts(training: Training, tokens_seen: int, **more: Any) -> dict[str, Any]:
+    """What the manifest of a trained package says about its training."""
+    return {
+        "tokens_seen": tokens_seen,
+        "domain_embedding": None,
+        "licence": training.licence,
+        "contact": training.contact,
+        "heldout": training.data.split(),
+        **more,
+    }
+
+
 def check_run(
     folder: Path, wanted: dict[str, Any], resume: bool, training: Training, out: Path | None = None
 ) -> None:

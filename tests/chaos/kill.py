@@ -35,8 +35,8 @@ EXPERT = "ExpertTraining(data=data, optimizer=optimizer, steps=40, gating='pair'
 # Imported once, in a process that all others are forked from.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["flexolmo_jax.commands.main", "flexolmo_jax.training.stages.anchor", "flexolmo_jax.training.stages.expert",
-     "flexolmo_jax.model"]
+    ["flexolmo_jax.commands.main", "flexolmo_jax.training.stages.anchor",
+     "flexolmo_jax.training.stages.expert", "flexolmo_jax.model"]
 )  # fmt: skip
 
 
