@@ -323,7 +323,7 @@ def stopped(world, tmp_path, monkeypatch):
 
 
 def test_a_run_is_not_trained_over_without_being_asked(world, stopped):
-    with pytest.raises(ValueError, match="a run is there already; continue it with --resume"):
+    with pytest.raises(ValueError, match="a run already exists here; pass --resume to continue it"):
         again(world, "alone", stopped.parent / "out", stopped)
 
 

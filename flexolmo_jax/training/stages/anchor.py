@@ -59,8 +59,8 @@ def train_anchor(
     """
     given = None if start is None else read_anchor(start)
     mesh = mesh_of(config)
-    made_from = {} if given is None else {"start": given.identity}
-    wanted = describe_run(config, source=fingerprint(data), source_at=data, **made_from)
+    inputs = {} if given is None else {"start": given.identity}
+    wanted = describe_run(config, source=fingerprint(data), source_at=data, **inputs)
     check_run(run, wanted, resume, config, out)
     shapes = jax.eval_shape(lambda: init_anchor(config.model, jax.random.key(0)))
     check_room_for(config, data, out, run, shapes)
