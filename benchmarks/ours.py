@@ -29,14 +29,14 @@ from flexolmo_jax.modeling.transformer import (
     forward,
     init_anchor,
 )
-from flexolmo_jax.training.optimizer import make_optimizer
-from flexolmo_jax.training.step import (
+from flexolmo_jax.training.objectives import (
     AnchorLoss,
     ExpertAloneLoss,
     ExpertPairLoss,
     Loss,
-    train_step,
 )
+from flexolmo_jax.training.optimizer import make_optimizer
+from flexolmo_jax.training.step import train_step
 
 
 def build(case: str, size: Size, option: str) -> Callable[[], None]:

@@ -14,7 +14,7 @@ import pytest
 
 import flexolmo_jax as fo
 from flexolmo_jax.federation.package import read_manifest
-from flexolmo_jax.training.stages import expert
+from flexolmo_jax.training import starting_point
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -69,7 +69,7 @@ def is_clear(error, message):
 @pytest.fixture
 def filled_later(monkeypatch):
     """As if the disk had room when that was checked, and somebody else had filled it since."""
-    return lambda: monkeypatch.setattr(expert, "check_room", lambda *_, **__: None)
+    return lambda: monkeypatch.setattr(starting_point, "check_room", lambda *_, **__: None)
 
 
 @pytest.mark.parametrize("free", [0, 40_000])
@@ -177,7 +177,7 @@ def test_a_process_that_is_stopped_goes_on_where_it_was(world, flexolmo, tmp_pat
     assert 20 <= done < 3000
     if number != signal.SIGKILL:
         assert process.returncode == (130 if number == signal.SIGINT else 0)
-        assert f"stopped after step {done}; go on with --resume" in error
+        assert f"stopped after step {done}; continue with --resume" in error
     else:
         assert process.returncode == -signal.SIGKILL
         assert done % 20 == 0
@@ -201,13 +201,13 @@ def test_a_second_interrupt_ends_at_once(world, tmp_path):
         "def take(*_):\n"
         "    print('hanging', file=sys.stderr, flush=True)\n"
         "    ctypes.PyDLL(None).sleep(600)  # holds the interpreter: no Python handler can run\n"
-        "class Steps(loop.OrdinarySteps):\n"
+        "class Steps(loop.StandardSteps):\n"
         "    def take(self, step, *more):\n"
         "        import os, signal\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "        take()\n"
         "from flexolmo_jax.training.stages import expert\n"
-        "expert.OrdinarySteps = Steps\n"
+        "expert.StandardSteps = Steps\n"
         "from flexolmo_jax.commands.main import main\n"
         "sys.exit(main())\n"
     )

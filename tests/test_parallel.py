@@ -135,7 +135,7 @@ def test_processes_stop_together_when_one_is_told(world, tmp_path):
     started[1].send_signal(signal.SIGTERM)
     first, _ = end(started, 60)
     last = max(int(p.name) for p in saved.iterdir())
-    assert f"stopped after step {last}; go on with --resume" in first[1]
+    assert f"stopped after step {last}; continue with --resume" in first[1]
     assert not (tmp_path / "out").exists() and 20 <= last < 5000
 
 

@@ -19,11 +19,10 @@ from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.modeling.experts import join
-from flexolmo_jax.parallel import placement
 from flexolmo_jax.storage.files import canonical_digest
 from flexolmo_jax.training.loop import Diverged, StandardSteps, train
+from flexolmo_jax.training.objectives import anchor_parts, expert_parts, trained_expert
 from flexolmo_jax.training.run import alone_in_its_run, check_run, describe_run, record_run
-from flexolmo_jax.training.step import AnchorLoss, ExpertAloneLoss, with_parts
 
 What = Literal["expert", "model"]
 DOCUMENTS = 8
@@ -86,17 +85,18 @@ def train_control(
     wanted = describe_run(config, anchor=loaded.identity, documents=digest)
     check_run(run, wanted, True, config)
     record_run(run, wanted)
-    weights, public = loaded.weights, loaded.weights.public
-    loss = {"expert": ExpertAloneLoss, "model": AnchorLoss}[what](
-        loaded.config, config.output_z_loss
-    )
-    steps = _Crops(f"{what} that learns by heart", config, loss, documents)
+    weights = loaded.weights
     if what == "expert":
-        frozen = (placement.device_put(weights, steps.mesh), public.router)
-        learned = train(steps, jax.tree.map(jnp.array, public.feed_forward), frozen, run)
-        weights = weights._replace(public=with_parts(public, learned, public.router))
+        start = jax.tree.map(jnp.array, weights.public)  # a copy, because training donates it
+        parts = expert_parts(config, loaded.config, weights, start)
     else:
-        weights = train(steps, jax.tree.map(jnp.array, weights), None, run)
+        parts = anchor_parts(config, loaded.config, jax.tree.map(jnp.array, weights))
+    steps = _Crops(f"{what} that memorizes", config, parts.loss, documents)
+    trained = train(steps, parts.trainable, parts.frozen, run)
+    if what == "expert":
+        weights = weights._replace(public=trained_expert(config, weights.public, trained))
+    else:
+        weights = trained
     experts = join(weights.public)
     return FlexOlmo(weights.backbone, experts, loaded.config, ("control",), loaded.tokenizer)
 
@@ -121,7 +121,7 @@ class _Crops(StandardSteps):
                 tokens[row, : len(crop)], segments[row, : len(crop)] = crop, 1
             yield Batch.of(tokens, segments)
 
-    def breakdown(self, step: int, metrics: dict[str, float], run: Path) -> Diverged | None:
+    def divergence(self, step: int, metrics: dict[str, float], run: Path) -> Diverged | None:
         if np.isfinite(metrics["loss"] + metrics["grad_norm"]):
             return None  # near 0, a loss has spikes that mean nothing
         return Diverged("the loss or its gradient is not finite", "The audit has no control")

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"flexolmo: interrupted; what was saved stays{goes_on}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        from flexolmo_jax.training.loop import Interrupted
+        from flexolmo_jax.training.interruption import Interrupted
         from flexolmo_jax.training.run import AlreadyDone
 
         if isinstance(error, Interrupted):
@@ -81,9 +81,9 @@ def _let_a_second_interrupt_end_the_process() -> None:
     """Even while it waits for a device or a disk: checkpoints appear complete or not at all."""
     import signal
 
-    from flexolmo_jax.training import loop
+    from flexolmo_jax.training import interruption
 
-    loop.second_interrupt = signal.SIG_DFL
+    interruption.second_interrupt = signal.SIG_DFL
 
 
 def _profile(folder: str | None) -> contextlib.AbstractContextManager:

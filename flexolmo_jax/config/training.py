@@ -186,4 +186,9 @@ class RouterTraining(Training):
     """Stage 3, optional: the merged model's router rows only, on proxies from public text."""
 
     router_z_loss: float = 0.001
-    active_experts: int | None = None  # None: as the merged model says
+    active_experts: int | None = None  # None: as in the merged model
+
+    def computing(self, model: ModelConfig) -> ModelConfig:
+        """As in `Training`, with this stage's number of active experts."""
+        active = self.active_experts or model.active_experts
+        return super().computing(model).replace(active_experts=active)

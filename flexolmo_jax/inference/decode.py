@@ -89,7 +89,7 @@ def generate(
         state = _prefill(weights, *rows, config=config, room=room, mesh=mesh)
     _, padding, mask, _ = rows
     ends = np.asarray(stop or [-1], np.int32)
-    limit, go_on = 0, _go_on_cpu if jax.default_backend() == "cpu" else _go_on
+    limit, go_on = 0, _go_on_cpu if jax.default_backend() == "cpu" else decode_tokens
     while limit < max_new_tokens:
         limit = min(limit + (every or max_new_tokens), max_new_tokens)
         key = jax.random.key(seed)
@@ -159,7 +159,7 @@ def _loop(weights, state, padding, allowed, key, stop, limit, *, config, samplin
 _compiled = functools.partial(
     jax.jit, static_argnames=("config", "sampling", "mesh"), donate_argnames="state"
 )
-_go_on = _compiled(_loop)
+decode_tokens = _compiled(_loop)
 # XLA for CPU takes half of AVX-512's width by default: too slow to turn 8-bit integers into floats
 # as fast as memory brings them.
 _go_on_cpu = _compiled(_loop, compiler_options={"xla_cpu_prefer_vector_width": 512})

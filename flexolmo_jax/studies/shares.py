@@ -66,8 +66,8 @@ def _times(router, factor: float):
 
 def _along_the_mean(demo: Path, router):
     """Rows that give about 10 for every input: what an owner can make from public text alone."""
+    from flexolmo_jax.training.public_data import public_batch
     from flexolmo_jax.training.router_fit.inputs import of_the_anchor, whitened_by
-    from flexolmo_jax.training.stages.expert import public_batch
 
     anchor = read_anchor(demo / "anchor")
     batch = public_batch(anchor.public_text, anchor.tokenizer, 128, 32)

@@ -1,6 +1,6 @@
-"""Training checkpoints: what is trained, the optimizer and the step; resumed bit for bit.
+"""Training checkpoints: trained weights, optimizer state and step; runs resume bit for bit.
 
-The step is the position in the data and in every random sequence too: batch i is a function of
+The step is also the position in the data and in every random sequence: batch i is a function of
 (seed, i).
 """
 
@@ -22,17 +22,17 @@ from flexolmo_jax.storage.locks import private_folder
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last two are kept, each appears complete or not at all.
+    """The last two checkpoints of a run; each appears complete or not at all.
 
-    As a context manager, it waits on leaving for what is being written, also after an error: the
-    next process in the folder would otherwise meet a writer of this one.
+    As a context manager, it waits on leaving until pending writes have ended, even after an error:
+    otherwise the next process in the folder could run into them.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
         private_folder(self.folder)
-        # Each of Orbax's threads logs a traceback of its own where writing fails. The first error
-        # is raised in `save` or `close`, and says enough.
+        # If writing fails, each of Orbax's threads logs a traceback. `save` or `close` raises the
+        # first error, which is enough.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._open()
 
@@ -55,28 +55,31 @@ class Checkpoints:
         """Writes the state after `step` steps, in the background.
 
         Raises:
-          OSError: this or the one before could not be written, as on a full disk.
+          OSError: this or the previous checkpoint could not be written, as on a full disk.
         """
-        with _full_disk_told(self.folder):
+        with _full_disk_as_os_error(self.folder):
             self._checkpointer.wait()
             if self.latest() != step:
                 self._checkpointer.save_async(step, tensors.named(state))
 
     def latest(self) -> int | None:
-        """The number of the newest checkpoint, or None."""
+        """The step of the newest checkpoint, or None."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
     def load_newest(self, like: Any) -> tuple[int, Any]:
-        """The newest checkpoint that can be read: its step, and the state; (0, like) if none is.
+        """Loads the newest readable checkpoint.
 
-        One that cannot be read is put into the folder `damaged` beside, with a warning.
+        Moves an unreadable checkpoint to the folder `damaged`, with a warning.
 
         Args:
-          like: the state to fill, placed where it shall be.
+          like: the state to fill, on its devices.
+
+        Returns:
+          the step and the state; (0, like) if there is no checkpoint.
 
         Raises:
-          ValueError: there are checkpoints, and none can be read.
+          ValueError: there are checkpoints, but none can be read.
         """
         while (step := self.latest()) is not None:
             try:
@@ -87,26 +90,26 @@ class Checkpoints:
                 return step, state
             damage = damage or ValueError(f"another process could not read checkpoint {step}")
             if len(self._checkpointer.checkpoints) == 1:
-                raise ValueError(f"{damage}; there is no other, so the run must be started anew")
-            self._put_aside(step)
-            warnings.warn(f"{damage}; going on from checkpoint {self.latest()}", stacklevel=2)
+                raise ValueError(f"{damage}; there is no other, so start a new run")
+            self._move_to_damaged(step)
+            warnings.warn(f"{damage}; resuming from checkpoint {self.latest()}", stacklevel=2)
         return 0, like
 
-    def _put_aside(self, step: int) -> None:
+    def _move_to_damaged(self, step: int) -> None:
         self._checkpointer.close()
         if is_main_process():
-            aside = self.folder.with_name("damaged")
-            private_folder(aside)
-            number = len(list(aside.iterdir()))
-            (self.folder / str(step)).rename(aside / f"{step}.{number}")
-        all_agree(True)  # nobody looks before it is done
+            damaged = self.folder.with_name("damaged")
+            private_folder(damaged)
+            number = len(list(damaged.iterdir()))
+            (self.folder / str(step)).rename(damaged / f"{step}.{number}")
+        all_agree(True)  # a barrier: all processes wait for the move
         self._open()
 
     def load(self, step: int, like: Any) -> Any:
-        """Reads checkpoint `step` into the structure of `like`, on its devices.
+        """Loads checkpoint `step` into the structure of `like`, onto its devices.
 
         Raises:
-          ValueError: it is damaged, or of another model.
+          ValueError: the checkpoint is damaged, or of another model.
         """
 
         def abstract(leaf):
@@ -115,22 +118,22 @@ class Checkpoints:
         named = {name: abstract(leaf) for name, leaf in tensors.named(like).items()}
         try:
             return tensors.refill(like, self._checkpointer.load(step, named))
-        except Exception as error:  # Orbax and TensorStore raise many kinds
+        except Exception as error:  # Orbax and TensorStore raise many types
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"{self.folder}: checkpoint {step} cannot be read, it is damaged or of another "
+                f"{self.folder}: checkpoint {step} cannot be read; it is damaged or of another "
                 f"run ({type(error).__name__}: {reason})"
             ) from error
 
     def close(self) -> None:
-        """Waits until all is on disk. Raises OSError as `save`."""
-        with _full_disk_told(self.folder):
+        """Waits until everything is on disk. Raises OSError as `save`."""
+        with _full_disk_as_os_error(self.folder):
             self._checkpointer.close()
 
 
 @contextlib.contextmanager
-def _full_disk_told(folder: Path) -> Iterator[None]:
-    """TensorStore and Orbax have several errors for a full disk; this makes them one."""
+def _full_disk_as_os_error(folder: Path) -> Iterator[None]:
+    """TensorStore and Orbax raise several types of errors for a full disk; this raises OSError."""
     try:
         yield
     except Exception as error:

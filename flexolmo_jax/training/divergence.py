@@ -1,4 +1,4 @@
-"""Stops a run that breaks down: a loss that is not finite, or far above what it was."""
+"""Detects a run that diverges: a loss that is not finite, or far above the recent losses."""
 
 import json
 import math
@@ -11,34 +11,36 @@ from flexolmo_jax.data.batches import window_numbers
 from flexolmo_jax.data.window_store import SourceWindows
 from flexolmo_jax.storage.files import replace_file
 
-SEEN = 50  # steps before a loss can be called a spike
+RECENT_LOSSES = 50  # fewer are not enough to call a loss a spike
 
 
 class LossMonitor:
-    """Looks at every step's loss, in order.
+    """Checks the loss of every step, in order.
 
-    A spike is a loss more than 10 standard deviations, and more than half, above the mean of the
-    last 50 steps' of this process. A run that is resumed after one goes past it, since nothing is
-    called a spike in its first 50 steps.
+    A spike is a loss that is more than 10 standard deviations and more than 50% above the mean of
+    the last 50 losses of this process. A run that is resumed after a spike passes it, because the
+    first 50 losses of a process are never spikes.
     """
 
     def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=SEEN)
+        self._losses: deque[float] = deque(maxlen=RECENT_LOSSES)
 
-    def breakdown(self, loss: float, grad_norm: float) -> str | None:
-        """What is wrong with a step, if anything is."""
+    def divergence(self, loss: float, grad_norm: float) -> str | None:
+        """What is wrong with a step, or None."""
         if not math.isfinite(loss + grad_norm):
             return "the loss or its gradient is not finite"
-        before = self._losses
-        if len(before) == SEEN:
-            mean = float(np.mean(before))
-            if loss > 1.5 * mean and loss > mean + 10 * float(np.std(before)):
-                return f"the loss is {loss:.3g}, after a mean of {mean:.3g} over {SEEN} steps"
-        before.append(loss)
+        recent = self._losses
+        if len(recent) == RECENT_LOSSES:
+            mean = float(np.mean(recent))
+            if loss > 1.5 * mean and loss > mean + 10 * float(np.std(recent)):
+                return (
+                    f"the loss is {loss:.3g}, after a mean of {mean:.3g} over {RECENT_LOSSES} steps"
+                )
+        recent.append(loss)
         return None
 
 
 def record_divergence(file: Path, source: SourceWindows, seed: int, step: int, why: str) -> None:
-    """Writes down the step, and where the documents of its batch are; for the owner's eyes."""
+    """Writes the step and the locations of its documents to a file, for the owner."""
     documents = source.documents_of(window_numbers(source, seed, step))
     replace_file(file, json.dumps({"step": step, "why": why, "documents": documents}, indent=1))

@@ -15,7 +15,7 @@ from flexolmo_jax.parallel.placement import shard_map
 
 
 def check_batch(training: Training, mesh: Mesh | None, devices: str = "devices") -> None:
-    """Checks that a stage's batches can be divided as its config says.
+    """Checks that the devices can divide the batches of a stage.
 
     Args:
       training: the config.
@@ -23,7 +23,7 @@ def check_batch(training: Training, mesh: Mesh | None, devices: str = "devices")
       devices: what the message calls the devices.
 
     Raises:
-      ValueError: they cannot.
+      ValueError: they cannot divide the sequences or the tokens.
     """
     count, data = 1 if mesh is None else num_shards(mesh), training.data
     if data.batch_size % (count * training.microbatches):
@@ -47,34 +47,37 @@ def gradients(
     batch: Any,
     microbatches: int = 1,
 ) -> tuple[dict[str, jax.Array], Any]:
-    """The metrics of a loss and its gradient with respect to `trainable`.
+    """Computes the metrics of a loss and its gradient with respect to `trainable`.
 
     Args:
       loss: (trainable, frozen, batch) -> (value, metrics), both sums over the batch's sequences.
       mesh: the mesh of the arguments.
       trainable, frozen: sharded as `mesh.specs` says.
       batch: sharded as `mesh.BATCH`.
-      microbatches: gradient accumulation steps of each device; more of them use less memory.
+      microbatches: gradient accumulation steps per device; more of them use less memory.
+
+    Returns:
+      (metrics, gradient), sums over the whole batch; the gradient is sharded as `trainable`.
     """
 
     def local(trainable, frozen, batch):
-        def one(batch):
+        def of_microbatch(batch):
             (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch)
             return metrics, grads
 
         if microbatches == 1:
-            sums = one(batch)
+            sums = of_microbatch(batch)
         else:
             split = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
             zeros = jax.tree.map(
                 lambda x: jnp.zeros(x.shape, jnp.float32),
-                jax.eval_shape(one, jax.tree.map(lambda x: x[0], split)),
+                jax.eval_shape(of_microbatch, jax.tree.map(lambda x: x[0], split)),
             )
 
             def add(sums, microbatch):
-                # Without the barrier XLA carries unreduced gradients through the loop, to sum them
-                # over the devices once at its end, and its pass for that fails on the head's.
-                new = jax.lax.optimization_barrier(one(microbatch))
+                # Without the barrier, XLA carries unreduced gradients through the loop, to sum them
+                # over the devices once at its end; the pass that does so fails on the head's.
+                new = jax.lax.optimization_barrier(of_microbatch(microbatch))
                 return jax.tree.map(jnp.add, sums, new), None
 
             sums = jax.lax.scan(add, zeros, split)[0]

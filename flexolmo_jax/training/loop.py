@@ -1,22 +1,12 @@
-"""The one training loop, for all three stages: batches, steps, metrics, checkpoints, resuming."""
+"""The training loop of all stages: batches, steps, metrics, checkpoints, resuming."""
 
-import contextlib
-import json
-import os
-import signal
-import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flexolmo_jax.config import Training
 from flexolmo_jax.data.batches import Batch, batches
@@ -24,43 +14,26 @@ from flexolmo_jax.data.window_store import SourceWindows
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.parallel.mesh import AXES, make_mesh
 from flexolmo_jax.runtime.processes import is_main_process
-from flexolmo_jax.storage.files import replace_file
 from flexolmo_jax.training.checkpoint import Checkpoints
 from flexolmo_jax.training.divergence import LossMonitor, record_divergence
 from flexolmo_jax.training.gradients import check_batch
+from flexolmo_jax.training.interruption import Interrupted, Interruption
+from flexolmo_jax.training.metrics import Metrics
+from flexolmo_jax.training.objectives import Loss
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
-from flexolmo_jax.training.step import Loss, train_step
+from flexolmo_jax.training.progress import console, progress
+from flexolmo_jax.training.step import train_step
 
-LINES = 30.0  # seconds, at most about, from one line of progress to the next
-HIGH_RATE = 0.1  # no AdamW training of a transformer is known to go well above
-console = Console(stderr=True)
-
-
-# What a second SIGINT does, while the first one waits for the state to be saved: raises
-# KeyboardInterrupt once Python gets to run, or, in the command, ends the process at once.
-second_interrupt: Callable[[int, Any], Any] | signal.Handlers = signal.default_int_handler
+HIGH_LEARNING_RATE = 0.1  # AdamW training of a transformer hardly ever works above
 
 
-class Interrupted(Exception):
-    """The run was asked to stop, and has saved its state.
-
-    Attributes:
-      by_user: by SIGINT (Ctrl-C) and not by SIGTERM, which schedulers send.
-    """
-
-    def __init__(self, message: str, by_user: bool = False):
-        super().__init__(message)
-        self.by_user = by_user
-
-
-def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
-    """Trains, from the newest checkpoint in `run` if there is one, to the last step.
+def train(runner: "StepRunner", trainable: Any, frozen: Any, run: Path) -> Any:
+    """Trains from the newest checkpoint in `run`, if there is one, to the last step.
 
     Args:
-      steps: what happens in each; with the config of the stage.
-      trainable: the initial weights, of any dtype; given up to the training (its buffers are
-        donated).
-      frozen: the weights that stay, in the dtype they have.
+      runner: runs each step; has the stage's config.
+      trainable: the initial weights, of any dtype; their buffers are donated.
+      frozen: the frozen weights; their dtype is kept.
       run: folder of checkpoints/, metrics.jsonl and loss.png.
 
     Returns:
@@ -69,135 +42,128 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
 
     Raises:
       ValueError: the batch cannot be divided among the devices.
-      FloatingPointError: the loss broke down (watch.py); the text names the step, breakdown.json
-        in `run` the documents, and the last good checkpoint is kept.
+      FloatingPointError: the run diverged; the message names the step, divergence.json in `run`
+        the documents of its batch. The last good checkpoint is kept.
       Interrupted: SIGINT or SIGTERM came; the state is saved.
-      OSError: the disk is full, or something else kept the state from being written.
+      OSError: the disk is full, or the state cannot be written for another reason.
     """
-    title, training = steps.title, steps.training
-    _warn_of_odd_values(training)
-    mesh = steps.mesh
-    # In float32 whatever they are stored in: a step of half precision is rounded off, or overflows.
+    title, training, mesh = runner.title, runner.training, runner.mesh
+    _warn_of_unusual_values(training)
+    # Always float32: an update in half precision would be rounded away, or overflow.
     trainable = placement.device_put(trainable, mesh, dtype="float32")
-    frozen = placement.device_put(frozen, mesh, () if steps.whole else AXES)
+    frozen = placement.device_put(frozen, mesh, () if runner.replicates_frozen else AXES)
     optimizer = make_optimizer(training.optimizer, training.steps)
-    schedule = make_schedule(training.optimizer, training.steps)
     with placement.use_mesh(mesh):
         opt_state = jax.jit(optimizer.init)(trainable)
     checkpoints = Checkpoints(run / "checkpoints")
     saved, (trainable, opt_state) = checkpoints.load_newest((trainable, opt_state))
-    start = steps.start(saved)
+    start = runner.start(saved)
     if start:
         console.print(f"{title}: resuming after step {start}")
-    metrics_file = run / "metrics.jsonl"
-    if is_main_process():
-        _forget_metrics_after(metrics_file, start)
-    pending: list[tuple[int, dict[str, jax.Array]]] = []
+    schedule = make_schedule(training.optimizer, training.steps)
+    metrics = Metrics(run, title, schedule, runner.tokens_per_step)
 
     with (
-        _Interruption().watched() as interrupted,
-        _progress(title, training.steps, start) as progress,
+        Interruption().watched() as interruption,
+        progress(title, training.steps, start) as show,
         checkpoints,
     ):
-        data = steps.batches(start)
-        since, since_step = time.monotonic(), start
+        data = runner.batches(start)
+        metrics.start(start)
         for step in range(start + 1, training.steps + 1):
             batch = placement.put_batch(next(data), mesh)
             with placement.use_mesh(mesh):
-                trainable, opt_state, metrics = steps.take(
+                trainable, opt_state, values = runner.take(
                     step, optimizer, trainable, opt_state, frozen, batch
                 )
-            pending.append((step, metrics))
-            stopping = interrupted.asks(step)
-            saving = step % steps.save_every == 0 or stopping or step == training.steps
+            metrics.add(step, values)
+            stopping = interruption.requested(step)
+            saving = step % runner.save_every == 0 or stopping or step == training.steps
             if step % training.log_every == 0 or saving:
-                values = [(n, {k: float(v) for k, v in m.items()}) for n, m in pending]
-                for number, found in values:
-                    if broken := steps.breakdown(number, found, run):
-                        checkpoints.close()
-                        raise FloatingPointError(
-                            f"{title}: {broken.why} at step {number}; the last good checkpoint is "
-                            f"{checkpoints.latest()}. {broken.advice}"
-                        )
-                rate = (step - since_step) * steps.tokens_a_step / (time.monotonic() - since)
-                since, since_step = time.monotonic(), step
-                row = {
-                    "step": step,
-                    **{k: sum(m[k] for _, m in values) / len(values) for k in values[0][1]},
-                    "learning_rate": float(schedule(step - 1)),
-                    "tokens": step * steps.tokens_a_step,
-                    "tokens_per_second": round(rate, 1),
-                }
-                if is_main_process():
-                    with open(metrics_file, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-                progress(step, row["loss"], rate, steps.status(step))
-                pending = []
+                pending = metrics.pending()
+                _check_divergence(runner, pending, run, checkpoints)  # before they are written
+                row = metrics.write(pending)
+                show(step, row["loss"], row["tokens_per_second"], runner.status(step))
             if saving:
                 checkpoints.save(step, (trainable, opt_state))
             if stopping and step < training.steps:
                 checkpoints.close()
                 raise Interrupted(
-                    f"{title}: stopped after step {step}; go on with --resume", interrupted.by_user
+                    f"{title}: stopped after step {step}; continue with --resume",
+                    interruption.by_user,
                 )
-    if is_main_process():
-        _plot(metrics_file, run / "loss.png", title)
+    metrics.plot()
     return trainable if mesh is None else placement.to_host(trainable)
 
 
+def _check_divergence(
+    runner: "StepRunner",
+    values: list[tuple[int, dict[str, float]]],
+    run: Path,
+    checkpoints: Checkpoints,
+) -> None:
+    for step, found in values:
+        if diverged := runner.divergence(step, found, run):
+            checkpoints.close()
+            raise FloatingPointError(
+                f"{runner.title}: {diverged.why} at step {step}; the last good checkpoint is "
+                f"{checkpoints.latest()}. {diverged.advice}"
+            )
+
+
 class Diverged(NamedTuple):
-    """What stopped a run, and what to do."""
+    """Why a run has to stop, and what the user can do."""
 
     why: str
     advice: str
 
 
-class Steps(Protocol):
-    """What happens in a step, and around it.
+class StepRunner(Protocol):
+    """What the loop runs: one training step, and what belongs to it.
 
     Attributes:
       title: shown beside the progress bar.
-      training: the stage's config: how many steps, the optimizer, the seed.
-      mesh: of the devices; None for one.
-      whole: frozen weights are whole on every device, not cut among them.
-      save_every: steps from one checkpoint to the next.
-      tokens_a_step: for the metrics.
+      training: the stage's config.
+      mesh: of several devices, or None for one device.
+      replicates_frozen: whether frozen weights are replicated, not sharded.
+      save_every: steps between checkpoints.
+      tokens_per_step: for the metrics.
     """
 
     title: str
     training: Training
     mesh: Mesh | None
-    whole: bool
+    replicates_frozen: bool
     save_every: int
-    tokens_a_step: int
+    tokens_per_step: int
 
     def start(self, saved: int) -> int:
-        """The step to go on after, where `saved` is that of the checkpoint; 0 for none."""
+        """The step to resume after, given the step of the checkpoint; 0 for none."""
 
     def batches(self, start: int) -> Iterator[Batch]:
         """The batch of every step after `start`."""
 
     def take(self, step: int, optimizer, trainable, opt_state, frozen, batch: Batch) -> tuple:
-        """(trainable, opt_state, metrics) after a step; the metrics hold loss and grad_norm."""
+        """(trainable, opt_state, metrics) after a step; metrics include loss and grad_norm."""
 
-    def breakdown(self, step: int, metrics: dict[str, float], run: Path) -> "Diverged | None":
-        """What went wrong at a step, if anything did."""
+    def divergence(self, step: int, metrics: dict[str, float], run: Path) -> Diverged | None:
+        """Why the run has to stop after a step, or None."""
 
     def status(self, step: int) -> str:
-        """What more to show beside the progress bar."""
+        """More text to show beside the progress bar."""
 
 
 class StandardSteps:
-    """Steps of `train_step`, on batches that are a function of the seed."""
+    """Runs `train_step` on batches that depend on the seed and the step alone."""
 
-    whole = False
+    replicates_frozen = False
 
     def __init__(self, title: str, training: Training, loss: Loss, source: SourceWindows):
         self.title, self.training, self.loss, self.source = title, training, loss, source
         self.mesh = mesh_of(training)
         self.save_every = training.checkpoint_every
-        self.tokens_a_step = training.data.batch_size * training.data.length
-        self._watch = LossMonitor()
+        self.tokens_per_step = training.data.batch_size * training.data.length
+        self._monitor = LossMonitor()
 
     def start(self, saved: int) -> int:
         return saved
@@ -211,17 +177,17 @@ class StandardSteps:
             mesh=self.mesh, microbatches=self.training.microbatches,
         )  # fmt: skip
 
-    def breakdown(self, step: int, metrics: dict[str, float], run: Path) -> "Diverged | None":
-        why = self._watch.breakdown(metrics["loss"], metrics["grad_norm"])
+    def divergence(self, step: int, metrics: dict[str, float], run: Path) -> Diverged | None:
+        why = self._monitor.divergence(metrics["loss"], metrics["grad_norm"])
         if not why:
             return None
-        about = run / "breakdown.json"
+        file = run / "divergence.json"
         if is_main_process():
-            record_divergence(about, self.source, self.training.seed, step, why)
+            record_divergence(file, self.source, self.training.seed, step, why)
         return Diverged(
             why,
-            f"{about} names the documents of that step: look at them, or start anew with a lower "
-            "learning rate",
+            f"{file} names the documents of that step: look at them, or start a new run with a "
+            "lower learning rate",
         )
 
     def status(self, step: int) -> str:
@@ -241,112 +207,8 @@ def mesh_of(training: Training) -> Mesh | None:
     return mesh
 
 
-class _Interruption:
-    """Says, after each step, whether to save and stop: SIGINT and SIGTERM ask for it.
-
-    Of several processes, one that is told (preemption of a pod sends SIGTERM) tells the others,
-    and all stop after the same step.
-    """
-
-    def __init__(self) -> None:
-        self.by_user = False
-        self._caught = False
-        self._together = jax.process_count() > 1  # JAX has taken SIGTERM, to tell the others
-
-    def asks(self, step: int) -> bool:
-        """Whether to stop after this step."""
-        if not self._together:
-            return self._caught
-        if self._caught:
-            self._caught = False
-            os.kill(os.getpid(), signal.SIGTERM)
-        return multihost_utils.reached_preemption_sync_point(step)
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator["_Interruption"]:
-        """Signals are caught while the body runs."""
-        old = {}
-        for number in (signal.SIGINT,) if self._together else (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread: no handlers there
-                old[number] = signal.signal(number, self._catch)
-        try:
-            yield self
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-    def _catch(self, number: int, _: Any) -> None:
-        self._caught = True
-        if number == signal.SIGINT:
-            self.by_user = True
-            signal.signal(signal.SIGINT, second_interrupt)
-            # os.write: a handler may run while the console holds its lock.
-            os.write(2, b"flexolmo: saving after this step; Ctrl-C again ends at once\n")
-
-
-@contextlib.contextmanager
-def _progress(
-    title: str, steps: int, start: int
-) -> Iterator[Callable[[int, float, float, str], None]]:
-    """update(step, loss, rate, more): a bar on a terminal; lines in a log (nohup, Slurm)."""
-    if not (console.is_interactive or console.is_jupyter):
-        yield _lines(title, steps)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} steps"),
-        TextColumn("{task.fields[rate]}"),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[more]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(title, total=steps, completed=start, rate="", loss="", more="")
-
-        def update(step: int, loss: float, rate: float, more: str) -> None:
-            speed, shown = f"{rate:,.0f} tokens/s", f"loss {loss:.3f}"
-            bar.update(task, completed=step, rate=speed, loss=shown, more=more)
-
-        yield update
-
-
-def _lines(title: str, steps: int) -> Callable[[int, float, float, str], None]:
-    """Plain lines: many at first, so that a log shows soon that all is well; then fewer."""
-    begun = last = time.monotonic()
-    first: tuple[int, float] | None = None  # the first step takes longer: it is compiled
-
-    def update(step: int, loss: float, rate: float, more: str) -> None:
-        nonlocal first, last
-        now = time.monotonic()
-        if console.quiet or (
-            first and step < steps and now - last < min(LINES, (now - begun) / 20)
-        ):
-            return
-        last = now
-        left = ""
-        if first is None:
-            first = (step, now)
-        else:
-            seconds = (now - first[1]) / (step - first[0]) * (steps - step)
-            left = f"{_duration(seconds)} left"
-        parts = (
-            f"{title}: step {step}/{steps}", f"loss {loss:.3f}", f"{rate:,.0f} tokens/s", left, more
-        )  # fmt: skip
-        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
-
-    return update
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
-
-
-def _warn_of_odd_values(training: Training) -> None:
-    """Of values that can be meant, and mostly are not."""
+def _warn_of_unusual_values(training: Training) -> None:
+    """Warns of values that are allowed, but are mostly mistakes."""
     optimizer = training.optimizer
     if optimizer.warmup_steps > training.steps:
         warnings.warn(
@@ -354,27 +216,9 @@ def _warn_of_odd_values(training: Training) -> None:
             "the learning rate is never reached",
             stacklevel=3,
         )
-    if optimizer.learning_rate > HIGH_RATE:
+    if optimizer.learning_rate > HIGH_LEARNING_RATE:
         warnings.warn(
-            f"optimizer.learning_rate={optimizer.learning_rate:g} is above {HIGH_RATE:g}: training "
-            "is likely to break down",
+            f"optimizer.learning_rate={optimizer.learning_rate:g} is above {HIGH_LEARNING_RATE:g}: "
+            "training is likely to diverge",
             stacklevel=3,
         )
-
-
-def _forget_metrics_after(file: Path, step: int) -> None:
-    """Drops rows that a killed run wrote after its last checkpoint; they will come again."""
-    if not file.exists():
-        return
-    rows = [line for line in file.read_text().splitlines() if line.endswith("}")]
-    kept = [line for line in rows if json.loads(line)["step"] <= step]
-    replace_file(file, "".join(line + "\n" for line in kept))
-
-
-def _plot(metrics: Path, picture: Path, title: str) -> None:
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([r["tokens"] for r in rows], [r["loss"] for r in rows])
-    axes.set(title=title, xlabel="tokens", ylabel="loss (nats per token)")
-    figure.savefig(picture, dpi=120)

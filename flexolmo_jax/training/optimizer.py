@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and cosine decay, and what it does not decay."""
+"""AdamW with linear warm-up and cosine decay."""
 
 import jax
 import optax
@@ -6,11 +6,11 @@ import optax
 from flexolmo_jax.config import OptimizerConfig
 from flexolmo_jax.storage.tensors import leaf_name
 
-NOT_DECAYED = ("scale", "bias", "embed")  # norms, router biases, embeddings (as OLMo 2)
+NO_WEIGHT_DECAY = ("scale", "bias", "embed")  # norms, router biases, embeddings (as OLMo 2)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: 0 to its peak over the warm-up, then a cosine down to 0."""
+    """Learning rate by step: linear from 0 to its peak, then a cosine to 0."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if config.warmup_steps else config.learning_rate,
         peak_value=config.learning_rate,
@@ -20,13 +20,12 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The transformation that every stage uses, on whatever tree it trains."""
+    """The optimizer of every stage: gradient clipping, then AdamW."""
 
     def decays(tree):
-        def one(path, _):
-            return not leaf_name(path).endswith(NOT_DECAYED)
-
-        return jax.tree_util.tree_map_with_path(one, tree)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: not leaf_name(path).endswith(NO_WEIGHT_DECAY), tree
+        )
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

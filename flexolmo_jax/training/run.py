@@ -1,6 +1,6 @@
-"""The folder of a training run: what the run is, who works in it, and what came of it.
+"""The folder of a training run: its description, its lock, and its result.
 
-config.json    what the run was made from (`describe_run`); a run goes on only with the same
+config.json    what the run starts from (`describe_run`); only the same run may be resumed
 lock           held by the process that trains
 result.json    the digest of the package that was written
 data/ checkpoints/ metrics.jsonl ...
@@ -25,30 +25,33 @@ RUN_FILE = "config.json"
 LOCK = "lock"
 RESULT = "result.json"
 CHECKPOINTS = "checkpoints"
-# Fields of a config that change no weight: they may be another when a run goes on.
-FREE = (
+# Fields of a config that change no weight: they may differ when a run is resumed.
+RESUMABLE_FIELDS = (
     "licence", "contact", "log_every", "checkpoint_every", "expert_parallel", "tensor_parallel",
     "microbatches", "remat", "expert_compute",
 )  # fmt: skip
-TOLD_IN_PACKAGE = ("name", "anchor", "licence", "contact")
+FIELDS_IN_MANIFEST = ("name", "anchor", "licence", "contact")
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class AlreadyDone(Exception):
-    """The package that was asked for is there already."""
+    """The requested package already exists."""
 
 
-def describe_run(training: Training, **made_from: Any) -> dict[str, Any]:
-    """What a run is, as JSON values: its config, and the digests of what it starts from.
+def describe_run(training: Training, **inputs: Any) -> dict[str, Any]:
+    """A run as JSON values: its config, and the digests of what it starts from.
 
-    Text is described by its content (`source` in `made_from`); where it is (`source_at`) is kept
-    for messages only. Files that the config names are described by their content too. What
-    changes no weight is left out.
+    Text and files are described by their content. Fields that change no weight are left out.
+
+    Args:
+      training: the config.
+      inputs: by name; `source` is the digest of the text, and `source_at` its path, which is only
+        for messages.
     """
-    values = {**dataclasses.asdict(training), **made_from}
-    for name in FREE:
+    values = {**dataclasses.asdict(training), **inputs}
+    for name in RESUMABLE_FIELDS:
         del values[name]
     values["data"].pop("source")
     for name in ("tokenizer", "domain_embedding"):
@@ -57,36 +60,48 @@ def describe_run(training: Training, **made_from: Any) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
+def package_facts(training: Training, tokens_seen: int, **more: Any) -> dict[str, Any]:
+    """What the manifest of a trained package says about its training."""
+    return {
+        "tokens_seen": tokens_seen,
+        "domain_embedding": None,
+        "licence": training.licence,
+        "contact": training.contact,
+        "heldout": training.data.split(),
+        **more,
+    }
+
+
 def check_run(
     folder: Path, wanted: dict[str, Any], resume: bool, training: Training, out: Path | None = None
 ) -> None:
-    """Checks that a run may start, or go on, in a folder.
+    """Checks that a run may start in a folder, or be resumed.
 
     Args:
       folder: of the run.
-      wanted: `describe_run`.
-      resume: whether to go on was asked for.
-      training: the config, for what the package says beside `wanted`.
+      wanted: the run to start or resume (`describe_run`).
+      resume: whether the user asked to resume.
+      training: the config, for the fields of the manifest that `wanted` does not have.
       out: the package that the run writes.
 
     Raises:
-      ValueError: there is a run and `resume` was not asked for, or it is another one; or there is
-        a package that is not the one that was asked for.
-      AlreadyDone: the run is at its end, and its package is written.
+      ValueError: the folder holds a run, and `resume` is false or the run is a different one; or
+        `out` exists and is not the package of this run.
+      AlreadyDone: the run has ended, and its package is written.
     """
     file = folder / RUN_FILE
     finished = out is not None and (out / MANIFEST).exists()
     if not file.exists():
         if finished and resume:
             raise ValueError(
-                f"{out}: already there, and {folder} does not say what it was made from, so "
-                "whether it is what was asked for is not known; choose another --out, or take it "
-                "away first"
+                f"{out} already exists, and {folder} does not say how it was made, so it may be a "
+                "different package; choose another --out, or delete it first"
             )
         return
     if not resume:
         raise ValueError(
-            f"{folder}: a run is there already; continue it with --resume, or take it away"
+            f"{folder}: a run already exists here; pass --resume to continue it, or delete the "
+            "folder"
         )
     _check_same(folder, wanted, json.loads(file.read_text()))
     if finished:
@@ -95,105 +110,106 @@ def check_run(
         raise AlreadyDone(f"{out}: already done")
 
 
-def _check_same(folder: Path, wanted: dict[str, Any], there: dict[str, Any]) -> None:
-    # Older versions recorded the contact, or had other words for the values of gating.
-    if "contact" in there or there.get("gating") in ("alone", "pair"):
+def _check_same(folder: Path, wanted: dict[str, Any], started: dict[str, Any]) -> None:
+    """Raises ValueError if the run that was started in a folder is not the wanted one."""
+    # Older versions recorded the contact, or had other names for the values of gating.
+    if "contact" in started or started.get("gating") in ("alone", "pair"):
         raise ValueError(
             f"{folder}: an older version of flexolmo_jax started this run; finish it with that "
-            "version, or start again in another --run"
+            "version, or start a new run in another --run"
         )
-    ours, theirs = _flat(wanted), _flat(there)
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name == "source_at" or ours.get(name) == theirs.get(name):
+    before, now = _flat(started), _flat(wanted)
+    for name in sorted(before.keys() | now.keys()):
+        if name == "source_at" or before.get(name) == now.get(name):
             continue
         if name == "source":
             raise ValueError(
-                f"{folder}: cannot resume with another text: what is in {wanted['source_at']} is "
-                f"not what was in {there.get('source_at')} when this run was started"
+                f"{folder}: cannot resume with another text: {wanted['source_at']} does not hold "
+                f"the text that {started.get('source_at')} held when this run started"
             )
         raise ValueError(
-            f"{folder}: cannot resume with another {name}: it was {theirs.get(name)}, now "
-            f"{ours.get(name)}"
+            f"{folder}: cannot resume with another {name}: it was {before.get(name)}, now "
+            f"{now.get(name)}"
         )
 
 
-def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested fields under names as on the command line: data.length."""
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields under their names on the command line: data.length."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{before}{name}.")
+            flat |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[before + name] = value
+            flat[prefix + name] = value
     return flat
 
 
-def _check_result(folder: Path, out: Path, asked: dict[str, Any]) -> None:
-    """Raises ValueError if a package is not what this run has made, or not what is asked for."""
+def _check_result(folder: Path, out: Path, wanted: dict[str, Any]) -> None:
+    """Raises ValueError if a package is not this run's, or its manifest not the wanted one."""
     manifest = read_manifest(out)
-    for name in TOLD_IN_PACKAGE:
-        if name in asked and asked[name] != manifest.get(name, asked[name]):
+    for name in FIELDS_IN_MANIFEST:
+        if name in wanted and wanted[name] != manifest.get(name, wanted[name]):
             raise ValueError(
-                f"{out}: already there, with another {name}: it is {manifest[name]}, asked for is "
-                f"{asked[name]}; choose another --out, or take it away first: --resume then "
-                "writes it again"
+                f"{out} already exists with another {name}: expected {wanted[name]}, found "
+                f"{manifest[name]}; choose another --out, or delete it first: --resume then writes "
+                "it again"
             )
     result = folder / RESULT
     if result.exists():
         same = json.loads(result.read_text())["digest"] == manifest["digest"]
-    else:  # killed after the package was written, and before that was recorded
-        same = (folder / CHECKPOINTS / str(asked["steps"])).is_dir()
+    else:  # killed after it wrote the package and before it recorded that
+        same = (folder / CHECKPOINTS / str(wanted["steps"])).is_dir()
     if not same:
         raise ValueError(
-            f"{out}: already there, and not the package that the run in {folder} has made; choose "
-            "another --out, or take it away first"
+            f"{out} already exists and is not the package of the run in {folder}; choose another "
+            "--out, or delete it first"
         )
 
 
 def record_run(folder: Path, wanted: dict[str, Any]) -> None:
-    """Writes down what a run is; from then on it has to be resumed, or taken away."""
+    """Writes the description of a run; from then on, it can only be resumed or deleted."""
     if is_main_process():
         private_folder(folder)
         replace_file(folder / RUN_FILE, json.dumps(wanted, indent=1) + "\n")
 
 
 def alone_in_its_run(stage: Callable[P, R]) -> Callable[P, R]:
-    """A training function that lets no other process work in its run folder.
+    """Decorates a training function so that only one process trains in a run folder.
 
-    Of several processes of one distributed run, the first one holds the lock. When the stage has
-    written its package, that is recorded in the folder.
+    In a distributed run, the main process holds the lock. When the stage has written its package,
+    its digest is recorded in the folder.
 
     Args:
-      stage: has an argument `run`, and may have `out`.
+      stage: a function with an argument `run`, and perhaps `out`.
     """
     signature = inspect.signature(stage)
 
     @functools.wraps(stage)
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = signature.bind(*args, **kwargs).arguments
-        run, out = Path(given["run"]), given.get("out")
+        arguments = signature.bind(*args, **kwargs).arguments
+        run, out = Path(arguments["run"]), arguments.get("out")
         with contextlib.ExitStack() as stack:
-            on_main_process(lambda: stack.enter_context(_held(run)))
-            made = stage(*args, **kwargs)
+            on_main_process(lambda: stack.enter_context(_locked_folder(run)))
+            result = stage(*args, **kwargs)
             if is_main_process() and out is not None and (Path(out) / MANIFEST).exists():
                 digest = read_manifest(Path(out))["digest"]
                 replace_file(run / RESULT, json.dumps({"digest": digest}) + "\n")
-            return made
+            return result
 
     return alone
 
 
 @contextlib.contextmanager
-def _held(run: Path) -> Iterator[None]:
-    """The run folder, made if it is missing, and locked; gone again if nothing came into it."""
-    is_ours = private_folder(run)
+def _locked_folder(run: Path) -> Iterator[None]:
+    """Creates and locks a run folder; deletes it again if it stays empty."""
+    created = private_folder(run)
     try:
         with locked(
             run / LOCK, "is training in this run folder",
-            "wait until it has ended, or stop it; two would overwrite each other's checkpoints",
+            "wait until it ends, or stop it; two would overwrite each other's checkpoints",
         ):  # fmt: skip
             yield
     finally:
-        if is_ours:
+        if created:
             with contextlib.suppress(OSError):
                 run.rmdir()

@@ -37,8 +37,8 @@ EXPERT = (
 # Imported once, in a process that all others are forked from.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["flexolmo_jax.commands.main", "flexolmo_jax.training.stages.anchor", "flexolmo_jax.training.stages.expert",
-     "flexolmo_jax.model"]
+    ["flexolmo_jax.commands.main", "flexolmo_jax.training.stages.anchor",
+     "flexolmo_jax.training.stages.expert", "flexolmo_jax.model"]
 )  # fmt: skip
 
 

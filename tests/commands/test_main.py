@@ -347,7 +347,7 @@ def test_of_a_truncated_checkpoint_the_one_before_is_used(world, flexolmo, tmp_p
     os.truncate(file, file.stat().st_size // 2)
     code, _, said = flexolmo(*world.expert_words(out, "--resume", run=run))
     assert code == 0
-    assert "checkpoint 8 cannot be read" in said and "going on from checkpoint 6" in said
+    assert "checkpoint 8 cannot be read" in said and "resuming from checkpoint 6" in said
     assert "resuming after step 6" in said
     assert (run / "damaged" / "8.0").is_dir()
     alone = read_manifest(world.experts["math"])

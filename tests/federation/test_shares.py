@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 def greedy(copied):
     """The package `math` with rows along the mean input of each layer of the anchor."""
     from flexolmo_jax.federation.anchor import read_anchor
+    from flexolmo_jax.training.public_data import public_batch
     from flexolmo_jax.training.router_fit.inputs import of_the_anchor, whitened_by
-    from flexolmo_jax.training.stages.expert import public_batch
 
     anchor = read_anchor(copied.anchor)
     batch = public_batch(anchor.public_text, anchor.tokenizer, 32, 16)

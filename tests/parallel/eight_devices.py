@@ -25,15 +25,15 @@ from flexolmo_jax.privacy.accounting import Mechanism  # noqa: E402
 from flexolmo_jax.privacy.mechanism import Clipping  # noqa: E402
 from flexolmo_jax.storage import tensors  # noqa: E402
 from flexolmo_jax.training.gradients import gradients  # noqa: E402
-from flexolmo_jax.training.private.steps import private_step  # noqa: E402
-from flexolmo_jax.training.step import (  # noqa: E402
+from flexolmo_jax.training.objectives import (  # noqa: E402
     AnchorLoss,
     ExpertAloneLoss,
     ExpertPairLoss,
     RouterLoss,
     RouterRows,
-    train_step,
 )
+from flexolmo_jax.training.private.steps import private_step  # noqa: E402
+from flexolmo_jax.training.step import train_step  # noqa: E402
 
 CONFIG = ModelConfig(
     vocab_size=96, width=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_width=48, num_experts=7
@@ -300,5 +300,5 @@ def test_what_cannot_be_divided_is_said():
     with pytest.raises(ValueError, match="a multiple of 8"):
         placement.put_batch(some_batch(rows=12), mesh)
     odd = weights(CONFIG.replace(width=36, num_heads=2, num_kv_heads=2))
-    with pytest.raises(ValueError, match="cannot be cut evenly among 8 devices along its 36"):
+    with pytest.raises(ValueError, match="cannot be sharded evenly over 8 devices along its 36"):
         placement.device_put(odd, mesh)

@@ -14,7 +14,7 @@ from flexolmo_jax.modeling.transformer import init_anchor
 from flexolmo_jax.planning.chips import CHIPS, chip_of
 from flexolmo_jax.planning.costs import Cost, cost
 from flexolmo_jax.planning.hlo import read
-from flexolmo_jax.training.step import AnchorLoss, ExpertAloneLoss, ExpertPairLoss
+from flexolmo_jax.training.objectives import AnchorLoss, ExpertAloneLoss, ExpertPairLoss
 
 CONFIG = ModelConfig(
     vocab_size=512, width=64, num_layers=4, num_heads=4, ffn_width=160, attention="blocked"

@@ -22,8 +22,8 @@ from flexolmo_jax.privacy.mechanism import (
     with_noise,
 )
 from flexolmo_jax.storage import tensors
+from flexolmo_jax.training.objectives import ExpertAloneLoss
 from flexolmo_jax.training.private.steps import private_step
-from flexolmo_jax.training.step import ExpertAloneLoss
 
 pytestmark = pytest.mark.usefixtures("quick")
 

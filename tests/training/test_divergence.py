@@ -10,33 +10,33 @@ from flexolmo_jax.data.batches import batches
 from flexolmo_jax.data.sources import read_documents
 from flexolmo_jax.data.window_store import prepare
 from flexolmo_jax.federation.anchor import read_anchor
-from flexolmo_jax.training.divergence import SEEN, LossMonitor, record_divergence
+from flexolmo_jax.training.divergence import RECENT_LOSSES, LossMonitor, record_divergence
 
 
-def watched(losses):
+def monitored(losses):
     """What is said of the last of some losses; nothing may be said of the others."""
-    watch = LossMonitor()
+    monitor = LossMonitor()
     for loss in losses[:-1]:
-        assert watch.breakdown(loss, 1.0) is None
-    return watch.breakdown(losses[-1], 1.0)
+        assert monitor.divergence(loss, 1.0) is None
+    return monitor.divergence(losses[-1], 1.0)
 
 
-NOISY = list(3 + 0.1 * np.random.default_rng(0).standard_normal(SEEN))
+NOISY = list(3 + 0.1 * np.random.default_rng(0).standard_normal(RECENT_LOSSES))
 
 
 def test_a_spike_is_told_from_noise_and_from_the_start():
-    assert "the loss is 9, after a mean of 3" in watched([*NOISY, 9.0])
-    assert watched([*NOISY, 4.0]) is None  # ten deviations, but not by half
-    assert watched([*NOISY[1:], 9.0]) is None  # too early to say
-    falling = list(np.linspace(12, 3, 3 * SEEN))
-    assert watched([*falling, 2.9]) is None
-    assert "the loss is 20" in watched([*falling, 20.0])
+    assert "the loss is 9, after a mean of 3" in monitored([*NOISY, 9.0])
+    assert monitored([*NOISY, 4.0]) is None  # ten deviations, but not by half
+    assert monitored([*NOISY[1:], 9.0]) is None  # too early to say
+    falling = list(np.linspace(12, 3, 3 * RECENT_LOSSES))
+    assert monitored([*falling, 2.9]) is None
+    assert "the loss is 20" in monitored([*falling, 20.0])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_a_breakdown_at_once(bad):
-    assert "not finite" in LossMonitor().breakdown(bad, 1.0)
-    assert "not finite" in LossMonitor().breakdown(1.0, bad)
+def test_what_is_not_finite_is_a_divergence_at_once(bad):
+    assert "not finite" in LossMonitor().divergence(bad, 1.0)
+    assert "not finite" in LossMonitor().divergence(1.0, bad)
 
 
 def test_the_documents_of_a_step_are_named(world, tmp_path):
@@ -46,8 +46,8 @@ def test_the_documents_of_a_step_are_named(world, tmp_path):
     source, _ = prepare(
         str(world.texts["math"]), training.data, tokenizer, world.run("math") / "data"
     )
-    record_divergence(tmp_path / "breakdown.json", source, seed=0, step=3, why="it broke")
-    found = json.loads((tmp_path / "breakdown.json").read_text())
+    record_divergence(tmp_path / "divergence.json", source, seed=0, step=3, why="it broke")
+    found = json.loads((tmp_path / "divergence.json").read_text())
     assert found["step"] == 3 and found["why"] == "it broke"
     texts = {d.where: d.text for d in read_documents(str(world.texts["math"]))}
     named = [texts[where] for where in found["documents"]]

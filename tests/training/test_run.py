@@ -47,9 +47,12 @@ def test_already_done_is_only_what_was_asked_for(world, done, flexolmo, refused)
         ({"steps": "3"}, "another steps: it was 2, now 3"),
         ({"data": world.texts["code"]}, "another text: what is in"),
         ({"public": "corpus:public"}, "another public"),
-        ({"contact": "me@example.org"}, "with another contact: it is unspecified"),
+        (
+            {"contact": "me@example.org"},
+            "with another contact: expected me@example.org, found unspecified",
+        ),
         ({"dp-epsilon": "8", "dp-delta": "1e-5"}, "cannot resume with another"),
-        ({"run": folder / "other.run"}, "does not say what it was made from"),
+        ({"run": folder / "other.run"}, "does not say how it was made"),
         ({"anchor": folder / "none"}, "no such folder"),
     ):
         assert message in refused(*changed(words, **change)), change
@@ -65,7 +68,7 @@ def test_a_finished_run_whose_package_is_another_is_not_done(world, done, tmp_pa
     shutil.copytree(world.experts["math"], tmp_path / "mine")
     here = changed(words, out=tmp_path / "mine", name="mine")
     code, _, error = flexolmo(*here)
-    assert code == 2 and "already there, with another name: it is math" in error
+    assert code == 2 and "already exists with another name: expected mine, found math" in error
     shutil.rmtree(tmp_path / "mine")
     assert flexolmo(*changed(here, contact="me@example.org"))[0] == 0  # written again
     assert read_manifest(tmp_path / "mine")["contact"] == "me@example.org"

@@ -25,21 +25,21 @@ from flexolmo_jax.federation.merge import merge, remove_expert
 from flexolmo_jax.federation.merged import load_merged
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.storage import tensors
-from flexolmo_jax.training import loop
+from flexolmo_jax.training import loop, progress
 from flexolmo_jax.training.checkpoint import Checkpoints
-from flexolmo_jax.training.loop import Interrupted
-from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
-from flexolmo_jax.training.stages.anchor import train_anchor
-from flexolmo_jax.training.stages.expert import train_expert
-from flexolmo_jax.training.stages.router import train_router
-from flexolmo_jax.training.step import (
+from flexolmo_jax.training.interruption import Interrupted
+from flexolmo_jax.training.objectives import (
     AnchorLoss,
     ExpertAloneLoss,
     ExpertPairLoss,
     RouterLoss,
     RouterRows,
-    train_step,
 )
+from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
+from flexolmo_jax.training.stages.anchor import train_anchor
+from flexolmo_jax.training.stages.expert import train_expert
+from flexolmo_jax.training.stages.router import train_router
+from flexolmo_jax.training.step import train_step
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -203,7 +203,7 @@ def test_values_that_are_hardly_meant_are_warned_of(steps, values, message):
     optimizer = fo.OptimizerConfig(**{"learning_rate": 1e-3, **values})
     data = fo.DataConfig(batch_size=4, length=32)
     with pytest.warns(UserWarning, match=message):
-        loop._warn_of_odd_values(fo.ExpertTraining(data=data, optimizer=optimizer, steps=steps))
+        loop._warn_of_unusual_values(fo.ExpertTraining(data=data, optimizer=optimizer, steps=steps))
 
 
 def test_weight_decay_spares_norms_biases_and_embeddings(world):
@@ -241,8 +241,8 @@ def stopping(monkeypatch, step, what):
 def test_in_a_log_progress_is_plain_lines_and_says_how_long_it_takes(monkeypatch, capsys):
     """Many at first, then one in about 30 seconds; the last step is always told."""
     clock = 0.0
-    monkeypatch.setattr(loop.time, "monotonic", lambda: clock)
-    with loop._progress("expert mine", 10_000, 0) as update:
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
+    with progress.progress("expert mine", 10_000, 0) as update:
         for step in range(1, 10_001):
             clock += 5.0 if step == 1 else 0.5
             update(step, 2.0, 1000.0, "epsilon 0.50/8")
@@ -323,7 +323,7 @@ def stopped(world, tmp_path, monkeypatch):
 
 
 def test_a_run_is_not_trained_over_without_being_asked(world, stopped):
-    with pytest.raises(ValueError, match="a run is there already; continue it with --resume"):
+    with pytest.raises(ValueError, match="a run already exists here; pass --resume to continue it"):
         again(world, "alone", stopped.parent / "out", stopped)
 
 

@@ -23,9 +23,10 @@ from flexolmo_jax.modeling.transformer import Anchor
 from flexolmo_jax.storage.locks import private_folder
 from flexolmo_jax.studies.baselines.config import StudyConfig
 from flexolmo_jax.studies.engine.stages import forget
+from flexolmo_jax.training.objectives import with_parts
+from flexolmo_jax.training.public_data import public_batch
 from flexolmo_jax.training.router_fit.inputs import whitened_by
-from flexolmo_jax.training.stages.expert import fit_rows, public_batch
-from flexolmo_jax.training.step import with_parts
+from flexolmo_jax.training.stages.expert import fit_rows
 
 PACKAGE = "package"  # of a stage's folder: what came of it
 RUN = "run"  # and the folder of the training run

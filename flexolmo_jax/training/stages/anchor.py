@@ -18,15 +18,16 @@ from flexolmo_jax.parallel import placement
 from flexolmo_jax.runtime.processes import on_main_process, one_process_at_a_time
 from flexolmo_jax.storage.files import replace_file
 from flexolmo_jax.training.loop import StandardSteps, mesh_of, train
+from flexolmo_jax.training.objectives import anchor_parts
 from flexolmo_jax.training.run import (
     RUN_FILE,
     alone_in_its_run,
     check_run,
     describe_run,
+    package_facts,
     record_run,
 )
-from flexolmo_jax.training.stages.expert import check_room_for
-from flexolmo_jax.training.step import AnchorLoss
+from flexolmo_jax.training.starting_point import check_room_for
 
 
 @alone_in_its_run
@@ -46,35 +47,29 @@ def train_anchor(
       data: the public text, as `read_documents` takes it.
       out: the anchor package; must not exist.
       run: folder of the run: windows, checkpoints, metrics, plot.
-      resume: go on from the newest checkpoint in `run`.
-      start: an anchor package whose weights to start from, of the same sizes and tokenizer;
-        default: random ones.
+      resume: continue from the newest checkpoint in `run`.
+      start: an anchor package of the same sizes and tokenizer, whose weights are the initial
+        ones; default: random weights.
 
     Raises:
-      ValueError, FloatingPointError, Interrupted, AlreadyDone: as the parts say.
+      ValueError: an argument or a file is wrong; the message says what to do.
+      FloatingPointError: the training diverged.
+      Interrupted: SIGINT or SIGTERM came; the state is saved.
+      AlreadyDone: the package exists.
     """
     given = None if start is None else read_anchor(start)
     mesh = mesh_of(config)
-    made_from = {} if given is None else {"start": given.identity}
-    wanted = describe_run(config, source=fingerprint(data), source_at=data, **made_from)
+    inputs = {} if given is None else {"start": given.identity}
+    wanted = describe_run(config, source=fingerprint(data), source_at=data, **inputs)
     check_run(run, wanted, resume, config, out)
     shapes = jax.eval_shape(lambda: init_anchor(config.model, jax.random.key(0)))
     check_room_for(config, data, out, run, shapes)
     tokenizer = one_process_at_a_time(lambda: _tokenizer(config, data, run))
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, more than model.vocab_size="
-            f"{config.model.vocab_size}; make the model's vocabulary at least as large"
-        )
-    if given is not None:
-        _check_same(given, config, tokenizer)
+    _check_model(config, tokenizer, given)
     source, report = prepare(data, config.data, tokenizer, run / "data")
     report.tell()
-    # Before the training, so that what is wrong with it shows now.
-    shuffled = _shuffled_training_documents(data, config.data)
-    public_text = _sample(shuffled, tokenizer, config.public_tokens)
-    row = _public_row(config, shuffled)
-    del shuffled
+    # Read before the training, although needed after it, so that errors in it show now.
+    public_text, row = _public_text_and_row(config, data, tokenizer)
     record_run(run, wanted)
     if given is None:
         weights = placement.init_sharded(
@@ -82,29 +77,39 @@ def train_anchor(
         )
     else:
         weights = given.weights
-    loss = AnchorLoss(config.computing(config.model), config.output_z_loss)
-    weights = train(StandardSteps("anchor", config, loss, source), weights, None, run)
+    loss, trainable, frozen = anchor_parts(config, config.model, weights)
+    weights = train(StandardSteps("anchor", config, loss, source), trainable, frozen, run)
     if row is not None:
         weights = _with_public_row(weights, row)
-    facts = {
-        "tokens_seen": config.steps * config.data.batch_size * config.data.length,
-        "domain_embedding": source_name(config.domain_embedding),
-        "licence": config.licence,
-        "contact": config.contact,
-        "heldout": config.data.split(),
-    }
+    facts = package_facts(
+        config,
+        tokens_seen=config.steps * config.data.batch_size * config.data.length,
+        domain_embedding=source_name(config.domain_embedding),
+    )
     on_main_process(lambda: write_anchor(out, weights, config.model, tokenizer, public_text, facts))
 
 
-def _public_row(config: AnchorTraining, documents: list[Document]) -> np.ndarray | None:
-    """The public router row [D], where the config asks for an embedding of the public text."""
-    if not config.domain_embedding:
-        return None
-    texts = [d.text for d in documents]
-    return domain_embedding(config.domain_embedding, texts, config.model.width)
+def _public_text_and_row(
+    config: AnchorTraining, data: str, tokenizer: Tokenizer
+) -> tuple[list[str], np.ndarray | None]:
+    """The public text for the package, and the public router row [D] if the config asks for one."""
+    documents = _shuffled_training_documents(data, config.data)
+    sample, row = _sample(documents, tokenizer, config.public_tokens), None
+    if config.domain_embedding:
+        texts = [d.text for d in documents]
+        row = domain_embedding(config.domain_embedding, texts, config.model.width)
+    return sample, row
 
 
-def _check_same(start: LoadedAnchor, config: AnchorTraining, tokenizer: Tokenizer) -> None:
+def _check_model(config: AnchorTraining, tokenizer: Tokenizer, start: LoadedAnchor | None) -> None:
+    """Raises ValueError if the model does not fit the tokenizer, or the anchor to start from."""
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, more than model.vocab_size="
+            f"{config.model.vocab_size}; make the model's vocabulary at least as large"
+        )
+    if start is None:
+        return
     ours, theirs = config.model.architecture(), start.config.architecture()
     for field in ours:
         if ours[field] != theirs[field]:
@@ -117,11 +122,11 @@ def _check_same(start: LoadedAnchor, config: AnchorTraining, tokenizer: Tokenize
 
 
 def _tokenizer(config: AnchorTraining, data: str, run: Path) -> Tokenizer:
-    """The one of the config; or a BPE trained on the public training documents, kept in `run`."""
+    """The config's tokenizer, or a BPE trained on the training documents and stored in `run`."""
     if config.tokenizer:
         return Tokenizer.load(config.tokenizer, config.separator)
     file = run / "tokenizer.json"
-    if file.exists() and (run / RUN_FILE).exists():  # else it is of a run that never started
+    if file.exists() and (run / RUN_FILE).exists():  # else: of a run that never started
         return Tokenizer.load(file, config.separator)
     documents = _training_documents(data, config.data)
     texts = (d.text for d in documents)
@@ -137,14 +142,16 @@ def _training_documents(data: str, config: DataConfig):
 
 
 def _shuffled_training_documents(data: str, config: DataConfig) -> list[Document]:
-    """At most 10,000, from the start of the source, in an order that does not follow it."""
+    """The first 10,000 documents at most, in random order."""
     documents = list(itertools.islice(_training_documents(data, config), 10_000))
     return [documents[i] for i in np.random.default_rng(0).permutation(len(documents))]
 
 
 def _sample(documents: list[Document], tokenizer: Tokenizer, tokens: int) -> list[str]:
-    """Whole documents, in turn, until there are so many tokens; long ones are cut at 2,000 bytes
-    so that the sample is as broad as the text is."""
+    """The first documents, up to `tokens` tokens in all.
+
+    Long documents are truncated to 2,000 bytes, so that the sample covers more of them.
+    """
     texts: list[str] = []
     for document in documents:
         if tokens <= 0:

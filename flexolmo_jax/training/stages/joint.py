@@ -1,7 +1,7 @@
-"""What FlexOlmo does without, as a comparison: a mixture trained as a whole on everybody's text.
+"""A baseline, not a stage: a mixture trained jointly on everybody's text.
 
-The paper's "unrestricted" model: upcycled from the anchor, then nothing is frozen and all text is
-in one place.
+The paper's "unrestricted" model: upcycled from the anchor; nothing is frozen, and all text is in
+one place.
 """
 
 from pathlib import Path
@@ -18,9 +18,15 @@ from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.modeling.experts import Experts, join, select
 from flexolmo_jax.modeling.transformer import Anchor
 from flexolmo_jax.training.loop import StandardSteps, mesh_of, train
-from flexolmo_jax.training.run import alone_in_its_run, check_run, describe_run, record_run
-from flexolmo_jax.training.stages.expert import anchor_to_train_beside, in_float32
-from flexolmo_jax.training.step import JointLoss
+from flexolmo_jax.training.objectives import JointLoss
+from flexolmo_jax.training.run import (
+    alone_in_its_run,
+    check_run,
+    describe_run,
+    package_facts,
+    record_run,
+)
+from flexolmo_jax.training.starting_point import anchor_to_train_beside, in_float32
 
 ROW_SCALE = 0.02  # standard deviation of the initial router rows
 ROUTER_Z_LOSS = 1e-3
@@ -33,18 +39,21 @@ def train_jointly(
     """Trains all weights of a mixture and writes it as OUT/merged, of OUT/anchor and OUT/experts.
 
     Args:
-      config: says how; `config.model` says of how many experts and how many are active.
-      anchor: every expert starts as a copy of its public one, with random router rows.
+      config: of the training; `config.model` has the number of experts and of active experts.
+      anchor: each expert starts as a copy of its public expert, with random router rows.
       data: everybody's text, as `read_documents` takes it.
       out: a folder.
       run: folder of the run.
-      resume: go on from the newest checkpoint in `run`.
+      resume: continue from the newest checkpoint in `run`.
 
     Raises:
-      ValueError, FloatingPointError, Interrupted, AlreadyDone: as the parts say.
+      ValueError: an argument or a file is wrong; the message says what to do.
+      FloatingPointError: the training diverged.
+      Interrupted: SIGINT or SIGTERM came; the state is saved.
+      AlreadyDone: the package exists.
     """
     loaded, tokenizer = anchor_to_train_beside(anchor, config.data)
-    mesh_of(config)  # the batch can be divided among the devices
+    mesh_of(config)  # raises if the batch cannot be divided among the devices
     wanted = describe_run(config, source=fingerprint(data), source_at=data, anchor=loaded.identity)
     check_run(run, wanted, resume, config, out)
     source, _ = prepare(data, config.data, tokenizer, run / "data")
@@ -58,6 +67,7 @@ def train_jointly(
 
 
 def _upcycled(public: Experts, count: int, seed: int) -> Experts:
+    """`count` copies of the public expert, with random router rows."""
     experts = join(*[public] * count)
     shape = experts.router.row[...].shape
     experts.router.row[...] = ROW_SCALE * jax.random.normal(jax.random.key(seed), shape)
@@ -67,27 +77,20 @@ def _upcycled(public: Experts, count: int, seed: int) -> Experts:
 
 def _write(config: AnchorTraining, start: LoadedAnchor, trained: tuple, out: Path) -> None:
     backbone, experts = trained
-    facts = {
-        "tokens_seen": config.steps * config.data.batch_size * config.data.length,
-        "domain_embedding": None,
-        "licence": config.licence,
-        "contact": config.contact,
-        "heldout": config.data.split(),
-    }
+    facts = package_facts(config, config.steps * config.data.batch_size * config.data.length)
     assert start.tokenizer is not None
-    first = Anchor(backbone, select(experts, [0]))
-    write_anchor(out / "anchor", first, start.config, start.tokenizer, [], facts)
+    public = Anchor(backbone, select(experts, [0]))
+    write_anchor(out / "anchor", public, start.config, start.tokenizer, [], facts)
     packages = [out / "experts" / f"expert_{i}" for i in range(1, config.model.num_experts)]
-    together = read_anchor(out / "anchor", on_disk=True)
-    for number, package in enumerate(packages, 1):
-        expert = select(experts, [number])
-        write_expert(package, expert, package.name, together, {**facts, "gating": "joint"})
-    active = config.model.active_experts
+    anchor = read_anchor(out / "anchor", on_disk=True)
+    for index, package in enumerate(packages, 1):
+        expert = select(experts, [index])
+        write_expert(package, expert, package.name, anchor, {**facts, "gating": "joint"})
     merge(
         out / "anchor",
         packages,
         out / "merged",
-        active_experts=active,
+        active_experts=config.model.active_experts,
         memory=None,
         allow_share=None,
     )

@@ -1,8 +1,8 @@
-"""Stage 3, optional: the merged model's router rows tuned together, on proxies (paper, A.2).
+"""Stage 3, optional: the merged model's router rows are tuned together on proxies (paper, A.2).
 
-The proxies are public documents that each owner picked for likeness to its own (data/proxies.py);
-no owner's text is needed. Rows tuned so keep an indirect trace of every expert that was present,
-so taking an expert out of a tuned model also undoes the tuning.
+The proxies are public documents that each owner chose because they resemble its own
+(data/proxies.py); no owner's text is needed. Tuned rows depend on every expert that was present,
+so removing an expert from a tuned model also undoes the tuning.
 """
 
 from pathlib import Path
@@ -18,16 +18,16 @@ from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.runtime.processes import on_main_process
 from flexolmo_jax.training.loop import StandardSteps, mesh_of, train
+from flexolmo_jax.training.objectives import RouterRows, router_parts
 from flexolmo_jax.training.run import alone_in_its_run, check_run, describe_run, record_run
-from flexolmo_jax.training.stages.expert import check_length, check_room_for
-from flexolmo_jax.training.step import RouterLoss, RouterRows
+from flexolmo_jax.training.starting_point import check_length, check_room_for
 
 
 @alone_in_its_run
 def train_router(
     config: RouterTraining, *, model: Path, data: str, out: Path, run: Path, resume: bool = False
 ) -> None:
-    """Tunes router rows and writes a merged model that has them.
+    """Tunes the router rows of a merged model and writes a merged model with them.
 
     Args:
       config: the stage's config.
@@ -35,13 +35,17 @@ def train_router(
       data: the proxies of all owners and public text, as `read_documents` takes it (a folder).
       out: the tuned merged model; must not exist.
       run: folder of the run.
-      resume: go on from the newest checkpoint in `run`.
+      resume: continue from the newest checkpoint in `run`.
 
     Raises:
-      ValueError, FloatingPointError, Interrupted, AlreadyDone: as the parts say.
+      ValueError: an argument or a file is wrong; the message says what to do.
+      FloatingPointError: the training diverged.
+      Interrupted: SIGINT or SIGTERM came; the state is saved.
+      AlreadyDone: the package exists.
     """
     mesh = mesh_of(config)
-    if not read_manifest(model, kind="merged")["experts"]:
+    manifest = read_manifest(model, kind="merged")
+    if not manifest["experts"]:
         raise ValueError(
             f"{model}: has no expert beside the public one, so there is nothing to route and no "
             "router to tune; add one with `flexolmo experts add`"
@@ -51,23 +55,19 @@ def train_router(
         raise ValueError(f"{model}: there is no tokenizer.json with its anchor")
     check_length(config.data, loaded.config, model)
     rows = RouterRows.of(placement.to_host(loaded.experts.router))
-    made_from = {
-        "source": fingerprint(data),
-        "source_at": data,
-        "model": read_manifest(model)["digest"],
-    }
-    wanted = describe_run(config, **made_from)
+    wanted = describe_run(
+        config, source=fingerprint(data), source_at=data, model=manifest["digest"]
+    )
     check_run(run, wanted, resume, config, out)
     check_room_for(config, data, out, run, rows)
     source, report = prepare(data, config.data, loaded.tokenizer, run / "data")
     report.tell()
     record_run(run, wanted)
-    active = config.active_experts or loaded.config.active_experts
-    model_config = config.computing(loaded.config).replace(active_experts=active)
-    loss = RouterLoss(model_config, config.output_z_loss, config.router_z_loss)
-    steps = StandardSteps("router", config, loss, source)
-    rows = train(steps, rows, (loaded.backbone, loaded.experts), run)
-    # Without the empty experts.
-    rows = RouterRows(rows.row[:, : len(loaded.names)], rows.bias[:, : len(loaded.names) - 1])
+    loss, trainable, frozen = router_parts(
+        config, loaded.config, loaded.backbone, loaded.experts, rows
+    )
+    rows = train(StandardSteps("router", config, loss, source), trainable, frozen, run)
+    count = len(loaded.names)  # without the empty experts that pad the stack
+    rows = RouterRows(rows.row[:, :count], rows.bias[:, : count - 1])
     tuned = jax.device_get(rows.router(loaded.experts.router))
     on_main_process(lambda: write_tuned(out, model, tuned))

@@ -1,0 +1,69 @@
+"""What a stage checks and reads before it trains."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flexolmo_jax.config import DataConfig, ModelConfig, Training
+from flexolmo_jax.data.sources import bytes_of
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
+from flexolmo_jax.storage.outputs import check_room
+
+
+def in_float32(tree: Any) -> Any:
+    """A float32 copy: weights are trained, and expert packages written, in float32."""
+    return jax.tree.map(lambda x: jnp.array(x, jnp.float32), tree)
+
+
+def anchor_to_train_beside(
+    path: Path, data: DataConfig, separator: str | None = None
+) -> tuple[LoadedAnchor, Tokenizer]:
+    """An anchor whose weights stay on disk, and its tokenizer.
+
+    Args:
+      path: an anchor package, or a Hugging Face directory of an OLMo 2 model.
+      data: how text becomes batches.
+      separator: as in `read_anchor`.
+
+    Raises:
+      ValueError: as `read_anchor`; the anchor has no tokenizer, or was made for shorter windows.
+    """
+    loaded = read_anchor(path, on_disk=True, separator=separator)
+    if loaded.tokenizer is None:
+        raise ValueError(f"{path}: there is no tokenizer.json; training needs one")
+    check_length(data, loaded.config, path)
+    return loaded, loaded.tokenizer
+
+
+def check_length(data: DataConfig, model: ModelConfig, where: Path) -> None:
+    """Raises ValueError if training windows are longer than a model's longest sequence."""
+    if data.length > model.max_length:
+        raise ValueError(
+            f"data.length={data.length} is longer than what {where} was made for, max_length="
+            f"{model.max_length}; set data.length to {model.max_length} or less"
+        )
+
+
+def check_room_for(
+    config: Training, data: str, out: Path, run: Path, trained: Any, packaged: Any = None
+) -> None:
+    """Raises ValueError if the disk has no room for a training (`check_room`).
+
+    Args:
+      config, data, out, run: of the training.
+      trained: the trained weights, or their shapes.
+      packaged: the weights in the package; default: `trained`.
+    """
+
+    def count(tree: Any) -> int:
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+    check_room(
+        out, run, text=bytes_of(data), trained=count(trained),
+        packaged=count(trained if packaged is None else packaged),
+        saves=-(-config.steps // config.checkpoint_every),
+    )  # fmt: skip
