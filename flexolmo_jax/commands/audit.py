@@ -10,7 +10,6 @@ from flexolmo_jax.audits import control, extraction, membership, removal
 from flexolmo_jax.audits.extraction import Protocol
 from flexolmo_jax.audits.scoring import tokenizer_of
 from flexolmo_jax.audits.statistics import as_json
-from flexolmo_jax.commands.json_output import print_json
 from flexolmo_jax.data.sources import Report, fingerprint, read_documents
 from flexolmo_jax.data.windows import tokenized
 from flexolmo_jax.evaluation.split import GROUP_FIELD, Split, chosen_split
@@ -18,7 +17,7 @@ from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.interop import hf_import
 from flexolmo_jax.model import FlexOlmo, find_anchor, load
 from flexolmo_jax.privacy.canaries import Canaries
-from flexolmo_jax.runtime.console import show_table, tell
+from flexolmo_jax.runtime.console import print_json, show_table, tell
 from flexolmo_jax.storage.files import replace_file
 from flexolmo_jax.storage.outputs import check_kept_folder
 

@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.commands.json_output import print_json
 from flexolmo_jax.evaluation.suite import ALL, COLUMNS, PaperTask, chosen, column_scores
 from flexolmo_jax.model import load
-from flexolmo_jax.runtime.console import show_table, tell
+from flexolmo_jax.runtime.console import print_json, show_table, tell
 
 
 def evaluate_harness(args: argparse.Namespace) -> None:

@@ -13,10 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.commands.arguments import make_parser
-from flexolmo_jax.commands.json_output import print_json
 from flexolmo_jax.commands.parser import UsageError, check_text, check_texts, did_you_mean, parse
-from flexolmo_jax.runtime.console import show_fields, show_table, tell, visible
-from flexolmo_jax.runtime.startup import keep_freed_memory, leave_libtpu_alone, use_large_pages
+from flexolmo_jax.runtime.console import (
+    print_json,
+    show_fields,
+    show_table,
+    silence_progress,
+    tell,
+    visible,
+)
+from flexolmo_jax.runtime.endings import AlreadyDone, Interrupted
+from flexolmo_jax.runtime.startup import (
+    end_at_second_interrupt,
+    keep_freed_memory,
+    leave_libtpu_alone,
+    use_large_pages,
+)
 
 INTERRUPTED = 130
 
@@ -49,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_texts(args)
         if args.command == "train":
             _join(args)
-        if arguments is None and args.command in ("train", "study", "audit"):
-            _let_a_second_interrupt_end_the_process()
+        if arguments is None:
+            end_at_second_interrupt()
         with _profile(getattr(args, "profile", None)):
             COMMANDS[args.run_command](args)
     except KeyboardInterrupt:
@@ -58,9 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"flexolmo: interrupted; what was saved stays{goes_on}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        from flexolmo_jax.training.loop import Interrupted
-        from flexolmo_jax.training.run import AlreadyDone
-
         if isinstance(error, Interrupted):
             print(f"flexolmo: {visible(error)}", file=sys.stderr)
             return INTERRUPTED if error.by_user else 0
@@ -75,15 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _leave_the_others()
         return 2
     return 0
-
-
-def _let_a_second_interrupt_end_the_process() -> None:
-    """Even while it waits for a device or a disk: checkpoints appear complete or not at all."""
-    import signal
-
-    from flexolmo_jax.training import loop
-
-    loop.second_interrupt = signal.SIG_DFL
 
 
 def _profile(folder: str | None) -> contextlib.AbstractContextManager:
@@ -163,10 +163,10 @@ def _join(args: argparse.Namespace) -> None:
     if not args.distributed and explicit == (None, None, None):
         return
     from flexolmo_jax.runtime import processes
-    from flexolmo_jax.training import loop
 
     processes.start(*explicit, wait=args.wait)
-    loop.console.quiet = not processes.is_main_process()
+    if not processes.is_main_process():
+        silence_progress()
 
 
 def _leave_the_others() -> None:

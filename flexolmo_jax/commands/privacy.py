@@ -5,10 +5,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.commands.json_output import print_json
 from flexolmo_jax.config import ExpertTraining, PrivacyConfig
 from flexolmo_jax.federation.package import check_packages, read_manifest
-from flexolmo_jax.runtime.console import show_fields, show_table, tell
+from flexolmo_jax.runtime.console import print_json, show_fields, show_table, tell
 from flexolmo_jax.runtime.processes import is_main_process
 
 OPTIONS = tuple(

@@ -4,10 +4,9 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,14 +14,15 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flexolmo_jax.config import Training
 from flexolmo_jax.data.batches import Batch, batches
 from flexolmo_jax.data.window_store import SourceWindows
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.parallel.mesh import AXES, make_mesh
+from flexolmo_jax.runtime import startup
+from flexolmo_jax.runtime.console import log, progress
+from flexolmo_jax.runtime.endings import Interrupted
 from flexolmo_jax.runtime.processes import is_main_process
 from flexolmo_jax.storage.files import replace_file
 from flexolmo_jax.training.checkpoint import Checkpoints
@@ -31,26 +31,7 @@ from flexolmo_jax.training.gradients import check_batch
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
 from flexolmo_jax.training.step import Loss, train_step
 
-LINES = 30.0  # seconds, at most about, from one line of progress to the next
 HIGH_RATE = 0.1  # no AdamW training of a transformer is known to go well above
-console = Console(stderr=True)
-
-
-# What a second SIGINT does, while the first one waits for the state to be saved: raises
-# KeyboardInterrupt once Python gets to run, or, in the command, ends the process at once.
-second_interrupt: Callable[[int, Any], Any] | signal.Handlers = signal.default_int_handler
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and has saved its state.
-
-    Attributes:
-      by_user: by SIGINT (Ctrl-C) and not by SIGTERM, which schedulers send.
-    """
-
-    def __init__(self, message: str, by_user: bool = False):
-        super().__init__(message)
-        self.by_user = by_user
 
 
 def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
@@ -88,7 +69,7 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
     saved, (trainable, opt_state) = checkpoints.load_newest((trainable, opt_state))
     start = steps.start(saved)
     if start:
-        console.print(f"{title}: resuming after step {start}")
+        log(f"{title}: resuming after step {start}")
     metrics_file = run / "metrics.jsonl"
     if is_main_process():
         _forget_metrics_after(metrics_file, start)
@@ -96,7 +77,7 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
 
     with (
         _Interruption().watched() as interrupted,
-        _progress(title, training.steps, start) as progress,
+        progress(title, training.steps, start, "step") as bar,
         checkpoints,
     ):
         data = steps.batches(start)
@@ -131,7 +112,8 @@ def train(steps: "Steps", trainable: Any, frozen: Any, run: Path) -> Any:
                 if is_main_process():
                     with open(metrics_file, "a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
-                progress(step, row["loss"], rate, steps.status(step))
+                shown = f"loss {row['loss']:.3f}", f"{rate:,.0f} tokens/s"
+                bar.update(step, *shown, steps.status(step))
                 pending = []
             if saving:
                 checkpoints.save(step, (trainable, opt_state))
@@ -279,70 +261,9 @@ class _Interruption:
         self._caught = True
         if number == signal.SIGINT:
             self.by_user = True
-            signal.signal(signal.SIGINT, second_interrupt)
+            signal.signal(signal.SIGINT, startup.second_interrupt)
             # os.write: a handler may run while the console holds its lock.
             os.write(2, b"flexolmo: saving after this step; Ctrl-C again ends at once\n")
-
-
-@contextlib.contextmanager
-def _progress(
-    title: str, steps: int, start: int
-) -> Iterator[Callable[[int, float, float, str], None]]:
-    """update(step, loss, rate, more): a bar on a terminal; lines in a log (nohup, Slurm)."""
-    if not (console.is_interactive or console.is_jupyter):
-        yield _lines(title, steps)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} steps"),
-        TextColumn("{task.fields[rate]}"),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[more]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(title, total=steps, completed=start, rate="", loss="", more="")
-
-        def update(step: int, loss: float, rate: float, more: str) -> None:
-            speed, shown = f"{rate:,.0f} tokens/s", f"loss {loss:.3f}"
-            bar.update(task, completed=step, rate=speed, loss=shown, more=more)
-
-        yield update
-
-
-def _lines(title: str, steps: int) -> Callable[[int, float, float, str], None]:
-    """Plain lines: many at first, so that a log shows soon that all is well; then fewer."""
-    begun = last = time.monotonic()
-    first: tuple[int, float] | None = None  # the first step takes longer: it is compiled
-
-    def update(step: int, loss: float, rate: float, more: str) -> None:
-        nonlocal first, last
-        now = time.monotonic()
-        if console.quiet or (
-            first and step < steps and now - last < min(LINES, (now - begun) / 20)
-        ):
-            return
-        last = now
-        left = ""
-        if first is None:
-            first = (step, now)
-        else:
-            seconds = (now - first[1]) / (step - first[0]) * (steps - step)
-            left = f"{_duration(seconds)} left"
-        parts = (
-            f"{title}: step {step}/{steps}", f"loss {loss:.3f}", f"{rate:,.0f} tokens/s", left, more
-        )  # fmt: skip
-        print(", ".join(filter(None, parts)), file=sys.stderr, flush=True)
-
-    return update
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def _warn_of_odd_values(training: Training) -> None:

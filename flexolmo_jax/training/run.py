@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from flexolmo_jax.config import Training
 from flexolmo_jax.federation.package import MANIFEST, read_manifest
+from flexolmo_jax.runtime.endings import AlreadyDone
 from flexolmo_jax.runtime.processes import is_main_process, on_main_process
 from flexolmo_jax.storage.files import file_digest, replace_file
 from flexolmo_jax.storage.locks import locked, private_folder
@@ -34,10 +35,6 @@ TOLD_IN_PACKAGE = ("name", "anchor", "licence", "contact")
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class AlreadyDone(Exception):
-    """The package that was asked for is there already."""
 
 
 def describe_run(training: Training, **made_from: Any) -> dict[str, Any]:
