@@ -29,9 +29,7 @@ def add_to(commands: Commands) -> None:
     )
     parser.add_argument("folder", metavar="DIR")
     parser = actions.add(
-        "proxies",
-        proxies,
-        "pick the public documents most like yours, for router tuning by others",
+        "proxies", proxies, "pick the public documents most like yours, for router tuning by others"
     )
     parser.add_argument("--data", required=True, metavar="SOURCE", dest="source", help="your text")
     parser.add_argument("--public", required=True, metavar="SOURCE", help="public text")

@@ -17,11 +17,7 @@ from flexolmo_jax.commands.parser import Commands
 from flexolmo_jax.commands.shared_arguments import add_json
 from flexolmo_jax.runtime.console import print_json, show_fields, show_table
 
-KINDS = {
-    "anchor": "public anchor",
-    "expert": "expert package",
-    "merged": "merged model",
-}
+KINDS = {"anchor": "public anchor", "expert": "expert package", "merged": "merged model"}
 SIZES = (
     "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_width", "ffn_width",
     "max_length",

@@ -51,7 +51,7 @@ EXIT_CODES = (
 
 
 def make_parser() -> Parser:
-    """The parser of all commands. The parsed arguments hold `run`, which does the work."""
+    """The parser of all commands. The parsed arguments hold `run_command`, which does the work."""
     parser = Parser(
         prog="flexolmo",
         description="Language models of many data owners who never pool their data.",
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_program:
             end_at_second_interrupt()
         with profile(args):
-            args.run(args)
+            args.run_command(args)
     except KeyboardInterrupt:
         resume = "; continue with --resume" if args.trains else ""
         print(f"flexolmo: interrupted; saved work is kept{resume}", file=sys.stderr)

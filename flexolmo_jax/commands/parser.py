@@ -77,7 +77,7 @@ class Commands:
         parser = self._parsers.add_parser(
             name, help=help, description=description or help, allow_abbrev=False
         )
-        parser.set_defaults(run=run, parser=parser, trains=trains, takes_config=False)
+        parser.set_defaults(run_command=run, parser=parser, trains=trains, takes_config=False)
         return parser
 
     def group(self, name: str, help: str, dest: str = "action") -> "Commands":

@@ -6,12 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexolmo_jax.commands.config_options import add_config, read_config
 from flexolmo_jax.commands.parser import Commands, Parser
-from flexolmo_jax.commands.shared_arguments import (
-    SOURCE,
-    add_processes,
-    add_profile,
-    add_separator,
-)
+from flexolmo_jax.commands.shared_arguments import SOURCE, add_processes, add_profile, add_separator
 from flexolmo_jax.runtime.console import show_fields, show_table, tell
 
 if TYPE_CHECKING:
@@ -21,7 +16,7 @@ DP_OPTIONS: dict[str, tuple[type, str, str]] = {  # field of PrivacyConfig: type
     "epsilon": (float, "E", "privacy budget of this run; makes the training private"),
     "delta": (float, "D", "default: the ledger's, or 0.1 / number of units, at most 1e-5"),
     "clip": (
-        float, "C", "maximum L2 norm of a unit's gradient (default: 0.1; most gradients should exceed it)"
+        float, "C", "maximum L2 norm of a unit's gradient; most should exceed it (default: 0.1)"
     ),
     "unit": (
         str, "UNIT", "unit of privacy: document (default), group:FIELD of the rows (a patient, an "
