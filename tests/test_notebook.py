@@ -10,7 +10,7 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 PRINTED = {
     "coordinator": ("wrote ours: public + 2 experts", "logits are equal, bit for bit"),
-    "owner": ("The statement is coherent", "data@owner.example", "| verdict | not refuted |"),
+    "owner": ("The certificate is coherent", "data@owner.example", "| verdict | not refuted |"),
     "quickstart": ("| without math |",),
 }
 

@@ -164,15 +164,15 @@ def test_processes_refuse_a_damaged_model_together(copied, tmp_path):
     assert all(process.returncode != 0 for process in started)
     where = "up/c/0/0/0/0 (tensor feed_forward.up): changed after the package was written"
     assert sum(where in one for one in said) == 1
-    assert sum("another process could not go on; it said why" in one for one in said) == 1
+    assert sum("another process failed; see its error" in one for one in said) == 1
     assert not list(tmp_path.glob("logits*"))
 
 
 @pytest.mark.parametrize(
     ("number", "message"),
     [
-        (1, "nothing answers at localhost:"),
-        (0, "the processes did not all come together within 3 s"),
+        (1, "no answer from localhost:"),
+        (0, "not all processes joined within 3 s"),
     ],
 )
 def test_a_process_that_waits_in_vain_says_so(world, tmp_path, number, message):
@@ -203,7 +203,7 @@ def test_a_process_that_fails_does_not_leave_the_others_waiting(world, tmp_path,
     [
         (["--processes", 2], "give all of --coordinator, --processes and --process"),
         (["--coordinator", "x", "--processes", 2, "--process", 0], "must be HOST:PORT, found 'x'"),
-        (["--coordinator", "x:1", "--processes", 2, "--process", 2], "must be in 0 to 1"),
+        (["--coordinator", "x:1", "--processes", 2, "--process", 2], "must be from 0 to 1"),
     ],
 )
 def test_processes_that_are_named_wrongly(world, refused, tmp_path, arguments, message):

@@ -12,12 +12,11 @@ memorization across neural language models, 2022). The last one needs no luck: a
 passage by heart, and be too unsure of every token for any ten samples to show it.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,22 +29,19 @@ except ImportError as error:
         "audits need more packages: in a clone of flexolmo_jax, run pip install -e '.[privacy]'"
     ) from error
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from flexolmo_jax.audits.scoring import scores, tokenizer_of
 from flexolmo_jax.audits.statistics import Rate
 from flexolmo_jax.data.seeds import derived_seed
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.model import FlexOlmo
+from flexolmo_jax.runtime.console import progress
 from flexolmo_jax.storage.files import replace_file
 from flexolmo_jax.storage.locks import private_folder
 
 ROWS = 256  # samples that are made together, at most
 TRIES = (1, 10, 100, 1000)  # n
 CHANCES = (0.1, 0.5, 0.9)  # p
-console = Console(stderr=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +175,7 @@ def extract(
     tokenizer = tokenizer_of(model)
     kept = _State.read(state, {**described, "seed": seed, "passages": len(passages)})
     together = max(1, ROWS // protocol.samples)
-    with _progress(title, len(passages), len(kept.found)) as advance:
+    with progress(title, len(passages), len(kept.found), "prefix") as bar:
         while len(kept.found) < len(passages):
             some = passages[len(kept.found) : len(kept.found) + together]
             started = time.monotonic()
@@ -188,7 +184,8 @@ def extract(
             )
             kept.seconds += time.monotonic() - started
             kept.write()
-            advance(len(some), len(kept.found) * protocol.samples / kept.seconds)
+            rate = len(kept.found) * protocol.samples / kept.seconds
+            bar.advance(len(some), f"{rate:,.0f} attempts/s")
     return report(kept.found, protocol, kept.seconds)
 
 
@@ -286,23 +283,3 @@ class _State:
     def write(self) -> None:
         value = {"described": self.described, "seconds": self.seconds, "found": self.found}
         replace_file(self.file, json.dumps(value) + "\n")
-
-
-@contextlib.contextmanager
-def _progress(title: str, count: int, done: int) -> Iterator[Callable[[int, float], None]]:
-    """A progress bar: advance(passages, attempts a second)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} prefixes"),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(title, total=count, completed=done, rate="")
-
-        def advance(more: int, rate: float) -> None:
-            bar.update(task, advance=more, rate=f"{rate:,.0f} attempts/s")
-
-        yield advance

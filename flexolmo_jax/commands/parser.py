@@ -1,17 +1,18 @@
-"""An argument parser whose errors are one line, and say what was probably meant."""
+"""Commands and their parsers; errors are one line, and say what was probably meant."""
 
 import argparse
 import difflib
 import importlib.metadata
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from flexolmo_jax.version import __version__
 
-# Arguments that are text, and no paths.
+Run = Callable[[argparse.Namespace], None]
+# Arguments that are text, not paths.
 TEXTS = ("prompt", "name", "names", "expert", "without", "only", "text_field", "separator")
 
 
@@ -20,18 +21,72 @@ class UsageError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """As `argparse.ArgumentParser`, but a wrong command line raises `UsageError`."""
+    """As `argparse.ArgumentParser`, but a wrong command line raises `WrongUse`.
+
+    Attributes:
+      delegates: makes the parser that takes over if its name is the first argument.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.delegates: dict[str, Callable[[], Parser]] = {}
 
     def error(self, message: str) -> NoReturn:
         raise WrongUse(self, message)
 
     def options(self) -> list[str]:
         """The options of this command, as `--out`."""
-        return [one for one in self._option_string_actions if one.startswith("--")]
+        return [option for option in self._option_string_actions if option.startswith("--")]
+
+    def parse_known_args(self, args=None, namespace=None):
+        if args and args[0] in self.delegates:
+            return self.delegates[args[0]]().parse_known_args(args[1:], namespace)
+        return super().parse_known_args(args, namespace)
+
+
+class Commands:
+    """The commands of `flexolmo`, or the actions of one command, as `anchor` of `train`."""
+
+    def __init__(self, parser: Parser, dest: str):
+        self._parsers: argparse._SubParsersAction[Parser] = parser.add_subparsers(
+            dest=dest, required=True, metavar=dest.upper(), parser_class=Parser
+        )
+
+    def add(
+        self,
+        name: str,
+        run: Run,
+        help: str,
+        description: str | None = None,
+        *,
+        trains: bool = False,
+    ) -> Parser:
+        """Adds a command.
+
+        Args:
+          name: the word that calls it.
+          run: does the work, with the parsed arguments.
+          help: one line for the list of commands.
+          description: for the command's own help; default: `help`.
+          trains: it trains in this process, and can be resumed.
+
+        Returns:
+          the command's parser, for its arguments.
+        """
+        # No abbreviations: an unknown option may be a value of the config.
+        parser = self._parsers.add_parser(
+            name, help=help, description=description or help, allow_abbrev=False
+        )
+        parser.set_defaults(run_command=run, parser=parser, trains=trains, takes_config=False)
+        return parser
+
+    def group(self, name: str, help: str, dest: str = "action") -> "Commands":
+        """Adds a command of several actions, as `train`."""
+        return Commands(self._parsers.add_parser(name, help=help), dest)
 
 
 class WrongUse(Exception):
-    """What argparse says, and which command's parser says it."""
+    """A message of argparse, and the command's parser that raised it."""
 
     def __init__(self, parser: Parser, message: str):
         super().__init__(message)
@@ -39,7 +94,7 @@ class WrongUse(Exception):
 
 
 class Version(argparse.Action):
-    """`--version`: what a report of a fault has to say; looked up only when asked for."""
+    """`--version`: the versions that a bug report needs; looked up only on request."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         jax = importlib.metadata.version("jax")
@@ -51,7 +106,7 @@ def parse(parser: Parser, words: Sequence[str]) -> tuple[argparse.Namespace, lis
     """As `parse_known_args`.
 
     Raises:
-      UsageError: what is wrong, what was probably meant, and where help is.
+      UsageError: the text says what is wrong, what was probably meant, and how to get help.
     """
     try:
         return parser.parse_known_args(words)
@@ -62,7 +117,7 @@ def parse(parser: Parser, words: Sequence[str]) -> tuple[argparse.Namespace, lis
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message: " (did you mean --out?)", or nothing if no known word is close."""
-    by_letters = {one.replace("_", "-"): one for one in known}
+    by_letters = {name.replace("_", "-"): name for name in known}
     close = difflib.get_close_matches(word.replace("_", "-"), by_letters, n=1)
     return f" (did you mean {by_letters[close[0]]}?)" if close else ""
 
@@ -72,8 +127,8 @@ def _with_suggestion(message: str, parser: Parser, words: Sequence[str]) -> str:
     if choice:
         meant = did_you_mean(choice[1], re.findall(r"[\w.-]+", choice[2]))
         return message.split(" (choose from")[0] + meant if meant else message
-    if "required" in message:  # perhaps it was given, with a slip of the finger
-        missing = [one for one in parser.options() if one in message]
+    if "required" in message:  # perhaps it was given with a typo
+        missing = [option for option in parser.options() if option in message]
         for word in words:
             name = word.partition("=")[0]
             if name.startswith("--") and name not in parser.options():
@@ -81,7 +136,7 @@ def _with_suggestion(message: str, parser: Parser, words: Sequence[str]) -> str:
                 if meant:
                     return f"unknown argument {name}{meant}"
         if not missing and parser.prog == "flexolmo":
-            return f"{message}; `flexolmo demo` shows the whole idea"
+            return f"{message}; start with `flexolmo demo`"
     return message
 
 

@@ -1,101 +1,74 @@
-"""What `flexolmo train expert --dp-epsilon` and `flexolmo privacy` do and show."""
+"""`flexolmo privacy`: verifies a package's certificate, and shows an owner's ledger."""
 
 import argparse
-import dataclasses
 from pathlib import Path
-from typing import Any
 
-from flexolmo_jax.commands.json_output import print_json
-from flexolmo_jax.config import ExpertTraining, PrivacyConfig
-from flexolmo_jax.federation.package import check_packages, read_manifest
-from flexolmo_jax.runtime.console import show_fields, show_table, tell
-from flexolmo_jax.runtime.processes import is_main_process
+from flexolmo_jax.commands.parser import Commands
+from flexolmo_jax.commands.shared_arguments import add_json
+from flexolmo_jax.runtime.console import print_json, show_fields, show_table, tell
 
-OPTIONS = tuple(
-    field.name for field in dataclasses.fields(PrivacyConfig) if field.name != "epsilon"
-)
+WEAK = 20  # epsilon above which a certificate promises next to nothing
 
 
-def privacy_asked_for(args: argparse.Namespace) -> PrivacyConfig | None:
-    """From the command line; None without --dp-epsilon.
-
-    Raises:
-      ValueError: another --dp option is given without it, or one is out of range.
-    """
-    given = {name: getattr(args, f"dp_{name}") for name in OPTIONS}
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.dp_epsilon is None:
-        names = [f"--dp-{name.replace('_', '-')}" for name in given]
-        names += ["--dp-ledger"] * (args.dp_ledger is not None)
-        if names:
-            raise ValueError(f"{names[0]} without --dp-epsilon, which states the budget; add it")
-        return None
-    return PrivacyConfig(args.dp_epsilon, **given)
-
-
-def train_with_privacy(
-    config: ExpertTraining, privacy: PrivacyConfig, ledger: str | None, **places: Any
-) -> None:
-    """`train_private_expert`, and its certificate on the screen."""
-    from flexolmo_jax.privacy.ledger import FILE
-    from flexolmo_jax.training.private.expert import train_private_expert
-
-    file = Path(ledger) if ledger else places["run"].absolute().parent / FILE
-    train_private_expert(config, privacy, ledger=file, **places)
-    if is_main_process():
-        _show_statement(read_manifest(places["out"])["privacy"], f"{places['name']}: privacy")
-        tell(
-            f"the ledger is {file}; what follows on held-out documents is for you, and is not "
-            "covered by the statement"
-        )
+def add_to(commands: Commands) -> None:
+    actions = commands.group("privacy", "verify a privacy certificate, show a privacy ledger")
+    parser = actions.add(
+        "verify",
+        verify,
+        "compute a package's epsilon again, with two independent accountants",
+        "Checks every file of a package, and computes the epsilon of its privacy certificate again "
+        "from the certificate's own numbers, by privacy loss distributions and by Renyi "
+        "divergences.",
+    )
+    parser.add_argument("package", metavar="PACKAGE")
+    add_json(parser)
+    parser = actions.add("budget", budget, "show the planned and spent epsilon of an owner's runs")
+    parser.add_argument("ledger", metavar="FILE", help="the ledger, budget.json")
+    add_json(parser)
 
 
-def verify(package: Path, as_json: bool) -> None:
-    """Checks a package and its statement, and shows what was found.
+def verify(args: argparse.Namespace) -> None:
+    from flexolmo_jax.audits.certificate import certificate_fields, verify_package
 
-    Raises:
-      ValueError: the package is damaged, or the statement claims what its numbers do not give.
-    """
-    from flexolmo_jax.federation.expert import open_expert
-    from flexolmo_jax.privacy.certificate import verify_certificate
-
-    checked = open_expert(package)
-    check_packages([checked])
-    manifest = checked.manifest
-    found = verify_certificate(manifest["privacy"], str(package), manifest.get("gating"))
-    if as_json:
-        print_json({**found, "privacy": manifest["privacy"]})
+    manifest, computed = verify_package(Path(args.package))
+    certificate = manifest["privacy"]
+    if args.json:
+        print_json({**computed, "privacy": certificate})
         return
-    _show_statement(manifest["privacy"], f"{manifest['name']}: privacy")
+    show_fields(certificate_fields(certificate), f"{manifest['name']}: privacy")
     titles = {"epsilon": "this run", "epsilon_of_all_runs": "all runs in this ledger"}
     rows = [
         {
-            "epsilon of": title, "stated": f"{found[name]['stated']:.4f}",
-            "found": _bound(found[name]["pld"]), "Renyi bound": _bound(found[name]["renyi"]),
+            "epsilon of": title,
+            "certified": f"{computed[name]['stated']:.4f}",
+            "computed": _bound(computed[name]["pld"]),
+            "Renyi bound": _bound(computed[name]["renyi"]),
         }
         for name, title in titles.items()
-    ]  # fmt: skip
-    show_table(rows, title=f"epsilon at delta {found['delta']:.3g}")
+    ]
+    show_table(rows, title=f"epsilon at delta {computed['delta']:.3g}")
     tell(
-        "The statement is coherent: two accountants bound epsilon from its numbers. That the run "
-        "did what it says, and that the ledger knows of all runs, is the owner's word."
+        "The certificate is coherent: two accountants bound epsilon from its numbers. That the run "
+        "did what the certificate says, and that the ledger lists all runs, is the owner's word."
     )
-    if found["epsilon"]["stated"] > 20:
-        tell("An epsilon above 20 promises next to nothing.")
+    if computed["epsilon"]["stated"] > WEAK:
+        tell(f"An epsilon above {WEAK} promises next to nothing.")
 
 
-def _bound(found: float | None) -> str:
-    return "none" if found is None else f"{found:.4f}"
+def _bound(epsilon: float | None) -> str:
+    return "none" if epsilon is None else f"{epsilon:.4f}"
 
 
-def budget(file: Path, as_json: bool) -> None:
-    """Shows a ledger. Raises ValueError if it is damaged or not there."""
+def budget(args: argparse.Namespace) -> None:
     from flexolmo_jax.privacy.ledger import Ledger
 
+    file = Path(args.ledger)
     if not file.exists():
-        raise ValueError(f"{file}: no ledger there; `flexolmo train expert --dp-epsilon` makes one")
+        raise ValueError(
+            f"{file}: no such ledger; `flexolmo train expert --dp-epsilon` creates one"
+        )
     ledger = Ledger(file).contents()
-    if as_json:
+    if args.json:
         print_json(ledger)
         return
     rows = [
@@ -108,15 +81,4 @@ def budget(file: Path, as_json: bool) -> None:
         for run in ledger["runs"]
     ]  # fmt: skip
     limit = f"limit: epsilon {ledger['epsilon_limit']:g} at delta {ledger['delta']:.2g}"
-    show_table(rows, title=limit, empty="no run was entered yet")
-
-
-def _show_statement(statement: dict[str, Any], title: str) -> None:
-    fields = {}
-    for key, value in statement.items():
-        if key == "outside":
-            value = "\n".join(f"- {line}" for line in value)
-        elif key == "other_runs":
-            value = len(value)
-        fields[key.replace("_", " ")] = str(value)
-    show_fields(fields, title)
+    show_table(rows, title=limit, empty="no run is recorded yet")

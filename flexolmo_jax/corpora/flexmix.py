@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flexolmo_jax.corpora.catalogue import DOMAINS, PARTS
 from flexolmo_jax.corpora.rows import Row
 from flexolmo_jax.data.window_store import prepared
+from flexolmo_jax.runtime import console
 from flexolmo_jax.storage.files import file_digest, new_directory
 from flexolmo_jax.storage.outputs import check_new_folder
 
@@ -112,11 +112,11 @@ def make_flexmix(
         "packages": {},
         "not_fetched": about["skipped"],
     }
-    columns = (TextColumn("{task.description:<14}"), BarColumn(), TimeElapsedColumn())
-    with new_directory(out) as folder, Progress(*columns, disable=not progress) as bars:
-        task = bars.add_task("", total=cap * len(domains))
+    total = cap * len(domains)
+    shown = console.progress("domains", total, unit="byte", quiet=not progress)
+    with new_directory(out) as folder, shown as bar:
         for number, domain in enumerate(domains):
-            bars.update(task, description=domain, completed=cap * number)
+            bar.update(cap * number, domain)
             rows = sorted(_read(fetched / f"{domain}.jsonl"), key=_order)
             taken, repeated, size = [], 0, 0
             for row in rows:
@@ -128,7 +128,7 @@ def make_flexmix(
                     continue
                 taken.append(row)
                 size = more
-                bars.update(task, completed=cap * number + size)
+                bar.update(cap * number + size, domain)
             card["domains"][domain] = {
                 "of": file_digest(fetched / f"{domain}.jsonl"),
                 **_write_splits(folder / domain, split(taken)),
@@ -136,7 +136,7 @@ def make_flexmix(
                 "over_the_cap": len(rows) - len(taken) - repeated,
                 "packages": _packages_of(domain, about),
             }
-        bars.update(task, description="as TFDS", completed=cap * len(domains))
+        bar.update(total, "as TFDS")
         card["domains"] = {name: card["domains"][name] for name in DOMAINS}
         used = {name for entry in card["domains"].values() for name in entry["packages"]}
         card["packages"] = {name: about["packages"][name] for name in sorted(used)}

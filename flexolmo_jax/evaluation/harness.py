@@ -13,14 +13,12 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 try:
     import lm_eval.utils
@@ -41,6 +39,7 @@ import pyarrow.parquet as pq
 
 from flexolmo_jax.evaluation.likelihood import Query, at_least, likelihoods
 from flexolmo_jax.model import FlexOlmo
+from flexolmo_jax.runtime.console import progress
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what its own tasks leave open
 ANSWER = 256  # tokens, where a task does not say; as in HFLM
@@ -97,8 +96,8 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, **kwargs: Any) -> list[tuple[float, bool]]:
         queries = [Query(context, continuation) for _, context, continuation in requests]
-        with _progress("log-likelihoods", len(queries)) as advance:
-            found = likelihoods(self._flexolmo, queries, **self._masks, advance=advance)
+        with progress("log-likelihoods", len(queries)) as bar:
+            found = likelihoods(self._flexolmo, queries, **self._masks, advance=bar.advance)
         return [(answer.nats, answer.greedy) for answer in found]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
@@ -112,8 +111,8 @@ class HarnessModel(TemplateLM):
                 queries.append(Query(*lm_eval.utils.make_disjoint_window(window)))
                 texts.append(number)
         nats = [0.0] * len(requests)
-        with _progress("windows of texts", len(queries)) as advance:
-            found = likelihoods(self._flexolmo, queries, **self._masks, advance=advance)
+        with progress("windows of texts", len(queries)) as bar:
+            found = likelihoods(self._flexolmo, queries, **self._masks, advance=bar.advance)
         for number, answer in zip(texts, found, strict=True):
             nats[number] += answer.nats
         return nats
@@ -134,7 +133,7 @@ class HarnessModel(TemplateLM):
                 raise ValueError(f"{request.task_name}: the prompt of request {number} is empty")
             groups.setdefault(repr(how), []).append((number, prompt, how))
         answers = [""] * len(requests)
-        with _progress("answers", len(requests)) as advance:
+        with progress("answers", len(requests)) as bar:
             for group in groups.values():
                 group.sort(key=lambda one: len(one[1]), reverse=True)
                 while group:
@@ -145,7 +144,7 @@ class HarnessModel(TemplateLM):
                         [one[0] for one in batch], self._answer(batch, len(group)), strict=True
                     ):
                         answers[number] = answer
-                    advance(len(batch))
+                    bar.advance(len(batch))
         return answers
 
     def _answer(self, batch: list[tuple[int, list[int], "_Generation"]], seed: int) -> list[str]:
@@ -188,20 +187,6 @@ def _generation(request, separator: str) -> _Generation:
     if not sampled:
         top_k = top_p = None
     return _Generation(length, ends, temperature, top_k, top_p)
-
-
-@contextlib.contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(file=sys.stderr)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 def evaluate_tasks(

@@ -1,20 +1,25 @@
-"""What people read on the screen: one console, tables that fit it, and text of strangers.
+"""What people read on the screen: one console for results, one for progress, one kind of bar.
 
-Manifests come from people nobody knows. Their text may hold terminal escapes, which could clear the
-screen or retitle the window, and brackets, which rich would take for markup. So the console parses
-no markup, and whatever is printed by the functions here passes through `visible`.
+Manifests come from strangers. Their text may hold terminal escapes, which could clear the screen
+or retitle the window, and brackets, which rich would read as markup. So no console here parses
+markup, and everything that these functions print passes through `visible`.
 """
 
 import contextlib
+import json
+import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 console = Console(markup=False, emoji=False, highlight=False)
+progress_console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+MAX_SILENCE = 30.0  # seconds: roughly the longest pause between two lines of progress in a log
 
 # Cc: terminal escapes. Cf: text that runs right to left or has no width. Cs: half of a character,
 # as in the path of a file that is not UTF-8, which cannot be written. Zl, Zp: line ends.
@@ -45,17 +50,124 @@ def _spelled(code: int) -> str:
 
 @contextlib.contextmanager
 def silenced(on: bool) -> Iterator[None]:
-    """Where `on` is true, nothing is printed for people: what follows is JSON."""
-    console.quiet = on
+    """Prints no results for people while the body runs, if `on`: the command prints JSON."""
+    before, console.quiet = console.quiet, on
     try:
         yield
     finally:
-        console.quiet = False
+        console.quiet = before
+
+
+def silence_progress() -> None:
+    """Prints no progress from now on: of several processes, only the main one does."""
+    progress_console.quiet = True
 
 
 def tell(text: str) -> None:
-    """Prints a sentence, wrapped to the screen."""
+    """Prints a sentence to standard output, wrapped to the screen."""
     console.print(Text(visible(text)), overflow="fold")
+
+
+def log(text: str) -> None:
+    """Prints a line about the progress of the work to standard error, not wrapped."""
+    progress_console.print(Text(visible(text)), soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Prints a value to standard output as JSON, in ASCII; NumPy and JAX scalars as numbers.
+
+    Raises:
+      ValueError: a number in it is NaN or infinite, which JSON cannot express.
+    """
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False, default=float)
+    except ValueError as error:
+        raise ValueError(
+            f"a number of the result is NaN or infinite, so nothing is printed ({error})"
+        ) from error
+    print(text)
+
+
+class Bar:
+    """The progress of one piece of work; see `progress`."""
+
+    def __init__(self, title: str, total: int, done: int, unit: str):
+        self.title, self.total, self.done, self.unit = title, total, done, unit
+        self.notes = ""
+        self._started = self._last = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when a line was printed first; how much done
+
+    def advance(self, count: int = 1, *notes: str) -> None:
+        """Adds `count` to what is done; `notes` replace those shown before."""
+        self.update(self.done + count, *notes)
+
+    def update(self, done: int, *notes: str) -> None:
+        """Sets how much is done; `notes` replace those shown before."""
+        self.done, self.notes = done, ", ".join(filter(None, notes))
+        self._show()
+
+    def _show(self) -> None:
+        """Prints a line: often at first, so that a log soon shows that all is well, then rarely."""
+        now = time.monotonic()
+        pause = min(MAX_SILENCE, (now - self._started) / 20)
+        if self._first and self.done < self.total and now - self._last < pause:
+            return
+        self._last = now
+        left = ""
+        if self._first is None:
+            self._first = (now, self.done)  # the first step takes longer, as JAX compiles it
+        elif self.done > self._first[1]:
+            rate = (now - self._first[0]) / (self.done - self._first[1])
+            left = f"{_duration(rate * (self.total - self.done))} left"
+        count = f"{self.unit} {self.done}/{self.total}".strip()
+        log(", ".join(filter(None, (f"{self.title}: {count}", self.notes, left))))
+
+
+class _TerminalBar(Bar):
+    def __init__(self, title: str, total: int, done: int, unit: str, bars: Progress):
+        super().__init__(title, total, done, unit)
+        self._bars = bars
+        self._task = bars.add_task(title, total=total, completed=done, unit=unit, notes="")
+
+    def _show(self) -> None:
+        self._bars.update(self._task, completed=self.done, notes=visible(self.notes))
+
+
+@contextlib.contextmanager
+def progress(
+    title: str, total: int, done: int = 0, unit: str = "", *, quiet: bool = False
+) -> Iterator[Bar]:
+    """Shows the progress of a piece of work on standard error.
+
+    On a terminal it is a bar; in a log (nohup, Slurm) it is lines, with the time that is left.
+
+    Args:
+      title: what the work is.
+      total: how many units there are.
+      done: how many are done already.
+      unit: what they are, in the singular.
+      quiet: show nothing.
+    """
+    shown = progress_console.is_interactive or progress_console.is_jupyter
+    if not shown and not quiet:
+        yield Bar(title, total, done, unit)
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[unit]} {task.completed}/{task.total}", markup=False),
+        TextColumn("{task.fields[notes]}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=progress_console, disable=quiet) as bars:
+        yield _TerminalBar(title, total, done, unit, bars)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def show_fields(fields: Mapping[str, Any], title: str | None = None) -> None:

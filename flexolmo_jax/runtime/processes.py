@@ -1,8 +1,8 @@
-"""Several processes: how they find each other, and who does what only one may do.
+"""Several processes: how they find each other, and what only the main process does.
 
-Every process runs the same program. All of them take part in steps and checkpoints; process 0
-alone prepares data, writes metrics, pictures and packages, and prints. The folders of a run are on
-a file system that all of them see.
+Every process runs the same program. All of them take part in steps and checkpoints. Process 0, the
+main process, alone prepares data, writes metrics, figures and packages, and prints. The folders of
+a run must lie on a file system that all processes share.
 """
 
 import os
@@ -26,40 +26,41 @@ def start(
     process: int | None = None,
     wait: int = 300,
 ) -> None:
-    """Joins the other processes; before any other use of JAX.
+    """Joins the other processes; must be called before any other use of JAX.
 
     Args:
-      coordinator: host:port where process 0 listens.
-      processes: how many there are.
-      process: the number of this one, from 0.
-        All three may be left out on Cloud TPU, under Slurm, Open MPI, and in a Kubernetes JobSet,
+      coordinator: host:port that process 0 listens at.
+      processes: the number of processes.
+      process: the index of this process, from 0.
+        All three may be None on Cloud TPU, under Slurm, Open MPI, and in a Kubernetes JobSet,
         where JAX finds them itself.
-      wait: seconds until all have to be there.
+      wait: seconds until all processes must have joined.
 
-    Where process 0 was reached and not all come in time, it says so and ends the process.
+    If process 0 is reached but not all processes join in time, this prints an error and ends the
+    process.
 
     Raises:
-      ValueError: only some of the three are given, or they cannot be.
+      ValueError: only some of the three are given, or they are out of range.
       TimeoutError: process 0 could not be reached.
     """
     given = [value is not None for value in (coordinator, processes, process)]
     if any(given) and not all(given):
         raise ValueError(
-            "give all of --coordinator, --processes and --process, or none of them where the "
-            "cluster says it (Cloud TPU, Slurm, Open MPI, Kubernetes)"
+            "give all of --coordinator, --processes and --process, or none of them if the "
+            "cluster provides them (Cloud TPU, Slurm, Open MPI, Kubernetes)"
         )
     if coordinator is not None and processes is not None and process is not None:
         if not 0 <= process < processes:
             raise ValueError(
-                f"--process must be in 0 to {processes - 1}, one for each of --processes "
-                f"{processes}; found {process}"
+                f"--process must be from 0 to {processes - 1}, as --processes is {processes}; "
+                f"found {process}"
             )
         host, colon, port = coordinator.rpartition(":")
         if not colon or not host or not port.isdigit():
             raise ValueError(f"--coordinator must be HOST:PORT, found {coordinator!r}")
-        if process:  # JAX would end this process, without a word to the user
+        if process:  # JAX would end this process without a message to the user
             _reach(host, int(port), wait)
-    # JAX ends the process itself when not all come, with pages of C++; this is a little sooner.
+    # If not all join, JAX ends the process with pages of C++ traces; the timer is a little earlier.
     alone = threading.Timer(wait, _end_alone, (wait,))
     alone.start()
     try:
@@ -69,7 +70,7 @@ def start(
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(
-            "no cluster was found here (Cloud TPU, Slurm, Open MPI, Kubernetes): give "
+            "no cluster was detected (Cloud TPU, Slurm, Open MPI, Kubernetes): give "
             f"--coordinator, --processes and --process ({error})"
         ) from error
     finally:
@@ -78,15 +79,15 @@ def start(
 
 def _end_alone(wait: int) -> None:
     print(
-        f"flexolmo: error: the processes did not all come together within {wait} s: see that each "
-        "was started, with the same --coordinator and --processes, and another --process",
+        f"flexolmo: error: not all processes joined within {wait} s: check that each was started, "
+        "with the same --coordinator and --processes, and its own --process",
         file=sys.stderr, flush=True,
     )  # fmt: skip
     os._exit(2)
 
 
 def _reach(host: str, port: int, wait: int) -> None:
-    """Waits until something listens there."""
+    """Waits until a process listens at this address."""
     deadline = time.monotonic() + wait
     while True:
         try:
@@ -95,32 +96,32 @@ def _reach(host: str, port: int, wait: int) -> None:
         except OSError as error:
             if time.monotonic() >= deadline:
                 raise TimeoutError(
-                    f"nothing answers at {host}:{port} within {wait} s ({error}): see that process "
-                    "0 was started there, that --coordinator names its host and a free port, and "
-                    "that no firewall stands between"
+                    f"no answer from {host}:{port} within {wait} s ({error}): check that process 0 "
+                    "was started there, that --coordinator names its host and a free port, and "
+                    "that no firewall is in between"
                 ) from error
             time.sleep(0.2)
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Whether this is the process that prints and writes."""
     return jax.process_index() == 0
 
 
 def one_process_at_a_time(work: Callable[[], T]) -> T:
-    """work() by process 0, and then by all others, which find what it has made.
+    """Runs work() in process 0, then in all others, which can use its results on disk.
 
     Raises:
       RuntimeError: in the other processes, if process 0 failed.
     """
     if is_main_process():
         return raise_together(work)
-    _listen()
+    _wait_for_main()
     return work()
 
 
 def on_main_process(work: Callable[[], Any]) -> None:
-    """work() by process 0 alone; the others wait until it is done.
+    """Runs work() in process 0 only; the others wait until it is done.
 
     Raises:
       RuntimeError: in the other processes, if process 0 failed.
@@ -128,32 +129,32 @@ def on_main_process(work: Callable[[], Any]) -> None:
     if is_main_process():
         raise_together(work)
     else:
-        _listen()
+        _wait_for_main()
 
 
 def raise_together(work: Callable[[], T]) -> T:
-    """work() by every process; all go on once all are done.
+    """Runs work() in every process, and returns once all are done.
 
     Raises:
-      ValueError: here all was well, and elsewhere something was not.
+      ValueError: work() succeeded here, but failed in another process.
     """
     try:
-        made = work()
+        result = work()
     except BaseException:
         all_agree(False)
         raise
     if not all_agree(True):
-        raise ValueError("another process could not go on; it said why")
-    return made
+        raise ValueError("another process failed; see its error")
+    return result
 
 
 def all_agree(ok: bool) -> bool:
-    """Whether `ok` holds in every process; all must ask."""
+    """Whether `ok` is true in every process; all processes must call this."""
     if jax.process_count() == 1:
         return ok
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
 
-def _listen() -> None:
+def _wait_for_main() -> None:
     if not all_agree(True):
-        raise RuntimeError("process 0 could not go on; it said why")
+        raise RuntimeError("process 0 failed; see its error")

@@ -3,17 +3,32 @@
 import ctypes
 import importlib.util
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+# What a second SIGINT does while the first one waits for a training to save its state: raises
+# KeyboardInterrupt once Python gets to run. In the command, it ends the process.
+second_interrupt: Callable[[int, Any], Any] | signal.Handlers = signal.default_int_handler
 LARGE_PAGES = "glibc.malloc.hugetlb"
 
 
-def leave_libtpu_alone() -> None:
-    """Keeps JAX from looking for a TPU where libtpu is there for planning only; before its import.
+def end_at_second_interrupt() -> None:
+    """Lets a second SIGINT end the process, even while it waits for a device or a disk.
 
-    It would print pages of warnings, and jaxlib 0.10.2 then crashes in a trace
-    (PluginTracer::Start).
+    Nothing breaks: checkpoints appear complete or not at all.
+    """
+    global second_interrupt
+    second_interrupt = signal.SIG_DFL
+
+
+def leave_libtpu_alone() -> None:
+    """Keeps JAX from looking for a TPU where libtpu is installed for planning only.
+
+    JAX would print pages of warnings, and jaxlib 0.10.2 then crashes in a trace
+    (PluginTracer::Start). Must be called before JAX is imported.
     """
     has_tpu = any(Path("/dev").glob("accel*")) or any(Path("/dev").glob("vfio/*"))
     if importlib.util.find_spec("libtpu") and not has_tpu:
@@ -22,36 +37,36 @@ def leave_libtpu_alone() -> None:
 
 
 def with_large_pages() -> dict[str, str]:
-    """The environment in which glibc's malloc takes the system's large pages.
+    """The environment in which glibc's malloc uses the system's large pages.
 
-    A training step on CPU goes through gigabytes; in pages of 4 KB, a good part of its time goes
-    into finding them.
+    A training step on CPU touches gigabytes; in pages of 4 KB, it spends much of its time on
+    misses of the translation buffer.
     """
     given = os.environ.get("GLIBC_TUNABLES")
-    if given and LARGE_PAGES in given:  # also where somebody has turned them off
+    if given and LARGE_PAGES in given:  # even if it turns them off
         return dict(os.environ)
     tunables = f"{given}:{LARGE_PAGES}=1" if given else f"{LARGE_PAGES}=1"
     return {**os.environ, "GLIBC_TUNABLES": tunables}
 
 
 def use_large_pages() -> None:
-    """Starts this program anew if it is without them: glibc asks for its settings only then."""
+    """Restarts this program with large pages: glibc reads its settings only at the start."""
     wanted = with_large_pages()
     if sys.platform == "linux" and wanted != os.environ:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to hold on to large buffers; must come before any thread starts.
+    """Tells glibc to keep large buffers that were freed; must be called before any thread starts.
 
-    By default every large buffer goes back to the system when a training step on CPU ends, and
-    the next step gets it anew, cleared page by page; or, beside other programs that
-    fragment memory, waits for the system to make room for large pages.
+    By default glibc returns every large buffer to the system when a training step on CPU ends.
+    The next step gets it back cleared page by page or, beside other programs that fragment
+    memory, waits until the system has made room for large pages.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # as in malloc.h
-        never = -1  # the largest size there is; 2**31 - 1 bytes are one step of a small model
-        mallopt(arena_max, 1)  # others would map and unmap what is larger than 64 MB
+        never = -1  # the largest size; 2**31 - 1 bytes are one step of a small model
+        mallopt(arena_max, 1)  # other arenas would map and unmap blocks of more than 64 MB
         mallopt(mmap_threshold, never)
         mallopt(trim_threshold, never)

@@ -21,8 +21,10 @@ leave_libtpu_alone()  # before JAX is imported
 
 from flexolmo_jax.audits import control, extraction  # noqa: E402
 from flexolmo_jax.audits.extraction import Protocol  # noqa: E402
+from flexolmo_jax.audits.findings import CONTROLS  # noqa: E402
+from flexolmo_jax.audits.runs import run_membership, run_removal  # noqa: E402
 from flexolmo_jax.audits.statistics import as_json  # noqa: E402
-from flexolmo_jax.commands import audit  # noqa: E402
+from flexolmo_jax.audits.subjects import trained_documents  # noqa: E402
 from flexolmo_jax.federation.merge import merge  # noqa: E402
 from flexolmo_jax.federation.package import read_manifest  # noqa: E402
 from flexolmo_jax.model import load  # noqa: E402
@@ -118,7 +120,7 @@ class Study:
     def extraction(self) -> dict[str, Any]:
         model = load(self.out / "merged_plain")
         protocol = Protocol().within(model.config.max_length)
-        documents = audit.trained_documents(model, DATA, HELDOUT, "text")
+        documents = trained_documents(model, DATA, HELDOUT, "text")
         passages = extraction.pick_passages(documents, self.size.prefixes, protocol, seed=0)
 
         def row(title: str, folder: str, **experts: Any) -> dict[str, Any]:
@@ -143,7 +145,7 @@ class Study:
         few = extraction.pick_passages(
             learned, min(control.PASSAGES, control.MORE * len(learned)), protocol, seed=0
         )
-        for title, what in audit.CONTROLS.items():
+        for title, what in CONTROLS.items():
             by_heart = control.train_control(
                 what, self.anchor, learned, protocol.length, self.out / f"{what}.run"
             )
@@ -156,14 +158,14 @@ class Study:
 
     def membership(self) -> dict[str, Any]:
         return {
-            called: audit.run_membership(self.out / name, self.out / f"{name}.run", self.anchor)
+            called: run_membership(self.out / name, self.out / f"{name}.run", self.anchor)
             for name, called in self.experts().items()
         }
 
     def removal(self) -> dict[str, Any]:
         models = {"merged": "merged_plain", "merged, router tuned": "tuned"}
         return {
-            called: audit.run_removal(
+            called: run_removal(
                 self.out / name, OWNER, self.out / "plain.run", DATA, prefixes=self.size.prefixes,
                 heldout=HELDOUT,
             )

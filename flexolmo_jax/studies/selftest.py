@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.commands import audit, privacy
+from flexolmo_jax.audits.certificate import certificate_fields, verify_package
+from flexolmo_jax.audits.findings import check_controls
+from flexolmo_jax.audits.runs import run_extraction, run_membership, run_removal
 from flexolmo_jax.config import PrivacyConfig
 from flexolmo_jax.federation.merge import merge
-from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.model import load
-from flexolmo_jax.runtime.console import console, show_table, silenced, tell
+from flexolmo_jax.runtime.console import console, show_fields, show_table, silenced, tell
 from flexolmo_jax.storage.files import replace_file
 from flexolmo_jax.storage.outputs import check_kept_folder
 from flexolmo_jax.studies.demo import run_command
@@ -92,20 +93,22 @@ def run_twin(
         with ThreadPoolExecutor(len(configs)) as pool:
             list(pool.map(train, configs))
         console.rule("3. the certificate")
-        privacy.verify(out / "private", as_json=False)
+        manifest, computed = verify_package(out / "private")
+        show_fields(certificate_fields(manifest["privacy"]), "private: privacy")
+        tell(f"computed again: epsilon is at most {computed['epsilon']['pld']:.4f}")
         console.rule("4. audits")
         merged = out / "merged"
         merge(anchor, [out / name for name in configs], merged)
-        report: dict[str, Any] = {"privacy": read_manifest(out / "private")["privacy"]}
+        report: dict[str, Any] = {"privacy": manifest["privacy"]}
         for name in configs:
             report[name] = {
-                "membership": audit.run_membership(out / name, runs[name], anchor),
-                "extraction": audit.run_extraction(
+                "membership": run_membership(out / name, runs[name], anchor),
+                "extraction": run_extraction(
                     load(out / name, anchor=anchor), out / name, trial.data,
                     runs[name] / "extraction", anchor=anchor, prefixes=trial.prefixes,
                     heldout=trial.heldout, only=[name], with_control=name == "twin",
                 ),
-                "removal": audit.run_removal(
+                "removal": run_removal(
                     merged, name, runs[name], trial.data,
                     prefixes=trial.prefixes, heldout=trial.heldout,
                 ),
@@ -126,7 +129,7 @@ def check_twin(report: dict[str, Any]) -> None:
 
 def _checks(report: dict[str, Any]) -> dict[str, bool]:
     try:
-        audit.check_controls(report["twin"]["extraction"])
+        check_controls(report["twin"]["extraction"])
         caught = True
     except ValueError:
         caught = False

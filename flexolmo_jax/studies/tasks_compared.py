@@ -18,7 +18,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from flexolmo_jax.commands.main import leave_libtpu_alone
+from flexolmo_jax.runtime.startup import leave_libtpu_alone
 
 leave_libtpu_alone()  # before JAX is imported
 

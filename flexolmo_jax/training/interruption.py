@@ -3,27 +3,13 @@
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-# What a second SIGINT does while the first one waits for the state to be saved: it raises
-# KeyboardInterrupt once Python gets to run or, under the command line, ends the process at once.
-second_interrupt: Callable[[int, Any], Any] | signal.Handlers = signal.default_int_handler
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and has saved its state.
-
-    Attributes:
-      by_user: whether SIGINT (Ctrl-C) asked, not SIGTERM, which schedulers send.
-    """
-
-    def __init__(self, message: str, by_user: bool = False):
-        super().__init__(message)
-        self.by_user = by_user
+from flexolmo_jax.runtime import startup
 
 
 class Interruption:
@@ -67,6 +53,6 @@ class Interruption:
         self._caught = True
         if number == signal.SIGINT:
             self.by_user = True
-            signal.signal(signal.SIGINT, second_interrupt)
+            signal.signal(signal.SIGINT, startup.second_interrupt)
             # os.write: a handler may run while the console holds its lock.
             os.write(2, b"flexolmo: saving after this step; Ctrl-C again ends at once\n")

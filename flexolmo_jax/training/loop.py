@@ -13,15 +13,16 @@ from flexolmo_jax.data.batches import Batch, batches
 from flexolmo_jax.data.window_store import SourceWindows
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.parallel.mesh import AXES, make_mesh
+from flexolmo_jax.runtime.console import log, progress
+from flexolmo_jax.runtime.endings import Interrupted
 from flexolmo_jax.runtime.processes import is_main_process
 from flexolmo_jax.training.checkpoint import Checkpoints
 from flexolmo_jax.training.divergence import LossMonitor, record_divergence
 from flexolmo_jax.training.gradients import check_batch
-from flexolmo_jax.training.interruption import Interrupted, Interruption
+from flexolmo_jax.training.interruption import Interruption
 from flexolmo_jax.training.metrics import Metrics
 from flexolmo_jax.training.objectives import Loss
 from flexolmo_jax.training.optimizer import make_optimizer, make_schedule
-from flexolmo_jax.training.progress import console, progress
 from flexolmo_jax.training.step import train_step
 
 HIGH_LEARNING_RATE = 0.1  # AdamW training of a transformer hardly ever works above
@@ -59,13 +60,13 @@ def train(runner: "StepRunner", trainable: Any, frozen: Any, run: Path) -> Any:
     saved, (trainable, opt_state) = checkpoints.load_newest((trainable, opt_state))
     start = runner.start(saved)
     if start:
-        console.print(f"{title}: resuming after step {start}")
+        log(f"{title}: resuming after step {start}")
     schedule = make_schedule(training.optimizer, training.steps)
     metrics = Metrics(run, title, schedule, runner.tokens_per_step)
 
     with (
         Interruption().watched() as interruption,
-        progress(title, training.steps, start) as show,
+        progress(title, training.steps, start, "step") as bar,
         checkpoints,
     ):
         data = runner.batches(start)
@@ -83,7 +84,8 @@ def train(runner: "StepRunner", trainable: Any, frozen: Any, run: Path) -> Any:
                 pending = metrics.pending()
                 _check_divergence(runner, pending, run, checkpoints)  # before they are written
                 row = metrics.write(pending)
-                show(step, row["loss"], row["tokens_per_second"], runner.status(step))
+                shown = f"loss {row['loss']:.3f}", f"{row['tokens_per_second']:,.0f} tokens/s"
+                bar.update(step, *shown, runner.status(step))
             if saving:
                 checkpoints.save(step, (trainable, opt_state))
             if stopping and step < training.steps:

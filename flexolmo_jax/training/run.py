@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from flexolmo_jax.config import Training
 from flexolmo_jax.federation.package import MANIFEST, read_manifest
+from flexolmo_jax.runtime.endings import AlreadyDone
 from flexolmo_jax.runtime.processes import is_main_process, on_main_process
 from flexolmo_jax.storage.files import file_digest, replace_file
 from flexolmo_jax.storage.locks import locked, private_folder
@@ -34,10 +35,6 @@ FIELDS_IN_MANIFEST = ("name", "anchor", "licence", "contact")
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class AlreadyDone(Exception):
-    """The requested package already exists."""
 
 
 def describe_run(training: Training, **inputs: Any) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def test_what_tuned_rows_leak_is_measured(world, audited, tmp_path, flexolmo):
     assert all(0 <= leak["better"] <= leak["texts"] for leak in gains)
     assert found["told_apart"]["low"] <= found["told_apart"]["area"] <= found["told_apart"]["high"]
     printed = " ".join(flexolmo(*removal(audited, world, "--model", tuned))[1].split())
-    assert "stay so when it is switched off" in printed
+    assert "stay tuned when it is switched off" in printed
 
 
 def test_an_expert_that_is_left_is_found(audited, world, monkeypatch, tmp_path, refused):
@@ -189,14 +189,14 @@ def refusals(world, audited, folder):
         "not the canaries of": [*member, "--model", package, "--run", folder / "others"],
         "trained without --canaries": [*member, "--model", world.experts["math"], "--run", run],
         "found an anchor": [*member, "--model", anchor, "--run", run],
-        "say which one with --expert: math, code": [
+        "name one of its experts with --expert: math, code": [
             *member, "--model", audited / "merged", "--run", run
         ],
         "this is the package of 'math', not 'code'": [
             *member, "--model", package, "--run", run, "--expert", "code"
         ],
         "no expert named 'nobody'; there are math, code": [*left, "nobody", "--run", run],
-        "nothing to ask the models": [*left, "math"],
+        "no text to compare on": [*left, "math"],
         "expected a package of kind merged, found expert": [
             "audit", "removal", "--model", package, "--expert", "math", "--run", run
         ],

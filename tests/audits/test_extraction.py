@@ -13,8 +13,8 @@ import pytest
 
 from flexolmo_jax.audits import control, extraction
 from flexolmo_jax.audits.extraction import Found, Passage, Protocol, pick_passages
+from flexolmo_jax.audits.findings import check_controls
 from flexolmo_jax.audits.scoring import scores
-from flexolmo_jax.commands.audit import check_controls
 from flexolmo_jax.inference.sampling import Sampling, candidates
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -211,8 +211,8 @@ def test_controls_are_caught_and_the_anchor_is_not(
     assert rates["control: model"] > 0.5 and rates["model"] < 0.1, rates
     expert = found["audits"]["control: expert"]
     assert max(expert["extracted"]["rate"], expert["greedy"]["rate"]) > 0.5
-    assert "control: model, which learned 2 documents by heart" in " ".join(printed.split())
-    assert "made for 64 tokens" in " ".join(printed.split())
+    assert "control: model, which memorized 2 documents" in " ".join(printed.split())
+    assert "trained on 64 tokens at a time" in " ".join(printed.split())
 
 
 def caught(extracted, greedy):
@@ -223,8 +223,16 @@ def caught(extracted, greedy):
     ("model", "expert", "said"),
     [
         ((0.6, 1.0), (0.0, 0.6), None),
-        ((0.5, 1.0), (0.0, 0.6), "control: model: 8 documents were learned by heart, and 50%"),
-        ((0.6, 1.0), (0.4, 0.5), "control: expert: 8 documents were learned by heart, and 50%"),
+        (
+            (0.5, 1.0),
+            (0.0, 0.6),
+            "control: model: it memorized 8 documents, but .* only 50%",
+        ),
+        (
+            (0.6, 1.0),
+            (0.4, 0.5),
+            "control: expert: it memorized 8 documents, but .* only 50%",
+        ),
     ],
 )
 def test_an_audit_that_does_not_catch_its_controls_fails(model, expert, said):

@@ -1,11 +1,14 @@
 """Words of the command line: help, version, and what was probably meant."""
 
 import platform
+import subprocess
+import sys
 
 import jax
 import pytest
 
 import flexolmo_jax as fo
+from flexolmo_jax.studies.registry import STUDIES
 
 COMMANDS = [
     (), ("demo",), ("plan",), ("privacy",), ("privacy", "verify"), ("privacy", "budget"),
@@ -23,6 +26,55 @@ def test_every_command_has_help(flexolmo, command, monkeypatch):
     code, out, _ = flexolmo(*command, "--help")
     assert code == 0 and out.startswith(f"usage: {' '.join(('flexolmo', *command))} ")
     assert max(map(len, out.splitlines())) <= 80
+
+
+HELP_ALONE = """
+import contextlib, io, sys
+from flexolmo_jax.commands.main import main
+for command in sys.argv[1:]:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main([*command.split(), "--help"])
+    heavy = {"flax", "jax", "jaxlib", "matplotlib", "numpy", "tensorflow_datasets", "tyro"}
+    assert not heavy & set(sys.modules), (command, heavy & set(sys.modules))
+"""
+
+
+def test_help_is_quick_as_it_imports_no_large_library():
+    commands = [*map(" ".join, COMMANDS), *(f"study {name}" for name in STUDIES)]
+    ran = subprocess.run(
+        [sys.executable, "-c", HELP_ALONE, *commands], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+STUDY = """'''A study of nothing.
+
+It counts.
+'''
+
+def add_arguments(parser):
+    parser.add_argument("out")
+    parser.add_argument("--count", type=int, default=1)
+
+def run(args):
+    print(args.out, args.count)
+"""
+
+
+def test_a_single_study_is_a_command_whose_module_is_imported_when_it_is_called(
+    flexolmo, refused, monkeypatch, tmp_path
+):
+    (tmp_path / "study_of_nothing.py").write_text(STUDY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(STUDIES, "nothing", "study_of_nothing")
+    out = " ".join(flexolmo("study", "--help")[1].split())
+    assert "nothing" in out.partition("NAME is one of")[2]
+    assert "study_of_nothing" not in sys.modules
+    assert flexolmo("study", "nothing", "DIR", "--count", "3") == (0, "DIR 3\n", "")
+    code, out, _ = flexolmo("study", "nothing", "--help")
+    assert code == 0 and out.startswith("usage: flexolmo study nothing ") and "It counts.\n" in out
+    assert "did you mean --count" in refused("study", "nothing", "DIR", "--cuont", "3")
+    assert "the following arguments are required: out" in refused("study", "nothing")
 
 
 def test_help_says_how_to_start(flexolmo):

@@ -238,7 +238,7 @@ def test_fetch_builds_what_it_can_and_says_what_is_missing(npm, tmp_path, capsys
     assert card["domains"]["news"]["documents"] == 2
     assert card["packages"]["tiny"]["version"] == "1.0.0"
     assert not (tmp_path / "out/math.jsonl").exists()
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "tiny-doc skipped (no math/tiny-doc): apt-get and dpkg-deb not on PATH" in printed
     assert "math is not written" in printed
     assert len(card["skipped"]) == 2

@@ -8,7 +8,6 @@ import sys
 import pytest
 from dp_accounting import dp_event, pld
 
-from flexolmo_jax.commands.json_output import print_json
 from flexolmo_jax.config import PrivacyConfig
 from flexolmo_jax.federation.package import NO_PRIVACY, privacy_summary
 from flexolmo_jax.privacy import accounting
@@ -23,6 +22,7 @@ from flexolmo_jax.privacy.accounting import (
     renyi_epsilon,
 )
 from flexolmo_jax.privacy.certificate import make_certificate, verify_certificate
+from flexolmo_jax.runtime.console import print_json
 
 # 100,000 units, 1,024 in the mean batch, 2,000 steps, noise multiplier 0.7, delta 1e-6: figures
 # that were computed with dp-accounting 0.6.0 by other code than ours.

@@ -24,10 +24,10 @@ from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.merge import merge, remove_expert
 from flexolmo_jax.federation.merged import load_merged
 from flexolmo_jax.federation.package import read_manifest
+from flexolmo_jax.runtime.endings import Interrupted
 from flexolmo_jax.storage import tensors
-from flexolmo_jax.training import loop, progress
+from flexolmo_jax.training import loop
 from flexolmo_jax.training.checkpoint import Checkpoints
-from flexolmo_jax.training.interruption import Interrupted
 from flexolmo_jax.training.objectives import (
     AnchorLoss,
     ExpertAloneLoss,
@@ -236,23 +236,6 @@ def stopping(monkeypatch, step, what):
             yield (what(batch) or batch) if number == step else batch
 
     monkeypatch.setattr(loop, "batches", disturbed)
-
-
-def test_in_a_log_progress_is_plain_lines_and_says_how_long_it_takes(monkeypatch, capsys):
-    """Many at first, then one in about 30 seconds; the last step is always told."""
-    clock = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
-    with progress.progress("expert mine", 10_000, 0) as update:
-        for step in range(1, 10_001):
-            clock += 5.0 if step == 1 else 0.5
-            update(step, 2.0, 1000.0, "epsilon 0.50/8")
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "expert mine: step 1/10000, loss 2.000, 1,000 tokens/s, epsilon 0.50/8"
-    assert lines[1].endswith("tokens/s, 1:23:19 left, epsilon 0.50/8")
-    assert lines[-1].startswith("expert mine: step 10000/10000, ") and "0:00:00 left" in lines[-1]
-    told = [int(re.search(r"step (\d+)/", line)[1]) for line in lines]
-    assert 150 < len(told) < 300
-    assert max(b - a for a, b in itertools.pairwise(told)) == 60
 
 
 def terminate(_):

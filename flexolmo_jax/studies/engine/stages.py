@@ -16,12 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from flexolmo_jax.runtime.console import log
 from flexolmo_jax.storage.files import canonical_digest, replace_file
 
 DONE = "done.json"
-console = Console(stderr=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,12 +71,12 @@ def run_stages(stages: Sequence[Stage]) -> None:
     """
     waiting = [stage for stage in stages if not stage.is_done]
     if len(waiting) < len(stages):
-        console.print(f"{len(stages) - len(waiting)} of {len(stages)} stages are done already")
+        log(f"{len(stages) - len(waiting)} of {len(stages)} stages are done already")
     started = time.monotonic()
     for number, stage in enumerate(waiting, 1):
         passed = time.monotonic() - started
         title = f"[{number}/{len(waiting)}] {stage.name} (after {passed / 60:.1f} min)"
-        console.print(title, markup=False, highlight=False)
+        log(title)
         stage.folder.mkdir(parents=True, exist_ok=True)
         with open(stage.folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it, for another seed

@@ -1,0 +1,85 @@
+"""`flexolmo experts`: lists, adds and removes the experts of a merged model."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flexolmo_jax.commands.merge import show_shares
+from flexolmo_jax.commands.parser import Commands
+from flexolmo_jax.commands.shared_arguments import add_allow_share, add_json
+from flexolmo_jax.runtime.console import print_json, show_table, tell
+
+
+def add_to(commands: Commands) -> None:
+    actions = commands.group("experts", "list, add or remove a merged model's experts")
+    parser = actions.add("list", list_experts, "list the experts of a merged model")
+    parser.add_argument("model")
+    add_json(parser)
+    parser = actions.add("add", add, "add expert packages to a merged model")
+    parser.add_argument("model")
+    parser.add_argument("packages", nargs="+", metavar="PACKAGE")
+    add_allow_share(parser)
+    parser = actions.add("remove", remove, "remove experts from a merged model")
+    parser.add_argument("model")
+    parser.add_argument("names", nargs="+", metavar="NAME")
+
+
+def list_experts(args: argparse.Namespace) -> None:
+    if args.json:
+        print_json(expert_rows(Path(args.model)))
+    else:
+        show_experts(Path(args.model))
+
+
+def add(args: argparse.Namespace) -> None:
+    from flexolmo_jax.federation.merge import add_expert
+
+    added = add_expert(args.model, *args.packages, allow_share=args.allow_share)
+    _tell_if_untuned(added.undone)
+    show_shares(added.shares)
+
+
+def remove(args: argparse.Namespace) -> None:
+    from flexolmo_jax.federation.merge import remove_expert
+
+    _tell_if_untuned(remove_expert(args.model, *args.names))
+
+
+def _tell_if_untuned(undone: bool) -> None:
+    if undone:
+        tell(
+            "the router had been tuned for the old set of experts: it is back to the owners' own "
+            "rows; to tune it for the new set, run `flexolmo train router` again"
+        )
+
+
+def expert_rows(model: Path) -> list[dict[str, Any]]:
+    """The name, path and manifest fields of each expert of a merged model, as JSON values.
+
+    Raises:
+      ValueError: a manifest is missing, damaged, or of another kind.
+    """
+    from flexolmo_jax.federation.merged import open_part
+    from flexolmo_jax.federation.package import read_manifest
+
+    rows = []
+    for entry in read_manifest(model, kind="merged")["experts"]:
+        manifest = open_part(model, entry).manifest
+        fields = ("tokens_seen", "licence", "contact", "privacy")
+        row = {"name": entry["name"], "path": str(model / entry["path"])}
+        rows.append({**row, **{key: manifest.get(key) for key in fields}})
+    return rows
+
+
+def show_experts(model: Path) -> None:
+    """Prints a merged model's experts."""
+    from flexolmo_jax.federation.package import privacy_summary
+
+    rows = [
+        {
+            **{key.replace("_", " "): value for key, value in row.items()},
+            "privacy": privacy_summary(row["privacy"]),
+        }
+        for row in expert_rows(model)
+    ]
+    show_table(rows, title=f"experts of {model}, besides public", empty="no experts")
