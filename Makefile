@@ -57,7 +57,7 @@ lint: $(VENV)/linters.installed
 
 # The site: pages of docs/, and the public API from its docstrings. Fails where a link leads nowhere.
 docs: $(VENV)/docs.installed
-	$(BIN)/mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 # The map of the code in CONTRIBUTING.md, from the first line of each module.
 map:
