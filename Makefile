@@ -13,11 +13,14 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c '$(IS_SUPPORTED)' 2>/dev/n
 NO_PYTHON := no Python with venv among $(SUPPORTED) on this machine (looked for $(CANDIDATES)); \
 	install one (on Debian or Ubuntu with its package python3-venv), or name it: make PYTHON=/path/to/python
 
+# Where `make lint` looks for the phrases of .ci/words.txt, each with what to write instead.
+PROSE := Makefile setup.cfg $(wildcard *.md) benchmarks configs docs findings flexolmo_jax notebooks tests tpu_scripts
+
 # Tests of each kind that a second Python and JAX have to pass: parity, training, packages, decoding, the commands.
 SUBSET := tests/interop tests/training/test_training.py tests/federation/test_package.py \
 	tests/inference/test_generate.py tests/test_model.py
 
-.PHONY: demo audit test test-subset test-wheel lint bench clean
+.PHONY: demo audit test test-subset test-wheel lint docs map bench clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/flexolmo demo
@@ -47,7 +50,18 @@ lint: $(VENV)/linters.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell -D .ci/words.txt -r "(?i)(?<![a-z])($$(sed 's/->.*//' .ci/words.txt | paste -sd '|' -))(?![a-z])" \
+	  --skip '*.json,*.jsonl,*.txt,*.svg,*.png,*LICENCES.md,__pycache__' $(PROSE)
 	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR tpu_scripts/*.sh tests/*.sh
+
+# The site: pages of docs/, and the public API from its docstrings. Fails where a link leads nowhere.
+docs: $(VENV)/docs.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+
+# The map of the code in CONTRIBUTING.md, from the first line of each module.
+map:
+	$(BIN)/python docs/map.py
 
 # The versions that are tested with the Python of the virtual environment.
 CONSTRAINTS = constraints/python$(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt

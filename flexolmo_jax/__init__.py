@@ -1,10 +1,10 @@
-"""FlexOlmo in JAX: language models whose parts come from owners that never pool their data."""
+"""FlexOlmo in JAX: one language model from many data owners who never pool their data."""
 
 import importlib
 
 from flexolmo_jax.version import __version__
 
-# Imported when they are first used: the command line starts quickly, and sets up memory before
+# Imported at first use, so that the command line starts quickly and can configure memory before
 # the libraries start threads.
 _MODULES = {
     "AnchorTraining": "config",

@@ -1,5 +1,6 @@
-"""Installing: what make needs of a machine, and that importing warns of nothing."""
+"""Installing: what make needs of a machine; importing: no warnings, and no private names."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,41 @@ def test_no_module_warns_on_import():
         [sys.executable, "-W", "error", "-c", IMPORT_ALL], capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
+
+
+def private_names(source: str) -> list[str]:
+    """Names of the project that begin with `_` and that a file takes from another one."""
+    tree = ast.parse(source)
+    imported, private = set(), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flexolmo_jax"):
+            names = [alias.name for alias in node.names]
+            imported |= {alias.asname or alias.name for alias in node.names}
+            private += [name for name in names if name.startswith("_") and not name.endswith("__")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id in imported and node.attr[0] == "_" and not node.attr.endswith("__"):
+                private.append(f"{node.value.id}.{node.attr}")
+    return private
+
+
+def test_a_private_name_is_found_in_an_import_and_behind_a_module():
+    source = "from flexolmo_jax.inference import decode\nfrom flexolmo_jax.a import _b\ndecode._c\n"
+    assert private_names(source) == ["_b", "decode._c"]
+
+
+def test_no_private_name_crosses_a_file():
+    files = [
+        f
+        for folder in ("flexolmo_jax", "benchmarks", "configs")
+        for f in (ROOT / folder).rglob("*.py")
+    ]
+    crossing = {
+        str(file.relative_to(ROOT)): names
+        for file in files
+        if (names := private_names(file.read_text(encoding="utf-8")))
+    }
+    assert len(files) > 100 and not crossing
 
 
 def fake_python(folder: Path, name: str, version: str, venv: bool = True) -> None:

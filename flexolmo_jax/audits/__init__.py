@@ -1,1 +1,1 @@
-"""Attacks on trained experts: extraction, membership inference, removal."""
+"""Attacks on a trained expert: does it give away its training text?"""

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that check themselves; presets are values of them, in `configs/`."""
+"""Configs: frozen dataclasses that check themselves; `configs/` holds presets."""
 
 from flexolmo_jax.config.files import CONFIGS, find_config, load_config
 from flexolmo_jax.config.model import COMPUTE, MEMORY, ModelConfig, check_memory

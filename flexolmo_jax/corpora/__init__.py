@@ -1,1 +1,1 @@
-"""Public corpora and tasks that are downloaded; training never imports them."""
+"""Public corpora and tasks to download; training never imports them."""

@@ -1,1 +1,1 @@
-
+"""How good a model is: bits per byte of held-out text, and standard tasks."""

@@ -1,1 +1,1 @@
-
+"""Generation: a prefill, a compiled decoding loop, and sampling."""

@@ -1,1 +1,1 @@
-"""The mesh of devices, where arrays lie on it, and the collectives between its devices."""
+"""The mesh of devices, the placement of arrays on it, and the collectives."""

@@ -1,1 +1,1 @@
-"""Will a training step fit, and how fast can it be: compiled for chips that are not at hand."""
+"""Memory and time of a training step, estimated from its program compiled for a TPU."""

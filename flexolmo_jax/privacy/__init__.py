@@ -1,1 +1,1 @@
-"""Differential privacy: its mechanism, its accounts and its certificate; and audits of it."""
+"""Differential privacy: mechanism, accounting, ledger and certificate."""

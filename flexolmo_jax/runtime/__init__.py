@@ -1,1 +1,1 @@
-"""The process around the work: start-up, other processes, and the screen."""
+"""The process around the work: start-up, other processes, and the terminal."""

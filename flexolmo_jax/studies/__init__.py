@@ -1,1 +1,1 @@
-"""Experiments: what they run, and the reports they write."""
+"""Experiments, and the pages of docs/ that they write."""

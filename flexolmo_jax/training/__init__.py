@@ -1,1 +1,1 @@
-
+"""From config and text to a package: the step, the loop, and the run folder."""

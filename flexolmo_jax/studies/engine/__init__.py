@@ -1,1 +1,1 @@
-"""What all studies share: stages that are kept, tables and figures."""
+"""What all studies share: cached stages, tables and figures."""
