@@ -42,7 +42,7 @@ def psum_batch(tree: Any) -> Any:
 
 
 def first_sequence(sequences: int) -> jax.Array | int:
-    """The index, in the whole batch, of this device's first of so many sequences."""
+    """The index in the whole batch of this device's first sequence, of `sequences` per device."""
     return jax.lax.axis_index(AXES) * sequences if inside_shard_map() else 0
 
 
@@ -52,7 +52,7 @@ def all_gather_module(module: Any, config: ModelConfig, expert_parallel: bool = 
     Args:
       module: of one layer; for `Experts` see `all_gather_experts`.
       config: the sizes, and the dtype in which matrices travel.
-      expert_parallel: the experts in it stay on their devices.
+      expert_parallel: whether its experts stay on their devices.
     """
     if not inside_shard_map():
         return module
@@ -90,12 +90,16 @@ def all_gather_matrix(
 
 
 def all_gather_experts(stack: Any, config: ModelConfig) -> Any:
-    """A stack of experts with its matrices all-gathered; expert-parallel ones stay where they are."""
+    """A stack of experts with its matrices all-gathered; expert-parallel experts do not move."""
     return all_gather_module(stack, config, expert_parallel=is_expert_parallel(stack))
 
 
 def is_expert_parallel(stack: Any) -> bool:
-    """Whether other devices hold some of a stack's experts (of one layer, router rows whole)."""
+    """Whether other devices hold some of a stack's experts.
+
+    Args:
+      stack: `Experts` of one layer, whose router rows are replicated.
+    """
     return inside_shard_map() and stack.feed_forward.gate.shape[0] < stack.router.bias.shape[0]
 
 

@@ -85,7 +85,7 @@ def shardings(tree: Any, mesh: Mesh, over: tuple[str, ...] = AXES) -> Any:
 
 
 def specs_of(tree: Any, mesh: Mesh | None) -> Any:
-    """The `PartitionSpec` that each array already has, also inside `jax.jit`; None without a mesh."""
+    """Each array's own `PartitionSpec`, also inside `jax.jit`; None without a mesh."""
     return None if mesh is None else jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
 
 
