@@ -189,7 +189,7 @@ class Decode(Case):
         """
         c = size.config
         used = size.experts * (1 - (1 - size.active / size.experts) ** self.batch)
-        layer = 2 * c.width * c.head_size * (c.num_heads + c.kv_heads)
+        layer: float = 2 * c.width * c.head_size * (c.num_heads + c.kv_heads)
         layer += 3 * used * c.width * c.ffn_width
         weights = c.num_layers * layer + c.width * c.vocab_size
         positions = self.batch * (size.prompt + size.new_tokens / 2)

@@ -16,9 +16,8 @@ from flexolmo_jax.parallel.mesh import (
     AXES,
     DATA,
     EXPERT,
-    SHARDED_AXIS,
+    SHARDED,
     TENSOR,
-    TENSOR_AXIS,
     matrix_name,
 )
 
@@ -59,7 +58,7 @@ def all_gather_module(module: Any, config: ModelConfig, expert_parallel: bool = 
 
     def gather(path, leaf):
         name = matrix_name(path)
-        if name not in SHARDED_AXIS:
+        if name not in SHARDED:
             return leaf
         return all_gather_matrix(name, leaf, config, expert_parallel)
 
@@ -72,10 +71,10 @@ def all_gather_matrix(
     """A matrix by its name, all-gathered; the gradient is a reduce-scatter."""
     if not inside_shard_map():
         return leaf
-    size, shard = config.width, leaf.shape[SHARDED_AXIS[name]]
+    size, shard = config.width, leaf.shape[SHARDED[name].batch]
     if name == "down":
         size = config.ffn_width // jax.lax.axis_size(TENSOR)
-    if name not in TENSOR_AXIS:  # the head: each device works on its own positions
+    if SHARDED[name].tensor is None:  # the head: each device works on its own positions
         leaf = copy_to_tensor_parallel(leaf)
     if shard == size:
         return leaf
@@ -84,7 +83,7 @@ def all_gather_matrix(
         axes = (DATA,)
     elif size // shard != jax.lax.axis_size(AXES):
         axes = (EXPERT,)
-    axis = leaf.ndim + SHARDED_AXIS[name]
+    axis = leaf.ndim + SHARDED[name].batch
     leaf = jax.lax.all_gather(leaf.astype(config.dtype), axes, axis=axis, tiled=True)
     return checkpoint_name(leaf, GATHERED)
 

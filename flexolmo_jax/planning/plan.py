@@ -209,7 +209,7 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
         collectives=dict(spent.collectives),
         compute_seconds=spent.flops / chip.flops,
         hbm_seconds=spent.bytes / chip.bandwidth,
-        link_seconds=sum(spent.collectives.values()) / chip.links,
+        link_seconds=sum(spent.collectives.values()) / chip.ici,
         tokens_a_step=tokens,
         steps=config.steps if stage in STAGE_OF_CONFIG.values() else 0,
         **known,
