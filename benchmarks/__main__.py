@@ -1,10 +1,10 @@
-"""Runs all sides of every case in turn and writes a table: Markdown and JSON.
+"""Runs all sides of every case, interleaved, and writes a table: Markdown and JSON.
 
     python -m benchmarks                      # 2 CPU cores: an hour and a half
     python -m benchmarks --suite smoke        # does everything still run? a few minutes
-    python -m benchmarks --only decode_1      # one case; the others stay as they are in the table
+    python -m benchmarks --only decode_1      # one case; the rest of the table does not change
 
-Needs the extra `reference` (PyTorch and transformers), for the peer's side.
+Needs the extra `reference` (PyTorch and transformers), for the PyTorch baselines.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
-from benchmarks.cases import CASES, sides
+from benchmarks.cases import CASES
 from benchmarks.page import page
 from benchmarks.sizes import SUITES
 from benchmarks.worker import compare
@@ -31,7 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--suite", choices=sorted(SUITES), default="cpu")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=CASES, metavar="CASE")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(CASES), default=list(CASES), metavar="CASE"
+    )
     parser.add_argument("--sizes", nargs="+", help="of the suite; default: all")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs a side: %(default)s")
     parser.add_argument("--out", default="docs/benchmarks", help="default: %(default)s(.md, .json)")
@@ -52,8 +54,8 @@ def main() -> None:
                 bar.update(task, description=f"{name} {case}")
                 cases = results.setdefault(name, {})
                 try:
-                    measured = compare(sides(case), suite[name], args.rounds)
-                except RuntimeError as error:  # the other cases still have their turn
+                    measured = compare(CASES[case].sides(), suite[name], args.rounds)
+                except RuntimeError as error:  # the other cases still run
                     failed.append(f"{name} {case}: {error}")
                     bar.advance(task)
                     continue
@@ -76,7 +78,7 @@ def main() -> None:
 
 
 def _earlier(file: Path, about: dict[str, str]) -> dict:
-    """Results that stand in the table and were made in the same circumstances."""
+    """The results in the table, if they were measured under the same circumstances."""
     if not file.exists():
         return {}
     found = json.loads(file.read_text())

@@ -1,117 +1,307 @@
-"""The cases: who takes part in each, and how much work one run of it is."""
+"""The cases: which sides take part in each, how each side runs it, and how much work one run is.
 
+JAX and PyTorch are imported only in the process of a side that needs them.
+"""
+
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 from benchmarks.sizes import LAYERS, Size
-from flexolmo_jax.modeling.flops import anchor_step_flops, expert_step_flops, forward_flops
+from flexolmo_jax.modeling import flops
 
-OURS, PEER = "benchmarks.ours", "benchmarks.pytorch"
-CASES = ("gemm", "stream", "expert_step", "expert_alone_step", "anchor_step", "merged_forward")
-CASES += ("decode_1", "decode_8", "masks_8", *(f"moe_{e}_{a}" for e, a in LAYERS))
-CASES += ("remat", "loss_100352", "load", "merge")
 YARDSTICK = "the machine: "
-PRODUCTS = "its products alone"
-NUM_BYTES = {"ours, bfloat16": 2, "ours, int8": 1}  # of a weight; else 4
+MATMULS = "its products alone"
+VOCABULARY = 100_352  # of the loss at full size
+NUM_BYTES = {"ours, bfloat16": 2, "ours, int8": 1}  # per weight; else 4
+Run = Callable[[], object]
 
 
 class Side(NamedTuple):
-    """A contestant."""
+    """One contestant of a case."""
 
     label: str
-    module: str
     case: str
-    option: str
+    option: str  # what the case's `jax` or `pytorch` does differently on this side
+    is_pytorch: bool = False
 
-    @property
-    def is_peer(self) -> bool:
-        return self.label.startswith(("transformers", "torch"))
-
-
-def sides(case: str) -> list[Side]:
-    """The contestants of a case; the machine's own rate, which limits it, is measured beside it."""
-    eager = ("transformers, eager", PEER, "eager")
-    peers = [eager, ("transformers, grouped_mm", PEER, "grouped_mm")]
-    gemm = Side(f"{YARDSTICK}GEMM", OURS, "gemm", "")
-    stream = Side(f"{YARDSTICK}matrix-vector product", OURS, "stream", "")
-    limit = [gemm]
-    if case in ("gemm", "stream"):
-        found, limit = [("jax", OURS, ""), ("torch", PEER, "eager")], []
-    elif case == "anchor_step":  # one expert: nothing to choose
-        found = [("ours", OURS, ""), eager]
-    elif case == "expert_alone_step":
-        found = [("ours, gate fixed to 1", OURS, "")]
-    elif case.startswith("moe_") or case == "merged_forward":
-        found = [("ours, dense", OURS, "dense"), ("ours, grouped", OURS, "grouped"), *peers]
-        if case.startswith("moe_"):
-            found.append((PRODUCTS, OURS, "products"))
-    elif case.startswith("decode_"):
-        forms = [(f"ours, {form}", OURS, form) for form in ("float32", "bfloat16", "int8")]
-        found, limit = [*forms, *peers], [stream]
-    elif case == "masks_8":
-        found = [("ours, all experts", OURS, "all"), ("ours, others off in each", OURS, "off")]
-        limit = []
-    elif case == "remat":
-        found = [(f"ours, {policy}", OURS, policy) for policy in ("none", "matmuls", "layer")]
-    elif case == "loss_100352":
-        found = [("ours, 128 positions at a time", OURS, "chunks"), ("ours, all logits", OURS, "")]
-        found += [("torch, cross_entropy", PEER, "eager")]
-    elif case == "load":
-        found = [("ours", OURS, "load"), ("plain read of the files", OURS, "read"), eager]
-        limit = []
-    elif case == "merge":
-        found, limit = [("ours", OURS, "merge"), ("plain read of the files", OURS, "read")], []
-    else:
-        found = [("ours", OURS, ""), *peers, (PRODUCTS, OURS, "products")]
-    return [Side(label, module, case, option) for label, module, option in found] + limit
+    def build(self, size: Size) -> Run:
+        """One run, ready to be timed; imports JAX or PyTorch."""
+        case = CASES[self.case]
+        return (case.pytorch if self.is_pytorch else case.jax)(size, self.option)
 
 
-def tokens(case: str, size: Size) -> int:
-    """Tokens that one run of a case makes or reads; 0 where there are none."""
-    if case in ("gemm", "stream", "load", "merge"):
-        return 0
-    if case.startswith(("decode_", "masks_")):
-        return int(case.split("_")[1]) * size.new_tokens
-    return size.tokens if case.startswith("moe_") else size.batch * size.length
+EAGER = ("transformers, eager", "eager")
+TRANSFORMERS = (EAGER, ("transformers, grouped_mm", "grouped_mm"))
 
 
-def flops(case: str, size: Size) -> float:
-    """FLOPs that one run needs; 0 where bytes are the limit."""
-    config = size.config
-    if case == "gemm":
-        return 2.0 * size.gemm**3
-    if case in ("expert_step", "expert_alone_step", "remat"):
-        each = expert_step_flops(config, size.length)
-    elif case == "anchor_step":
-        each = anchor_step_flops(config, size.length)
-    elif case == "merged_forward":
-        each = forward_flops(config, size.length, size.active)
-    elif case == "loss_100352":  # logits, and back to the hidden states; the head is frozen
-        each = 4.0 * config.width * 100_352
-    elif case.startswith("moe_"):  # forward, and back to inputs and weights
-        each = 3 * 6.0 * config.width * config.ffn_width * int(case.split("_")[2])
-    else:
-        return 0.0
-    return each * tokens(case, size)
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Work that is timed.
 
-
-def read_bytes(case: str, size: Size, label: str) -> float:
-    """Bytes of weights and cache that one run has to read; 0 where FLOPs are the limit.
-
-    Decoding reads at each step the projections, the head and the experts that any sequence uses:
-    A for one sequence; for B of them, E (1 - (1 - A/E)^B) of E if each chooses at random; and the
-    keys and values of what was there before, half of the new tokens on average.
+    Attributes:
+      name: in the table and on the command line.
+      ours: (label, option) of each side that runs `jax`.
+      baselines: (label, option) of each side that runs `pytorch`.
+      yardstick: the case that measures the machine's own rate, in turn with this one.
     """
-    if case == "stream":
-        return 4.0 * size.stream**2
-    if not case.startswith("decode_"):
+
+    name: str
+    ours: tuple[tuple[str, str], ...] = (("ours", ""),)
+    baselines: tuple[tuple[str, str], ...] = ()
+    yardstick: str | None = "gemm"
+
+    def sides(self) -> list[Side]:
+        """All sides, in the order of the table."""
+        found = [Side(label, self.name, option) for label, option in self.ours]
+        found += [Side(label, self.name, option, True) for label, option in self.baselines]
+        if self.yardstick:
+            label = {"gemm": "GEMM", "stream": "matrix-vector product"}[self.yardstick]
+            found.append(Side(f"{YARDSTICK}{label}", self.yardstick, ""))
+        return found
+
+    def tokens(self, size: Size) -> int:
+        """Tokens that one run generates or reads; 0 if it has none."""
+        return size.batch * size.length
+
+    def flops(self, size: Size) -> float:
+        """FLOPs that one run needs; 0 if bytes are the limit."""
         return 0.0
-    c, batch = size.config, int(case.split("_")[1])
-    used = size.experts * (1 - (1 - size.active / size.experts) ** batch)
-    layer = 2 * c.width * c.head_size * (c.num_heads + c.kv_heads)
-    layer += 3 * used * c.width * c.ffn_width
-    weights = c.num_layers * layer + c.width * c.vocab_size
-    cache = (
-        2 * c.num_layers * batch * (size.prompt + size.new_tokens / 2) * c.kv_heads * c.head_size
+
+    def read_bytes(self, size: Size, label: str) -> float:
+        """Bytes that one run has to read on the side `label`; 0 if FLOPs are the limit."""
+        return 0.0
+
+    def jax(self, size: Size, option: str) -> Run:
+        """One run in JAX."""
+        raise NotImplementedError(f"{self.name} does not run in JAX")
+
+    def pytorch(self, size: Size, option: str) -> Run:
+        """One run in PyTorch."""
+        raise NotImplementedError(f"{self.name} does not run in PyTorch")
+
+
+class MatrixProduct(Case):
+    def tokens(self, size: Size) -> int:
+        return 0
+
+    def flops(self, size: Size) -> float:
+        return 2.0 * size.gemm**3
+
+    def jax(self, size: Size, option: str) -> Run:
+        from benchmarks import flexolmo
+
+        return flexolmo.matrix_product(size)
+
+    def pytorch(self, size: Size, option: str) -> Run:
+        from benchmarks import pytorch
+
+        return pytorch.matrix_product(size)
+
+
+class MatrixVectorProduct(Case):
+    def tokens(self, size: Size) -> int:
+        return 0
+
+    def read_bytes(self, size: Size, label: str) -> float:
+        return 4.0 * size.stream**2
+
+    def jax(self, size: Size, option: str) -> Run:
+        from benchmarks import flexolmo
+
+        return flexolmo.matrix_vector_product(size)
+
+    def pytorch(self, size: Size, option: str) -> Run:
+        from benchmarks import pytorch
+
+        return pytorch.matrix_vector_product(size)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertStep(Case):
+    """A training step of an expert; the option is a rematerialization policy."""
+
+    gating: str = "pair"
+
+    def flops(self, size: Size) -> float:
+        return flops.expert_step_flops(size.config, size.length) * self.tokens(size)
+
+    def jax(self, size: Size, option: str) -> Run:
+        from benchmarks import flexolmo
+
+        if option == "products":
+            return flexolmo.expert_step_matmuls(size)
+        return flexolmo.expert_step(size, self.gating, option or None)
+
+    def pytorch(self, size: Size, option: str) -> Run:
+        from benchmarks import pytorch
+
+        return pytorch.expert_step(size, option)
+
+
+class AnchorStep(Case):
+    def flops(self, size: Size) -> float:
+        return flops.anchor_step_flops(size.config, size.length) * self.tokens(size)
+
+    def jax(self, size: Size, option: str) -> Run:
+        from benchmarks import flexolmo
+
+        return flexolmo.anchor_step(size)
+
+    def pytorch(self, size: Size, option: str) -> Run:
+        from benchmarks import pytorch
+
+        return pytorch.anchor_step(size)
+
+
+class MergedForward(Case):
+    """Logits of a merged model; the option is the expert compute."""
+
+    def flops(self, size: Size) -> float:
+        return flops.forward_flops(size.config, size.length, size.active) * self.tokens(size)
+
+    def jax(self, size: Size, option: str) -> Run:
+        from benchmarks import flexolmo
+
+        return flexolmo.merged_forward(size, option)
+
+    def pytorch(self, size: Size, option: str) -> Run:
+        from benchmarks import pytorch
+
+        return pytorch.merged_forward(size, option)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode(Case):
+    """Generation; the option is the form of the weights."""
+
+    batch: int = 1
+
+    def tokens(self, size: Size) -> int:
+        return self.batch * size.new_tokens
+
+    def read_bytes(self, size: Size, label: str) -> float:
+        """Bytes of weights and cache.
+
+        Each step reads the projections, the head and the experts that any sequence uses: A for one
+        sequence; for B of them, E (1 - (1 - A/E)^B) of E if each chooses at random. It also reads
+        the cached keys and values: those of the prompt, and of half of the new tokens on average.
+        """
+        c = size.config
+        used = size.experts * (1 - (1 - size.active / size.experts) ** self.batch)
+        layer: float = 2 * c.width * c.head_size * (c.num_heads + c.kv_heads)
+        layer += 3 * used * c.width * c.ffn_width
+        weights = c.num_layers * layer + c.width * c.vocab_size
+        positions = self.batch * (size.prompt + size.new_tokens / 2)
+        cache = 2 * c.num_layers * positions * c.kv_heads * c.head_size
+        of_cache = 2 if "bfloat16" in label else 4  # with int8, only weights are rounded
+        return (NUM_BYTES.get(label, 4) * weights + of_cache * cache) * size.new_tokens
+
+    def jax(self, size: Size, option: str) -> Run:
+        from benchmarks import flexolmo
+
+        return flexolmo.generate(size, self.batch, option)
+
+    def pytorch(self, size: Size, option: str) -> Run:
+        from benchmarks import pytorch
+
+        return pytorch.generate(size, self.batch, option)
+
+
+class Masks(Decode):
+    """Generation with all experts, or with some masked in each sequence."""
+
+    def read_bytes(self, size: Size, label: str) -> float:
+        return 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeLayer(Case):
+    """Forward and backward of one mixture of experts; the option is the expert compute."""
+
+    experts: int = 8
+    active: int = 4
+
+    def tokens(self, size: Size) -> int:
+        return size.tokens
+
+    def flops(self, size: Size) -> float:
+        # Forward, and backward to inputs and weights.
+        return 3 * 6.0 * size.config.width * size.config.ffn_width * self.active * size.tokens
+
+    def jax(self, size: Size, option: str) -> Run:
+        from benchmarks import flexolmo
+
+        if option == "products":
+            return flexolmo.moe_layer_matmuls(size, self.experts, self.active)
+        return flexolmo.moe_layer(size, self.experts, self.active, option)
+
+    def pytorch(self, size: Size, option: str) -> Run:
+        from benchmarks import pytorch
+
+        return pytorch.moe_layer(size, self.experts, self.active, option)
+
+
+class Loss(Case):
+    """The loss at full vocabulary, and its gradient to the hidden states; the head is frozen."""
+
+    def flops(self, size: Size) -> float:
+        return 4.0 * size.config.width * VOCABULARY * self.tokens(size)
+
+    def jax(self, size: Size, option: str) -> Run:
+        from benchmarks import flexolmo
+
+        return flexolmo.loss(size, VOCABULARY, in_chunks=option == "chunks")
+
+    def pytorch(self, size: Size, option: str) -> Run:
+        from benchmarks import pytorch
+
+        return pytorch.loss(size, VOCABULARY)
+
+
+class Files(Case):
+    """Work on packages; the option says what is done with them."""
+
+    def tokens(self, size: Size) -> int:
+        return 0
+
+    def jax(self, size: Size, option: str) -> Run:
+        from benchmarks import flexolmo
+
+        return flexolmo.packages(size, option)
+
+    def pytorch(self, size: Size, option: str) -> Run:
+        from benchmarks import pytorch
+
+        return pytorch.load(size, option)
+
+
+PLAIN_READ = ("plain read of the files", "read")
+COMPUTE = (("ours, dense", "dense"), ("ours, grouped", "grouped"))
+FORMS = tuple((f"ours, {form}", form) for form in ("float32", "bfloat16", "int8"))
+IN_EACH = (("ours, all experts", "all"), ("ours, others off in each", "off"))
+POLICIES = tuple((f"ours, {policy}", policy) for policy in ("none", "matmuls", "layer"))
+LOSSES = (("ours, 128 positions at a time", "chunks"), ("ours, all logits", ""))
+ONLY_MATMULS = (MATMULS, "products")
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        MatrixProduct("gemm", (("jax", ""),), (("torch", ""),), None),
+        MatrixVectorProduct("stream", (("jax", ""),), (("torch", ""),), None),
+        ExpertStep("expert_step", (("ours", ""), ONLY_MATMULS), TRANSFORMERS),
+        ExpertStep("expert_alone_step", (("ours, gate fixed to 1", ""),), gating="alone"),
+        AnchorStep("anchor_step", baselines=(EAGER,)),
+        MergedForward("merged_forward", COMPUTE, TRANSFORMERS),
+        *(Decode(f"decode_{n}", FORMS, TRANSFORMERS, "stream", batch=n) for n in (1, 8)),
+        Masks("masks_8", IN_EACH, yardstick=None, batch=8),
+        *(
+            MoeLayer(f"moe_{e}_{a}", (*COMPUTE, ONLY_MATMULS), TRANSFORMERS, experts=e, active=a)
+            for e, a in LAYERS
+        ),
+        ExpertStep("remat", POLICIES),
+        Loss("loss_100352", LOSSES, (("torch, cross_entropy", ""),)),
+        Files("load", (("ours", "load"), PLAIN_READ), (EAGER,), None),
+        Files("merge", (("ours", "merge"), PLAIN_READ), yardstick=None),
     )
-    of_cache = 2 if "bfloat16" in label else 4  # with int8, only weights are rounded
-    return (NUM_BYTES.get(label, 4) * weights + of_cache * cache) * size.new_tokens
+}

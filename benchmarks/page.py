@@ -2,29 +2,28 @@
 
 import statistics
 
-from benchmarks.cases import YARDSTICK, flops, read_bytes, sides, tokens
+from benchmarks.cases import CASES, YARDSTICK
 from benchmarks.requirements import targets
 from benchmarks.sizes import Size
 
 INTRODUCTION = """\
-All sides of a case run in processes of their own and take turns; medians, and the spread of the
-runs (largest less smallest, over the median). *Against the peer*: the rate of the line over that of
-the faster PyTorch line. *Of the machine*: needed FLOPs only (`flexolmo_jax/modeling/flops.py`; no weight
-gradients of what is frozen) over the rate of a plain matrix product, or needed bytes of weights and
-cache over the rate of a matrix-vector product, both measured in turn with the case. *First run* is
-mostly compiling. *Its products alone*: of a layer, its nine products, forward and backward, each
-as one batched product with as many rows for every expert; of a training step, all its products with
-weights, one after the other, and nothing else. `load` and `merge` read files that the
-system holds in memory. A case whose sides together need more memory
-than there is has no lines: at 190M, moe_64_4 and decode_8 need more than 23 GB. Where a run's time
-goes, part by part: [profile.md](profile.md)."""
+Each side of a case runs in a process of its own, and the sides are interleaved. The table shows
+medians; *spread* is the range of the runs over their median. *Speedup over PyTorch*: the rate of
+the line over that of the faster PyTorch line. *Fraction of peak*: the rate of needed FLOPs
+(`flexolmo_jax/modeling/flops.py`; no weight gradients of frozen weights) over the rate of a plain
+matrix product, or the rate of needed bytes of weights and cache over that of a matrix-vector
+product; both are measured interleaved with the case. *First run* is mostly compilation. *Its
+products alone* are matmuls: the nine of a layer, forward and backward, each as one batched matmul
+with equally many rows for every expert; or all matmuls with weights of a training step, one after
+the other. `load` and `merge` read files that the system has cached in memory. A case whose sides
+need more memory than the machine has is missing: at 190M, moe_64_4 and decode_8 need more than
+23 GB. [profile.md](profile.md) shows where the time of a run goes."""
 
 LIMITS = """\
-*At the machine's rate*: what the target's figure would be if every needed FLOP ran at the rate of
-JAX's large matrix product, or every needed byte at that of its matrix-vector product, and all else
-took no time. *At that of its products*: if the step were only its products with weights, at the
-shapes that it has. A target above these figures is out of reach on that machine, however the rest
-is written."""
+*At the machine's rate*: the figure if every needed FLOP ran at the rate of JAX's large matrix
+product, or every needed byte at that of its matrix-vector product, and nothing else took time.
+*At that of its matmuls*: the figure if the step consisted of its matmuls with weights only, in
+their real shapes. No implementation can reach a target above these figures on that machine."""
 
 
 def page(about: dict[str, str], results: dict[str, dict[str, dict]], sizes: dict[str, Size]) -> str:
@@ -44,43 +43,47 @@ def page(about: dict[str, str], results: dict[str, dict[str, dict]], sizes: dict
             f"## {name}: D {c.width}, F {c.ffn_width}, L {c.num_layers}, {c.num_heads} heads, V "
             f"{c.vocab_size}, S {size.length}, B {size.batch}, {c.dtype}",
             "",
-            "| case | | rate | spread | against the peer | of the machine | first run | memory | "
-            "made |",
+            "| case | | rate | spread | speedup over PyTorch | fraction of peak | first run | "
+            "memory | measured |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
         ]
-        for case, one in cases.items():
-            made = f"{one['date']}, {one['commit']}"
-            for label in one["sides"]:
-                lines.append(f"| {case} | {' | '.join(_cells(case, label, one, size))} | {made} |")
+        for case, result in cases.items():
+            measured = f"{result['date']}, {result['commit']}"
+            for label in result["sides"]:
+                cells = " | ".join(_cells(case, label, result, size))
+                lines.append(f"| {case} | {cells} | {measured} |")
     return "\n".join(lines) + "\n"
 
 
-def _cells(case: str, label: str, one: dict, size: Size) -> list[str]:
-    median = {label: statistics.median(m["seconds"]) for label, m in one["sides"].items()}
-    measured, seconds = one["sides"][label], median[label]
-    is_peer = {side.label: side.is_peer for side in sides(case)}
-    peers = [median[other] for other in median if is_peer.get(other)]
-    spread = (max(measured["seconds"]) - min(measured["seconds"])) / seconds
-    ratio = f"{min(peers) / seconds:.2f}x" if peers and not label.startswith(YARDSTICK) else ""
-    work, read = flops(case, size), read_bytes(case, size, label)
-    share = ""
-    for yardstick, of in median.items():
-        if not yardstick.startswith(YARDSTICK):
+def _cells(name: str, label: str, result: dict, size: Size) -> list[str]:
+    case, gemm, stream = CASES[name], CASES["gemm"], CASES["stream"]
+    medians = {side: statistics.median(m["seconds"]) for side, m in result["sides"].items()}
+    measured, seconds = result["sides"][label], medians[label]
+    is_yardstick = label.startswith(YARDSTICK)
+    if is_yardstick:
+        case = gemm if case.flops(size) else stream
+    baselines = [
+        medians[s.label] for s in CASES[name].sides() if s.is_pytorch and s.label in medians
+    ]
+    speedup = f"{min(baselines) / seconds:.2f}x" if baselines and not is_yardstick else ""
+    work, read = case.flops(size), case.read_bytes(size, label)
+    fraction = ""
+    for side, yardstick in medians.items():
+        if is_yardstick or not side.startswith(YARDSTICK):
             continue
-        if label == yardstick:
-            case = "gemm" if work else "stream"
-            work, read = flops(case, size), read_bytes(case, size, label)
-        elif work:
-            share = f"{work / seconds / (flops('gemm', size) / of):.0%}"
+        if work:
+            fraction = f"{work / seconds / (gemm.flops(size) / yardstick):.0%}"
         elif read:
-            share = f"{read / seconds / (read_bytes('stream', size, '') / of):.0%}"
-    if case == "gemm":
+            fraction = f"{read / seconds / (stream.read_bytes(size, '') / yardstick):.0%}"
+    if case is gemm:
         rate = f"{work / seconds / 1e9:,.0f} GFLOP/s"
-    elif case == "stream":
+    elif case is stream:
         rate = f"{read / seconds / 1e9:,.1f} GB/s"
-    elif tokens(case, size):
-        rate = f"{tokens(case, size) / seconds:,.1f} tokens/s"
+    elif case.tokens(size):
+        rate = f"{case.tokens(size) / seconds:,.1f} tokens/s"
     else:
         rate = f"{seconds:.2f} s"
+    spread = (max(measured["seconds"]) - min(measured["seconds"])) / seconds
     memory = f"{measured['peak_bytes'] / 1e9:.2f} GB"
-    return [label, rate, f"{spread:.0%}", ratio, share, f"{measured['first']:.1f} s", memory]
+    first = f"{measured['first']:.1f} s"
+    return [label, rate, f"{spread:.0%}", speedup, fraction, first, memory]

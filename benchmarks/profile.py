@@ -1,9 +1,9 @@
-"""Where the time of our side goes, part by part: the profile beside the table.
+"""Where the time of our side goes, by part of the model.
 
     python -m benchmarks.profile              # writes docs/profile.md; ten minutes
 
-Each case runs under JAX's profiler. XLA's operations are told apart by the scope they were traced
-in (their `op_name`), which is read from the compiled programs.
+Each case runs under JAX's profiler. The scope in which an XLA operation was traced (its `op_name`,
+read from the compiled program) says to which part it belongs.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from flexolmo_jax.runtime.startup import keep_freed_memory, leave_libtpu_alone, with_large_pages
 
-CASES = (  # name, case and option of `ours.build`, the program
+PROFILED = (  # name, case and its option, the program
     ("expert_step", "expert_step", "", "train_step"),
     ("anchor_step", "anchor_step", "", "train_step"),
     ("merged_forward, grouped", "merged_forward", "grouped", "logits"),
@@ -31,13 +31,13 @@ CASES = (  # name, case and option of `ours.build`, the program
     ("moe_64_4, grouped", "moe_64_4", "grouped", "gradients"),
 )
 RUNS = 3
-PARTS = (  # the first that fits; what an `op_name` holds, and what it is
+PARTS = (  # name and a pattern of `op_name`; the first match counts
     ("experts", r"experts"),
     ("attention", r"attention"),
     ("head and loss", r"bcv|bcd|logits|jvp\(\)\)?/while/body/|/body/dot_general$"),
     ("optimizer", r"^jit\(train_step\)/(?!jvp|transpose)"),
 )
-CONTAINERS = ("while", "call", "conditional")  # their operations have lines of their own
+CONTAINERS = ("while", "call", "conditional")  # their operations are counted, not they themselves
 OPERATION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(")
 
 
@@ -45,9 +45,9 @@ def measure(case: str, option: str, program: str, suite: str, name: str) -> dict
     """Runs a case in this process.
 
     Returns:
-      {"seconds": of a run under the profiler; "parts": {part: [of products, of all else]}}, in
-      seconds of a run. Operations that run at the same time are counted each, so that parts may
-      come to more than a run.
+      {"seconds": of a run under the profiler; "parts": {part: [of matmuls, of the rest]}}, in
+      seconds per run. Concurrent operations are all counted, so the parts may add up to more than
+      a run.
     """
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_dump_to={folder}/hlo --xla_dump_hlo_as_text"
@@ -56,10 +56,10 @@ def measure(case: str, option: str, program: str, suite: str, name: str) -> dict
 
         leave_libtpu_alone()  # before JAX is imported
         keep_freed_memory()  # as `flexolmo train` does
-        from benchmarks.ours import build
+        from benchmarks.cases import CASES
         from benchmarks.sizes import SUITES
 
-        run = build(case, SUITES[suite][name], option)
+        run = CASES[case].jax(SUITES[suite][name], option)
         for _ in range(2):
             run()
         return _traced(run, Path(folder), program)
@@ -79,20 +79,20 @@ def _traced(run, folder: Path, program: str) -> dict:
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         for line in plane.lines:
             for event in line.events:
-                said = dict(event.stats)
-                if said.get("hlo_module") != f"jit_{program}":
+                stats = dict(event.stats)
+                if stats.get("hlo_module") != f"jit_{program}":
                     continue
-                kind, scope = known.get(said["hlo_op"], ("", ""))
-                if kind in CONTAINERS:
+                opcode, scope = known.get(stats["hlo_op"], ("", ""))
+                if opcode in CONTAINERS:
                     continue
-                fused = said["hlo_op"].startswith("ynn_fusion")  # XLA's library of products
-                is_product = fused or scope.endswith("dot_general")
-                parts[_part(scope)][not is_product] += event.duration_ns / 1e9 / RUNS
+                fused = stats["hlo_op"].startswith("ynn_fusion")  # XLA's library of matmuls
+                is_matmul = fused or scope.endswith("dot_general")
+                parts[_part(scope)][not is_matmul] += event.duration_ns / 1e9 / RUNS
     return {"seconds": seconds, "parts": dict(parts)}
 
 
 def _operations(folder: Path) -> dict[str, tuple[str, str]]:
-    """Of each operation of the compiled programs: its opcode, and the scope it was traced in."""
+    """The opcode and the traced scope of each operation of the compiled programs."""
     found = {}
     for file in folder.glob("*after_optimizations.txt"):
         for line in file.open():
@@ -103,7 +103,7 @@ def _operations(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def _part(scope: str) -> str:
-    return next((part for part, held in PARTS if re.search(held, scope)), "norms, sums, embedding")
+    return next((part for part, text in PARTS if re.search(text, scope)), "norms, sums, embedding")
 
 
 def page(results: dict[str, dict[str, dict]], about: str) -> str:
@@ -112,24 +112,22 @@ def page(results: dict[str, dict[str, dict]], about: str) -> str:
         "# Where the time goes",
         "",
         f"`python -m benchmarks.profile`, {about}. Milliseconds of XLA's operations in one run, by "
-        "the part of the code they come from; *products* are matrix products, with what XLA fuses "
-        "into them. Operations that run at the same time count each.",
+        "the part of the code that they come from; *matmuls* include what XLA fuses into them. "
+        "Concurrent operations are all counted.",
     ]
     for name, cases in results.items():
-        lines += ["", f"## {name}", "", "| case | part | products | all else | share |"]
+        lines += ["", f"## {name}", "", "| case | part | matmuls | the rest | share |"]
         lines += ["| --- | --- | ---: | ---: | ---: |"]
         for case, found in cases.items():
             total = sum(map(sum, found["parts"].values()))
-            parts = sorted(found["parts"].items(), key=lambda one: -sum(one[1]))
-            for part, (products, rest) in parts:
-                cells = (
-                    f"{1e3 * products:,.0f} | {1e3 * rest:,.0f} | {(products + rest) / total:.0%}"
-                )
+            parts = sorted(found["parts"].items(), key=lambda part: -sum(part[1]))
+            for part, (matmuls, rest) in parts:
+                cells = f"{1e3 * matmuls:,.0f} | {1e3 * rest:,.0f} | {(matmuls + rest) / total:.0%}"
                 lines.append(f"| {case} | {part} | {cells} |")
-            products, rest = (sum(one[i] for one in found["parts"].values()) for i in (0, 1))
+            matmuls, rest = (sum(part[i] for part in found["parts"].values()) for i in (0, 1))
             lines.append(
-                f"| {case} | all, {1e3 * found['seconds']:,.0f} ms a run | {1e3 * products:,.0f} | "
-                f"{1e3 * rest:,.0f} | {products / total:.0%} products |"
+                f"| {case} | all, {1e3 * found['seconds']:,.0f} ms a run | {1e3 * matmuls:,.0f} | "
+                f"{1e3 * rest:,.0f} | {matmuls / total:.0%} matmuls |"
             )
     return "\n".join(lines) + "\n"
 
@@ -152,7 +150,7 @@ def main() -> None:
     results: dict[str, dict[str, dict]] = {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for name in args.sizes or SUITES[args.suite]:
-        for title, *case in CASES:
+        for title, *case in PROFILED:
             words = [sys.executable, "-m", "benchmarks.profile", "--one", *case, args.suite, name]
             done = subprocess.run(
                 words, env=with_large_pages(), stdout=subprocess.PIPE, text=True, check=True

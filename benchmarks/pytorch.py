@@ -1,9 +1,9 @@
-"""The peer's side: `transformers` FlexOlmo on PyTorch, set up as well as we know how.
+"""The PyTorch baseline of each case: `transformers` FlexOlmo, set up as well as we know how.
 
-Its experts have several implementations; the benchmark runs two and compares with the faster one
-("batched_mm" was five times slower on CPU). An owner's training gets expert weights that can be
-frozen one by one, which its packed parameters do not allow: gradients of the frozen expert would
-otherwise be computed and thrown away.
+Its experts have several implementations; the benchmark runs two of them and compares with the
+faster ("batched_mm" was five times slower on CPU). For an owner's training, the packed parameters
+of the experts are unpacked, so that one expert can be frozen: otherwise PyTorch would compute the
+gradients of the frozen expert, and discard them.
 """
 
 import tempfile
@@ -13,92 +13,109 @@ import torch
 from transformers import FlexOlmoConfig, FlexOlmoForCausalLM, Olmo2Config, Olmo2ForCausalLM
 from transformers.models.flex_olmo import modeling_flex_olmo
 
+from benchmarks.cases import Run
 from benchmarks.sizes import Size
 from flexolmo_jax.config import ModelConfig
 
+torch.manual_seed(0)
 
-class OneByOne(torch.nn.Module):
+
+class Unpacked(torch.nn.Module):
     """A packed parameter [E, ...] as E parameters, indexed in the same way."""
 
     def __init__(self, packed: torch.Tensor):
         super().__init__()
-        self.parts = torch.nn.ParameterList(torch.nn.Parameter(part.clone()) for part in packed)
+        self.experts = torch.nn.ParameterList(
+            torch.nn.Parameter(expert.clone()) for expert in packed
+        )
 
     def __getitem__(self, index) -> torch.Tensor:
-        return self.parts[int(index)]
+        return self.experts[int(index)]
 
 
-def build(case: str, size: Size, implementation: str) -> Callable[[], None]:
-    """One run of a case, ready to be timed.
+def matrix_product(size: Size) -> Run:
+    """A product of two large square matrices."""
+    a, b = (torch.randn(size.gemm, size.gemm) for _ in range(2))
+    return lambda: torch.mm(a, b)
 
-    Raises:
-      ValueError: the case does not exist on this side.
-    """
-    torch.manual_seed(0)
-    if case == "gemm":
-        a, b = (torch.randn(size.gemm, size.gemm) for _ in range(2))
-        return lambda: torch.mm(a, b)
-    if case == "stream":
-        matrix, vector = torch.randn(size.stream, size.stream), torch.randn(size.stream)
-        return lambda: torch.mv(matrix, vector)
-    if case == "loss_100352":
-        return _loss(size)
-    if case == "load":
-        folder = tempfile.mkdtemp()
-        _flex_olmo(size.merged(), implementation).save_pretrained(folder)
-        return lambda: FlexOlmoForCausalLM.from_pretrained(folder)
-    if case == "anchor_step":
-        return _step(_olmo2(size.config), size, lambda name: True)
-    if case == "expert_step":
-        model = _flex_olmo(size.pair(), implementation)
-        if implementation == "eager":
-            for layer in model.model.layers:
-                experts = layer.mlp.experts
-                for name in ("gate_up_proj", "down_proj"):
-                    packed = getattr(experts, name).detach()
-                    delattr(experts, name)
-                    setattr(experts, name, OneByOne(packed))
-            return _step(model, size, lambda name: name.endswith("_proj.parts.1"))
+
+def matrix_vector_product(size: Size) -> Run:
+    """A product of a large matrix and a vector."""
+    matrix, vector = torch.randn(size.stream, size.stream), torch.randn(size.stream)
+    return lambda: torch.mv(matrix, vector)
+
+
+def anchor_step(size: Size) -> Run:
+    """A training step of the dense model."""
+    return _step(Olmo2ForCausalLM(Olmo2Config(**_shared(size.config))), size, lambda name: True)
+
+
+def expert_step(size: Size, implementation: str) -> Run:
+    """A training step of an owner's expert beside the frozen public one."""
+    model = _flex_olmo(size.pair(), implementation)
+    if implementation != "eager":
         return _step(model, size, lambda name: ".experts." in name)
-    if case == "merged_forward":
-        model = _flex_olmo(size.merged(), implementation).eval()
-        tokens = _tokens(size)
-        return torch.inference_mode()(lambda: model(tokens).logits)
-    if case.startswith("decode_"):
-        model = _flex_olmo(size.merged(), implementation).eval()
-        prompt = torch.randint(0, size.config.vocab_size, (int(case.split("_")[1]), size.prompt))
-        exact = {"min_new_tokens": size.new_tokens, "max_new_tokens": size.new_tokens}
-        return torch.inference_mode()(
-            lambda: model.generate(prompt, do_sample=False, use_cache=True, **exact)
-        )
-    if case.startswith("moe_"):
-        experts, active = map(int, case.split("_")[1:])
-        config = _config(size.config.replace(num_experts=experts, active_experts=active))
-        config._experts_implementation = implementation
-        layer = modeling_flex_olmo.FlexOlmoSparseMoeBlock(config)
-        for parameter in layer.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
-        x = torch.randn(1, size.tokens, size.config.width, requires_grad=True)
-
-        def run():
-            layer.zero_grad(set_to_none=True)
-            x.grad = None
-            layer(x).sum().backward()
-
-        return run
-    raise ValueError(f"no case {case!r} on the peer's side")
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        for name in ("gate_up_proj", "down_proj"):
+            packed = getattr(experts, name).detach()
+            delattr(experts, name)
+            setattr(experts, name, Unpacked(packed))
+    return _step(model, size, lambda name: name.endswith("_proj.experts.1"))
 
 
-def _loss(size: Size) -> Callable[[], None]:
+def merged_forward(size: Size, implementation: str) -> Run:
+    """Logits of the merged model."""
+    model = _flex_olmo(size.merged(), implementation).eval()
+    tokens = _tokens(size)
+    return torch.inference_mode()(lambda: model(tokens).logits)
+
+
+def generate(size: Size, batch: int, implementation: str) -> Run:
+    """Greedy generation by the merged model."""
+    model = _flex_olmo(size.merged(), implementation).eval()
+    prompt = torch.randint(0, size.config.vocab_size, (batch, size.prompt))
+    exact = {"min_new_tokens": size.new_tokens, "max_new_tokens": size.new_tokens}
+    return torch.inference_mode()(
+        lambda: model.generate(prompt, do_sample=False, use_cache=True, **exact)
+    )
+
+
+def moe_layer(size: Size, experts: int, active: int, implementation: str) -> Run:
+    """Forward and backward of one mixture of experts, all experts trained."""
+    config = _config(size.config.replace(num_experts=experts, active_experts=active))
+    config._experts_implementation = implementation
+    layer = modeling_flex_olmo.FlexOlmoSparseMoeBlock(config)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    x = torch.randn(1, size.tokens, size.config.width, requires_grad=True)
+
+    def run():
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        layer(x).sum().backward()
+
+    return run
+
+
+def loss(size: Size, vocabulary: int) -> Run:
+    """The loss and its gradient to the hidden states."""
     hidden = torch.randn(size.batch * size.length, size.config.width, requires_grad=True)
-    head = torch.randn(100_352, size.config.width)
-    targets = torch.randint(0, 100_352, (len(hidden),))
+    head = torch.randn(vocabulary, size.config.width)
+    targets = torch.randint(0, vocabulary, (len(hidden),))
 
     def run():
         hidden.grad = None
         torch.nn.functional.cross_entropy(hidden @ head.T, targets).backward()
 
     return run
+
+
+def load(size: Size, implementation: str) -> Run:
+    """Loads a saved merged model."""
+    folder = tempfile.mkdtemp()
+    _flex_olmo(size.merged(), implementation).save_pretrained(folder)
+    return lambda: FlexOlmoForCausalLM.from_pretrained(folder)
 
 
 def _config(config: ModelConfig) -> FlexOlmoConfig:
@@ -124,10 +141,6 @@ def _shared(config: ModelConfig) -> dict:
     }
 
 
-def _olmo2(config: ModelConfig) -> Olmo2ForCausalLM:
-    return Olmo2ForCausalLM(Olmo2Config(**_shared(config)))
-
-
 def _flex_olmo(config: ModelConfig, implementation: str) -> FlexOlmoForCausalLM:
     return FlexOlmoForCausalLM._from_config(
         _config(config), experts_implementation=implementation, attn_implementation="sdpa"
@@ -138,7 +151,7 @@ def _tokens(size: Size) -> torch.Tensor:
     return torch.randint(0, size.config.vocab_size, (size.batch, size.length))
 
 
-def _step(model, size: Size, trained: Callable[[str], bool]) -> Callable[[], None]:
+def _step(model, size: Size, trained: Callable[[str], bool]) -> Run:
     model.train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained(name))

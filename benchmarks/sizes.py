@@ -1,4 +1,4 @@
-"""The sizes at which both sides are measured."""
+"""The sizes at which all sides are measured."""
 
 from typing import NamedTuple
 
@@ -6,16 +6,16 @@ from flexolmo_jax.config import ModelConfig
 
 
 class Size(NamedTuple):
-    """A model, and the work that is given to it."""
+    """A model, and the amount of work."""
 
     config: ModelConfig  # of the anchor: one expert
     batch: int  # sequences in a training step or a forward pass
     length: int  # tokens a sequence
     prompt: int  # tokens of a prompt
-    new_tokens: int  # that are generated
-    tokens: int  # that the MoE layer alone is given
-    gemm: int  # edge of the square matrices that the machine's rate is measured with
-    stream: int  # edge of the square matrix that is read for its bandwidth
+    new_tokens: int  # generated tokens of a sequence
+    tokens: int  # input of the MoE layer alone
+    gemm: int  # width of the square matrices that measure the machine's FLOP/s
+    stream: int  # width of the square matrix that measures its bandwidth
     experts: int = 8  # of the merged model
     active: int = 4
 
@@ -24,7 +24,7 @@ class Size(NamedTuple):
         return self.config.replace(num_experts=self.experts, active_experts=self.active)
 
     def pair(self) -> ModelConfig:
-        """What an owner trains in: the public expert and the owner's, both active."""
+        """The model in which an owner trains: the public expert and the owner's, both active."""
         return self.config.replace(num_experts=2)
 
 

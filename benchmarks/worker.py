@@ -1,7 +1,6 @@
-"""Each side runs in a process of its own; the two take turns, so that both see the same machine."""
+"""Runs each side in a process of its own, interleaved, so that all see the same machine."""
 
 import contextlib
-import importlib
 import multiprocessing
 import os
 import resource
@@ -18,7 +17,7 @@ CONTEXT = multiprocessing.get_context("spawn")
 
 
 class Running:
-    """A process that holds one side of a case, and runs it when told to."""
+    """A process that runs one side of a case on request."""
 
     def __init__(self, side: Side, size: Size):
         self.side = side
@@ -57,7 +56,7 @@ class Running:
 
 
 def compare(sides: list[Side], size: Size, rounds: int) -> dict[str, dict[str, Any]]:
-    """Runs all sides in turn: A B A B ...
+    """Runs all sides, interleaved: A B A B ...
 
     Args:
       sides: of one case.
@@ -65,23 +64,23 @@ def compare(sides: list[Side], size: Size, rounds: int) -> dict[str, dict[str, A
       rounds: timed runs of each side.
 
     Returns:
-      for each label: seconds of each timed run; seconds to build and run for the first time;
-      resident memory of the process, at its largest, in bytes.
+      for each label: "seconds" of each timed run, "first": seconds to build and run for the first
+      time, and "peak_bytes": the largest resident memory of the process.
     """
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TMPDIR"] = folder  # of what the sides write
+        os.environ["TMPDIR"] = folder  # where the sides write
         running = [Running(side, size) for side in sides]
         for _ in range(rounds):
-            for one in running:
-                one.run()
-        return {side.label: one.end() for side, one in zip(sides, running, strict=True)}
+            for process in running:
+                process.run()
+        return {process.side.label: process.end() for process in running}
 
 
 @contextlib.contextmanager
 def _environment(side: Side):
-    """Ours runs as `flexolmo train` does, the peer as it is; large pages make it slower."""
+    """Our sides run as `flexolmo train` does; large pages would make PyTorch slower."""
     before = dict(os.environ)
-    if side.module == "benchmarks.ours":
+    if not side.is_pytorch:
         os.environ.update(with_large_pages())
     try:
         yield
@@ -93,14 +92,13 @@ def _environment(side: Side):
 def _serve(connection: Connection, side: Side, size: Size) -> None:
     try:
         start = time.perf_counter()
-        if side.module == "benchmarks.ours":
+        if not side.is_pytorch:
             leave_libtpu_alone()  # as the command line does, before JAX is imported
             keep_freed_memory()  # and before any thread starts
-        build = importlib.import_module(side.module).build
-        run = build(side.case, size, side.option)
+        run = side.build(size)
         run()
         first = time.perf_counter() - start
-        run()  # before it says so, or it would go on beside the others' timed runs
+        run()  # before it answers, or it would overlap with the timed runs of other sides
         connection.send(first)
         while connection.recv() == "run":
             start = time.perf_counter()
@@ -111,4 +109,4 @@ def _serve(connection: Connection, side: Side, size: Size) -> None:
     except Exception as error:
         connection.send(error)
         raise
-    os._exit(0)  # neither library needs to be taken down in order
+    os._exit(0)  # neither library needs an orderly shutdown

@@ -1,4 +1,4 @@
-r"""The demo's owners in the paper's form: rows from domain embeddings, learned with the expert.
+r"""The demo's owners as in the paper: rows start from domain embeddings, and are trained.
 
     flexolmo train expert demo_expert_paper --data corpus:math --anchor OUT/anchor --name math \
         --out OUT/experts/math

@@ -5,21 +5,13 @@
 
 50B tokens; learning rate, warm-up, z-losses and sequence length are those of the reference's
 scripts, the batch is the one its checkpoint names imply. Add `--gating fixed` for our default
-recipe. Not run here: the shapes are checked without memory (tests/test_config.py).
+recipe. Not run here: tests check the shapes without memory (tests/test_config.py).
 """
 
-from flexolmo_jax.config import DataConfig, ExpertTraining, ModelConfig, OptimizerConfig
+from flexolmo_jax.config import DataConfig, ExpertTraining, OptimizerConfig
+from flexolmo_jax.config.sizes import OLMO2_7B
 
-model = ModelConfig(
-    vocab_size=100_352,
-    width=4096,
-    num_layers=32,
-    num_heads=32,
-    ffn_width=11_008,
-    num_experts=2,
-    dtype="bfloat16",
-    remat="layer",
-)
+model = OLMO2_7B.replace(num_experts=2)
 config = ExpertTraining(
     data=DataConfig(batch_size=1024, length=4096),
     optimizer=OptimizerConfig(learning_rate=9e-4, warmup_steps=2000),

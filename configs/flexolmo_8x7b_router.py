@@ -3,22 +3,13 @@
     flexolmo train router flexolmo_8x7b_router --model OUT/merged --data PROXIES --out OUT/tuned
 
 5B tokens of proxies and public text (paper, A.2); values of the reference's script, which keeps
-all experts active. Not run here: the shapes are checked without memory (tests/test_config.py).
+all experts active. Not run here: tests check the shapes without memory (tests/test_config.py).
 """
 
-from flexolmo_jax.config import DataConfig, ModelConfig, OptimizerConfig, RouterTraining
+from flexolmo_jax.config import DataConfig, OptimizerConfig, RouterTraining
+from flexolmo_jax.config.sizes import OLMO2_7B
 
-model = ModelConfig(
-    vocab_size=100_352,
-    width=4096,
-    num_layers=32,
-    num_heads=32,
-    ffn_width=11_008,
-    num_experts=8,
-    active_experts=4,
-    dtype="bfloat16",
-    remat="layer",
-)
+model = OLMO2_7B.replace(num_experts=8, active_experts=4)
 config = RouterTraining(
     data=DataConfig(batch_size=128, length=4096),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, weight_decay=0.1),

@@ -2,24 +2,14 @@
 
     flexolmo train anchor olmo2_7b_anchor --data SOURCE --tokenizer dolma2.json --out OUT/anchor
 
-The reference took 3 days on 512 H100 (paper, section 4.4). Not run here: the shapes are checked
+The reference took 3 days on 512 H100 (paper, section 4.4). Not run here: tests check the shapes
 without memory (tests/test_config.py).
 """
 
-from flexolmo_jax.config import AnchorTraining, DataConfig, ModelConfig, OptimizerConfig
+from flexolmo_jax.config import AnchorTraining, DataConfig, OptimizerConfig
+from flexolmo_jax.config.sizes import OLMO2_7B
 
-model = ModelConfig(
-    vocab_size=100_352,
-    width=4096,
-    num_layers=32,
-    num_heads=32,
-    ffn_width=11_008,
-    max_length=4096,
-    rope_theta=500_000.0,
-    norm_eps=1e-6,
-    dtype="bfloat16",
-    remat="layer",
-)
+model = OLMO2_7B
 config = AnchorTraining(
     model=model,
     tokenizer="dolma2.json",

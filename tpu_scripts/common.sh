@@ -1,4 +1,4 @@
-# What the scripts here share; sourced, not run.
+# Functions that the scripts share; sourced, not run.
 # shellcheck shell=bash
 set -euo pipefail
 
@@ -8,7 +8,7 @@ if [[ "${1:-}" == "--dry-run" ]]; then
   shift
 fi
 
-# need NAME "what it is": stops with a message if the variable is not set.
+# need NAME "description": exits with a message if the variable is not set.
 need() {
   if [[ -z "${!1:-}" ]]; then
     echo "$(basename "$0"): set $1: $2" >&2
@@ -24,7 +24,7 @@ run() {
   [[ -n "$DRY_RUN" ]] || "$@"
 }
 
-# on_workers COMMAND: on every worker of the TPU at once; their output comes back here.
+# on_workers COMMAND: runs it on all workers of the TPU at once, and prints their output.
 on_workers() {
   run gcloud compute tpus tpu-vm ssh "$TPU" --project "$PROJECT" --zone "$ZONE" \
     --worker=all --command "$1"
@@ -32,10 +32,10 @@ on_workers() {
 
 need_tpu() {
   need PROJECT "the Google Cloud project"
-  need ZONE "of the TPU, as us-east5-a"
-  need TPU "a name for the TPU, as flexolmo-64"
+  need ZONE "of the TPU, such as us-east5-a"
+  need TPU "the name of the TPU, such as flexolmo-64"
 }
 
-# Where all workers see the same files: a bucket with a hierarchical namespace, so that renaming a
-# folder is atomic (https://cloud.google.com/storage/docs/hns-overview), mounted by gcsfuse.
+# The files that all workers share: a bucket, mounted by gcsfuse, with a hierarchical namespace, so
+# that renaming a folder is atomic (https://cloud.google.com/storage/docs/hns-overview).
 SHARED=${SHARED:-/mnt/flexolmo}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Gives the TPU back; the bucket stays.
+# Deletes the TPU, but not the bucket.
 #
 #     PROJECT=... ZONE=... TPU=... ./delete.sh [--dry-run]
 source "$(dirname "$0")/common.sh"

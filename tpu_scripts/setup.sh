@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Mounts the bucket and installs flexolmo_jax on every worker; may be run again.
+# Mounts the bucket and installs flexolmo_jax on every worker; may be repeated.
 #
 #     PROJECT=... ZONE=... TPU=... BUCKET=... SOURCE=https://github.com/you/flexolmo_jax \
 #         ./setup.sh [--dry-run]
 source "$(dirname "$0")/common.sh"
 need_tpu
-need BUCKET "that create.sh made"
-need SOURCE "where the workers can clone flexolmo_jax from, by git"
+need BUCKET "that create.sh created"
+need SOURCE "the git repository from which the workers clone flexolmo_jax"
 
-# Caches must not serve old names to other workers:
+# Cached metadata would hide the files of other workers:
 # https://cloud.google.com/storage/docs/cloud-storage-fuse/caching. How to install gcsfuse:
 # https://cloud.google.com/storage/docs/cloud-storage-fuse/install
 on_workers "set -e; command -v gcsfuse >/dev/null || {

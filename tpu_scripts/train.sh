@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Runs one `flexolmo train` on all workers, and again until its package is there.
+# Runs one `flexolmo train` on all workers, and repeats it until its package exists.
 #
 #     PROJECT=... ZONE=... TPU=... OUT=/mnt/flexolmo/mine ./train.sh [--dry-run] \
 #         expert flexolmo_2x7b_expert --anchor /mnt/flexolmo/anchor \
 #         --data /mnt/flexolmo/texts --name mine
 #
-# What follows is given to `flexolmo train`; --out, --distributed and --resume are added. A TPU that
-# is preempted gets SIGTERM, saves, and ends with 0; a killed one goes on from its last checkpoint.
+# The arguments are passed to `flexolmo train`, with --out, --distributed and --resume. A TPU that
+# is preempted gets SIGTERM, saves, and exits with 0; after a kill, the run resumes from its last
+# checkpoint.
 source "$(dirname "$0")/common.sh"
 need_tpu
-need OUT "the package to make, in a folder that all workers see ($SHARED/...)"
-[[ $# -gt 0 ]] || { echo "train.sh: say what to train, as: expert CONFIG --data ..." >&2; exit 2; }
+need OUT "the package to write, in a folder that all workers share ($SHARED/...)"
+[[ $# -gt 0 ]] || { echo "train.sh: say what to train, such as: expert CONFIG --data ..." >&2; exit 2; }
 
-# Collectives run beside compute: https://docs.jax.dev/en/latest/gpu_performance_tips.html has the
-# same idea for GPUs; these are on by default for TPU in the pinned libtpu, so none is set here.
+# No XLA flags: on TPU, the pinned libtpu overlaps collectives with computation by default.
 words=$(printf ' %q' "$@")
 tries=${TRIES:-100}
 for ((try = 1; try <= tries; try++)); do
@@ -25,10 +25,10 @@ for ((try = 1; try <= tries; try++)); do
     exit 0
   elif gcloud compute tpus tpu-vm ssh "$TPU" --project "$PROJECT" --zone "$ZONE" --worker=0 \
     --command "test -e $OUT/manifest.json"; then
-    echo "train.sh: $OUT is there"
+    echo "train.sh: $OUT exists"
     exit 0
   fi
   sleep "${PAUSE:-60}"
 done
-echo "train.sh: $OUT is not there after $tries tries; see logs.sh" >&2
+echo "train.sh: $OUT does not exist after $tries tries; see logs.sh" >&2
 exit 1

@@ -14,32 +14,32 @@ if not CONFIGS.exists():  # a source checkout: configs/ stands beside the packag
 def find_config(path: str | Path, folder: Path | None = None) -> Path:
     """The file of a config.
 
-    A bare name (`demo_expert`) is always one that comes with flexolmo_jax: a file in the working
-    folder that happens to be named so is not run. What ends in .py or has a slash is a file.
+    A bare name (`demo_expert`) always means a preset, even if the working folder has a file of
+    that name. A path that ends in .py or has a slash means a file.
 
     Args:
-      path: a Python file, or the name of a config that comes with flexolmo_jax.
-      folder: where those that come with flexolmo_jax are; default: CONFIGS.
+      path: a Python file, or the name of a preset.
+      folder: of the presets; default: CONFIGS.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no such file or preset.
     """
-    file, folder, said = Path(path), folder or CONFIGS, str(path)
+    file, folder, name = Path(path), folder or CONFIGS, str(path)
     bundled = folder / f"{file.stem}.py"
-    is_bare = not isinstance(path, Path) and os.sep not in said
-    if is_bare and not said.endswith(".py"):
-        beside = [one for one in (f"{said}.py", said) if Path(one).is_file()]
+    is_bare = not isinstance(path, Path) and os.sep not in name
+    if is_bare and not name.endswith(".py"):
+        local = next((path for path in (f"{name}.py", name) if Path(path).is_file()), None)
         if bundled.is_file():
-            if beside:
+            if local:
                 warnings.warn(
-                    f"{said}: this is the config that comes with flexolmo_jax, {bundled}; for the "
-                    f"file in this folder, write ./{beside[0]}",
+                    f"{name}: this is the config that comes with flexolmo_jax, {bundled}; for the "
+                    f"file in this folder, write ./{local}",
                     stacklevel=3,
                 )
             return bundled
-        if beside:
+        if local:
             raise ValueError(
-                f"no config named {said}; for the file in this folder, write ./{beside[0]}"
+                f"no config named {name}; for the file in this folder, write ./{local}"
             )
     elif file.is_file():
         return file
@@ -57,7 +57,7 @@ def load_config(path: str | Path, kind: type, folder: Path | None = None) -> Any
       kind: the class that `config` must be of.
 
     Raises:
-      ValueError: the file is missing, fails, or holds a config of another stage.
+      ValueError: the file is missing or fails, or its config is of another stage.
     """
     file = find_config(path, folder)
     try:

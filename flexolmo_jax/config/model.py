@@ -3,24 +3,19 @@
 import dataclasses
 from typing import Any, Literal, get_args
 
-COMPUTE = (
-    "dtype",
-    "expert_compute",
-    "attention",
-    "loss_chunk",
-    "remat",
-    "unroll",
-)  # fields that change no number
-MEMORY = (0.8, 0.3)  # decay and weight of a merged model's router memory, where none are chosen
+# Fields that do not change the architecture, only how it is computed.
+COMPUTE = ("dtype", "expert_compute", "attention", "loss_chunk", "remat", "unroll")
+MEMORY = (0.8, 0.3)  # default decay and weight of a merged model's router memory
 
 
 def require(ok: bool, message: str) -> None:
+    """Raises ValueError with a message unless `ok`."""
     if not ok:
         raise ValueError(message)
 
 
 def choices(config: Any, name: str) -> tuple[Any, ...]:
-    """The values that a Literal field of a config, or of its class, may have."""
+    """The values that a Literal field of a config, or of its class, allows."""
     return get_args(next(f.type for f in dataclasses.fields(config) if f.name == name))
 
 
@@ -28,8 +23,8 @@ def choices(config: Any, name: str) -> tuple[Any, ...]:
 class ModelConfig:
     """Sizes and switches of the network (OLMo 2 layers, FlexOlmo mixture).
 
-    The first group decides the shapes and the mathematics and is part of an anchor's identity; the
-    second, from `dtype` on, only says how it is computed.
+    The fields before `dtype` define the shapes and the mathematics, and are part of an anchor's
+    identity; those from `dtype` on only define how the network is computed.
     """
 
     vocab_size: int
@@ -37,26 +32,25 @@ class ModelConfig:
     num_layers: int  # L
     num_heads: int  # N
     ffn_width: int  # F
-    num_kv_heads: int | None = None  # None: as many as num_heads; read it as `kv_heads`
-    head_width: int | None = None  # None: width / num_heads; read it as `head_size`
-    num_experts: int = 1  # E; the anchor alone is a model of one expert
-    active_experts: int | None = None  # A; None means all
+    num_kv_heads: int | None = None  # None: num_heads; `kv_heads` resolves it
+    head_width: int | None = None  # None: width / num_heads; `head_size` resolves it
+    num_experts: int = 1  # E; the anchor alone has one
+    active_experts: int | None = None  # A; None: all
     renormalize: bool = False  # scale the weights of the active experts to sum to 1
-    memory: tuple[float, float] | None = None  # (decay, weight): how a merged model's router counts
-    # a document's earlier tokens in (modeling/router.py); chosen at merge, as active_experts
+    # (decay, weight) of earlier tokens in a merged model's routing (modeling/router.py); set when
+    # merging, like active_experts.
+    memory: tuple[float, float] | None = None
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
-    max_length: int = 4096  # the longest sequence the model was made for
+    max_length: int = 4096  # the longest sequence that the model supports
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations
-    expert_compute: Literal["dense", "grouped"] = "dense"  # all experts, or routed rows only
-    attention: Literal["auto", "blocked", "splash", "cudnn"] = "auto"  # modeling/attend.py
-    loss_chunk: int = 128  # positions of each sequence whose logits are held at a time
-    remat: Literal["none", "matmuls", "wide_matmuls", "layer"] = (
-        "none"  # what backward computes again:
-    )
-    # nothing; all but matrix products; also those that are wider than the model; each whole layer
-    unroll: int = 1  # layers in one turn of the loop: more run faster on CPU, and compile longer
+    expert_compute: Literal["dense", "grouped"] = "dense"  # all experts, or routed tokens only
+    attention: Literal["auto", "blocked", "splash", "cudnn"] = "auto"  # see modeling/kernels
+    loss_chunk: int = 128  # positions per sequence whose logits are in memory at the same time
+    # Rematerialization policy: none; all but matmul outputs; also FFN-wide matmuls; full layer.
+    remat: Literal["none", "matmuls", "wide_matmuls", "layer"] = "none"
+    unroll: int = 1  # layers per iteration of the scan: more are faster on CPU, but compile longer
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "num_layers", "num_heads", "ffn_width", "max_length"):
@@ -102,28 +96,29 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], where: str) -> "ModelConfig":
-        """From a manifest. Raises ValueError, naming `where`, if the fields are not ours."""
+        """From a manifest. Raises ValueError, naming `where`, if the fields are unknown."""
         try:
             return cls(**values)
         except TypeError as error:
             raise ValueError(f"{where}: not a model config of this version ({error})") from error
 
     def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with other values."""
         return dataclasses.replace(self, **changes)
 
     def architecture(self) -> dict[str, Any]:
-        """What two models must agree on to share experts, as JSON values."""
-        same = dataclasses.asdict(self)
-        same |= {"num_kv_heads": self.kv_heads, "head_width": self.head_size}
+        """The fields that two models must share to exchange experts, as JSON values."""
+        values = dataclasses.asdict(self)
+        values |= {"num_kv_heads": self.kv_heads, "head_width": self.head_size}
         for name in (*COMPUTE, "num_experts", "active_experts", "memory", "max_length"):
-            del same[name]
-        return same
+            del values[name]
+        return values
 
 
 def check_memory(decay: float, weight: float) -> None:
-    """Raises ValueError if a router cannot remember so."""
+    """Raises ValueError if the values are out of range."""
     require(
         0 < decay < 1 and 0 < weight < float("inf"),
         f"memory must be a decay in (0, 1) and a weight above 0, found {decay} and {weight}; for a "
-        "router without memory, say so: memory=None, --no-memory",
+        "router without memory, pass memory=None, or --no-memory",
     )

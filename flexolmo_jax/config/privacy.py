@@ -8,19 +8,19 @@ from flexolmo_jax.config.training import ExpertTraining
 
 @dataclasses.dataclass(frozen=True)
 class PrivacyConfig:
-    """What a data owner asks of differentially private training; all else is calibrated.
+    """What a data owner requires of differentially private training; the noise is calibrated to it.
 
-    In this mode `data.batch_size` is the mean number of units in a step's batch. No key or seed is
-    here: noise and batches come from the operating system's entropy.
+    In this mode `data.batch_size` is the mean number of units in a batch. There is no key or seed:
+    noise and batches are drawn from the operating system's entropy.
     """
 
     epsilon: float  # of the whole run, router rows included
-    delta: float | None = None  # None: the ledger's, or a tenth of a unit, at most 1e-5
-    clip: float = 0.1  # C, the length that the gradient of a unit is clipped to
+    delta: float | None = None  # None: the ledger's; else 0.1 / units, at most 1e-5
+    clip: float = 0.1  # C, the norm to which the gradient of each unit is clipped
     unit: str = "document"  # or "sequence" (a window), or "group:FIELD" (a patient, an author)
-    windows: int = 8  # most windows of a unit in a step; of a longer one, so many are drawn
+    windows: int = 8  # maximum windows per unit and step; longer units are subsampled
     microbatch_size: int = 8  # units whose gradients a device holds at the same time
-    limit: float | None = None  # epsilon of all runs in the ledger; None: as it is, or `epsilon`
+    limit: float | None = None  # epsilon of all runs in the ledger; None: unchanged, or `epsilon`
 
     def __post_init__(self):
         for name in ("epsilon", "clip", "limit"):
@@ -41,16 +41,16 @@ class PrivacyConfig:
 
     @property
     def kind(self) -> str:
-        """Of the units: document, sequence or group."""
+        """The kind of units: document, sequence or group."""
         return self.unit.partition(":")[0]
 
     @property
     def group_field(self) -> str:
-        """FIELD of group:FIELD; else empty."""
+        """FIELD of group:FIELD, or ""."""
         return self.unit.partition(":")[2]
 
     def applied_to(self, config: ExpertTraining) -> ExpertTraining:
-        """The config with FIELD as the group field, so that no group is held out in part."""
+        """The config with FIELD as the group field, so that no group is held out partially."""
         if not self.group_field:
             return config
         data = dataclasses.replace(config.data, group_field=self.group_field)

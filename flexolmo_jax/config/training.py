@@ -1,4 +1,4 @@
-"""The stages of training: their data, optimizer and steps."""
+"""Configs of the stages of training."""
 
 import dataclasses
 from typing import Any, Literal
@@ -24,8 +24,8 @@ class OptimizerConfig:
         )
         require(
             self.learning_rate <= 1,
-            f"learning_rate must be at most 1 (AdamW moves every weight by about as much in a "
-            f"step), found {self.learning_rate}",
+            f"learning_rate must be at most 1 (in a step, AdamW changes every weight by about "
+            f"that much), found {self.learning_rate}",
         )
         require(
             self.warmup_steps >= 0, f"warmup_steps must be 0 or more, found {self.warmup_steps}"
@@ -38,8 +38,8 @@ class OptimizerConfig:
             require(0 < found < float("inf"), f"{name} must be positive and finite, found {found}")
         require(
             0 <= self.weight_decay < 1 / self.learning_rate,
-            "weight_decay must be 0 or more, and below 1 / learning_rate, where a step would leave "
-            f"nothing of a weight; found {self.weight_decay}",
+            "weight_decay must be 0 or more, and below 1 / learning_rate (there, one step would "
+            f"set every weight to 0), found {self.weight_decay}",
         )
 
 
@@ -47,12 +47,12 @@ class OptimizerConfig:
 class DataConfig:
     """How text becomes batches."""
 
-    batch_size: int  # sequences a step
-    length: int  # tokens a sequence (S)
-    source: str | None = None  # where the text is, if no --data says so
+    batch_size: int  # B, sequences per step
+    length: int  # S, tokens per sequence
+    source: str | None = None  # the text, if there is no --data
     text_field: str = "text"  # of JSONL and Parquet rows
-    group_field: str = "group"  # rows that share it stay on one side of the held-out split
-    heldout: float = 0.05  # share of the documents that no training ever sees
+    group_field: str = "group"  # rows with equal values stay on one side of the held-out split
+    heldout: float = 0.05  # share of documents that are never trained on
 
     def __post_init__(self):
         require(self.batch_size > 0, f"batch_size must be positive, found {self.batch_size}")
@@ -62,34 +62,33 @@ class DataConfig:
             require(getattr(self, name) != "", f"{name} must not be empty")
 
     def split(self) -> dict[str, Any]:
-        """What a package says of its held-out split, so that others can score the same documents.
+        """The held-out split as the manifest records it, so that others score the same documents.
 
-        Which documents are held out follows from this and from each document's group (its text,
-        where it has none) alone; see `is_heldout` in data/sources.py.
+        It depends only on these values and on each document's group (or its text, if it has no
+        group); see `is_heldout` in data/sources.py.
         """
         return {"share": self.heldout, "group_field": self.group_field}
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What every stage has."""
+    """Fields of every stage."""
 
     data: DataConfig
     optimizer: OptimizerConfig
     steps: int
     seed: int = 0
-    licence: str = "unspecified"  # of the weights that come out
-    contact: str = "unspecified"  # whom to ask, and to tell when the expert is to be taken out
+    licence: str = "unspecified"  # of the trained weights
+    contact: str = "unspecified"  # for questions, and for requests to remove the expert
     output_z_loss: float = 1e-5  # weight of mean(logsumexp(logits)^2)
     checkpoint_every: int = 1000  # steps
     log_every: int = 10  # steps
-    expert_parallel: int = 1  # devices that a merged model's experts are spread over
-    tensor_parallel: int = 1  # devices that share every layer's heads and hidden units
+    expert_parallel: int = 1  # devices that a merged model's experts are sharded over
+    tensor_parallel: int = 1  # devices that every layer's heads and hidden units are sharded over
     microbatches: int = 1  # gradient accumulation steps per device; more of them use less memory
-    remat: Literal["none", "matmuls", "wide_matmuls", "layer"] | None = (
-        None  # None: as the model has it
-    )
-    expert_compute: Literal["dense", "grouped"] | None = None  # None: as the model has it
+    # None: as in the model config.
+    remat: Literal["none", "matmuls", "wide_matmuls", "layer"] | None = None
+    expert_compute: Literal["dense", "grouped"] | None = None  # None: as in the model config
 
     def __post_init__(self):
         require(self.steps > 0, f"steps must be positive, found {self.steps}")
@@ -114,19 +113,19 @@ class Training:
             )
 
     def computing(self, model: ModelConfig) -> ModelConfig:
-        """The model as this training computes it: the same numbers, up to rounding."""
-        wanted = {"remat": self.remat, "expert_compute": self.expert_compute}
-        return model.replace(**{name: value for name, value in wanted.items() if value})
+        """The model config with this training's way of computing; results agree up to rounding."""
+        changes = {"remat": self.remat, "expert_compute": self.expert_compute}
+        return model.replace(**{name: value for name, value in changes.items() if value})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnchorTraining(Training):
-    """Stage 1: the public model, by the one who hosts it, on public text."""
+    """Stage 1: whoever hosts the public model trains it on public text."""
 
     model: ModelConfig
-    tokenizer: str | None = None  # a tokenizer.json; None trains a BPE of model.vocab_size
-    separator: str = "<|endoftext|>"  # the token that opens every document
-    public_tokens: int = 65_536  # how much public text goes into the anchor for owners to fit rows
+    tokenizer: str | None = None  # a tokenizer.json; None: train a BPE of model.vocab_size
+    separator: str = "<|endoftext|>"  # end-of-document token; every document starts with it
+    public_tokens: int = 65_536  # public text in the anchor package, for owners to fit rows
     domain_embedding: str | None = None  # as in ExpertTraining; sets the public router row
 
     def __post_init__(self):
@@ -138,27 +137,29 @@ class AnchorTraining(Training):
         )
         require(
             self.model.memory is None,
-            "model.memory is for merged models: choose it with `flexolmo merge --memory`",
+            "model.memory is for merged models: set it with `flexolmo merge --memory`",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertTraining(Training):
-    """Stage 2: one owner's expert, by the owner alone, on closed text.
+    """Stage 2: an owner trains its expert alone, on closed text.
 
-    `gating="fixed"` fixes the expert's gate to 1 during training and then fits its router rows and
-    biases against the anchor's public text (the default recipe), as `router` says: by logistic
-    regression, or as the linear discriminant of two Gaussians of one covariance ("lda").
-    `gating="softmax"` is the paper's form: the gate is a softmax over the public and the new
-    expert, whose rows start at the domain embedding and are learned jointly.
+    `gating="fixed"` (the default recipe) fixes the expert's gate to 1 during training, and then
+    fits its router rows and biases against the anchor's public text. `router` selects logistic
+    regression, or the linear discriminant of two Gaussians with equal covariance ("lda").
+    `gating="softmax"` is the paper's recipe: a softmax over the public and the new expert, whose rows
+    start from the domain embedding and are trained too.
     """
 
     gating: Literal["fixed", "softmax"] = "fixed"
     router: Literal["logistic", "lda"] = "logistic"  # with "fixed": how the rows are fitted
     router_z_loss: float = 0.0  # with gating="softmax"
-    domain_embedding: str | None = None  # with "softmax": "wordllama", or a .npy: [D] or [N, D]
-    fit_tokens: int = 32_768  # with "fixed": tokens of each side that the rows are fitted on
-    fit_prior: float = 0.3  # with "fixed": prior that a token is the owner's
+    domain_embedding: str | None = None  # with "softmax": "wordllama", or a .npy of [D] or [N, D]
+    fit_tokens: int = 32_768  # with "fixed": own and public tokens each, to fit the rows on
+    # With "fixed": prior probability that a token is the owner's; lower makes the expert fire
+    # less often.
+    fit_prior: float = 0.3
     fit_ridge: float = 1e-3  # with "logistic": ridge penalty of the whitened rows
 
     def __post_init__(self):
@@ -170,8 +171,8 @@ class ExpertTraining(Training):
             )
         require(
             self.gating == "fixed" or self.router == "logistic",
-            f"router={self.router!r} with gating='softmax': the paper's form learns its rows; "
-            "leave router out",
+            f"router={self.router!r} with gating='softmax': this recipe trains its rows; leave "
+            "router out",
         )
         require(0 < self.fit_prior < 1, f"fit_prior must be in (0, 1), found {self.fit_prior}")
         require(
@@ -183,7 +184,7 @@ class ExpertTraining(Training):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterTraining(Training):
-    """Stage 3, optional: the merged model's router rows only, on proxies from public text."""
+    """Stage 3, optional: tunes only the merged model's router rows, on proxies."""
 
     router_z_loss: float = 0.001
     active_experts: int | None = None  # None: as in the merged model

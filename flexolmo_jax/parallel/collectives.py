@@ -16,9 +16,8 @@ from flexolmo_jax.parallel.mesh import (
     AXES,
     DATA,
     EXPERT,
-    SHARDED_AXIS,
+    SHARDED,
     TENSOR,
-    TENSOR_AXIS,
     matrix_name,
 )
 
@@ -42,7 +41,7 @@ def psum_batch(tree: Any) -> Any:
 
 
 def first_sequence(sequences: int) -> jax.Array | int:
-    """The index, in the whole batch, of this device's first of so many sequences."""
+    """The index in the whole batch of this device's first sequence, of `sequences` per device."""
     return jax.lax.axis_index(AXES) * sequences if inside_shard_map() else 0
 
 
@@ -52,14 +51,14 @@ def all_gather_module(module: Any, config: ModelConfig, expert_parallel: bool = 
     Args:
       module: of one layer; for `Experts` see `all_gather_experts`.
       config: the sizes, and the dtype in which matrices travel.
-      expert_parallel: the experts in it stay on their devices.
+      expert_parallel: whether its experts stay on their devices.
     """
     if not inside_shard_map():
         return module
 
     def gather(path, leaf):
         name = matrix_name(path)
-        if name not in SHARDED_AXIS:
+        if name not in SHARDED:
             return leaf
         return all_gather_matrix(name, leaf, config, expert_parallel)
 
@@ -72,10 +71,10 @@ def all_gather_matrix(
     """A matrix by its name, all-gathered; the gradient is a reduce-scatter."""
     if not inside_shard_map():
         return leaf
-    size, shard = config.width, leaf.shape[SHARDED_AXIS[name]]
+    size, shard = config.width, leaf.shape[SHARDED[name].batch]
     if name == "down":
         size = config.ffn_width // jax.lax.axis_size(TENSOR)
-    if name not in TENSOR_AXIS:  # the head: each device works on its own positions
+    if SHARDED[name].tensor is None:  # the head: each device works on its own positions
         leaf = copy_to_tensor_parallel(leaf)
     if shard == size:
         return leaf
@@ -84,18 +83,22 @@ def all_gather_matrix(
         axes = (DATA,)
     elif size // shard != jax.lax.axis_size(AXES):
         axes = (EXPERT,)
-    axis = leaf.ndim + SHARDED_AXIS[name]
+    axis = leaf.ndim + SHARDED[name].batch
     leaf = jax.lax.all_gather(leaf.astype(config.dtype), axes, axis=axis, tiled=True)
     return checkpoint_name(leaf, GATHERED)
 
 
 def all_gather_experts(stack: Any, config: ModelConfig) -> Any:
-    """A stack of experts with its matrices all-gathered; expert-parallel ones stay where they are."""
+    """A stack of experts with its matrices all-gathered; expert-parallel experts do not move."""
     return all_gather_module(stack, config, expert_parallel=is_expert_parallel(stack))
 
 
 def is_expert_parallel(stack: Any) -> bool:
-    """Whether other devices hold some of a stack's experts (of one layer, router rows whole)."""
+    """Whether other devices hold some of a stack's experts.
+
+    Args:
+      stack: `Experts` of one layer, whose router rows are replicated.
+    """
     return inside_shard_map() and stack.feed_forward.gate.shape[0] < stack.router.bias.shape[0]
 
 

@@ -12,7 +12,7 @@
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import mesh_utils
@@ -26,13 +26,27 @@ TENSOR = "tensor"
 ALL_AXES = (*AXES, TENSOR)
 BATCH = P(AXES)  # the sequences of a batch
 SERVING: tuple[str, ...] = ()  # a model in use is replicated, its experts aside
-SHARDED_AXIS = {  # of each matrix: the model width, for `down` the hidden width
-    "embed": -1, "head": -2, "q": -3, "k": -3, "v": -3, "o": -1, "gate": -2, "up": -2, "down": -2,
-}  # fmt: skip
-TENSOR_AXIS = {  # of each matrix: the one that is sharded over `tensor`
-    "q": -2, "k": -2, "v": -2, "o": -3, "gate": -1, "up": -1, "down": -2,
-}  # fmt: skip
-EXPERT_WEIGHTS = ("gate", "up", "down")  # [L, E, ...]
+
+
+class Axes(NamedTuple):
+    """Which axes of a matrix are sharded over which axes of the mesh."""
+
+    batch: int  # over `data` and `expert`: the model width, or the hidden width of `down`
+    tensor: int | None = None  # over `tensor`
+    expert: int | None = None  # over `expert`, if that divides the number of experts
+
+
+SHARDED = {  # all matrices by name; every other leaf is replicated
+    "embed": Axes(-1),
+    "head": Axes(-2),
+    "q": Axes(-3, tensor=-2),
+    "k": Axes(-3, tensor=-2),
+    "v": Axes(-3, tensor=-2),
+    "o": Axes(-1, tensor=-3),
+    "gate": Axes(-2, tensor=-1, expert=-3),
+    "up": Axes(-2, tensor=-1, expert=-3),
+    "down": Axes(-2, tensor=-2, expert=-3),
+}
 
 
 def make_mesh(expert_parallel: int = 1, devices: Any = None, tensor_parallel: int = 1) -> Mesh:
@@ -85,7 +99,7 @@ def shardings(tree: Any, mesh: Mesh, over: tuple[str, ...] = AXES) -> Any:
 
 
 def specs_of(tree: Any, mesh: Mesh | None) -> Any:
-    """The `PartitionSpec` that each array already has, also inside `jax.jit`; None without a mesh."""
+    """Each array's own `PartitionSpec`, also inside `jax.jit`; None without a mesh."""
     return None if mesh is None else jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
 
 
@@ -96,16 +110,17 @@ def matrix_name(path: tuple) -> str:
 
 def _spec(path: tuple, leaf: Any, mesh: Mesh, over: tuple[str, ...]) -> P:
     name = matrix_name(path)
-    if name not in SHARDED_AXIS:
+    if name not in SHARDED:
         return P()
+    sharded = SHARDED[name]
     spec: list[Any] = [None] * leaf.ndim
-    if name in EXPERT_WEIGHTS and _is_expert_parallel(leaf.shape[-3], mesh):
-        spec[-3] = EXPERT
+    if sharded.expert and _is_expert_parallel(leaf.shape[sharded.expert], mesh):
+        spec[sharded.expert] = EXPERT
         over = tuple(axis for axis in over if axis != EXPERT)
-    if name in TENSOR_AXIS and mesh.shape[TENSOR] > 1:
-        spec[TENSOR_AXIS[name]] = (TENSOR,)
+    if sharded.tensor and mesh.shape[TENSOR] > 1:
+        spec[sharded.tensor] = (TENSOR,)
     if over:
-        spec[SHARDED_AXIS[name]] = (*(spec[SHARDED_AXIS[name]] or ()), *over)
+        spec[sharded.batch] = (*(spec[sharded.batch] or ()), *over)
     for size, axes in zip(leaf.shape, spec, strict=True):
         shards = math.prod(mesh.shape[axis] for axis in axes) if isinstance(axes, tuple) else 1
         if size % shards:

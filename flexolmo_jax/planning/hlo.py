@@ -1,8 +1,8 @@
 """A compiled program: computations, instructions and shapes, read from XLA's protobuf.
 
-XLA also prints its programs, but in text that changes: JAX 0.12 leaves the instructions
-`get-tuple-element` out of it. Numbers of protobuf fields are for good. Those that are read here
-are from xla/service/hlo.proto and xla/xla_data.proto of github.com/openxla/xla.
+XLA also prints its programs, but that text changes: JAX 0.12 omits the instructions
+`get-tuple-element`. The numbers of protobuf fields do not change. Those below come from
+xla/service/hlo.proto and xla/xla_data.proto of github.com/openxla/xla.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import jax
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-MESSAGES: dict[str, dict[str, tuple[int, str]]] = {  # of each, the fields' numbers and types
+MESSAGES: dict[str, dict[str, tuple[int, str]]] = {  # message: field: (number, type)
     "Dump": {"hlo_module": (1, "Module")},  # XLA: HloProto
     "Module": {
         "name": (1, "string"), "computations": (3, "Computation[]"),
@@ -64,47 +64,51 @@ BITS = {  # of XLA's PrimitiveType
     30: 1, 31: 1, 32: 4, 33: 8,
 }  # fmt: skip
 TUPLE, OPAQUE, TOKEN, BUFFER = 13, 14, 17, 34
-HBM, ON_CHIP = 0, {1, 2, 3, 4, 6, 8, 10, 11, 12, 15}  # memory spaces that libtpu 0.0.52 uses
+HBM, ON_CHIP = 0, {1, 2, 3, 4, 6, 8, 10, 11, 12, 15}  # memory spaces of libtpu 0.0.52
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
+    """An array of a program."""
+
     dims: tuple[int, ...]
-    bits: int  # of an element
-    on_chip: bool  # in a memory space of its own, not in HBM
+    bits: int  # per element
+    on_chip: bool  # in a memory space other than HBM
 
     @property
     def size(self) -> float:
-        """In bytes, wherever it is."""
+        """Bytes, in any memory."""
         return math.prod(self.dims) * self.bits / 8
 
     @property
     def bytes(self) -> float:
-        """Of HBM."""
+        """Bytes of HBM."""
         return 0 if self.on_chip else self.size
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Instruction:
-    kind: str  # the opcode, as "dot"
-    shapes: tuple[Shape, ...]  # of the result; of a tuple, those of its leaves
-    operands: tuple[int, ...]  # ids
+    """An operation of a program."""
+
+    kind: str  # the opcode, such as "dot"
+    shapes: tuple[Shape, ...]  # of the result, or of the leaves of a tuple
+    operands: tuple[int, ...]  # ids of instructions
     called: tuple[int, ...]  # ids of computations
-    said: Any  # the message, for what only some kinds have
+    proto: Any  # the message, for fields that only some opcodes have
 
     @property
     def name(self) -> str:
-        return self.said.name
+        return self.proto.name
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """What the backend's compiler noted."""
-        return self._json("backend_config", self.said.backend_config)
+        """The notes of the backend's compiler."""
+        return self._json("backend_config", self.proto.backend_config)
 
     @functools.cached_property
     def kernel(self) -> dict[str, Any]:
-        """What a kernel's author noted, as sizes of blocks; empty if nothing."""
-        notes = {note.key: note.value for note in self.said.frontend_attributes.map}
+        """The notes of a kernel's author, such as block sizes; empty if there are none."""
+        notes = {note.key: note.value for note in self.proto.frontend_attributes.map}
         outer = self._json("kernel_metadata", notes.get("kernel_metadata"))
         return self._json("xprof_metadata", outer.get("xprof_metadata"))
 
@@ -117,32 +121,36 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Computation:
+    """A function of a program."""
+
     instructions: dict[int, Instruction]  # operands come before their users
     root: Instruction
 
-    def inputs(self, one: Instruction) -> list[Instruction]:
-        return [self.instructions[number] for number in one.operands]
+    def inputs(self, op: Instruction) -> list[Instruction]:
+        return [self.instructions[number] for number in op.operands]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
+    """A compiled program."""
+
     computations: dict[int, Computation]
     entry: Computation
 
 
-def unreadable(what: str, one: Any) -> ValueError:
-    """The error for an instruction that this reading does not know: no count is better than a
-    wrong one."""
-    said = getattr(one, "said", one)
-    target = f" to {said.custom_call_target}" if said.custom_call_target else ""
+def unreadable(what: str, op: Any) -> ValueError:
+    """The error for an instruction that cannot be counted: no count is better than a wrong one."""
+    proto = getattr(op, "proto", op)
+    target = f" to {proto.custom_call_target}" if proto.custom_call_target else ""
     return ValueError(
         f"JAX {jax.__version__}, {compiler()}: the compiled program has {what}, which "
-        f"flexolmo_jax cannot count, at %{said.name} = {said.opcode}{target}; plan with a version "
-        "of JAX and libtpu that setup.cfg names"
+        f"flexolmo_jax cannot count, at %{proto.name} = {proto.opcode}{target}; plan with a "
+        "version of JAX and libtpu that setup.cfg names"
     )
 
 
 def compiler() -> str:
+    """The version of libtpu."""
     try:
         return f"libtpu {importlib.metadata.version('libtpu')}"
     except importlib.metadata.PackageNotFoundError:
@@ -150,15 +158,15 @@ def compiler() -> str:
 
 
 def read(data: bytes, kind: str = "Dump") -> Program:
-    """The program in a protobuf.
+    """Reads a program from a protobuf.
 
     Args:
       data: an HloProto, as XLA dumps it (`xla_dump_hlo_as_proto`); or an HloModuleProto, as
-        `as_serialized_hlo_module_proto` gives it.
-      kind: "Dump" or "Module", accordingly.
+        `as_serialized_hlo_module_proto` returns it.
+      kind: "Dump" for the former, "Module" for the latter.
 
     Raises:
-      ValueError: it holds no program, or one with a type that is not known.
+      ValueError: there is no program in it, or one with an unknown type.
     """
     message = _messages()[kind]()
     try:
@@ -166,16 +174,16 @@ def read(data: bytes, kind: str = "Dump") -> Program:
     except DecodeError as error:
         raise ValueError(f"JAX {jax.__version__}, {compiler()}: no protobuf: {error}") from error
     module = message.hlo_module if kind == "Dump" else message
-    computations = {one.id: _computation(one) for one in module.computations}
+    computations = {proto.id: _computation(proto) for proto in module.computations}
     if module.entry_computation_id not in computations:
         raise ValueError(
             f"JAX {jax.__version__}, {compiler()}: no program in the compiler's protobuf of "
             f"{len(data)} bytes"
         )
     for computation in computations.values():
-        for one in computation.instructions.values():
-            if not set(one.called) <= computations.keys():
-                raise unreadable("a call of a computation that it does not have", one)
+        for op in computation.instructions.values():
+            if not set(op.called) <= computations.keys():
+                raise unreadable("a call of a computation that it does not have", op)
     return Program(computations, computations[module.entry_computation_id])
 
 
@@ -201,28 +209,28 @@ def _messages() -> dict[str, Any]:
     }
 
 
-def _computation(said: Any) -> Computation:
+def _computation(proto: Any) -> Computation:
     instructions: dict[int, Instruction] = {}
-    for one in said.instructions:
-        if not set(one.operand_ids) <= instructions.keys():
-            raise unreadable("an operand that does not come before its user", one)
-        instructions[one.id] = Instruction(
-            one.opcode, tuple(_shapes(one.shape, one)), tuple(one.operand_ids),
-            tuple(one.called_computation_ids), one,
+    for op in proto.instructions:
+        if not set(op.operand_ids) <= instructions.keys():
+            raise unreadable("an operand that does not come before its user", op)
+        instructions[op.id] = Instruction(
+            op.opcode, tuple(_shapes(op.shape, op)), tuple(op.operand_ids),
+            tuple(op.called_computation_ids), op,
         )  # fmt: skip
-    if said.root_id not in instructions:
-        raise ValueError(f"JAX {jax.__version__}, {compiler()}: {said.name} has no root")
-    return Computation(instructions, instructions[said.root_id])
+    if proto.root_id not in instructions:
+        raise ValueError(f"JAX {jax.__version__}, {compiler()}: {proto.name} has no root")
+    return Computation(instructions, instructions[proto.root_id])
 
 
-def _shapes(shape: Any, one: Any) -> Iterator[Shape]:
+def _shapes(shape: Any, op: Any) -> Iterator[Shape]:
     kind, space = shape.element_type, shape.layout.memory_space
     if kind in (TUPLE, BUFFER):
         for leaf in shape.tuple_shapes:
-            yield from _shapes(leaf, one)
+            yield from _shapes(leaf, op)
     elif kind in BITS:
         if space != HBM and space not in ON_CHIP:
-            raise unreadable(f"memory space {space}", one)
+            raise unreadable(f"memory space {space}", op)
         yield Shape(tuple(shape.dimensions), BITS[kind], space != HBM)
     elif kind not in (OPAQUE, TOKEN):
-        raise unreadable(f"element type {kind} of XLA's PrimitiveType", one)
+        raise unreadable(f"element type {kind} of XLA's PrimitiveType", op)

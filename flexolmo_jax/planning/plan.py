@@ -180,15 +180,15 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
         "memory": chip.memory,
     }  # fmt: skip
     started = time.monotonic()
-    with placement.use_mesh(mesh):
-        program = stage_program(config, model, stage, mesh)
-        try:
+    program = stage_program(config, model, stage, mesh)
+    try:
+        with placement.use_mesh(mesh):
             memory, hlo = _compile(program)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            seconds = time.monotonic() - started
-            return Plan(compile_seconds=seconds, fits=False, because=_reason(error), **known)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        seconds = time.monotonic() - started
+        return Plan(compile_seconds=seconds, fits=False, because=_reason(error), **known)
     seconds = time.monotonic() - started
     spent = _cost(hlo, stage)
     output = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -209,7 +209,7 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
         collectives=dict(spent.collectives),
         compute_seconds=spent.flops / chip.flops,
         hbm_seconds=spent.bytes / chip.bandwidth,
-        link_seconds=sum(spent.collectives.values()) / chip.links,
+        link_seconds=sum(spent.collectives.values()) / chip.ici,
         tokens_a_step=tokens,
         steps=config.steps if stage in STAGE_OF_CONFIG.values() else 0,
         **known,

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from flexolmo_jax.config import Training
 from flexolmo_jax.parallel.collectives import psum_batch
-from flexolmo_jax.parallel.mesh import BATCH, SHARDED_AXIS, matrix_name, num_shards, specs
+from flexolmo_jax.parallel.mesh import BATCH, SHARDED, matrix_name, num_shards, specs
 from flexolmo_jax.parallel.placement import shard_map
 
 
@@ -94,5 +94,5 @@ def gradients(
 def _psum_replicated(grads: Any) -> Any:
     """Sums the gradients of replicated leaves; those of sharded matrices are sums already."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, grad: grad if matrix_name(path) in SHARDED_AXIS else psum_batch(grad), grads
+        lambda path, grad: grad if matrix_name(path) in SHARDED else psum_batch(grad), grads
     )

@@ -1,9 +1,9 @@
-"""An owner fits its own router rows: a linear classifier of its tokens against public ones.
+"""An owner fits its own router rows: linear classifiers of its tokens against public tokens.
 
-Not in the paper. Rows that are learned on the owner's text alone become detectors of a direction
-common to all text, and swamp each other after the merge; here each row separates the owner's
-tokens from public ones, so rows fitted apart are comparable: the public row is their common zero.
-Nothing of other owners is used.
+This is not in the paper. Rows that are trained on the owner's text alone detect a direction common
+to all text, and drown each other out after the merge. Here each row separates the owner's tokens
+from public tokens, so that rows of different owners are comparable: the public row is their common
+zero. Nothing of other owners is used.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from flexolmo_jax.modeling.attention import segment_positions
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Anchor
 
-SHRINKAGE = 1e-2  # of the public covariance towards a multiple of the identity
+SHRINKAGE = 1e-2  # of covariances towards a multiple of the identity
 
 
 def fit_router(
@@ -34,7 +34,7 @@ def fit_router(
     ridge: float,
     prior: float,
 ) -> Experts:
-    """Fits the rows and biases of one expert, layer by layer in its own two-expert model.
+    """Fits the rows and biases of one expert, layer by layer, in a model of two experts.
 
     Args:
       anchor: the frozen anchor.
@@ -42,10 +42,10 @@ def fit_router(
       own: a batch of the owner's text.
       public: a batch of public text.
       config: of the anchor.
-      router: by logistic regression (`separate`), or as a linear discriminant (`discriminate`).
-      ridge: of `separate`: penalty on the squared length of the whitened row, relative to the
-        mean loss.
-      prior: share of all text that is taken to be the owner's; 0.5 weighs both sides alike.
+      router: "logistic" regression (`separate`), or linear discriminant "lda" (`discriminate`).
+      ridge: of `separate`: penalty on the squared norm of the whitened row, relative to the mean
+        loss.
+      prior: probability that a token is the owner's; 0.5 weights both texts equally.
 
     Returns:
       the expert with rows [L, 1, D] and biases [L, 1] <= 0, float32.
@@ -68,10 +68,9 @@ def fit_router(
 
     x = anchor.backbone.embed[...][tokens].astype(config.dtype)
     rows, biases = [], []
-    for number in range(config.num_layers):
+    for layer_index in range(config.num_layers):
         layer, public_slice, own_slice = jax.tree.map(
-            lambda leaf, number=number: leaf[number],
-            (anchor.backbone.layers, anchor.public, expert),
+            lambda leaf, i=layer_index: leaf[i], (anchor.backbone.layers, anchor.public, expert)
         )
         x = attend(x, layer)
         inputs = np.asarray(x, np.float64).reshape(-1, config.width)[real]
@@ -84,7 +83,7 @@ def fit_router(
         x = consult(x, layer, (public_slice, own_slice))
         rows.append(own_slice.router.row[...])
         biases.append(own_slice.router.bias[...])
-    # The logits are differences from the public expert's: add its row where it is not zero.
+    # The fitted logits are relative to the public expert's, so its row (often 0) is added.
     expert.router.row[...] = jnp.stack(rows) + anchor.public.router.row[...]
     expert.router.bias[...] = jnp.stack(biases)
     return expert
@@ -93,7 +92,7 @@ def fit_router(
 def separate(
     inputs: np.ndarray, is_own: np.ndarray, *, ridge: float, prior: float
 ) -> tuple[np.ndarray, float]:
-    """The row r and bias b <= 0 with r.x + b the log odds that x is the owner's.
+    """Fits r.x + b to the log odds that x is the owner's, by logistic regression.
 
     A positive intercept is folded into the row (`Whitening.constant`).
 
@@ -101,6 +100,9 @@ def separate(
       inputs: float64 [T, D], the inputs of a layer's experts.
       is_own: bool [T].
       ridge, prior: as in `fit_router`.
+
+    Returns:
+      the row r, float64 [D], and the bias b <= 0.
     """
     public = Whitening.of(inputs[~is_own].mean(axis=0), np.cov(inputs[~is_own], rowvar=False))
     white = public.whitened(inputs)
@@ -114,10 +116,10 @@ def separate(
 def discriminate(
     inputs: np.ndarray, is_own: np.ndarray, *, prior: float
 ) -> tuple[np.ndarray, float]:
-    """As `separate`, if both kinds of text were Gaussian with one covariance.
+    """As `separate`, in closed form, for Gaussian inputs with equal covariances.
 
-    Closed form. Discriminants that owners fit apart, each against the same public text, would be
-    those of all fitted together if the covariance were common to all.
+    If all owners had the same covariance, fitting each owner against the same public text would
+    give the same discriminants as fitting all owners together.
     """
     own, public = inputs[is_own], inputs[~is_own]
     pooled = (np.cov(own, rowvar=False) + np.cov(public, rowvar=False)) / 2
@@ -127,7 +129,7 @@ def discriminate(
 
 
 class Whitening(NamedTuple):
-    """Coordinates in which public inputs of a layer's experts have mean 0 and covariance 1."""
+    """Coordinates in which the public inputs of a layer's experts have mean 0 and covariance 1."""
 
     mean: np.ndarray  # float64 [D]
     covariance: np.ndarray  # float64 [D, D], shrunk
@@ -135,29 +137,30 @@ class Whitening(NamedTuple):
 
     @classmethod
     def of(cls, mean: np.ndarray, covariance: np.ndarray) -> "Whitening":
-        """Of the mean and covariance of public inputs."""
+        """From the mean and covariance of public inputs."""
         width = len(mean)
         shrunk = covariance + SHRINKAGE * np.trace(covariance) / width * np.eye(width)
         return cls(mean, shrunk, np.linalg.cholesky(shrunk))
 
     def whitened(self, inputs: np.ndarray) -> np.ndarray:
-        """[T, D] -> [T, D]."""
+        """Inputs in these coordinates: [T, D] -> [T, D]."""
         return np.linalg.solve(self.factor, (inputs - self.mean).T).T
 
     @property
     def constant(self) -> np.ndarray:
-        """The row that is about 1 for every input: float64 [D].
+        """The row v whose logit v.x is about 1 for every input: float64 [D].
 
-        v = S^-1 m / (m' S^-1 m), of the public mean m and covariance S: v.m = 1, and of all such
-        rows it varies least. Adding c*v to a row adds about c to its every logit.
+        v = S^-1 m / (m' S^-1 m), with the public mean m and covariance S: of all rows with
+        v.m = 1, its logits have the smallest variance. Adding c*v to a row adds about c to each of
+        its logits.
         """
         direction = np.linalg.solve(self.covariance, self.mean)
         return direction / (self.mean @ direction)
 
     def row(self, white: np.ndarray, intercept: float) -> tuple[np.ndarray, float]:
-        """The row and bias <= 0 of a score that is white.z + intercept in these coordinates.
+        """The row and bias <= 0 of the score white.z + intercept in these coordinates.
 
-        A positive bias is folded into the row, as `separate` says.
+        A positive bias is folded into the row (`constant`).
         """
         row = np.linalg.solve(self.factor.T, white)
         bias = float(intercept - row @ self.mean)
