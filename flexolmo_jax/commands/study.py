@@ -29,7 +29,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue in an existing DIR: stages whose inputs are unchanged are reused",
+        help="continue in an existing DIR; unchanged stages are reused",
     )
     if STUDIES:
         parser.epilog = (
