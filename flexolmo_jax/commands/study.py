@@ -59,5 +59,5 @@ def _parser_of(name: str, module_name: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     module.add_arguments(parser)
-    parser.set_defaults(run_command=module.run, parser=parser, trains=True, takes_config=False)
+    parser.set_defaults(run_command=module.run, parser=parser, trains=False, takes_config=False)
     return parser
