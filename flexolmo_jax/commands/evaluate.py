@@ -68,7 +68,7 @@ def add_to(commands: Commands) -> None:
     harness.add_argument(
         "--run-code",
         action="store_true",
-        help="run the programs that the model writes, on this machine, if a task needs it",
+        help="run programs that the model writes, on this machine",
     )
 
 

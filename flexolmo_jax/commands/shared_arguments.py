@@ -52,7 +52,7 @@ def add_model(parser: Parser) -> None:
         "--model",
         required=True,
         metavar="DIR",
-        help="a merged model, an anchor, an expert package, or a Hugging Face folder",
+        help="a package, a merged model, or a Hugging Face folder",
     )
     add_anchor(parser)
     add_separator(parser)
@@ -88,9 +88,7 @@ def add_heldout(parser: argparse._ActionsContainer, effect: str) -> None:
 
 def add_profile(parser: Parser) -> None:
     parser.add_argument(
-        "--profile",
-        metavar="DIR",
-        help="write a trace for TensorBoard or Perfetto; use a short run (--steps 20)",
+        "--profile", metavar="DIR", help="write a trace for TensorBoard or Perfetto; use few steps"
     )
 
 

@@ -29,7 +29,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue in an existing DIR: stages whose inputs are unchanged are reused",
+        help="continue in an existing DIR; unchanged stages are reused",
     )
     if STUDIES:
         parser.epilog = (
@@ -59,5 +59,5 @@ def _parser_of(name: str, module_name: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     module.add_arguments(parser)
-    parser.set_defaults(run_command=module.run, parser=parser, trains=True, takes_config=False)
+    parser.set_defaults(run_command=module.run, parser=parser, trains=False, takes_config=False)
     return parser

@@ -48,9 +48,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("--anchor", required=True, metavar="DIR", help="the frozen anchor")
     parser.add_argument("--name", required=True, help="the expert's name")
     parser.add_argument(
-        "--public",
-        metavar="SOURCE",
-        help="public text for the router rows (default: the text that came with the anchor)",
+        "--public", metavar="SOURCE", help="public text for the router rows (default: the anchor's)"
     )
     add_separator(parser)
     _add_privacy(parser)
@@ -69,13 +67,13 @@ def _add_shared(parser: Parser) -> None:
         "--data",
         metavar="SOURCE",
         dest="source",
-        help=f"the text: {SOURCE}; files that are skipped are listed",
+        help=f"the text: {SOURCE}; skipped files are listed",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the result")
     parser.add_argument(
         "--run",
         metavar="DIR",
-        help="folder of windows, checkpoints and metrics; keep it private (default: OUT.run)",
+        help="windows, checkpoints, metrics; keep it private (default: OUT.run)",
     )
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     add_profile(parser)

@@ -92,7 +92,7 @@ class Bar:
     """The progress of one piece of work; see `progress`."""
 
     def __init__(self, title: str, total: int, done: int, unit: str):
-        self.title, self.total, self.done, self.unit = title, total, done, unit
+        self.title, self.total, self.done, self.unit = visible(title), total, done, unit
         self.notes = ""
         self._started = self._last = time.monotonic()
         self._first: tuple[float, int] | None = None  # when a line was printed first; how much done
@@ -117,8 +117,8 @@ class Bar:
         if self._first is None:
             self._first = (now, self.done)  # the first step takes longer, as JAX compiles it
         elif self.done > self._first[1]:
-            rate = (now - self._first[0]) / (self.done - self._first[1])
-            left = f"{_duration(rate * (self.total - self.done))} left"
+            seconds = (now - self._first[0]) / (self.done - self._first[1])
+            left = f"{_duration(seconds * (self.total - self.done))} left"
         count = f"{self.unit} {self.done}/{self.total}".strip()
         log(", ".join(filter(None, (f"{self.title}: {count}", self.notes, left))))
 
@@ -127,7 +127,7 @@ class _TerminalBar(Bar):
     def __init__(self, title: str, total: int, done: int, unit: str, bars: Progress):
         super().__init__(title, total, done, unit)
         self._bars = bars
-        self._task = bars.add_task(title, total=total, completed=done, unit=unit, notes="")
+        self._task = bars.add_task(self.title, total=total, completed=done, unit=unit, notes="")
 
     def _show(self) -> None:
         self._bars.update(self._task, completed=self.done, notes=visible(self.notes))

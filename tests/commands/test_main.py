@@ -22,7 +22,7 @@ BORDERS = dict.fromkeys(map(ord, "│┃┏┓┗┛┌┐└┘├┤┬┴┼�
 
 @pytest.fixture
 def narrow():
-    """narrow(width): commands print for a screen of so many columns."""
+    """narrow(width): commands print for a screen that is `width` columns wide."""
 
     def set_width(width: int) -> None:
         console.width = width
@@ -409,7 +409,7 @@ def test_an_empty_corpus(world, refused, tmp_path):
 
 
 def test_the_command_can_be_given_again_with_the_right_source(world, flexolmo, refused, tmp_path):
-    """What a wrong source leaves behind is no run that has to be resumed or taken away."""
+    """A wrong source leaves no run behind that has to be resumed or removed."""
     refused(*world.expert_words(tmp_path / "mine", data=tmp_path / "typo.jsonl"))
     code, _, error = flexolmo(*world.expert_words(tmp_path / "mine", "--steps", "2"))
     assert code == 0

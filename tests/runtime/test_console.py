@@ -99,6 +99,16 @@ def test_quiet_progress_prints_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_process_that_is_not_the_main_one_shows_no_progress(monkeypatch, capsys):
+    monkeypatch.setattr(screen.progress_console, "quiet", False)
+    screen.silence_progress()
+    screen.log("resuming")
+    with progress("work", 2) as bar:
+        bar.update(2)
+    tell("a result")
+    assert capsys.readouterr() == ("a result\n", "")
+
+
 def test_json_of_a_number_that_json_lacks_is_refused(capsys):
     with pytest.raises(ValueError, match="NaN or infinite, so nothing is printed"):
         print_json({"loss": float("nan")})
