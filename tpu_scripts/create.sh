@@ -5,8 +5,8 @@
 #         ACCELERATOR=v5p-128 VERSION=v2-alpha-tpuv5 ./create.sh [--dry-run]
 #
 # v5p-128 is a slice of 128 TensorCores: 64 chips, the v5p:4x4x4 of `flexolmo plan`. Versions:
-# https://cloud.google.com/tpu/docs/runtimes. SPOT=1 asks for a cheaper one that may be taken away;
-# train.sh goes on where it was.
+# https://cloud.google.com/tpu/docs/runtimes. SPOT=1 asks for a cheaper one that may be preempted;
+# train.sh then resumes where it was.
 source "$(dirname "$0")/common.sh"
 need_tpu
 need BUCKET "the bucket to make, if there is none of the name"

@@ -5,7 +5,7 @@
 #SBATCH --gpus-per-node=8        # https://docs.jax.dev/en/latest/multi_process.html
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@300        # five minutes before the end: save, and end with 0
-#SBATCH --requeue                # a job whose node is lost starts anew, and goes on
+#SBATCH --requeue                # a job whose node is lost restarts, and resumes its run
 #SBATCH --open-mode=append
 #
 # The same on GPUs: runs one `flexolmo train` on all of them, under Slurm.

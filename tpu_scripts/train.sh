@@ -6,7 +6,7 @@
 #         --data /mnt/flexolmo/texts --name mine
 #
 # What follows is given to `flexolmo train`; --out, --distributed and --resume are added. A TPU that
-# is preempted gets SIGTERM, saves, and ends with 0; a killed one goes on from its last checkpoint.
+# is preempted gets SIGTERM, saves, and ends with 0; a killed one resumes from its last checkpoint.
 source "$(dirname "$0")/common.sh"
 need_tpu
 need OUT "the package to make, in a folder that all workers see ($SHARED/...)"
