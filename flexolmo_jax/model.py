@@ -60,6 +60,15 @@ class FlexOlmo:
       int8: the matrices hold 8-bit numbers, and generation stores them as such.
       mesh: of the devices that the weights are on, or None for one. Batches are divided among
         them, and `experts` may then end with empty ones.
+
+    Examples:
+      An expert that is switched off leaves no trace: the logits are those of a merge without it.
+
+      >>> import flexolmo_jax as fo
+      >>> without_math = fo.load("ours").logits([[5, 6, 7]], without=["math"])
+      >>> shares = fo.merge("anchor", ["experts/code"], "smaller")
+      >>> bool((without_math == fo.load("smaller").logits([[5, 6, 7]])).all())
+      True
     """
 
     backbone: Backbone
@@ -92,6 +101,12 @@ class FlexOlmo:
 
         Raises:
           ValueError: tokens outside the vocabulary, an unknown expert, or none left.
+
+        Examples:
+          >>> import flexolmo_jax as fo
+          >>> model = fo.load("ours")
+          >>> model.logits([[5, 6, 7]], without=["math"]).shape
+          (1, 3, 512)
         """
         tokens = self._check_tokens(np.asarray(tokens))
         mask = self.allowed(len(tokens), without, only, allowed)
@@ -143,6 +158,14 @@ class FlexOlmo:
         Raises:
           ValueError: as `logits`; a text, or `until`, without a tokenizer; an empty prompt; a bad
             option.
+
+        Examples:
+          >>> import flexolmo_jax as fo
+          >>> model = fo.load("ours")
+          >>> [text] = model.generate(["The theorem"], max_new_tokens=8, without=["code"])
+          >>> [ids] = model.generate([[5, 6, 7]], max_new_tokens=8, only=["public", "math"])
+          >>> len(ids) <= 8
+          True
         """
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"prompts must be a list with at least one prompt, found {prompts!r}")
@@ -364,6 +387,12 @@ def load(
     Raises:
       ValueError: a part is missing, damaged, or made for something else; int8 on GPU or TPU, or
         on several devices; sizes that the devices do not divide.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> model = fo.load("ours")
+      >>> model.expert_names
+      ('public', 'math', 'code')
     """
     path = Path(path)
     if mesh is not None and mesh.shape[TENSOR] > 1:

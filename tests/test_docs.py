@@ -1,8 +1,11 @@
 """The documentation is true: what pages name exists, and the examples of the public API run."""
 
 import ast
+import doctest
 import re
 import runpy
+import shutil
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import flexolmo_jax
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flexolmo_jax"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PUBLIC = sorted(set(flexolmo_jax.__all__) - {"__version__"})
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
 FILES = {"json", "jsonl", "md", "npy", "py", "safetensors", "sh"}
@@ -80,7 +84,30 @@ def test_every_function_that_a_page_names_exists(page, defined):
 def test_every_public_name_is_in_the_reference():
     reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     documented = re.findall(r"^::: flexolmo_jax\.[\w.]*?(\w+)$", reference, re.MULTILINE)
-    assert sorted(documented) == sorted(set(flexolmo_jax.__all__) - {"__version__"})
+    assert sorted(documented) == PUBLIC
+
+
+@pytest.fixture
+def owners_folder(world, tmp_path, monkeypatch):
+    """The working folder of the examples: an anchor, two packages, their merge, and texts."""
+    for folder in ("anchor", "experts"):
+        shutil.copytree(world.root / folder, tmp_path / folder)
+    shutil.copytree(world.merged, tmp_path / "ours")
+    for text in world.texts.values():
+        shutil.copy(text, tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_examples_of_a_public_name_run(name, owners_folder, quick):
+    public = getattr(flexolmo_jax, name)
+    module = sys.modules[public.__module__]
+    tests = doctest.DocTestFinder().find(public, name, module=module, globs={})
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    printed: list[str] = []
+    for test in tests:
+        runner.run(test, out=printed.append)
+    assert runner.tries and not runner.failures, "".join(printed)
 
 
 def test_the_map_of_contributing_is_drawn_from_the_tree():

@@ -58,6 +58,12 @@ def load_config(path: str | Path, kind: type, folder: Path | None = None) -> Any
 
     Raises:
       ValueError: the file is missing or fails, or its config is of another stage.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> config = fo.load_config("demo_anchor", fo.AnchorTraining)
+      >>> config.model.width, config.steps
+      (128, 800)
     """
     file = find_config(path, folder)
     try:

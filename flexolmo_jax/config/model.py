@@ -25,6 +25,15 @@ class ModelConfig:
 
     The fields before `dtype` define the shapes and the mathematics, and are part of an anchor's
     identity; those from `dtype` on only define how the network is computed.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> config = fo.ModelConfig(vocab_size=512, width=32, num_layers=2, num_heads=2, ffn_width=48)
+      >>> config.head_size
+      16
+      >>> config.replace(num_heads=3)
+      Traceback (most recent call last):
+      ValueError: num_heads must divide width, ...
     """
 
     vocab_size: int

@@ -8,7 +8,13 @@ from flexolmo_jax.config.model import ModelConfig, choices, require
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to 0 (the reference's recipe)."""
+    """AdamW with linear warm-up and cosine decay to 0 (the reference's recipe).
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> fo.OptimizerConfig(learning_rate=3e-3, warmup_steps=30).weight_decay
+      0.0
+    """
 
     learning_rate: float
     warmup_steps: int = 0
@@ -45,7 +51,13 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """How text becomes batches."""
+    """How text becomes batches.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> fo.DataConfig(batch_size=8, length=128).heldout
+      0.05
+    """
 
     batch_size: int  # B, sequences per step
     length: int  # S, tokens per sequence
@@ -120,7 +132,21 @@ class Training:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnchorTraining(Training):
-    """Stage 1: whoever hosts the public model trains it on public text."""
+    """Stage 1: whoever hosts the public model trains it on public text.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> config = fo.AnchorTraining(
+      ...     model=fo.ModelConfig(
+      ...         vocab_size=512, width=32, num_layers=2, num_heads=2, ffn_width=48, max_length=64
+      ...     ),
+      ...     data=fo.DataConfig(batch_size=4, length=32),
+      ...     optimizer=fo.OptimizerConfig(learning_rate=3e-3),
+      ...     steps=100,
+      ... )
+      >>> config.separator
+      '<|endoftext|>'
+    """
 
     model: ModelConfig
     tokenizer: str | None = None  # a tokenizer.json; None: train a BPE of model.vocab_size
@@ -150,6 +176,16 @@ class ExpertTraining(Training):
     regression, or the linear discriminant of two Gaussians with equal covariance ("lda").
     `gating="softmax"` is the paper's recipe: a softmax over the public and the new expert, whose rows
     start from the domain embedding and are trained too.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> config = fo.ExpertTraining(
+      ...     data=fo.DataConfig(batch_size=4, length=32),
+      ...     optimizer=fo.OptimizerConfig(learning_rate=3e-3),
+      ...     steps=100,
+      ... )
+      >>> config.router
+      'logistic'
     """
 
     gating: Literal["fixed", "softmax"] = "fixed"
@@ -184,7 +220,18 @@ class ExpertTraining(Training):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterTraining(Training):
-    """Stage 3, optional: tunes only the merged model's router rows, on proxies."""
+    """Stage 3, optional: tunes only the merged model's router rows, on proxies.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> config = fo.RouterTraining(
+      ...     data=fo.DataConfig(batch_size=4, length=32),
+      ...     optimizer=fo.OptimizerConfig(learning_rate=3e-3),
+      ...     steps=100,
+      ... )
+      >>> config.active_experts is None  # as the merged model says
+      True
+    """
 
     router_z_loss: float = 0.001
     active_experts: int | None = None  # None: as in the merged model

@@ -63,6 +63,13 @@ def bits_per_byte(
       ValueError: nothing to score; as `read_documents`, `FlexOlmo.allowed` and
         `Tokenizer.encode_documents`.
       FloatingPointError: the cost is no number.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> model = fo.load("ours")
+      >>> score = fo.bits_per_byte(model, "math.jsonl", heldout=0.1, without=["code"])
+      >>> score.documents > 0, 0 < score.bits_per_byte < 16
+      (True, True)
     """
     _tokenizer(model)  # before the text is read
     if heldout is not None:

@@ -66,6 +66,12 @@ def merge(
       ValueError: a package is damaged or made for something else, a name comes twice, an expert
         takes more public text than it may, or `out` cannot be written (`check_new_folder`); nothing
         is written.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> shares = fo.merge("anchor", ["experts/math", "experts/code"], "merged")
+      >>> shares.names
+      ('public', 'math', 'code')
     """
     check_new_folder(out, [anchor, *experts])
     out = Path(out).absolute()
@@ -180,6 +186,13 @@ def add_expert(
 
     Raises:
       ValueError: as `merge`; the model is as it was.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> _ = fo.remove_expert("ours", "math")
+      >>> added = fo.add_expert("ours", "experts/math")
+      >>> fo.load("ours").expert_names
+      ('public', 'code', 'math')
     """
     model = Path(model)
     with _changing(model):
@@ -218,6 +231,13 @@ def remove_expert(model: str | Path, *names: str) -> bool:
 
     Raises:
       ValueError: there is no such expert; the model is as it was.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> fo.remove_expert("ours", "math")
+      False
+      >>> fo.load("ours").expert_names
+      ('public', 'code')
     """
     model = Path(model)
     with _changing(model):

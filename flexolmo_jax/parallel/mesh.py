@@ -59,6 +59,13 @@ def make_mesh(expert_parallel: int = 1, devices: Any = None, tensor_parallel: in
 
     Raises:
       ValueError: the product of the two does not divide the number of devices.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> mesh = fo.make_mesh()  # of all devices
+      >>> mesh.axis_names
+      ('data', 'expert', 'tensor')
+      >>> model = fo.load("ours", mesh=mesh)
     """
     devices = jax.devices() if devices is None else devices
     count, inner = len(devices), expert_parallel * tensor_parallel

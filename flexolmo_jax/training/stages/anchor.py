@@ -56,6 +56,22 @@ def train_anchor(
       FloatingPointError: the training diverged.
       Interrupted: SIGINT or SIGTERM came; the state is saved.
       AlreadyDone: the package exists.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> from pathlib import Path
+      >>> config = fo.AnchorTraining(
+      ...     model=fo.ModelConfig(
+      ...         vocab_size=512, width=32, num_layers=2, num_heads=2, ffn_width=48, max_length=64
+      ...     ),
+      ...     data=fo.DataConfig(batch_size=4, length=32),
+      ...     optimizer=fo.OptimizerConfig(learning_rate=3e-3),
+      ...     steps=2,
+      ...     public_tokens=2048,
+      ... )
+      >>> fo.train_anchor(config, data="public.jsonl", out=Path("public"), run=Path("public.run"))
+      >>> fo.load("public").expert_names
+      ('public',)
     """
     given = None if start is None else read_anchor(start)
     mesh = mesh_of(config)

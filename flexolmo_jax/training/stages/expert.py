@@ -72,6 +72,22 @@ def train_expert(
       FloatingPointError: the training diverged.
       Interrupted: SIGINT or SIGTERM came; the state is saved.
       AlreadyDone: the package exists.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> from pathlib import Path
+      >>> config = fo.ExpertTraining(
+      ...     data=fo.DataConfig(batch_size=4, length=32),
+      ...     optimizer=fo.OptimizerConfig(learning_rate=3e-3),
+      ...     steps=2,
+      ...     fit_tokens=2048,
+      ... )
+      >>> fo.train_expert(
+      ...     config, anchor=Path("anchor"), data="math.jsonl", name="mine",
+      ...     out=Path("mine"), run=Path("mine.run"),
+      ... )
+      >>> fo.load("mine").expert_names
+      ('public', 'mine')
     """
     check_name(name)
     loaded, tokenizer = anchor_to_train_beside(anchor, config.data, separator)

@@ -42,6 +42,21 @@ def train_router(
       FloatingPointError: the training diverged.
       Interrupted: SIGINT or SIGTERM came; the state is saved.
       AlreadyDone: the package exists.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> from pathlib import Path
+      >>> config = fo.RouterTraining(
+      ...     data=fo.DataConfig(batch_size=4, length=32),
+      ...     optimizer=fo.OptimizerConfig(learning_rate=3e-3),
+      ...     steps=2,
+      ... )
+      >>> fo.train_router(
+      ...     config, model=Path("ours"), data="public.jsonl",
+      ...     out=Path("tuned"), run=Path("tuned.run"),
+      ... )
+      >>> fo.load("tuned").expert_names
+      ('public', 'math', 'code')
     """
     mesh = mesh_of(config)
     manifest = read_manifest(model, kind="merged")
