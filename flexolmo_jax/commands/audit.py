@@ -14,9 +14,10 @@ from flexolmo_jax.commands.json_output import print_json
 from flexolmo_jax.data.sources import Report, fingerprint, read_documents
 from flexolmo_jax.data.windows import tokenized
 from flexolmo_jax.evaluation.split import GROUP_FIELD, Split, chosen_split
-from flexolmo_jax.federation.package import read_manifest
-from flexolmo_jax.interop import hf_import
-from flexolmo_jax.model import FlexOlmo, find_anchor, load
+from flexolmo_jax.federation.loading import anchor_path
+from flexolmo_jax.federation.package import Package, read_manifest
+from flexolmo_jax.federation.source import open_source
+from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.privacy.canaries import Canaries
 from flexolmo_jax.runtime.console import show_table, tell
 from flexolmo_jax.storage.files import replace_file
@@ -442,16 +443,10 @@ def _package_of(path: Path, expert: str | None) -> Path:
 
 def _anchor_of(path: Path, given: str | Path | None) -> Path:
     """The anchor of a model on disk."""
-    if given is not None:
-        return Path(given)
-    if hf_import.is_hugging_face(path):
-        return path
-    manifest = read_manifest(path)
-    if manifest["kind"] == "merged":
-        return path / manifest["anchor"]["path"]
-    return path if manifest["kind"] == "anchor" else find_anchor(path)
+    return anchor_path(open_source(path)) if given is None else Path(given)
 
 
 def _identity(path: Path) -> str:
     """What a model is, for audits that go on: the digest of its manifest; or where it is."""
-    return str(path) if hf_import.is_hugging_face(path) else read_manifest(path)["digest"]
+    source = open_source(path)
+    return source.digest if isinstance(source, Package) else str(path)

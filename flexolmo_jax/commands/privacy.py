@@ -7,7 +7,7 @@ from typing import Any
 
 from flexolmo_jax.commands.json_output import print_json
 from flexolmo_jax.config import ExpertTraining, PrivacyConfig
-from flexolmo_jax.federation.package import check_packages, read_manifest
+from flexolmo_jax.federation.package import Package, check_packages, read_manifest
 from flexolmo_jax.runtime.console import show_fields, show_table, tell
 from flexolmo_jax.runtime.processes import is_main_process
 
@@ -56,10 +56,9 @@ def verify(package: Path, as_json: bool) -> None:
     Raises:
       ValueError: the package is damaged, or the statement claims what its numbers do not give.
     """
-    from flexolmo_jax.federation.expert import open_expert
     from flexolmo_jax.privacy.certificate import verify_certificate
 
-    checked = open_expert(package)
+    checked = Package.open(package, "expert")
     check_packages([checked])
     manifest = checked.manifest
     found = verify_certificate(manifest["privacy"], str(package), manifest.get("gating"))

@@ -14,6 +14,7 @@ from flexolmo_jax.federation.anchor import open_anchor
 from flexolmo_jax.federation.merged import open_part
 from flexolmo_jax.federation.package import privacy_summary, read_manifest
 from flexolmo_jax.federation.shares import Shares
+from flexolmo_jax.federation.source import open_source
 from flexolmo_jax.runtime.console import show_fields, show_table, tell
 
 KINDS = {
@@ -72,7 +73,7 @@ def package_fields(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
     if kind == "merged":
         folder = path / about["anchor"]["path"]
         fields["anchor"] = f"{about['anchor']['identity'][:SHORT]} in {folder}"
-        anchor = open_anchor(folder, about["anchor"].get("separator"))
+        anchor = open_anchor(open_source(folder, "anchor"), about["anchor"].get("separator"))
         model: Any = anchor.config.architecture()
         about["active_experts"] = about["active_experts"] or "all"
     else:

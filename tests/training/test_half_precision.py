@@ -13,8 +13,8 @@ import pytest
 from safetensors.flax import save_file
 
 from flexolmo_jax.federation.anchor import read_anchor
+from flexolmo_jax.federation.loading import load_merged, load_pair
 from flexolmo_jax.federation.merge import merge
-from flexolmo_jax.federation.merged import load_merged, load_pair
 from flexolmo_jax.interop import hf_import
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.storage.tensors import named

@@ -15,8 +15,8 @@ from flexolmo_jax.data.batches import stacked
 from flexolmo_jax.data.sources import Document, is_heldout, read_documents
 from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.federation.anchor import read_anchor
+from flexolmo_jax.federation.loading import load_pair
 from flexolmo_jax.federation.merge import merge
-from flexolmo_jax.federation.merged import load_pair
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.modeling.transformer import forward
 from flexolmo_jax.training.router_fit.rows import discriminate, separate

@@ -21,8 +21,8 @@ import flexolmo_jax as fo
 from flexolmo_jax.data.batches import batches
 from flexolmo_jax.data.window_store import prepare
 from flexolmo_jax.federation.anchor import read_anchor
+from flexolmo_jax.federation.loading import load_merged
 from flexolmo_jax.federation.merge import merge, remove_expert
-from flexolmo_jax.federation.merged import load_merged
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.storage import tensors
 from flexolmo_jax.training import loop

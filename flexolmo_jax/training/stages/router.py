@@ -12,8 +12,8 @@ import jax
 from flexolmo_jax.config import RouterTraining
 from flexolmo_jax.data.sources import fingerprint
 from flexolmo_jax.data.window_store import prepare
+from flexolmo_jax.federation.loading import load_merged
 from flexolmo_jax.federation.merge import write_tuned
-from flexolmo_jax.federation.merged import load_merged
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.runtime.processes import on_main_process
