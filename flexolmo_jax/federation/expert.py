@@ -17,9 +17,9 @@ def write_expert(
 
     Args:
       path: where; must not exist.
-      expert: a stack of one.
+      expert: its weights, with an expert axis of 1.
       name: what the expert is called in merged models.
-      anchor: the one it was trained beside.
+      anchor: the anchor that it was trained beside.
       facts: licence, contact, tokens seen, how the router rows were made.
     """
     manifest = {

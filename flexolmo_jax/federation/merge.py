@@ -32,7 +32,7 @@ from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.outputs import check_new_folder
 from flexolmo_jax.version import __version__
 
-CHANGE_SECONDS = 60.0  # how long a change of a merged model waits for another one to end
+CHANGE_SECONDS = 60.0  # that a change of a merged model waits for another change
 
 
 def merge(
@@ -171,8 +171,8 @@ def add_expert(
 ) -> Added:
     """Adds packages to a merged model on disk, all or none.
 
-    The anchor and the added packages are checked in full, as `merge` does; of those that are in the
-    model already, all but the bytes, which were checked when they came and are at every load.
+    The anchor and the added packages are checked in full, as `merge` does. Of the packages in the
+    model, all but the bytes are checked: those were checked at the merge, and are at every load.
 
     Args:
       model: the merged model.
@@ -180,11 +180,11 @@ def add_expert(
       allow_share: as in `merge`.
 
     Raises:
-      ValueError: as `merge`; the model is as it was.
+      ValueError: as `merge`; the model is unchanged.
     """
     model = Path(model)
     with _changing(model):
-        return _add(model, [Path(one) for one in packages], allow_share)
+        return _add(model, [Path(package) for package in packages], allow_share)
 
 
 def _add(model: Path, packages: Sequence[Path], allow_share: float | None) -> Added:
@@ -218,7 +218,7 @@ def remove_expert(model: str | Path, *names: str) -> bool:
     remaining experts are back to the rows of their owners.
 
     Raises:
-      ValueError: there is no such expert; the model is as it was.
+      ValueError: there is no such expert; the model is unchanged.
     """
     model = Path(model)
     with _changing(model):
@@ -237,9 +237,9 @@ def _remove(model: Path, names: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def _changing(model: Path) -> Iterator[None]:
-    """While the body runs, no other process changes this merged model; it would be undone.
+    """While the body runs, no other process changes this merged model: one change would be lost.
 
-    The lock file stands beside the model, since every file in it is checked.
+    The lock file lies beside the model, since unlisted files in it are refused.
     """
     model = model.resolve()
     with locked(

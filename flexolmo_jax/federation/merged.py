@@ -128,7 +128,7 @@ def open_part(model: Path, entry: dict[str, str]) -> Package:
     """The package of an entry of a merged model, if it is the one that was merged.
 
     Raises:
-      ValueError: it is missing, unfit, or another one.
+      ValueError: it is missing, unfit, or another package.
     """
     package = Package.open(model / entry["path"], "expert")
     found = package.manifest["name"]

@@ -56,14 +56,14 @@ def write_package(
 
     Args:
       path: where; must not exist, or be an empty folder.
-      manifest: kind, name and what else the kind calls for; the rest is filled in here.
+      manifest: kind, name and the other fields of that kind; the rest is filled in here.
       tree: the weights (modules, tuples, dicts).
       files: text files to put beside them, by name.
 
     Raises:
-      ValueError: there is something at `path` already; a weight is not in range, or a fact is
-        none that a manifest may hold.
-      OSError: the disk is full, or may not be written; `path` is as it was.
+      ValueError: `path` exists and is not empty; a weight is not in range, or a field is not
+        what it must be.
+      OSError: the disk is full, or cannot be written; `path` is unchanged.
     """
     with new_directory(path) as folder:
         named = tensors.named(tree)
@@ -98,8 +98,8 @@ def read_manifest(folder: Path, *, kind: str | None = None) -> dict[str, Any]:
     """Reads a manifest and checks every field of it (not the files it names).
 
     Raises:
-      ValueError: there is none, it was changed, its format is unknown, a field cannot be, or it is
-        of another kind.
+      ValueError: it is missing, was changed, or has an unknown format, an impossible field or
+        another kind.
     """
     file = folder / MANIFEST
     if not folder.is_dir():
@@ -108,8 +108,8 @@ def read_manifest(folder: Path, *, kind: str | None = None) -> dict[str, Any]:
         raise ValueError(f"{folder}: no {MANIFEST} there, so this is not a flexolmo_jax package")
     with open_regular(file) as opened:
         size = os.fstat(opened.fileno()).st_size
-        if size > fields.LARGEST:
-            raise ValueError(f"{file}: expected at most {fields.LARGEST} bytes, found {size}")
+        if size > fields.MAX_BYTES:
+            raise ValueError(f"{file}: expected at most {fields.MAX_BYTES} bytes, found {size}")
         data = opened.readall()  # type: ignore[attr-defined]
     manifest = fields.parse(data, file)
     digest = manifest.pop("digest", None)
