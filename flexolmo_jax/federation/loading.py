@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
-from flexolmo_jax.federation.anchor import LoadedAnchor, open_anchor
+from flexolmo_jax.federation.anchor import open_anchor
 from flexolmo_jax.federation.expert import check_made_for
 from flexolmo_jax.federation.merged import OpenedModel, open_merged
 from flexolmo_jax.federation.names import PUBLIC
@@ -89,27 +89,9 @@ def _open(package: Package, anchor: str | Path | None, separator: str | None) ->
         return OpenedModel(open_anchor(package, separator), [])
     named = separator or package.manifest.get("separator")
     source = open_source(anchor_path(package) if anchor is None else Path(anchor), "anchor")
-    return open_pair(package, open_anchor(source, named))
-
-
-def open_pair(package: Package, anchor: LoadedAnchor) -> OpenedModel:
-    """An owner's own two-expert model: the anchor and one package, if it was made for it."""
-    check_made_for(package, anchor)
-    return OpenedModel(anchor, [package])
-
-
-def load_merged(path: Path, dtype: str | None = None, mesh: Mesh | None = None) -> LoadedModel:
-    """Loads a merged model; arguments and errors as in `load_model`."""
-
-    def load() -> LoadedModel:
-        return _load(open_merged(Package.open(path, "merged")), dtype, mesh)
-
-    return load() if mesh is None else raise_together(load)
-
-
-def load_pair(path: Path, anchor: LoadedAnchor) -> LoadedModel:
-    """Loads an owner's own two-expert model: the anchor and the package at `path`."""
-    return _load(open_pair(Package.open(path, "expert"), anchor))
+    opened = OpenedModel(open_anchor(source, named), [package])
+    check_made_for(package, opened.anchor)
+    return opened
 
 
 def _load(
