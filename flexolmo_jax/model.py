@@ -19,17 +19,14 @@ from jax.sharding import PartitionSpec as P
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
-from flexolmo_jax.federation.anchor import LoadedAnchor, hugging_face_tokenizer, read_anchor
-from flexolmo_jax.federation.merged import LoadedModel, load_merged, load_pair
-from flexolmo_jax.federation.package import read_manifest
+from flexolmo_jax.federation.loading import load_model
 from flexolmo_jax.inference import decode
 from flexolmo_jax.inference.cpu_weights import Unstacked, round_to_int8, unstack
 from flexolmo_jax.inference.sampling import Sampling
-from flexolmo_jax.interop import hf_import
-from flexolmo_jax.modeling.experts import Experts, join, pad_experts
+from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Backbone, forward
 from flexolmo_jax.parallel import placement
-from flexolmo_jax.parallel.mesh import BATCH, EXPERT, SERVING, TENSOR, specs_of
+from flexolmo_jax.parallel.mesh import BATCH, SERVING, TENSOR, specs_of
 
 
 def _check_memory(config: ModelConfig, rows: int, length: int, max_new_tokens: int) -> None:
@@ -394,74 +391,24 @@ def load(
       >>> model.expert_names
       ('public', 'math', 'code')
     """
-    path = Path(path)
     if mesh is not None and mesh.shape[TENSOR] > 1:
         raise ValueError(
             "a model in use cannot share its layers among devices: make its mesh without "
             "tensor_parallel"
         )
-    if hf_import.is_hugging_face(path):
-        loaded = _hugging_face(path, dtype, separator)
-    else:
-        manifest = read_manifest(path)
-        if manifest["kind"] == "merged":
-            weights = None if dtype == "int8" else dtype
-            loaded = load_merged(path, weights, mesh, SERVING, separator)
-        elif manifest["kind"] == "anchor":
-            loaded = _alone(read_anchor(path, separator=separator))
-        else:
-            named = separator or manifest.get("separator")
-            loaded = load_pair(path, read_anchor(find_anchor(path, anchor), separator=named))
-    backbone, experts, config = loaded.backbone, loaded.experts, loaded.config
     int8 = dtype == "int8"
     if int8 and (jax.default_backend() != "cpu" or mesh is not None):
         raise ValueError("int8 weights are for one CPU; on GPU, TPU or a mesh use bfloat16")
+    stored_as = None if int8 else dtype
+    loaded = load_model(Path(path), anchor, stored_as, mesh, SERVING, separator)
+    backbone, experts, config = loaded.backbone, loaded.experts, loaded.config
+    if int8:
+        rounded = round_to_int8(backbone, experts)
+        backbone, experts = placement.device_put(rounded, None, dtype="float32")
     if dtype is not None:
         config = config.replace(dtype="float32" if int8 else dtype)
-    if int8:
-        backbone, experts = round_to_int8(backbone, experts)
-    if mesh is not None and experts.router.bias.shape[1] == len(loaded.names):
-        experts = pad_experts(experts, mesh.shape[EXPERT])
-    where = (mesh, SERVING, config.dtype if dtype else None)
-    backbone, experts = placement.device_put((backbone, experts), *where)
     return FlexOlmo(
         backbone, experts, config, loaded.names, loaded.tokenizer, int8, mesh, loaded.ends
-    )
-
-
-def _alone(anchor: LoadedAnchor) -> LoadedModel:
-    weights = anchor.weights
-    return LoadedModel(
-        weights.backbone, join(weights.public), anchor.config, ("public",), anchor.tokenizer,
-        anchor.ends,
-    )  # fmt: skip
-
-
-def _hugging_face(path: Path, dtype: str | None, separator: str | None) -> LoadedModel:
-    backbone, experts, config = hf_import.load(path, None if dtype == "int8" else dtype)
-    names = ("public", *(f"expert_{i}" for i in range(1, config.num_experts)))
-    tokenizer = hugging_face_tokenizer(path, config, separator)
-    ends = hf_import.ends_of_text(path)
-    return LoadedModel(backbone, experts, config, names, tokenizer, ends)
-
-
-def find_anchor(package: Path, given: str | Path | None = None) -> Path:
-    """Where the anchor of an expert package is: given, or a folder `anchor` near it.
-
-    Raises:
-      ValueError: it is not near.
-    """
-    if given is not None:
-        return Path(given)
-    wanted = read_manifest(package)["anchor"]
-    for above in list(package.absolute().parents)[:3]:
-        folder = above / "anchor"
-        if (folder / "manifest.json").exists():
-            if read_manifest(folder, kind="anchor")["identity"] == wanted:
-                return folder
-    raise ValueError(
-        f"{package}: an expert package needs its anchor, and no folder named 'anchor' near it is "
-        f"the one it was made for ({wanted[:12]}...); say where it is (anchor=, --anchor)"
     )
 
 

@@ -66,7 +66,11 @@ DATA = {"batch_size": 2, "length": 8}
         (fo.ExpertTraining, {"checkpoint_every": 0}, "checkpoint_every must be positive"),
         (fo.ExpertTraining, {"gating": "both"}, "gating must be 'fixed' or 'softmax'"),
         (fo.ExpertTraining, {"router": "svm"}, "router must be 'logistic' or 'lda', found 'svm'"),
-        (fo.ExpertTraining, {"gating": "softmax", "router": "lda"}, "trains its rows; leave router"),
+        (
+            fo.ExpertTraining,
+            {"gating": "softmax", "router": "lda"},
+            "trains its rows; leave router",
+        ),
         (
             fo.AnchorTraining,
             {"model": fo.ModelConfig(**SIZES, max_length=4)},

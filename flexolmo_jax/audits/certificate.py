@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.federation.expert import open_expert
-from flexolmo_jax.federation.package import check_packages
+from flexolmo_jax.federation.package import Package, check_packages
 from flexolmo_jax.privacy.certificate import verify_certificate
 
 
@@ -17,7 +16,7 @@ def verify_package(package: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       ValueError: the package is damaged, or its certificate claims more than its numbers give.
     """
-    opened = open_expert(package)
+    opened = Package.open(package, "expert")
     check_packages([opened])
     manifest = opened.manifest
     computed = verify_certificate(manifest["privacy"], str(package), manifest.get("gating"))

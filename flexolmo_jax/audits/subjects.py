@@ -7,9 +7,10 @@ from flexolmo_jax.audits.scoring import tokenizer_of
 from flexolmo_jax.data.sources import Report, read_documents
 from flexolmo_jax.data.windows import tokenized
 from flexolmo_jax.evaluation.split import GROUP_FIELD, Split
-from flexolmo_jax.federation.package import read_manifest
-from flexolmo_jax.interop import hf_import
-from flexolmo_jax.model import FlexOlmo, find_anchor
+from flexolmo_jax.federation.loading import anchor_path
+from flexolmo_jax.federation.package import Package, read_manifest
+from flexolmo_jax.federation.source import open_source
+from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.privacy.canaries import Canaries
 
 
@@ -41,14 +42,7 @@ def package_of(path: Path, expert: str | None) -> Path:
 
 def anchor_of(path: Path, given: str | Path | None) -> Path:
     """The anchor of a model on disk: the given one, or the one that the model names."""
-    if given is not None:
-        return Path(given)
-    if hf_import.is_hugging_face(path):
-        return path
-    manifest = read_manifest(path)
-    if manifest["kind"] == "merged":
-        return path / manifest["anchor"]["path"]
-    return path if manifest["kind"] == "anchor" else find_anchor(path)
+    return anchor_path(open_source(path)) if given is None else Path(given)
 
 
 def identity_of(path: Path) -> str:
@@ -56,7 +50,8 @@ def identity_of(path: Path) -> str:
 
     An audit that was killed is resumed only if this is unchanged.
     """
-    return str(path) if hf_import.is_hugging_face(path) else read_manifest(path)["digest"]
+    source = open_source(path)
+    return source.digest if isinstance(source, Package) else str(path)
 
 
 def trained_documents(

@@ -119,9 +119,10 @@ def package_fields(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
 def _anchor_and_model(path: Path, entry: Mapping[str, Any]) -> tuple[str, Any]:
     """The anchor of a merged model in words, and its architecture."""
     from flexolmo_jax.federation.anchor import open_anchor
+    from flexolmo_jax.federation.source import open_source
 
     folder = path / entry["path"]
-    anchor = open_anchor(folder, entry.get("separator"))
+    anchor = open_anchor(open_source(folder, "anchor"), entry.get("separator"))
     return f"{entry['identity'][:SHORT]} in {folder}", anchor.config.architecture()
 
 

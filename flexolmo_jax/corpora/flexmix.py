@@ -8,7 +8,7 @@ machine, in whatever order its rows stand.
    whose runs of five words are mostly those of a document already taken is left out, whichever
    domain that is in. Owners' domains come first, so that what public and closed text share stays
    with the owner, and no split of any domain repeats another.
-2. The cap: a domain takes no more documents once it has so many bytes.
+2. The cap: a domain takes no more documents once it has reached its number of bytes.
 3. The splits: of each source in a domain (a package's texts), whole groups (a book, an article, a
    thread, a block of theorems) go to `heldout`, then to `tune`, until each has its share of bytes.
 
@@ -221,10 +221,10 @@ def describe(card: dict[str, Any]) -> str:
         "| --- | --- | ---: | ---: | ---: | --- |",
     ]
     for domain, entry in card["domains"].items():
-        for name, one in entry["splits"].items():
+        for name, split in entry["splits"].items():
             lines.append(
-                f"| {domain} | {name} | {one['documents']:,} | {one['groups']:,} | "
-                f"{one['bytes'] / 1e6:.2f} | `{one['sha256']}` |"
+                f"| {domain} | {name} | {split['documents']:,} | {split['groups']:,} | "
+                f"{split['bytes'] / 1e6:.2f} | `{split['sha256']}` |"
             )
     lines += [
         "",

@@ -1,4 +1,4 @@
-"""Batches: batch i is a pure function of (seed, i), so a step number is all there is to resume."""
+"""Batches: batch i is a pure function of (seed, i), so resuming needs only a step number."""
 
 import sys
 from collections.abc import Iterator, Sequence

@@ -79,6 +79,6 @@ def _wordllama(texts: Sequence[str]) -> np.ndarray:
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True  # what spells a control token is text
     encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    means = [table[one.ids].astype(np.float32).mean(axis=0) for one in encoded if one.ids]
+    means = [table[text.ids].astype(np.float32).mean(axis=0) for text in encoded if text.ids]
     vectors = np.stack(means)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,14 +1,14 @@
-"""Long texts in pieces whose tokens, laid end to end, are those of the whole text.
+"""Cuts long texts into pieces whose concatenated tokens are those of the whole text.
 
-The `tokenizers` library needs about a hundred bytes of memory for each one that it is given at a
-time. It cuts a text into words first (the pre-tokenizer), and turns each word into tokens by
-itself; so a text may be cut where two words meet, if words stay the same on both sides.
+The `tokenizers` library needs about a hundred bytes of memory for each byte that it is given at a
+time. It splits a text into words first (the pre-tokenizer), and each word into tokens by itself; so
+a text may be cut between two words, if words stay the same on both sides.
 
 That is known of byte-level tokenizers with the patterns in WORDS. In all of these, a letter is only
 ever followed, in the same word, by another letter, and a digit by another digit; nothing looks
 back, and they look ahead only behind white space. So between a letter or a digit and a character
 that is neither, one word always ends and another begins, and neither depends on what is on the
-other side. Other tokenizers are given their texts whole.
+other side. Other tokenizers are given whole texts.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Files to rows: one function for each kind of file, and what can go wrong with a single row.
 
 A reader yields pairs (place, row) in the order of the file. A row is a mapping of fields to values,
-or a `Bad` reason why it cannot be used: rows are skipped and named one by one, and never end a
-reading. Places are line numbers where rows have lines, otherwise the numbers of the rows, from 1.
+or a `Bad` reason why it cannot be used: bad rows are skipped and named, and never end a read.
+Places are line numbers where rows have lines, otherwise the numbers of the rows, from 1.
 """
 
 import bz2

@@ -1,7 +1,7 @@
 """Documents from anything an owner has: files of many kinds, folders of them, TFDS datasets.
 
-Which files those are says `files.py`, how each is read `readers.py`. Here their rows become
-distinct documents, and what could not be used is reported.
+`files.py` decides which files those are, `readers.py` how each is read. Here their rows become
+distinct documents, and skipped rows are reported.
 
 Also which documents are held out, which is a property of the text alone: every command that is
 told the same held-out share leaves out the same documents, in whatever order they come.
@@ -37,7 +37,7 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass
 class Report:
-    """What reading a source met: counts, and where the rows that could not be used are."""
+    """Statistics of one read: counts, and the locations of rows that were skipped."""
 
     source: str = ""
     documents: int = 0
@@ -91,8 +91,8 @@ def read_documents(
       group_field: the field that names a row's group; rows without it stand alone.
       report: is filled with counts, bad rows (unreadable, no text, empty), and the files of
         a folder that are not read.
-      distinct: a text that comes again is left out; with "group", only in the same group: what is
-        read of a group then depends on nothing outside of it.
+      distinct: a repeated text is skipped; with "group", only where its group repeats it, so that
+        what is read of a group depends on nothing outside of it.
 
     Raises:
       ValueError: the source is missing, of an unknown kind, or holds no usable document; with

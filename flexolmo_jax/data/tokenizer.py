@@ -81,7 +81,7 @@ class Tokenizer:
             fields.get("normalizer") is None
             and _types(fields.get("decoder")) == ["ByteLevel"]
             and self._tokenizer.get_vocab().keys() >= set(pre_tokenizers.ByteLevel.alphabet())
-            # Such a token takes the white space around it away; special ones are never read.
+            # Such a token removes the white space around it; special ones are never read.
             and not any((t.lstrip or t.rstrip) and not t.special for t in added.values())
         )
         self._has_warned = False
@@ -230,7 +230,7 @@ class Tokenizer:
     def _check_whole(self, text: str, back: str, name: str, refuse: bool) -> None:
         """Raises ValueError, or warns for the first time, if decoded ids are not the text."""
         text = self._read(text)
-        # SentencePiece puts a space in front of a text, which decoding takes away.
+        # SentencePiece puts a space in front of a text, which decoding removes.
         if text == back or text == " " + back or " " + text == back:
             return
         lost = sorted(set(text) - set(back))[:5]
@@ -260,7 +260,7 @@ class Tokenizer:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """The text of ids that go on with others.
+        """The text of ids that continue others.
 
         A SentencePiece-like tokenizer leaves out the space at the beginning of what it decodes; in
         the middle of a text that space is between two words.

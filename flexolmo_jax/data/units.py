@@ -1,4 +1,4 @@
-"""The units of privacy of a source: the windows of each, which hold no text of another one."""
+"""The units of privacy of a source; no window holds text of two units."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ KINDS = ("document", "group", "sequence")
 
 
 class UnitWindows(SourceWindows):
-    """As `SourceWindows`, but each window is of one document, and says of which unit it is."""
+    """As `SourceWindows`, but each window holds one document only, and names its unit."""
 
     name = "unit_windows"
 
@@ -64,7 +64,7 @@ class UnitWindows(SourceWindows):
                 yield unit, window
 
     def _documents(self, heldout: bool, report: Report) -> Iterator[Document]:
-        """Those of one side of the split; a group loses no text because another one has it too."""
+        """Documents of one side of the split; a group keeps texts that another group has too."""
         for document in read_documents(
             self.source,
             text_field=self.data.text_field,
@@ -93,7 +93,7 @@ class Units:
     """
 
     def __init__(self, builder: UnitWindows, empty: int = 0):
-        """`empty` units come last, which hold nothing, and count as all others do."""
+        """Appends `empty` units without tokens; they are sampled and counted like any other."""
         self.data = builder.data
         self.report = builder.report
         self.windows = builder.as_data_source("train")
@@ -124,7 +124,7 @@ class Units:
           shape: (rows, W windows in each). Rows without a unit, and windows without text, are
             padding. Of a unit with more than W windows, W are drawn.
           generator: what to draw with.
-          ways: units are dealt out, in turn, to so many equal shares of the rows.
+          ways: units are assigned round-robin to this many equal shares of the rows.
         """
         rows, most = shape
         tokens = np.zeros((rows, most, self.data.length + 1), np.int32)
@@ -150,7 +150,7 @@ def prepare_units(
     extra: Sequence[Document] = (),
     empty: int = 0,
 ) -> Units:
-    """As `flexmix.prepare`, for the units of a private run (one of KINDS), and `empty` ones.
+    """As `window_store.prepare`, for the units of a private run (one of KINDS), and `empty` ones.
 
     Raises:
       ValueError: as `read_documents`; nothing is left to train on after the held-out split; a

@@ -61,7 +61,7 @@ class SourceWindows(tfds.core.GeneratorBasedBuilder):
             builder=self,
             features=tfds.features.FeaturesDict({"tokens": row, "segments": row}),
             metadata=tfds.core.MetadataDict(),  # the report, for a run that reads the same windows
-            disable_shuffling=True,  # order is the loader's business, and a function of its seed
+            disable_shuffling=True,  # `batches` orders them, by its seed
         )
 
     def _split_generators(self, dl_manager):
@@ -69,7 +69,7 @@ class SourceWindows(tfds.core.GeneratorBasedBuilder):
         splits = {}
         for name, heldout in (("train", False), ("heldout", True)):
             if heldout and not self.data.heldout:
-                continue  # all of the source would be read once more, to find nothing
+                continue  # without this, the whole source would be read again for nothing
             examples = self._reported(heldout)
             first = next(examples, None)
             if first is not None:
@@ -82,7 +82,7 @@ class SourceWindows(tfds.core.GeneratorBasedBuilder):
         return splits
 
     def _reported(self, heldout: bool):
-        """The examples; once all are written, what was met in the text goes beside them."""
+        """The examples; when all are written, the report of the read goes into the metadata."""
         yield from self._generate_examples(heldout)
         if not heldout:
             self.info.metadata.update(dataclasses.asdict(self.report))
@@ -131,7 +131,7 @@ def prepare(
     folder: Path,
     extra: Sequence[Document] = (),
 ) -> tuple[SourceWindows, Report]:
-    """Builds the windows of a source below `folder`, unless they are there already.
+    """Builds the windows of a source below `folder`, unless they exist.
 
     Of several processes, the first builds them. `extra` documents are trained on too, after the
     source's, whatever is held out of it.
@@ -145,7 +145,7 @@ def prepare(
 
 
 def build(make: Callable[[], Windows]) -> Windows:
-    """A builder, with its windows on disk, and the report of the reading that they are from.
+    """A builder whose windows are on disk, with the report of the read that made them.
 
     Of several processes, the first has the report.
     """
@@ -157,7 +157,7 @@ def build(make: Callable[[], Windows]) -> Windows:
 
 
 def prepared(make: Callable[[], Builder]) -> Builder:
-    """A builder, with its files on disk: written unless they are there already."""
+    """A builder whose files are on disk: written unless they exist."""
     logging.getLogger("absl").setLevel(logging.ERROR)
     tfds.disable_progress_bar()
     builder = make()

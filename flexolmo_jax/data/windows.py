@@ -1,4 +1,4 @@
-"""Documents to windows of fixed length: a stream of tokens, cut; no padding but in the last one."""
+"""Documents become windows of fixed length: the token stream is cut; only the last is padded."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from flexolmo_jax.data.pieces import PIECE, in_pieces
 from flexolmo_jax.data.sources import Document
 from flexolmo_jax.data.tokenizer import Tokenizer
 
-TOGETHER = 8 * PIECE  # characters that are encoded at a time
+BATCH_CHARACTERS = 8 * PIECE  # encoded at a time
 
 
 class Window(NamedTuple):
@@ -27,11 +27,11 @@ def tokenized(
 ) -> Iterator[np.ndarray]:
     """Ids of each document, opened by the separator: int32 [tokens]; `whole` as encode_documents.
 
-    Documents are encoded together, for speed, but never so many characters that they would need
-    more memory than a model; a long one is encoded in pieces, if that changes nothing.
+    Documents are encoded in batches, for speed, of limited size, to bound memory. A long document
+    is encoded in pieces where that gives the same tokens.
     """
     for batch in _together(documents):
-        if len(batch) == 1 and len(batch[0].text) > TOGETHER:
+        if len(batch) == 1 and len(batch[0].text) > BATCH_CHARACTERS:
             yield _of_long(batch[0], tokenizer, whole)
             continue
         names = [document.where for document in batch]
@@ -40,11 +40,11 @@ def tokenized(
 
 
 def _together(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in turn, at most 512 and TOGETHER characters at a time; a longer one alone."""
+    """Batches of at most 512 documents and BATCH_CHARACTERS; a longer document is one by itself."""
     batch: list[Document] = []
     size = 0
     for document in documents:
-        if batch and (len(batch) == 512 or size + len(document.text) > TOGETHER):
+        if batch and (len(batch) == 512 or size + len(document.text) > BATCH_CHARACTERS):
             yield batch
             batch, size = [], 0
         batch.append(document)
@@ -66,7 +66,7 @@ def _of_long(document: Document, tokenizer: Tokenizer, whole: bool) -> np.ndarra
 def windows(
     tokenized_documents: Iterable[Sequence[int] | np.ndarray], length: int, separator: int
 ) -> Iterator[Window]:
-    """Cuts documents, laid end to end, into windows.
+    """Cuts the concatenated documents into windows.
 
     Args:
       tokenized_documents: each opened by `separator`.
@@ -74,7 +74,7 @@ def windows(
       separator: also closes the stream, so that the end of the last document is predicted too.
     """
     tokens = np.zeros(0, np.int32)
-    owners = np.zeros(0, np.int32)  # the number of the document that each token is of
+    owners = np.zeros(0, np.int32)  # the number of each token's document
     last = 0
     for last, document in enumerate(tokenized_documents, 1):
         tokens = np.concatenate([tokens, np.asarray(document, np.int32)])
@@ -84,7 +84,10 @@ def windows(
             end = start + length + 1
             yield _window(tokens[start:end], owners[start:end])
             start += length
-        tokens, owners = tokens[start:].copy(), owners[start:].copy()  # at most S + 1: frees a book
+        tokens, owners = (
+            tokens[start:].copy(),
+            owners[start:].copy(),
+        )  # at most S + 1
     tokens, owners = np.append(tokens, separator), np.append(owners, last + 1)
     if last and len(tokens) > 1:
         padding = length + 1 - len(tokens)

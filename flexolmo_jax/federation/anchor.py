@@ -5,22 +5,12 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
-from flexolmo_jax.federation import fields
 from flexolmo_jax.federation.names import PUBLIC
-from flexolmo_jax.federation.package import (
-    MANIFEST,
-    Package,
-    check_packages,
-    open_package,
-    read_manifest,
-    write_package,
-)
-from flexolmo_jax.interop import hf_import
-from flexolmo_jax.modeling.transformer import Anchor, init_anchor
+from flexolmo_jax.federation.package import Package, check_packages, write_package
+from flexolmo_jax.federation.source import HuggingFace, WeightSource, open_source
+from flexolmo_jax.modeling.transformer import Anchor
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.storage import tensors
 from flexolmo_jax.storage.files import canonical_digest
@@ -30,14 +20,14 @@ TOKENIZER = "tokenizer.json"
 
 
 class LoadedAnchor(NamedTuple):
-    """An anchor in memory.
+    """An anchor, its weights in memory or left in its files.
 
     Attributes:
       weights: the backbone and the public expert.
       config: sizes; one expert.
       tokenizer: None where a Hugging Face directory has none.
-      identity: digest of config, tokenizer and every tensor; what packages are made for. It is
-        computed, whatever a manifest says.
+      identity: digest of config, tokenizer and every tensor, computed from them; an expert package
+        names the anchor it was made for by it.
       public_text: documents that owners fit their router rows against; may be empty.
       package: its files; None for a Hugging Face directory.
       ends: ids that end a generated text, beside the tokenizer's separator.
@@ -53,12 +43,12 @@ class LoadedAnchor(NamedTuple):
 
     @property
     def packages(self) -> list[Package]:
-        """What `check_packages` has to look at: nothing of a Hugging Face directory."""
+        """What `check_packages` has to check: nothing of a Hugging Face directory."""
         return [] if self.package is None else [self.package]
 
 
 def identity(config: ModelConfig, tokenizer: Tokenizer | None, described: dict[str, Any]) -> str:
-    """Digest of all that an expert depends on; the same weights have it wherever they lie."""
+    """Digest of all that an expert depends on; the same in a package and in a Hugging Face form."""
     return canonical_digest(
         {
             "architecture": config.architecture(),
@@ -102,31 +92,28 @@ def read_anchor(path: Path, on_disk: bool = False, separator: str | None = None)
     Raises:
       ValueError: it is missing, damaged, or not an anchor.
     """
-    loaded = open_anchor(path, separator)
-    check_packages(loaded.packages)
+    anchor = open_anchor(open_source(path, "anchor"), separator)
+    check_packages(anchor.packages)
     if on_disk:
-        return loaded
-    return loaded._replace(weights=placement.device_put(loaded.weights, None))
+        return anchor
+    return anchor._replace(weights=placement.device_put(anchor.weights, None))
 
 
-def open_anchor(path: Path, separator: str | None = None) -> LoadedAnchor:
-    """As `read_anchor`, with the bytes of a package yet to be checked (`check_packages`).
+def open_anchor(source: WeightSource, separator: str | None = None) -> LoadedAnchor:
+    """As `read_anchor`, but the bytes of a package are not checked yet (`check_packages`).
 
     Raises:
       ValueError: as `read_anchor`; its identity is not that of its config, tokenizer and tensors.
     """
-    if hf_import.is_hugging_face(path):
-        return _from_hugging_face(path, separator)
-    manifest = read_manifest(path, kind="anchor")
+    if isinstance(source, HuggingFace):
+        return _from_hugging_face(source, separator)
+    path, manifest, config = source.folder, source.manifest, source.config
     own = manifest["tokenizer"]["separator"]
     if separator not in (None, own):
         raise ValueError(
             f"{path}: this anchor was trained with the separator {own!r}, found --separator "
             f"{separator!r}; leave it out"
         )
-    config = fields.model_of(manifest, path / MANIFEST)
-    abstract = _abstract(config, path)
-    package = open_package(path, manifest, abstract)
     for name in (TOKENIZER, PUBLIC_TEXT):
         if name not in manifest["files"]:
             raise ValueError(f"{path / name}: missing from the anchor; get it again from its host")
@@ -138,15 +125,7 @@ def open_anchor(path: Path, separator: str | None = None) -> LoadedAnchor:
             f"{manifest['identity'][:12]}..., as its manifest says; get it again from its host"
         )
     public_text = _public_text(path / PUBLIC_TEXT)
-    weights = package.weights(abstract)
-    return LoadedAnchor(weights, config, tokenizer, found, public_text, package)
-
-
-def _abstract(config: ModelConfig, path: Path) -> Anchor:
-    try:
-        return jax.eval_shape(lambda key: init_anchor(config, key), jax.random.key(0))
-    except (TypeError, ValueError, OverflowError) as error:  # of sizes that no array can have
-        raise ValueError(f"{path}: not the config of a model ({error})") from error
+    return LoadedAnchor(source.weights, config, tokenizer, found, public_text, source)
 
 
 def _public_text(file: Path) -> list[str]:
@@ -162,34 +141,17 @@ def _public_text(file: Path) -> list[str]:
     return texts
 
 
-def hugging_face_tokenizer(
-    path: Path, config: ModelConfig, separator: str | None = None
-) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face directory, if it has a tokenizer.json.
-
-    Args:
-      path: the directory.
-      config: of its model.
-      separator: the token that opens documents; default: what the directory names.
-    """
-    file = hf_import.tokenizer_file(path)
-    if file is None:
-        return None
-    return Tokenizer.load(file, separator or hf_import.separator(path), config.vocab_size)
-
-
-def _from_hugging_face(path: Path, separator: str | None = None) -> LoadedAnchor:
-    backbone, experts, config = hf_import.load(path)
+def _from_hugging_face(source: HuggingFace, separator: str | None) -> LoadedAnchor:
+    backbone, experts, config = source.load()
     if config.num_experts != 1:
         raise ValueError(
-            f"{path}: expected a dense OLMo 2 model as the anchor, found {config.num_experts} "
-            "experts"
+            f"{source.folder}: expected a dense OLMo 2 model as the anchor, found "
+            f"{config.num_experts} experts"
         )
-    tokenizer = hugging_face_tokenizer(path, config, separator)
+    tokenizer = source.tokenizer(config, separator)
     weights = Anchor(backbone, experts)
     named = tensors.named(weights)
     for name, x in named.items():
-        tensors.check_in_range(name, x, path)
-    described = tensors.describe(named)
-    found, ends = identity(config, tokenizer, described), hf_import.ends_of_text(path)
-    return LoadedAnchor(weights, config, tokenizer, found, [], ends=ends)
+        tensors.check_in_range(name, x, source.folder)
+    found = identity(config, tokenizer, tensors.describe(named))
+    return LoadedAnchor(weights, config, tokenizer, found, [], ends=source.ends())

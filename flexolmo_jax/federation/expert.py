@@ -1,22 +1,11 @@
-"""Expert packages: written, checked, and their weights opened in their files."""
+"""Expert packages: written, read, and checked against the anchor that they were made for."""
 
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from flexolmo_jax.federation import fields
 from flexolmo_jax.federation.anchor import LoadedAnchor
 from flexolmo_jax.federation.names import check_name
-from flexolmo_jax.federation.package import (
-    MANIFEST,
-    NO_PRIVACY,
-    Package,
-    check_packages,
-    open_package,
-    read_manifest,
-    write_package,
-)
+from flexolmo_jax.federation.package import NO_PRIVACY, Package, check_packages, write_package
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.parallel import placement
 
@@ -28,9 +17,9 @@ def write_expert(
 
     Args:
       path: where; must not exist.
-      expert: a stack of one.
+      expert: its weights, with an expert axis of 1.
       name: what the expert is called in merged models.
-      anchor: the one it was trained beside.
+      anchor: the anchor that it was trained beside.
       facts: licence, contact, tokens seen, how the router rows were made.
     """
     manifest = {
@@ -51,32 +40,10 @@ def read_expert(path: Path, anchor: LoadedAnchor) -> Experts:
     Raises:
       ValueError: it is missing or damaged, or made for another config, tokenizer or anchor.
     """
-    package = open_expert(path)
+    package = Package.open(path, "expert")
     check_made_for(package, anchor)
     check_packages([package])
-    return placement.device_put(weights_of(package), None)
-
-
-def open_expert(path: Path) -> Package:
-    """An expert package, with the bytes of its files yet to be checked (`check_packages`).
-
-    Raises:
-      ValueError: it is missing or damaged.
-    """
-    manifest = read_manifest(path, kind="expert")
-    return open_package(path, manifest, _abstract_expert(manifest, path))
-
-
-def _abstract_expert(manifest: dict[str, Any], path: Path) -> Experts:
-    config = fields.model_of(manifest, path / MANIFEST)
-    try:
-        return jax.eval_shape(lambda key: Experts(config, 1, key), jax.random.key(0))
-    except (TypeError, ValueError, OverflowError) as error:  # of sizes that no array can have
-        raise ValueError(f"{path}: not the config of a model ({error})") from error
-
-
-def weights_of(package: Package) -> Experts:
-    return package.weights(_abstract_expert(package.manifest, package.folder))
+    return placement.device_put(package.weights, None)
 
 
 def check_made_for(package: Package, anchor: LoadedAnchor) -> None:

@@ -15,8 +15,8 @@ from flexolmo_jax.config import ModelConfig, check_memory
 from flexolmo_jax.federation.names import PUBLIC, check_distinct, check_name
 
 FORMAT = 2
-LARGEST = 16 * 2**20  # bytes of a manifest; those that we write have a few thousand
-DEPTH = 32  # of objects and lists in each other
+MAX_BYTES = 16 * 2**20  # of a manifest; real ones have a few thousand
+MAX_DEPTH = 32  # of nested objects and lists
 DTYPES = ("float32", "bfloat16", "float16")  # that weights are stored in
 _LARGEST_INTEGER = 2**63 - 1
 
@@ -25,7 +25,7 @@ def parse(data: bytes, where: Path) -> dict[str, Any]:
     """A JSON object from bytes.
 
     Raises:
-      ValueError: it is not one, or holds what JSON does not have (NaN), or a key twice.
+      ValueError: it is not a JSON object, has a key twice, or holds NaN or infinity.
     """
     try:
         value = json.loads(
@@ -44,12 +44,12 @@ def parse(data: bytes, where: Path) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return made
+        raise ValueError(f"the key {twice!r} appears twice in one object")
+    return value
 
 
 def _no_constant(word: str) -> Any:
@@ -86,7 +86,7 @@ def upgrade(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_fields(manifest: dict[str, Any], where: Path) -> None:
-    """Checks every field of a manifest, of whatever kind.
+    """Checks every field of a manifest of any kind.
 
     Args:
       manifest: without its own digest.
@@ -125,9 +125,9 @@ def check_fields(manifest: dict[str, Any], where: Path) -> None:
 
 
 def _check_values(value: Any, where: Path, name: str, depth: int) -> None:
-    """What holds for every value, whatever its name."""
-    if depth > DEPTH:
-        raise ValueError(f"{where}: field {name!r:.100}: nested deeper than {DEPTH}")
+    """Checks what every value must be, whatever its name: bounded, finite, plain text."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{where}: field {name!r:.100}: nested deeper than {MAX_DEPTH}")
     if isinstance(value, str):
         bad = next((c for c in value if unicodedata.category(c) in ("Cc", "Cs")), None)
         if bad is not None and bad not in "\n\t":
@@ -264,7 +264,7 @@ def model_of(manifest: dict[str, Any], where: Path) -> ModelConfig:
     """The config of an anchor, or the one that an expert was made for.
 
     Raises:
-      ValueError: a value of it is missing, unknown or cannot be.
+      ValueError: a value is missing, unknown or impossible.
     """
     values = manifest["model"]
     for key, value in values.items():
@@ -337,7 +337,7 @@ KINDS = {
         ),
         "experts": Field(
             "a list of objects of name, path and digest",
-            lambda x: _all(x, list, lambda one: _has(one, {"name": _is_text, **_SOURCE})),
+            lambda x: _all(x, list, lambda entry: _has(entry, {"name": _is_text, **_SOURCE})),
         ),
         "active_experts": Field("a whole number above 0, or null", _or_none(_is_size)),
         "memory": Field(

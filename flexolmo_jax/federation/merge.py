@@ -1,6 +1,6 @@
 """Merging: a merged model is a manifest that names an anchor and packages; experts come and go.
 
-Merging writes one small file. The concatenation itself is done at load (`merged.py`).
+Merging writes one small file. The concatenation itself is done at load (`loading.py`).
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from flexolmo_jax.config import MEMORY, check_memory
 from flexolmo_jax.federation.anchor import LoadedAnchor, open_anchor
-from flexolmo_jax.federation.expert import check_made_for, open_expert, weights_of
+from flexolmo_jax.federation.expert import check_made_for
 from flexolmo_jax.federation.merged import memory_of, open_merged
 from flexolmo_jax.federation.names import PUBLIC, check_distinct
 from flexolmo_jax.federation.package import (
@@ -25,13 +25,14 @@ from flexolmo_jax.federation.package import (
     write_package,
 )
 from flexolmo_jax.federation.shares import REFUSE, Shares, check_shares, measure_shares
+from flexolmo_jax.federation.source import open_source
 from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.storage.files import new_directory
 from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.outputs import check_new_folder
 from flexolmo_jax.version import __version__
 
-CHANGE_SECONDS = 60.0  # how long a change of a merged model waits for another one to end
+CHANGE_SECONDS = 60.0  # that a change of a merged model waits for another change
 
 
 def merge(
@@ -79,10 +80,10 @@ def merge(
         raise ValueError(f"active_experts must be at least 1, found {active_experts}")
     if memory is not None:
         check_memory(*memory)
-    packages = [open_expert(Path(path)) for path in experts]
+    packages = [Package.open(Path(path), "expert") for path in experts]
     _check_twice(packages)
     separator = separator or _named_separator(packages)
-    loaded = open_anchor(Path(anchor), separator)
+    loaded = open_anchor(open_source(Path(anchor), "anchor"), separator)
     for package in packages:
         check_made_for(package, loaded)
     check_packages([*loaded.packages, *packages])
@@ -127,7 +128,7 @@ def _allowed_shares(
     config = anchor.config.replace(
         num_experts=len(packages) + 1, active_experts=active_experts, memory=memory
     )
-    routers = [anchor.weights.public.router, *(weights_of(one).router for one in packages)]
+    routers = [anchor.weights.public.router, *(package.weights.router for package in packages)]
     shares = measure_shares(anchor, routers, (PUBLIC, *names), config)
     if shares is not None:
         check_shares(shares, allow)
@@ -176,8 +177,8 @@ def add_expert(
 ) -> Added:
     """Adds packages to a merged model on disk, all or none.
 
-    The anchor and the added packages are checked in full, as `merge` does; of those that are in the
-    model already, all but the bytes, which were checked when they came and are at every load.
+    The anchor and the added packages are checked in full, as `merge` does. Of the packages in the
+    model, all but the bytes are checked: those were checked at the merge, and are at every load.
 
     Args:
       model: the merged model.
@@ -185,7 +186,7 @@ def add_expert(
       allow_share: as in `merge`.
 
     Raises:
-      ValueError: as `merge`; the model is as it was.
+      ValueError: as `merge`; the model is unchanged.
 
     Examples:
       >>> import flexolmo_jax as fo
@@ -196,14 +197,14 @@ def add_expert(
     """
     model = Path(model)
     with _changing(model):
-        return _add(model, [Path(one) for one in packages], allow_share)
+        return _add(model, [Path(package) for package in packages], allow_share)
 
 
 def _add(model: Path, packages: Sequence[Path], allow_share: float | None) -> Added:
-    opened = open_merged(model)
+    opened = open_merged(Package.open(model, "merged"))
     manifest, anchor = opened.manifest, opened.anchor
-    added = [open_expert(path) for path in packages]
-    whole = [*opened.parts, *added]
+    added = [Package.open(path, "expert") for path in packages]
+    whole = [*opened.experts, *added]
     _check_twice(whole)
     for package in added:
         check_made_for(package, anchor)
@@ -212,7 +213,7 @@ def _add(model: Path, packages: Sequence[Path], allow_share: float | None) -> Ad
     if named not in (None, own):
         raise ValueError(
             f"{', '.join(map(str, packages))}: trained with the separator {named!r}, and {model} "
-            f"has {own!r}; merge anew with --separator {named!r}"
+            f"has {own!r}; merge again with --separator {named!r}"
         )
     names = [package.manifest["name"] for package in whole]
     active, memory = manifest["active_experts"], memory_of(manifest)
@@ -224,13 +225,13 @@ def _add(model: Path, packages: Sequence[Path], allow_share: float | None) -> Ad
 
 
 def remove_expert(model: str | Path, *names: str) -> bool:
-    """Takes experts out of a merged model on disk, all or none. True if a tuned router is undone.
+    """Removes experts from a merged model on disk, all or none. True if a tuned router is undone.
 
     A tuned router goes too, because its rows were fitted with the removed experts present; the
     remaining experts are back to the rows of their owners.
 
     Raises:
-      ValueError: there is no such expert; the model is as it was.
+      ValueError: there is no such expert; the model is unchanged.
 
     Examples:
       >>> import flexolmo_jax as fo
@@ -246,19 +247,19 @@ def remove_expert(model: str | Path, *names: str) -> bool:
 
 def _remove(model: Path, names: Sequence[str]) -> bool:
     manifest = read_manifest(model, kind="merged")
-    there = [entry["name"] for entry in manifest["experts"]]
+    known = [entry["name"] for entry in manifest["experts"]]
     for name in names:
-        if name not in there:
-            raise ValueError(f"{model}: no expert named {name!r}; there are {', '.join(there)}")
+        if name not in known:
+            raise ValueError(f"{model}: no expert named {name!r}; there are {', '.join(known)}")
     entries = [entry for entry in manifest["experts"] if entry["name"] not in names]
     return _replace_experts(model, manifest, entries)
 
 
 @contextlib.contextmanager
 def _changing(model: Path) -> Iterator[None]:
-    """While the body runs, no other process changes this merged model; it would be undone.
+    """While the body runs, no other process changes this merged model: one change would be lost.
 
-    The lock file stands beside the model, since every file in it is checked.
+    The lock file lies beside the model, since unlisted files in it are refused.
     """
     model = model.resolve()
     with locked(

@@ -1,115 +1,96 @@
-"""Merged models: opened, checked as a whole, and loaded by concatenation along the expert axis."""
+"""Merged models: opened, and checked as a whole."""
 
-import concurrent.futures
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.data.tokenizer import Tokenizer
-from flexolmo_jax.federation.anchor import LoadedAnchor, open_anchor, read_anchor
-from flexolmo_jax.federation.expert import check_made_for, open_expert, read_expert, weights_of
+from flexolmo_jax.federation.anchor import LoadedAnchor, open_anchor
+from flexolmo_jax.federation.expert import check_made_for
 from flexolmo_jax.federation.names import PUBLIC
-from flexolmo_jax.federation.package import (
-    Package,
-    check_packages,
-    open_package,
-    read_manifest,
-)
+from flexolmo_jax.federation.package import Package, check_packages, check_shapes
 from flexolmo_jax.federation.shares import Shares, measure_shares
-from flexolmo_jax.modeling.experts import Experts, join
+from flexolmo_jax.federation.source import open_source
 from flexolmo_jax.modeling.router import Router
-from flexolmo_jax.modeling.transformer import Backbone
-from flexolmo_jax.parallel import placement
-from flexolmo_jax.parallel.mesh import AXES, EXPERT
-from flexolmo_jax.runtime.processes import raise_together
-from flexolmo_jax.storage.on_disk import Joined
-from flexolmo_jax.storage.tensors import leaf_name
+from flexolmo_jax.storage.tensors import refill
 
 
-class LoadedModel(NamedTuple):
-    """A model in memory, ready to run.
+class OpenedModel(NamedTuple):
+    """An anchor and experts of which all is checked but the bytes of files (`check_packages`).
 
     Attributes:
-      backbone, experts: the weights; the public expert is the first of the stack.
-      config: sizes; `num_experts` as loaded.
-      names: of the experts, in the order of the stack.
-      tokenizer: None where there is none.
-      ends: ids that end a generated text, beside the tokenizer's separator.
-    """
-
-    backbone: Backbone
-    experts: Experts
-    config: ModelConfig
-    names: tuple[str, ...]
-    tokenizer: Tokenizer | None
-    ends: tuple[int, ...] = ()
-
-
-class Opened(NamedTuple):
-    """A merged model of which all is checked but the bytes of its files (`check_packages`).
-
-    Attributes:
-      manifest: of the merged model.
       anchor: its weights in their files, if it is a package.
-      parts: the packages of its experts, in order.
-      tuned: its own files: a tuned router, or nothing.
+      experts: their packages, in order.
+      merged: the merged model's own package; None for an anchor alone or with one expert, which
+        nobody merged.
     """
 
-    manifest: dict[str, Any]
     anchor: LoadedAnchor
-    parts: list[Package]
-    tuned: Package
+    experts: list[Package]
+    merged: Package | None = None
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Of the merged model; empty without one."""
+        return {} if self.merged is None else self.merged.manifest
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (PUBLIC, *(part.manifest["name"] for part in self.parts))
+        return (PUBLIC, *(expert.manifest["name"] for expert in self.experts))
 
     @property
     def config(self) -> ModelConfig:
         return self.anchor.config.replace(
             num_experts=len(self.names),
-            active_experts=self.manifest["active_experts"],
+            active_experts=self.manifest.get("active_experts"),
             memory=memory_of(self.manifest),
         )
 
     @property
     def packages(self) -> list[Package]:
-        return [self.tuned, *self.anchor.packages, *self.parts]
+        own = [] if self.merged is None else [self.merged]
+        return [*own, *self.anchor.packages, *self.experts]
+
+    @property
+    def routers(self) -> list[Router]:
+        """Rows and biases that make the router, end to end: the owners' own, or a tuned one."""
+        if self.merged is not None and self.merged.weights:
+            return [refill(Router(0, 0, 0), self.merged.weights)]
+        stacks = [self.anchor.weights.public, *(expert.weights for expert in self.experts)]
+        return [stack.router for stack in stacks]
 
 
-def open_merged(path: Path, separator: str | None = None) -> Opened:
-    """Opens a merged model, its anchor and its packages; reads no weights of packages.
+def open_merged(package: Package, separator: str | None = None) -> OpenedModel:
+    """Opens the anchor and the packages of a merged model; reads no weights of packages.
 
     Args:
-      path: the merged model.
+      package: of the merged model.
       separator: the token that opens documents; default: what was named when it was merged.
 
     Raises:
       ValueError: a part is missing, unfit, or not the one that was merged.
     """
-    manifest = read_manifest(path, kind="merged")
-    anchor, parts = _open_parts(path, manifest, separator)
-    router = None
-    if "tensors" in manifest:
-        stacks = [anchor.weights.public, *map(weights_of, parts)]
-        router = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), join_files(stacks).router
-        )
-    return Opened(manifest, anchor, parts, open_package(path, manifest, router))
+    model, pinned = package.folder, package.manifest["anchor"]
+    source = open_source(model / pinned["path"], "anchor")
+    anchor = open_anchor(source, separator or pinned.get("separator"))
+    _check_pin(source.folder, anchor, pinned)
+    experts = [open_part(model, entry) for entry in package.manifest["experts"]]
+    for expert in experts:
+        check_made_for(expert, anchor)
+    if package.weights:
+        sizes = anchor.config.num_layers, len(experts) + 1, anchor.config.width
+        check_shapes(model, jax.eval_shape(lambda: Router(*sizes)), package.weights)
+    return OpenedModel(anchor, experts, package)
 
 
-def check_merged(path: Path) -> Opened:
+def check_merged(path: Path) -> OpenedModel:
     """Checks every byte of a merged model, of its anchor and of its packages.
 
     Raises:
       ValueError: a part is missing, damaged, or not the one that was merged.
     """
-    opened = open_merged(path)
+    opened = open_merged(Package.open(path, "merged"))
     check_packages(opened.packages)
     return opened
 
@@ -120,100 +101,21 @@ def check_package(path: Path) -> dict[str, Any]:
     Raises:
       ValueError: it is missing, damaged or unfit.
     """
-    manifest = read_manifest(path)
-    if manifest["kind"] == "merged":
-        check_merged(path)
-    elif manifest["kind"] == "anchor":
-        read_anchor(path, on_disk=True)
+    package = Package.open(path)
+    if package.manifest["kind"] == "merged":
+        check_packages(open_merged(package).packages)
+    elif package.manifest["kind"] == "anchor":
+        check_packages(open_anchor(package).packages)
     else:
-        check_packages([open_expert(path)])
-    return manifest
+        check_packages([package])
+    return package.manifest
 
 
-def shares_of(opened: Opened) -> Shares | None:
+def shares_of(opened: OpenedModel) -> Shares | None:
     """The share of public text that each expert of a merged model takes, as `merge` returns it."""
-    if not opened.parts:
+    if not opened.experts:
         return None
-    routers = [opened.anchor.weights.public.router, *(weights_of(x).router for x in opened.parts)]
-    if opened.tuned.tensors:
-        like = Router(0, 0, 0)
-        routers = [opened.tuned.weights(like)]
-    return measure_shares(opened.anchor, routers, opened.names, opened.config)
-
-
-def load_merged(
-    path: Path,
-    dtype: str | None = None,
-    mesh: Mesh | None = None,
-    over: tuple[str, ...] = AXES,
-    separator: str | None = None,
-) -> LoadedModel:
-    """Loads a merged model: checks every file, and concatenates along the expert axis.
-
-    Args:
-      path: the merged model.
-      dtype: of the weights; default: as stored.
-      mesh, over: where they go (`placement.device_put`), each device reading its own part of every
-        file; with empty experts after them, up to a number that the axis `expert` divides. Of
-        several processes, all must load, and each checks its share of the bytes.
-      separator: the token that opens documents; default: what was named at the merge.
-
-    Raises:
-      ValueError: a part is missing, damaged, or not the one that was merged.
-    """
-    share = (0, 1) if mesh is None else (jax.process_index(), jax.process_count())
-
-    def load_checked() -> LoadedModel:
-        opened = open_merged(path, separator)
-        with concurrent.futures.ThreadPoolExecutor(1) as beside:
-            # While the files are read anyway.
-            checked = beside.submit(check_packages, opened.packages, share)
-            try:
-                loaded = _place(opened, dtype, mesh, over)
-            except Exception:  # anything can come of a damaged file,
-                checked.result()  # and this says what it was
-                raise
-            checked.result()
-        return loaded
-
-    return load_checked() if mesh is None else raise_together(load_checked)
-
-
-def load_pair(path: Path, anchor: LoadedAnchor) -> LoadedModel:
-    """An owner's own two-expert model: the anchor and one package."""
-    expert = read_expert(path, anchor)
-    name = read_manifest(path)["name"]
-    config = dataclasses.replace(anchor.config, num_experts=2)
-    stack = join(anchor.weights.public, expert)
-    return LoadedModel(
-        anchor.weights.backbone, stack, config, (PUBLIC, name), anchor.tokenizer, anchor.ends
-    )
-
-
-def join_files(stacks: list[Any], empty: int = 0) -> Any:
-    """As `join`, of arrays on the host, read when they are placed; with empty experts after them.
-
-    Empty experts (`pad_experts`) have weights 0 and the bias -inf: no token ever chooses them.
-    """
-
-    def one(path, *leaves):
-        is_bias = leaf_name(path).endswith("bias")
-        return Joined(leaves, empty, -np.inf if is_bias else 0.0)
-
-    return jax.tree_util.tree_map_with_path(one, *stacks)
-
-
-def _place(
-    opened: Opened, dtype: str | None, mesh: Mesh | None, over: tuple[str, ...]
-) -> LoadedModel:
-    anchor, config = opened.anchor, opened.config
-    stacks = [anchor.weights.public, *map(weights_of, opened.parts)]
-    empty = 0 if mesh is None else -len(stacks) % mesh.shape[EXPERT]
-    experts = join_files(stacks, empty)
-    if opened.tuned.tensors:
-        experts.router = join_files([opened.tuned.weights(experts.router)], empty)
-    backbone, experts = placement.device_put((anchor.weights.backbone, experts), mesh, over, dtype)
-    return LoadedModel(backbone, experts, config, opened.names, anchor.tokenizer, anchor.ends)
+    return measure_shares(opened.anchor, opened.routers, opened.names, opened.config)
 
 
 def memory_of(manifest: dict[str, Any]) -> tuple[float, float] | None:
@@ -222,32 +124,19 @@ def memory_of(manifest: dict[str, Any]) -> tuple[float, float] | None:
     return memory and (memory["decay"], memory["weight"])
 
 
-def _open_parts(
-    model: Path, manifest: dict[str, Any], separator: str | None
-) -> tuple[LoadedAnchor, list[Package]]:
-    """The anchor and the packages of a merged model, if they are those that were merged."""
-    folder = model / manifest["anchor"]["path"]
-    anchor = open_anchor(folder, separator or manifest["anchor"].get("separator"))
-    _check_pin(folder, anchor, manifest["anchor"])
-    parts = [open_part(model, entry) for entry in manifest["experts"]]
-    for part in parts:
-        check_made_for(part, anchor)
-    return anchor, parts
-
-
 def open_part(model: Path, entry: dict[str, str]) -> Package:
     """The package of an entry of a merged model, if it is the one that was merged.
 
     Raises:
-      ValueError: it is missing, unfit, or another one.
+      ValueError: it is missing, unfit, or another package.
     """
-    package = open_expert(model / entry["path"])
+    package = Package.open(model / entry["path"], "expert")
     found = package.manifest["name"]
     if package.digest != entry["digest"] or found != entry["name"]:
         what = "its manifest differs" if found == entry["name"] else f"its name is {found!r}"
         raise ValueError(
             f"{package.folder}: not the package that was merged as {entry['name']!r} ({what}); "
-            "take it out with `flexolmo experts remove` and add it again"
+            "remove it with `flexolmo experts remove` and add it again"
         )
     return package
 

@@ -1,4 +1,4 @@
-"""Names of experts: which may be one, and which two may stand beside each other.
+"""Names of experts: which are valid, and which two may be in one model.
 
 A name is what a user types after `--without`. The rule is plain ASCII: no other script can then
 imitate a letter, and NFKC normalisation changes nothing. Names are compared by `look`, which is
@@ -15,15 +15,15 @@ _LOOK_ALIKES = str.maketrans("01i", "oll")
 
 
 def look(name: str) -> str:
-    """What two names must not share: case-folded, with 0 as o, 1 and i as l, rn as m, vv as w."""
+    """The look of a name: case-folded, with 0 as o, 1 and i as l, rn as m, vv as w."""
     return name.casefold().translate(_LOOK_ALIKES).replace("rn", "m").replace("vv", "w")
 
 
 def check_name(name: Any) -> str:
-    """An expert's name, if it may be one.
+    """The name, if it is valid for an expert.
 
     Raises:
-      ValueError: it is no text, or has other characters, or can be taken for the public expert.
+      ValueError: it is not text, has other characters, or looks like the public expert's.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or look(name) == look(PUBLIC):
         raise ValueError(

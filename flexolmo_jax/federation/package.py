@@ -4,8 +4,11 @@
     expert/   manifest.json  params/
 
 The manifest holds the digest of every other file, and of itself. Whatever is written appears at
-its place in one rename, complete; whatever is read is checked in full before it is used, and every
-command makes the same checks: `read_manifest`, `open_package`, `check_packages`.
+its place in one rename, complete. Whatever is read is checked in full before it is used, and every
+command makes the same checks: `Package.open` of all but the bytes, `check_packages` of the bytes.
+
+Four verbs say where weights end up: *open* leaves them in their files, *read* brings them into host
+memory, *load* puts them onto devices, *write* puts them into files.
 """
 
 import concurrent.futures
@@ -17,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.federation import fields
 from flexolmo_jax.federation.fields import FORMAT
 from flexolmo_jax.federation.package_files import (
@@ -27,6 +31,8 @@ from flexolmo_jax.federation.package_files import (
     open_regular,
     tensor_of,
 )
+from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.modeling.transformer import Anchor, init_anchor
 from flexolmo_jax.storage import on_disk, tensors
 from flexolmo_jax.storage.files import (
     canonical_digest,
@@ -39,6 +45,7 @@ from flexolmo_jax.version import __version__
 
 MANIFEST = "manifest.json"
 PARAMS = "params"
+ROUTER = ("bias", "row")  # the tensors of a merged model whose router was tuned
 NO_PRIVACY = "none: trained without differential privacy"
 
 
@@ -49,14 +56,14 @@ def write_package(
 
     Args:
       path: where; must not exist, or be an empty folder.
-      manifest: kind, name and what else the kind calls for; the rest is filled in here.
+      manifest: kind, name and the other fields of that kind; the rest is filled in here.
       tree: the weights (modules, tuples, dicts).
       files: text files to put beside them, by name.
 
     Raises:
-      ValueError: there is something at `path` already; a weight is not in range, or a fact is
-        none that a manifest may hold.
-      OSError: the disk is full, or may not be written; `path` is as it was.
+      ValueError: `path` exists and is not empty; a weight is not in range, or a field is not
+        what it must be.
+      OSError: the disk is full, or cannot be written; `path` is unchanged.
     """
     with new_directory(path) as folder:
         named = tensors.named(tree)
@@ -91,8 +98,8 @@ def read_manifest(folder: Path, *, kind: str | None = None) -> dict[str, Any]:
     """Reads a manifest and checks every field of it (not the files it names).
 
     Raises:
-      ValueError: there is none, it was changed, its format is unknown, a field cannot be, or it is
-        of another kind.
+      ValueError: it is missing, was changed, or has an unknown format, an impossible field or
+        another kind.
     """
     file = folder / MANIFEST
     if not folder.is_dir():
@@ -101,8 +108,8 @@ def read_manifest(folder: Path, *, kind: str | None = None) -> dict[str, Any]:
         raise ValueError(f"{folder}: no {MANIFEST} there, so this is not a flexolmo_jax package")
     with open_regular(file) as opened:
         size = os.fstat(opened.fileno()).st_size
-        if size > fields.LARGEST:
-            raise ValueError(f"{file}: expected at most {fields.LARGEST} bytes, found {size}")
+        if size > fields.MAX_BYTES:
+            raise ValueError(f"{file}: expected at most {fields.MAX_BYTES} bytes, found {size}")
         data = opened.readall()  # type: ignore[attr-defined]
     manifest = fields.parse(data, file)
     digest = manifest.pop("digest", None)
@@ -124,65 +131,99 @@ def read_manifest(folder: Path, *, kind: str | None = None) -> dict[str, Any]:
 
 
 class Package(NamedTuple):
-    """A package of which all is checked but the bytes of its files (`check_packages`).
+    """An opened package: all is checked but the bytes of its files (`check_packages`).
 
     Attributes:
       folder: where it is.
       manifest: as read; every field is of the type it should be.
-      tensors: all of its weights by name, left in their files.
+      weights: left in their files (`storage.on_disk`): an `Anchor`; or `Experts` with an expert
+        axis of 1; or the tensors by name of a merged model's tuned router, none if it has none.
     """
 
     folder: Path
     manifest: dict[str, Any]
-    tensors: dict[str, on_disk.OnDisk]
+    weights: Any
+
+    @classmethod
+    def open(cls, folder: Path, kind: str | None = None) -> "Package":
+        """Reads and checks the manifest, once; then checks that every file and tensor fits it.
+
+        Nothing of the weights is read, and no memory is used that grows with a shape.
+
+        Args:
+          folder: the package: regular files only, all of them listed in the manifest.
+          kind: "anchor", "expert" or "merged"; default: any.
+
+        Raises:
+          ValueError: it is missing, or of another kind; names the first file, tensor or field that
+            is missing, in excess or unfit.
+        """
+        manifest = read_manifest(folder, kind=kind)
+        stored = {
+            name: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"])
+            for name, entry in manifest.get("tensors", {}).items()
+        }
+        abstract = _abstract(manifest, folder, stored)
+        check_shapes(folder, abstract, stored)
+        _check_files(folder, manifest)
+        opened = on_disk.open_tensors(folder / PARAMS, stored)
+        return cls(folder, manifest, tensors.refill(abstract, opened))
 
     @property
     def digest(self) -> str:
         """Of the manifest, and so of all that is in the package."""
         return self.manifest["digest"]
 
-    def weights(self, abstract: Any) -> Any:
-        """The tensors in the structure of `abstract`."""
-        return tensors.refill(abstract, self.tensors)
+    @property
+    def config(self) -> ModelConfig:
+        """Of an anchor, or of what an expert was made for."""
+        return fields.model_of(self.manifest, self.folder / MANIFEST)
 
 
-def open_package(folder: Path, manifest: dict[str, Any], abstract: Any) -> Package:
-    """Checks that a package is regular files only, all listed, with just the tensors expected.
+def _abstract(manifest: dict[str, Any], folder: Path, stored: dict[str, Any]) -> Any:
+    """What a package of its kind holds; of a tuned router, the shapes are checked later."""
+    if manifest["kind"] == "merged":
+        names = ROUTER if "tensors" in manifest else ()
+        return {name: stored.get(name, jax.ShapeDtypeStruct((), "float32")) for name in names}
+    config = fields.model_of(manifest, folder / MANIFEST)
 
-    Nothing of the weights is read, and no memory is used that grows with a shape.
+    def init(key: jax.Array) -> Anchor | Experts:
+        is_anchor = manifest["kind"] == "anchor"
+        return init_anchor(config, key) if is_anchor else Experts(config, 1, key)
 
-    Args:
-      folder: the package.
-      manifest: what `read_manifest` gave.
-      abstract: its weights, as a tree of anything with a shape; None where it has none.
+    try:
+        return jax.eval_shape(init, jax.random.key(0))
+    except (TypeError, ValueError, OverflowError) as error:  # of sizes that no array can have
+        raise ValueError(f"{folder}: not the config of a model ({error})") from error
+
+
+def check_shapes(folder: Path, expected: Any, stored: dict[str, Any]) -> None:
+    """Checks that the tensors of a package have the names and shapes of the leaves of a tree.
 
     Raises:
-      ValueError: names the first file, tensor or field that is missing, in excess or unfit.
+      ValueError: names the first tensor that is missing, in excess, or of another shape.
     """
-    named = {} if abstract is None else tensors.named(abstract)
-    stored = manifest.get("tensors", {})
-    for name in sorted(named.keys() | stored.keys()):
-        expected = list(named[name].shape) if name in named else None
-        found = stored[name]["shape"] if name in stored else None
-        if expected is None:
+    wanted = {name: list(x.shape) for name, x in tensors.named(expected).items()}
+    found = {name: list(x.shape) for name, x in stored.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in wanted:
             raise ValueError(f"{folder}: found a tensor {name}, which has no place in it")
-        if found != expected:
-            what = "missing" if found is None else f"of shape {found}"
+        if found.get(name) != wanted[name]:
+            what = f"of shape {found[name]}" if name in found else "missing"
             raise ValueError(
-                f"{folder}: expected a tensor {name} of shape {expected}, found it {what}"
+                f"{folder}: expected a tensor {name} of shape {wanted[name]}, found it {what}"
             )
+
+
+def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raises ValueError unless a package is regular files only, all listed."""
     merged = manifest["kind"] == "merged"
-    # Of a merged model without a tuned router, `params` is what an undone one left on a killed run.
-    beside = ("params",) if merged and "tensors" not in manifest else ()
-    found_files = list_files(folder, beside)
+    # A killed removal of a tuned router leaves its `params`.
+    ignored = (PARAMS,) if merged and "tensors" not in manifest else ()
+    files = list_files(folder, ignored)
     # A killed write of a merged model's manifest, the one file that is replaced in its place.
-    left_over = {name for name in found_files if merged and is_partial(name, of=MANIFEST)}
-    check_listed(folder, {*manifest["files"], MANIFEST}, found_files.keys() - left_over)
-    like = {
-        name: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"])
-        for name, entry in stored.items()
-    }
-    return Package(folder, manifest, on_disk.open_tensors(folder / PARAMS, like))
+    partial = {name for name in files if merged and is_partial(name, of=MANIFEST)}
+    check_listed(folder, {*manifest["files"], MANIFEST}, files.keys() - partial)
 
 
 def check_packages(packages: Iterable[Package], share: tuple[int, int] = (0, 1)) -> None:
@@ -193,17 +234,19 @@ def check_packages(packages: Iterable[Package], share: tuple[int, int] = (0, 1))
     Raises:
       ValueError: names the first file that was changed, or is unfit.
     """
-    check_bytes((one for package in packages for one in _expected(package)), share)
+    check_bytes((file for package in packages for file in _expected(package)), share)
 
 
 def _expected(package: Package) -> Iterator[Expected]:
-    data = {str(x.file.relative_to(package.folder)): name for name, x in package.tensors.items()}
+    stored = {
+        str(x.file.relative_to(package.folder)): (x.nbytes, package.manifest["tensors"][name])
+        for name, x in tensors.named(package.weights).items()
+    }
     for name, sha256 in package.manifest["files"].items():
         file, tensor = package.folder / name, None
-        if name in data:
-            of = data[name]
-            entry = package.manifest["tensors"][of]
-            tensor = (package.tensors[of].nbytes, entry["dtype"], entry["sha256"])
+        if name in stored:
+            size, entry = stored[name]
+            tensor = (size, entry["dtype"], entry["sha256"])
         yield Expected(file, f"{file}{tensor_of(name)}", sha256, tensor)
 
 

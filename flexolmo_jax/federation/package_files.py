@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 from flexolmo_jax.storage.tensors import UNFIT, in_range
 
-CHUNK = 2**20  # bytes that a thread holds of a file
+CHUNK = 2**20  # bytes of a file that a thread holds at a time
 
 
 class Expected(NamedTuple):
@@ -20,7 +20,7 @@ class Expected(NamedTuple):
 
     Attributes:
       file: where it is.
-      name: what to call it in an error.
+      name: its name in errors.
       sha256: of all its bytes.
       tensor: of a file that begins with a tensor: bytes of the tensor, its dtype, and its sha256.
     """
@@ -31,34 +31,34 @@ class Expected(NamedTuple):
     tensor: tuple[int, str, str] | None = None
 
 
-def list_files(folder: Path, beside: Collection[str] = ()) -> dict[str, int]:
+def list_files(folder: Path, ignored: Collection[str] = ()) -> dict[str, int]:
     """{relative path: bytes} of every file in a folder and in those below it.
 
     Args:
       folder: where.
-      beside: names of folders in it that are not looked into.
+      ignored: names of folders in it that are skipped.
 
     Raises:
-      ValueError: something is there that is no regular file: a link, a named pipe, a device.
+      ValueError: an entry is not a regular file, but a link, a named pipe or a device.
     """
-    found, folders = {}, [folder]
+    sizes, folders = {}, [folder]
     while folders:
         with os.scandir(folders.pop()) as entries:
             for entry in entries:
                 name = os.path.relpath(entry.path, folder)
-                about = entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(about.st_mode):
-                    if name not in beside:
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
+                    if name not in ignored:
                         folders.append(Path(entry.path))
-                elif stat.S_ISREG(about.st_mode):
-                    found[name] = about.st_size
+                elif stat.S_ISREG(status.st_mode):
+                    sizes[name] = status.st_size
                 else:
-                    raise ValueError(f"{entry.path}: {_not_regular(about.st_mode)}")
-    return found
+                    raise ValueError(f"{entry.path}: {_not_regular(status.st_mode)}")
+    return sizes
 
 
 def check_listed(folder: Path, listed: Collection[str], found: Collection[str]) -> None:
-    """Raises ValueError, naming it, if a listed file is missing or another one is there."""
+    """Raises ValueError, naming the file, if a listed file is missing or an unlisted one exists."""
     for name in sorted({*listed, *found}):
         where = f"{folder / name}{tensor_of(name)}"
         if name not in found:
@@ -75,7 +75,7 @@ def tensor_of(name: str) -> str:
 
 @contextlib.contextmanager
 def open_regular(file: Path) -> Iterator[BinaryIO]:
-    """Opens a file for reading, without ever waiting for what is behind it.
+    """Opens a file for reading; never blocks, whatever the file is.
 
     Raises:
       ValueError: it is a link, a named pipe, or anything else but a regular file.
@@ -107,14 +107,14 @@ def check_bytes(files: Iterable[Expected], share: tuple[int, int] = (0, 1)) -> N
 
     Args:
       files: the files.
-      share: (k, n) looks into the k-th of n about equal shares of the bytes only, so that several
-        processes can do it together.
+      share: (k, n) checks only the k-th of n roughly equal shares of the bytes, so that n processes
+        can divide the work.
 
     Raises:
       ValueError: names the first file that was changed, or holds such weights.
     """
-    this, count = share
-    own = sorted(files, key=lambda one: -os.lstat(one.file).st_size)[this::count]
+    index, count = share
+    own = sorted(files, key=lambda expected: -os.lstat(expected.file).st_size)[index::count]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for _ in pool.map(_check_file, own):
             pass

@@ -1,11 +1,11 @@
-"""What share of public text each expert takes, by its router rows.
+"""The share of public text that each expert takes by its router rows.
 
 An owner's bias can only hold its expert back, but its rows may be of any length and direction: a
 row along the mean of all inputs takes nearly every token, and with it the text of other owners. So
 a merge routes some of the anchor's public text, which no owner's expert should take much of.
 
-Every layer's inputs are those of the anchor alone. That needs no expert's weights but its rows,
-and says what the rows do, whoever else is in the model.
+Every layer's inputs are those of the anchor alone. So only the rows of an expert are needed, and
+the result does not depend on the other experts' feed-forward networks.
 """
 
 import functools
@@ -27,7 +27,7 @@ from flexolmo_jax.modeling.attention import segment_positions
 from flexolmo_jax.modeling.router import Router, remember, route
 from flexolmo_jax.parallel import placement
 
-TOKENS = 4096  # of public text that are routed
+TOKENS = 4096  # of public text, routed
 WARN = 0.4  # of the public text in a layer; honest experts take up to 0.28 (docs/security.md)
 REFUSE = 0.8  # a row along the mean of all inputs takes 0.93 and more
 
@@ -74,14 +74,14 @@ def measure_shares(
       None if the anchor came without public text, or without a tokenizer.
 
     Raises:
-      ValueError: rows give logits that are no numbers.
+      ValueError: rows give logits that are NaN.
     """
     batch = _public_batch(anchor)
     if batch is None:
         return None
     alone = anchor.config.replace(remat="none", expert_compute="dense")
     weights = anchor.weights
-    router = jax.tree.map(lambda *x: np.concatenate([np.asarray(one) for one in x], 1), *routers)
+    router = jax.tree.map(lambda *x: np.concatenate([np.asarray(part) for part in x], 1), *routers)
     embed = placement.device_put(weights.backbone.embed, None)
     x = embed[...][batch.tokens].astype(config.dtype)
     shares = []
@@ -93,7 +93,7 @@ def measure_shares(
     of_layers = np.stack(shares)
     if not np.isfinite(of_layers).all():
         raise ValueError(
-            "the router rows of these experts give no numbers on public text (too large): leave "
+            "the router rows of these experts give NaN on public text (they are too large): leave "
             f"out one of {', '.join(names[1:])}"
         )
     of_layers /= of_layers.sum(axis=1, keepdims=True)
@@ -108,7 +108,7 @@ def check_shares(shares: Shares, allow: float) -> None:
       allow: the largest share of a layer that an expert may take.
 
     Raises:
-      ValueError: one takes more.
+      ValueError: an expert takes more.
     """
     for number, name in enumerate(shares.names[1:], 1):
         own = shares.of_layers[:, number]

@@ -1,7 +1,7 @@
 """Reads FlexOlmo and OLMo 2 models in Hugging Face's form (config.json and safetensors).
 
-The table below says which of their tensors become which of our leaves. A whole leaf is filled in
-place, one stored tensor at a time, so that loading needs the model once, plus its largest leaf.
+The tables below map each of our leaves to stored tensors. A leaf is filled in place, one stored
+tensor at a time, so that loading needs memory for the model once, plus its largest leaf.
 """
 
 import collections
@@ -31,7 +31,7 @@ from flexolmo_jax.storage.tensors import named, refill
 
 
 class _Source(NamedTuple):
-    """Where a leaf's numbers are stored, and how they are turned to become ours."""
+    """Where a leaf's numbers are stored, and how they are transposed into ours."""
 
     key: str  # fills leaf[l, e], leaf[l] or the whole leaf, as it has {l} and {e}
     axes: str  # theirs -> ours, letters as in modeling/layers.py; (N H) is one axis of theirs
@@ -49,7 +49,7 @@ class _Source(NamedTuple):
         axes = re.findall(r"\(.*?\)|\w", self.axes.split(" -> ")[0])
         return tuple(math.prod(sizes[x] for x in re.findall(r"\w", axis)) for axis in axes)
 
-    def turn(self, tensor: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
+    def transposed(self, tensor: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
         """A stored tensor as a part of our leaf; a view."""
         theirs, ours = (re.findall(r"\w", side) for side in self.axes.split(" -> "))
         tensor = tensor.reshape([sizes[x] for x in theirs])
@@ -92,12 +92,12 @@ _PACKED = {  # FlexOlmo as transformers 5 holds it in memory
 }
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# What transformers takes a field to be that config.json leaves out.
+# transformers' defaults for fields that config.json leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "flex_olmo": {"rope_theta": 5e5, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096},
     "olmo2": {"rope_theta": 1e4, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
 }
-# Fields of which our network can only express one value; None: the field must not be used.
+# Fields for which our network has one value only; None: the field must not be set.
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "sliding_window": None}
 
 
@@ -280,7 +280,7 @@ def load(path: str | Path, dtype: Any = None) -> tuple[Backbone, Experts, ModelC
             if name in table:
                 for place, key in table[name].places(config):
                     with _reading(stored[key].file):
-                        buffer[place] = table[name].turn(stored[key].read(), _sizes(config))
+                        buffer[place] = table[name].transposed(stored[key].read(), _sizes(config))
             leaf = jax.block_until_ready(jnp.asarray(buffer))
             if buffer.nbytes > 2**22:  # JAX lets go of a buffer when Python collects garbage
                 del buffer
@@ -330,7 +330,7 @@ def _weight_files(path: Path) -> list[Path]:
 
     They are the file or index that `transformers_weights` in config.json names, else
     model.safetensors, else what model.safetensors.index.json names. An index beside
-    model.safetensors is a leftover: transformers 5 takes away old shards when it saves a model,
+    model.safetensors is a leftover: transformers 5 deletes old shards when it saves a model,
     and leaves their index.
 
     Raises:

@@ -1,8 +1,8 @@
 """Locks between processes, and folders that only their owner can read.
 
 A lock is a file that a process holds with flock(2). The operating system releases it when the
-process ends, however it ends, so a lock file that a killed process left behind holds nobody up.
-The file says who holds it only for the message to the next process.
+process ends, however it ends, so a lock file that a killed process left behind blocks nobody.
+The file names its holder only for the message to the next process.
 
 Over NFS, Linux turns flock into a lock of the server, which all hosts see. On a file system
 without locks (some FUSE and Lustre mounts), work goes on with a warning.
@@ -112,8 +112,8 @@ def _now() -> str:
 
 def _warn_without(file: Path, error: OSError) -> None:
     warnings.warn(
-        f"{file.parent}: cannot be locked ({error.strerror}); see that no other process works "
-        "there at the same time",
+        f"{file.parent}: cannot be locked ({error.strerror}); make sure that no other process "
+        "works there at the same time",
         stacklevel=4,
     )
 

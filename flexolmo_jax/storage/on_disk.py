@@ -15,15 +15,15 @@ import numpy as np
 def open_tensors(path: Path, tensors: dict[str, Any]) -> dict[str, "OnDisk"]:
     """The tensors of a folder that `save` wrote, left in their files.
 
-    Nothing is read before it is used, and then only the part that is: a device's share of a
-    matrix, without the rest passing through memory.
+    Only the slices that are used are read, when they are used: a device's shard of a matrix does
+    not bring the rest of it into memory.
 
     Args:
       path: the folder.
       tensors: {name: anything with a shape and a dtype}.
 
     Raises:
-      ValueError: one is missing, or stored in another way, or with another shape or dtype.
+      ValueError: a tensor is missing, in another format, or of another shape or dtype.
     """
     return {name: _find(path / "state" / name, name, x) for name, x in tensors.items()}
 
@@ -35,8 +35,8 @@ _INDEX = 20  # bytes after the array: where it begins, how long it is, and a che
 def _find(folder: Path, name: str, like: Any) -> "OnDisk":
     """Zarr 3 as `save` has Orbax write it: the bytes of the array, then an index of one entry.
 
-    The place and size of the bytes follow from shape and dtype. What the file says of itself has
-    to agree, so that other readers of Zarr see the same numbers.
+    The offset and size of the bytes follow from shape and dtype. The file's own description must
+    agree, so that other readers of Zarr see the same numbers.
     """
     file, shape, dtype = folder / "zarr.json", list(like.shape), jnp.dtype(like.dtype)
     if not file.is_file():
@@ -44,16 +44,16 @@ def _find(folder: Path, name: str, like: Any) -> "OnDisk":
     try:
         about = json.loads(file.read_bytes())
         (codec,) = about["codecs"]
-        one = codec["configuration"]
+        shard = codec["configuration"]
         keys = about["chunk_key_encoding"]
         shapes = (
             about["shape"],
             about["chunk_grid"]["configuration"]["chunk_shape"],
-            one["chunk_shape"],
+            shard["chunk_shape"],
         )
         form = (
-            *(about["data_type"], one["codecs"], one["index_codecs"][:1]),
-            *(one.get("index_location", "end"), keys["name"]),
+            *(about["data_type"], shard["codecs"], shard["index_codecs"][:1]),
+            *(shard.get("index_location", "end"), keys["name"]),
             keys.get("configuration", {}).get("separator", "/"),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -85,7 +85,7 @@ def _find(folder: Path, name: str, like: Any) -> "OnDisk":
 
 @dataclasses.dataclass(frozen=True)
 class OnDisk:
-    """An array in a file, read by parts; one of those that `placement.device_put` takes."""
+    """An array in a file, read in slices; `placement.device_put` accepts it."""
 
     file: Path
     offset: int  # of its first byte
@@ -110,14 +110,14 @@ class OnDisk:
         return np.asarray(self[(slice(None),) * self.ndim], dtype)
 
     def read(self, ranges: tuple[range, ...], out: np.ndarray) -> None:
-        """Reads a part into `out`, of its shape; the bytes go nowhere else on the way.
+        """Reads a slice directly into `out`, of the same shape.
 
         Raises:
           ValueError: the file ends too early.
         """
         if not out.size:
             return
-        # A run: as many of the last axes as lie together, in the file and in `out`.
+        # A run spans as many trailing axes as are contiguous both in the file and in `out`.
         first = self.ndim - 1
         while (
             first and ranges[first] == range(self.shape[first])
@@ -144,25 +144,24 @@ class OnDisk:
                     left = left[count:]
 
 
-SMALL_RUN = 65_536  # bytes; of shorter ones, one system call each would take too long
+SMALL_RUN = 65_536  # bytes; for shorter runs, a system call each is slower than a memory map
 
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Arrays [L, E_i, ...] end to end along axis 1, read by parts; as `OnDisk`.
+    """Arrays [L, E_i, ...] concatenated along axis 1, read in slices as `OnDisk` is.
 
-    Of several dtypes, it is of the one that holds them all: beside an anchor in half precision,
-    trained experts are float32.
+    Different dtypes are promoted: trained experts are float32 beside an anchor in half precision.
     """
 
     arrays: tuple[Any, ...]  # OnDisk, or of NumPy or JAX
-    empty: int = 0  # so many more after them
-    fill: float = 0.0  # filled with this
+    padding: int = 0  # further experts after them, filled with `fill`
+    fill: float = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
         layers, _, *rest = self.arrays[0].shape
-        return (layers, sum(x.shape[1] for x in self.arrays) + self.empty, *rest)
+        return (layers, sum(x.shape[1] for x in self.arrays) + self.padding, *rest)
 
     @property
     def ndim(self) -> int:
@@ -192,13 +191,13 @@ class Joined:
 
 
 def _ranges(part: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[range, ...]:
-    return tuple(range(*one.indices(size)) for one, size in zip(part, shape, strict=True))
+    return tuple(range(*axis.indices(size)) for axis, size in zip(part, shape, strict=True))
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that JAX on CPU takes over as it is: aligned, and of the system's large pages.
+    """Memory that JAX on CPU uses without a copy: aligned, in large pages.
 
-    Most of the time of loading would else go into touching small ones for the first time.
+    With small pages, page faults would take most of the loading time.
     """
     count = math.prod(shape)
     memory = mmap.mmap(-1, max(count * dtype.itemsize, 1))

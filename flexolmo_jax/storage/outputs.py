@@ -1,7 +1,7 @@
-"""The check, before any work, of where a command is about to write.
+"""Checks where a command is about to write, before it does any work.
 
-A long training must not end with an error that could have been seen before its first step, and
-nothing that is there may be written over or broken. A refused command leaves nothing behind.
+A long training must not end with an error that could be seen before its first step, and nothing
+that exists may be overwritten or broken. A refused command leaves nothing behind.
 """
 
 import json
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 STATE = 3 * 4  # bytes of a checkpoint for each trained weight: float32, with AdamW's two moments
-WINDOWS = 0.5  # bytes of windows for each byte of text, at the least
-NO_FILES = ("corpus:", "tfds:")  # sources that are no path
+WINDOWS = 0.5  # bytes of windows for each byte of text, at least
+NO_FILES = ("corpus:", "tfds:")  # sources that are not paths
 
 
 def check_new_folder(folder: str | Path, reads: Iterable[str | Path] = ()) -> None:
@@ -26,8 +26,8 @@ def check_new_folder(folder: str | Path, reads: Iterable[str | Path] = ()) -> No
       reads: the sources and packages that the command reads.
 
     Raises:
-      ValueError: it is there already, is a link or a mount point, lies in or around something
-        that it would break, or may not be written.
+      ValueError: it exists, is a link or a mount point, lies in or around something that it would
+        break, or cannot be written.
     """
     folder = Path(folder)
     if os.path.islink(folder):
@@ -40,8 +40,8 @@ def check_new_folder(folder: str | Path, reads: Iterable[str | Path] = ()) -> No
             raise ValueError(f"{folder}: already there; choose another --out, or delete it first")
         if os.path.samefile(folder, os.curdir):
             raise ValueError(
-                f"{folder}: is the folder that this command runs in, which a rename would take "
-                "away; choose a folder inside it"
+                f"{folder}: is the folder that this command runs in, which a rename would "
+                "remove; choose a folder inside it"
             )
         if _is_mount_point(folder):
             raise ValueError(
@@ -60,9 +60,8 @@ def check_kept_folder(
     Args:
       folder: may be there.
       reads: as in `check_new_folder`.
-      holding: patterns of names by which the command knows a folder of its own: where the folder
-        holds anything, it must hold one of them. (): it must be empty. None: what it holds is
-        not looked at.
+      holding: patterns of file names that mark a folder as the command's own: a folder that is not
+        empty must hold such a file. (): it must be empty. None: anything may be in it.
 
     Raises:
       ValueError: as `check_new_folder`; it is no folder, or holds something else.
@@ -153,15 +152,15 @@ def check_room(out: Path, run: Path, *, text: int, trained: int, packaged: int, 
         "checkpoints": (run, STATE * trained * min(saves, 2)),
         "package": (out, 4 * packaged),
     }
-    there = _bytes_of_folder(run)  # of a run that goes on
+    existing = _bytes_of_folder(run)  # of a run that is resumed
     device = {place: _existing(Path(os.path.realpath(place))).stat().st_dev for place in (run, out)}
     for place in (run, out):
-        needed = sum(size for at, size in parts.values() if device[at] == device[place])
-        needed -= there if device[place] == device[run] else 0
+        needed = sum(size for folder, size in parts.values() if device[folder] == device[place])
+        needed -= existing if device[place] == device[run] else 0
         free = shutil.disk_usage(_existing(Path(os.path.realpath(place)))).free
         if needed > free:
             listed = ", ".join(f"{name} {_size(size)}" for name, (_, size) in parts.items())
-            already = f", of which {_size(there)} are there already" if there else ""
+            already = f", of which {_size(existing)} are there already" if existing else ""
             raise ValueError(
                 f"{place}: not enough room on the disk: {_size(needed)} more are needed at least "
                 f"({listed}{already}), {_size(free)} are free; make room, or choose another --out "
@@ -235,7 +234,7 @@ def _is_mount_point(folder: Path) -> bool:
 
 
 def _check_writable(place: Path, inside: bool = False) -> None:
-    """Tries it: makes a folder of the name that a half-written one has, and takes it away again.
+    """Checks it by making, and removing, a folder with the name of a partial write.
 
     Args:
       place: absolute.
@@ -254,8 +253,8 @@ def _check_writable(place: Path, inside: bool = False) -> None:
 
 
 def _existing(place: Path) -> Path:
-    """The place, or the closest of the folders around it that is there."""
-    return next(one for one in (place, *place.parents) if os.path.lexists(one))
+    """The place, or the closest folder around it that exists."""
+    return next(path for path in (place, *place.parents) if os.path.lexists(path))
 
 
 def _bytes_of_folder(folder: Path) -> int:

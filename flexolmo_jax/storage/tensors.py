@@ -52,7 +52,7 @@ UNFIT = "weights that are NaN, infinite, or 2^30 and above, which can silence ev
 
 
 def in_range(data: memoryview | bytes, dtype: str) -> bool:
-    """Whether all numbers are finite and, in size, below 2^30: far above any weight of use."""
+    """Whether all numbers are finite and, in size, below 2^30: far above any useful weight."""
     kind, mask, bound = _PATTERNS[dtype]
     patterns = np.frombuffer(data, kind, len(data) // np.dtype(kind).itemsize)
     return not patterns.size or int((patterns & np.asarray(mask, kind)).max()) < bound
@@ -73,7 +73,7 @@ logging.getLogger("absl").addFilter(
 
 
 def _this_process() -> dict[str, Any]:
-    """Packages are written and read by one process, on its own."""
+    """Options with which a single process writes a package, without waiting for the others."""
     this = jax.process_index()
     return {
         "primary_host": this,
@@ -83,7 +83,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def save(path: Path, tensors: dict[str, Any]) -> None:
-    """Writes tensors with Orbax into the new folder `path`; one process may do it alone.
+    """Writes tensors with Orbax into the new folder `path`; a single process may call it.
 
     One file per tensor, uncompressed: a damaged file names its tensor, and loading is reading.
     """
@@ -103,8 +103,8 @@ def save(path: Path, tensors: dict[str, Any]) -> None:
         )
     (path / "orbax.checkpoint").touch()  # by this v1 knows its own layout
     for done in path.rglob("commit_success.txt"):
-        done.write_text("done")  # Orbax puts the folder's path into it, the owner's business
+        done.write_text("done")  # Orbax writes the folder's path into it, which is private
     about = path / "_CHECKPOINT_METADATA"
-    values = json.loads(about.read_text())  # and here the time, to the nanosecond
+    values = json.loads(about.read_text())  # and here Orbax writes the time, to the nanosecond
     values |= {name: None for name in values if name.endswith("_timestamp_nsecs")}
     about.write_text(json.dumps(values, sort_keys=True))

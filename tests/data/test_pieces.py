@@ -120,7 +120,7 @@ def test_of_a_long_document_only_some_pieces_are_encoded_at_a_time(monkeypatch):
     draw = random.Random(0)
     long = " ".join(draw.choice(words) for _ in range(10_000))
     monkeypatch.setattr(pieces, "PIECE", 256)
-    monkeypatch.setattr(windows, "TOGETHER", 8 * 256)
+    monkeypatch.setattr(windows, "BATCH_CHARACTERS", 8 * 256)
     encode, asked = tokenizer.encode_documents, []
 
     def watched(texts, *more):
@@ -130,7 +130,7 @@ def test_of_a_long_document_only_some_pieces_are_encoded_at_a_time(monkeypatch):
     monkeypatch.setattr(tokenizer, "encode_documents", watched)
     documents = [Document(text, text) for text in ("short", long, "short", *["x" * 1000] * 9)]
     ids = list(windows.tokenized(documents, tokenizer))
-    assert len(long) > 20 * windows.TOGETHER and max(asked) < 1.1 * windows.TOGETHER
+    assert len(long) > 20 * windows.BATCH_CHARACTERS and max(asked) < 1.1 * windows.BATCH_CHARACTERS
     assert len(asked) == 1 + -(-len(long) // (8 * 259)) + 5 and len(ids) == len(documents)
     assert all(one.dtype == np.int32 for one in ids)
     for one, document in zip(ids, documents, strict=True):

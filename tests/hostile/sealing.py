@@ -1,4 +1,4 @@
-"""What anyone can do with a package of somebody else: change it, and make all digests anew."""
+"""What anyone can do with a package of somebody else: change it, and recompute all digests."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def put(package: Path, tensor: str, array: np.ndarray) -> None:
 
 
 def seal(package: Path, /, *, contents: bool = True, **changes: Any) -> None:
-    """Makes the digests of tensors, of files and of the manifest anew.
+    """Recomputes the digests of tensors, of files and of the manifest.
 
     Args:
       package: the folder.

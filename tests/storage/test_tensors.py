@@ -75,7 +75,7 @@ def test_a_part_of_several_end_to_end(stored, data, small_run):
     """Files, arrays in memory and empty ones; also with every run read by a call of its own."""
     named, folder = stored
     opened = on_disk.open_tensors(folder, named)
-    joined = on_disk.Joined((opened["one"], named["two"], opened["two"]), empty=2, fill=-1.0)
+    joined = on_disk.Joined((opened["one"], named["two"], opened["two"]), padding=2, fill=-1.0)
     whole = [named[name] for name in ("one", "two", "two")]
     expected = np.concatenate([*whole, np.full((3, 2, 40, 200), -1.0, np.float32)], axis=1)
     assert joined.shape == expected.shape

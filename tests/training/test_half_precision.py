@@ -13,8 +13,8 @@ import pytest
 from safetensors.flax import save_file
 
 from flexolmo_jax.federation.anchor import read_anchor
+from flexolmo_jax.federation.loading import load_model
 from flexolmo_jax.federation.merge import merge
-from flexolmo_jax.federation.merged import load_merged, load_pair
 from flexolmo_jax.interop import hf_import
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.storage.tensors import named
@@ -84,7 +84,7 @@ def losses(folder):
 
 
 def expert_of(package, anchor) -> Experts:
-    loaded = load_pair(package, read_anchor(anchor))
+    loaded = load_model(package, anchor)
     return jax.tree.map(lambda x: np.asarray(x[:, 1:]), loaded.experts)
 
 
@@ -138,15 +138,15 @@ def test_a_merged_model_holds_the_experts_as_they_were_trained(world, folders, t
     anchor = folders["bfloat16", "bfloat16"]
     package = trained(world, tmp_path, anchor, "pair")
     merge(anchor, [package], tmp_path / "merged")
-    merged = load_merged(tmp_path / "merged")
-    pair = load_pair(package, read_anchor(anchor))
+    merged = load_model(tmp_path / "merged")
+    pair = load_model(package, anchor)
     jax.tree.map(np.testing.assert_array_equal, merged.experts, pair.experts)
     assert merged.backbone.head.dtype == jnp.bfloat16  # frozen: as it is stored
 
     tuning = at_a_low_rate(world.config("router"))
     where = {"out": tmp_path / "tuned", "run": tmp_path / "tuned.run"}
     train_router(tuning, model=tmp_path / "merged", data=str(world.texts["math"]), **where)
-    rows = load_merged(tmp_path / "tuned").experts.router.row[...]
+    rows = load_model(tmp_path / "tuned").experts.router.row[...]
     assert rows.dtype == jnp.float32
     assert np.mean(np.asarray(rows) != np.asarray(pair.experts.router.row[...])) > 0.99
 

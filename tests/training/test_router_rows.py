@@ -14,9 +14,8 @@ import flexolmo_jax as fo
 from flexolmo_jax.data.batches import stacked
 from flexolmo_jax.data.sources import Document, is_heldout, read_documents
 from flexolmo_jax.data.windows import tokenized, windows
-from flexolmo_jax.federation.anchor import read_anchor
+from flexolmo_jax.federation.loading import load_model
 from flexolmo_jax.federation.merge import merge
-from flexolmo_jax.federation.merged import load_pair
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.modeling.transformer import forward
 from flexolmo_jax.training.router_fit.rows import discriminate, separate
@@ -57,7 +56,7 @@ def heldout_texts(world, name):
 
 
 def test_fitted_rows_tell_the_owners_unseen_text_from_public_text(world):
-    pair = load_pair(world.experts["math"], read_anchor(world.anchor))
+    pair = load_model(world.experts["math"], world.anchor)
     own, public = (heldout_texts(world, name) for name in ("math", "public"))
     assert min(len(own), len(public)) >= 3
     labels = [1] * len(own) + [0] * len(public)
@@ -91,7 +90,7 @@ def test_an_owner_may_fit_a_discriminant(world, tmp_path):
     assert read_manifest(tmp_path / "lda")["router"] == "lda"
     assert read_manifest(world.experts["math"])["router"] == "logistic"
     assert read_manifest(world.experts["code"])["router"] is None  # gating="softmax"
-    pair = load_pair(tmp_path / "lda", read_anchor(world.anchor))
+    pair = load_model(tmp_path / "lda", world.anchor)
     own, public = (heldout_texts(world, name) for name in ("math", "public"))
     for layer in range(2):
         scores = router_logits(pair, own + public, layer)
@@ -99,7 +98,7 @@ def test_an_owner_may_fit_a_discriminant(world, tmp_path):
 
 
 def test_fitted_biases_only_hold_back(world):
-    expert = load_pair(world.experts["math"], read_anchor(world.anchor)).experts
+    expert = load_model(world.experts["math"], world.anchor).experts
     assert bool(jnp.all(expert.router.bias[...] <= 0))
     assert not bool(jnp.any(expert.router.bias[:, 0]))
 

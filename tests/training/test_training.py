@@ -21,8 +21,8 @@ import flexolmo_jax as fo
 from flexolmo_jax.data.batches import batches
 from flexolmo_jax.data.window_store import prepare
 from flexolmo_jax.federation.anchor import read_anchor
+from flexolmo_jax.federation.loading import load_model
 from flexolmo_jax.federation.merge import merge, remove_expert
-from flexolmo_jax.federation.merged import load_merged
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.runtime.endings import Interrupted
 from flexolmo_jax.storage import tensors
@@ -67,7 +67,7 @@ class Stage:
             self.loss = ExpertPairLoss(pair, 1e-5, 1e-3)
             self.trainable, self.frozen = own, weights
         else:
-            merged = load_merged(world.merged)
+            merged = load_model(world.merged)
             self.loss = RouterLoss(merged.config, 1e-5, 1e-3)
             self.trainable = RouterRows.of(merged.experts.router)
             self.frozen = (merged.backbone, merged.experts)

@@ -12,8 +12,8 @@ import jax
 from flexolmo_jax.config import RouterTraining
 from flexolmo_jax.data.sources import fingerprint
 from flexolmo_jax.data.window_store import prepare
+from flexolmo_jax.federation.loading import load_model
 from flexolmo_jax.federation.merge import write_tuned
-from flexolmo_jax.federation.merged import load_merged
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.runtime.processes import on_main_process
@@ -65,7 +65,7 @@ def train_router(
             f"{model}: has no expert beside the public one, so there is nothing to route and no "
             "router to tune; add one with `flexolmo experts add`"
         )
-    loaded = load_merged(model, mesh=mesh)
+    loaded = load_model(model, mesh=mesh)
     if loaded.tokenizer is None:
         raise ValueError(f"{model}: there is no tokenizer.json with its anchor")
     check_length(config.data, loaded.config, model)

@@ -1,0 +1,178 @@
+"""Loading: opened weights go onto devices, concatenated along the expert axis.
+
+This is the merge itself. `merge.py` only writes a manifest that names an anchor and packages; here
+their arrays become one stack of experts, each device reading its own part of every file.
+"""
+
+import concurrent.futures
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.federation.anchor import open_anchor
+from flexolmo_jax.federation.expert import check_made_for
+from flexolmo_jax.federation.merged import OpenedModel, open_merged
+from flexolmo_jax.federation.names import PUBLIC
+from flexolmo_jax.federation.package import MANIFEST, Package, check_packages, read_manifest
+from flexolmo_jax.federation.source import HuggingFace, WeightSource, open_source
+from flexolmo_jax.modeling.experts import Experts, pad_experts
+from flexolmo_jax.modeling.transformer import Backbone
+from flexolmo_jax.parallel import placement
+from flexolmo_jax.parallel.mesh import AXES, EXPERT
+from flexolmo_jax.runtime.processes import raise_together
+from flexolmo_jax.storage.on_disk import Joined
+from flexolmo_jax.storage.tensors import leaf_name
+
+
+class LoadedModel(NamedTuple):
+    """A model on devices, ready to run.
+
+    Attributes:
+      backbone, experts: the weights; the public expert is the first of the stack.
+      config: sizes; `num_experts` as loaded.
+      names: of the experts, in the order of the stack.
+      tokenizer: None where there is none.
+      ends: ids that end a generated text, beside the tokenizer's separator.
+    """
+
+    backbone: Backbone
+    experts: Experts
+    config: ModelConfig
+    names: tuple[str, ...]
+    tokenizer: Tokenizer | None
+    ends: tuple[int, ...] = ()
+
+
+def load_model(
+    path: Path,
+    anchor: str | Path | None = None,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    over: tuple[str, ...] = AXES,
+    separator: str | None = None,
+) -> LoadedModel:
+    """Loads a model of any kind, after checking every digest.
+
+    Args:
+      path: a merged model, an anchor, an expert package, or a Hugging Face directory.
+      anchor: of an expert package; default: near it (`anchor_path`).
+      dtype: of the weights; default: as stored.
+      mesh, over: where they go (`placement.device_put`), each device reading its own part of every
+        file; with padding experts after them, up to a number that the axis `expert` divides. All
+        processes must load, and each checks its share of the bytes.
+      separator: the token that opens documents; default: as the model says.
+
+    Raises:
+      ValueError: a part is missing, damaged, or not the one that was merged.
+    """
+
+    def load() -> LoadedModel:
+        source = open_source(path)
+        if isinstance(source, HuggingFace):
+            return _load_hugging_face(source, dtype, mesh, over, separator)
+        return _load(_open(source, anchor, separator), dtype, mesh, over)
+
+    return load() if mesh is None else raise_together(load)
+
+
+def _open(package: Package, anchor: str | Path | None, separator: str | None) -> OpenedModel:
+    """What a package of any kind is loaded as; an expert with its anchor, as its owner uses it."""
+    kind = package.manifest["kind"]
+    if kind == "merged":
+        return open_merged(package, separator)
+    if kind == "anchor":
+        return OpenedModel(open_anchor(package, separator), [])
+    named = separator or package.manifest.get("separator")
+    source = open_source(anchor_path(package) if anchor is None else Path(anchor), "anchor")
+    opened = OpenedModel(open_anchor(source, named), [package])
+    check_made_for(package, opened.anchor)
+    return opened
+
+
+def _load(
+    opened: OpenedModel,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    over: tuple[str, ...] = AXES,
+) -> LoadedModel:
+    share = (0, 1) if mesh is None else (jax.process_index(), jax.process_count())
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        # The bytes are checked while the files are read anyway.
+        checked = beside.submit(check_packages, opened.packages, share)
+        try:
+            loaded = _place(opened, dtype, mesh, over)
+        except Exception:  # a damaged file can cause any error, and the check says which file
+            checked.result()
+            raise
+        checked.result()
+    return loaded
+
+
+def _place(
+    opened: OpenedModel, dtype: str | None, mesh: Mesh | None, over: tuple[str, ...]
+) -> LoadedModel:
+    anchor = opened.anchor
+    stacks = [anchor.weights.public, *(expert.weights for expert in opened.experts)]
+    padding = 0 if mesh is None else -len(stacks) % mesh.shape[EXPERT]
+    experts = _join(stacks, padding)
+    experts.router = _join(opened.routers, padding)
+    backbone, experts = placement.device_put((anchor.weights.backbone, experts), mesh, over, dtype)
+    return LoadedModel(
+        backbone, experts, opened.config, opened.names, anchor.tokenizer, anchor.ends
+    )
+
+
+def _join(stacks: list[Any], padding: int) -> Any:
+    """As `join`, of arrays on the host, read when they are placed; with padding experts after them.
+
+    Padding experts (`pad_experts`) have weights 0 and the bias -inf: no token ever chooses them.
+    """
+
+    def joined(path, *leaves):
+        is_bias = leaf_name(path).endswith("bias")
+        return Joined(leaves, padding, -np.inf if is_bias else 0.0)
+
+    return jax.tree_util.tree_map_with_path(joined, *stacks)
+
+
+def _load_hugging_face(
+    source: HuggingFace,
+    dtype: str | None,
+    mesh: Mesh | None,
+    over: tuple[str, ...],
+    separator: str | None,
+) -> LoadedModel:
+    backbone, experts, config = source.load(dtype)
+    names = (PUBLIC, *(f"expert_{i}" for i in range(1, config.num_experts)))
+    tokenizer = source.tokenizer(config, separator)
+    if mesh is not None:
+        experts = pad_experts(experts, mesh.shape[EXPERT])
+    backbone, experts = placement.device_put((backbone, experts), mesh, over)
+    return LoadedModel(backbone, experts, config, names, tokenizer, source.ends())
+
+
+def anchor_path(source: WeightSource) -> Path:
+    """Where the anchor of a model is: the model itself, named by it, or in a folder near it.
+
+    Raises:
+      ValueError: there is no such folder near an expert package.
+    """
+    if isinstance(source, HuggingFace) or source.manifest["kind"] == "anchor":
+        return source.folder
+    wanted = source.manifest["anchor"]
+    if source.manifest["kind"] == "merged":
+        return source.folder / wanted["path"]
+    for above in list(source.folder.absolute().parents)[:3]:
+        folder = above / "anchor"
+        if (folder / MANIFEST).exists():
+            if read_manifest(folder, kind="anchor")["identity"] == wanted:
+                return folder
+    raise ValueError(
+        f"{source.folder}: an expert package needs its anchor, and no folder named 'anchor' near "
+        f"it is the one it was made for ({wanted[:12]}...); say where it is (anchor=, --anchor)"
+    )
