@@ -28,7 +28,7 @@ from flexolmo_jax.federation.expert import write_expert
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.inference.cpu_weights import round_to_int8
 from flexolmo_jax.model import FlexOlmo, load
-from flexolmo_jax.modeling.experts import Experts, mix
+from flexolmo_jax.modeling.experts import Experts, moe
 from flexolmo_jax.modeling.kernels.cross_entropy import cross_entropy
 from flexolmo_jax.modeling.transformer import (
     Anchor,
@@ -97,7 +97,7 @@ def moe_layer(size: Size, experts: int, active: int, compute: str) -> Run:
 
     @jax.jit
     def gradients(stack, x):
-        return jax.grad(lambda *a: jnp.sum(mix((a[0],), a[1], allowed, config)[0]), (0, 1))(
+        return jax.grad(lambda *a: jnp.sum(moe(a[1], (a[0],), allowed, config)[0]), (0, 1))(
             stack, x
         )
 

@@ -1,4 +1,4 @@
-"""A loaded FlexOlmo: weights, the experts' names, a tokenizer; logits and generation.
+"""A loaded FlexOlmo: logits, log-likelihoods and generation, with experts switched on or off.
 
 model = flexolmo_jax.load("OUT/merged")
 model.generate(["The theorem"], without=["math"])
@@ -29,18 +29,18 @@ from flexolmo_jax.parallel import placement
 from flexolmo_jax.parallel.mesh import BATCH, SERVING, TENSOR, specs_of
 
 
-def _check_memory(config: ModelConfig, rows: int, length: int, max_new_tokens: int) -> None:
-    """Raises ValueError if keys and values of all tokens cannot fit beside the weights."""
+def _check_memory(config: ModelConfig, batch: int, length: int, max_new_tokens: int) -> None:
+    """Raises ValueError if the keys and values of all tokens take more than half of the memory."""
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if memory is None:  # a CPU
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    numbers = 2 * config.num_layers * config.kv_heads * config.head_size  # of each token
-    needed = rows * length * numbers * jnp.dtype(config.dtype).itemsize
+    numbers = 2 * config.num_layers * config.kv_heads * config.head_size  # per token
+    needed = batch * length * numbers * jnp.dtype(config.dtype).itemsize
     if needed > memory / 2:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} needs {needed / 1e9:,.0f} GB for keys and values, "
-            f"more than half of the {memory / 1e9:,.0f} GB there are; ask for fewer (the model was "
-            f"made for {config.max_length} tokens), or for fewer prompts at a time"
+            f"more than half of the {memory / 1e9:,.0f} GB of memory; ask for fewer tokens (the "
+            f"model was made for {config.max_length}), or for fewer prompts at a time"
         )
 
 
@@ -52,11 +52,11 @@ class FlexOlmo:
       backbone, experts: the weights; experts in one stack, the public one first.
       config: sizes, routing, dtype.
       expert_names: in the order of the stack.
-      tokenizer: None where the model came without one; it then takes and gives ids only.
-      ends: ids that end a generated text, beside the tokenizer's separator.
-      int8: the matrices hold 8-bit numbers, and generation stores them as such.
-      mesh: of the devices that the weights are on, or None for one. Batches are divided among
-        them, and `experts` may then end with empty ones.
+      tokenizer: None if the model has none; it then takes and returns token ids only.
+      ends: ids that end a generated text, in addition to the tokenizer's separator.
+      int8: the matrices are rounded to 8-bit integers, and generation on CPU stores them so.
+      mesh: the devices that hold the weights, or None for one device. They share each batch, and
+        `experts` may end with padding experts.
 
     Examples:
       An expert that is switched off leaves no trace: the logits are those of a merge without it.
@@ -76,7 +76,9 @@ class FlexOlmo:
     int8: bool = False
     mesh: Mesh | None = None
     ends: tuple[int, ...] = ()
-    _kept: dict = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    _unstacked_cache: dict = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def logits(
         self,
@@ -110,15 +112,15 @@ class FlexOlmo:
         rows = placement.put_batch(self.pad_batch((tokens, mask)), self.mesh)
         with placement.use_mesh(self.mesh):
             logits = _logits(self.backbone, self.experts, *rows, self.config, self.mesh)
-        if self.mesh is not None and len(logits) > len(tokens):  # an uneven cut cannot stay
+        if self.mesh is not None and len(logits) > len(tokens):  # cannot stay sharded unevenly
             logits = jax.device_put(logits, jax.NamedSharding(self.mesh, P()))
         return logits[: len(tokens)]
 
     def pad_batch(self, rows):
-        """Arrays [B, ...] with copies of the last row, until they can go to the mesh."""
-        ways = 1 if self.mesh is None else self.mesh.size
+        """Pads arrays [B, ...] to a multiple of the mesh size by repeating the last row."""
+        num_devices = 1 if self.mesh is None else self.mesh.size
         return jax.tree.map(
-            lambda x: np.concatenate([x, np.repeat(x[-1:], -len(x) % ways, axis=0)]), rows
+            lambda x: np.concatenate([x, np.repeat(x[-1:], -len(x) % num_devices, axis=0)]), rows
         )
 
     def generate(
@@ -136,18 +138,18 @@ class FlexOlmo:
     ) -> list[str] | list[list[int]]:
         """Continues prompts, all in one batch.
 
-        A prompt that spells a control token, such as <|endoftext|>, is read as its characters; to
-        give the token itself, give ids.
+        A control token spelled in a prompt, such as <|endoftext|>, is read as its characters; pass
+        token ids to use the token itself.
 
         Args:
           prompts: texts, or lists of token ids.
-          max_new_tokens: at most so many tokens are made for each; fewer if a text ends.
+          max_new_tokens: the maximum number of new tokens for each prompt.
           without, only, allowed: which experts to use, as in `logits`.
-          temperature: 0 takes the likeliest token.
-          top_k, top_p: cut the tail of the distribution.
+          temperature: 0 chooses the likeliest token.
+          top_k, top_p: truncate the distribution, in this order.
           seed: of the random choices.
-          until: texts that end a continuation: it is cut before the first of them. Ids may go on
-            a little after it.
+          until: texts that end a continuation, which stops before the first of them. Ids may
+            contain a few tokens more.
 
         Returns:
           the continuations, without the prompts: texts for texts, ids for ids.
@@ -172,20 +174,20 @@ class FlexOlmo:
         sampling = Sampling(temperature, top_k, top_p)
         ends = [until] if isinstance(until, str) else list(until)
         if not all(ends):
-            raise ValueError("until must not have an empty text, which is everywhere")
+            raise ValueError("until must not contain an empty text, which would match everywhere")
         texts: list[str] = []
         pieces = self._continue(ids, max_new_tokens, mask, sampling, seed, 16 if ends else None)
-        for made in pieces:
+        for generated in pieces:
             if are_texts or ends:
-                after = self._need_tokenizer().decode_after
-                texts = [after(*both) for both in zip(ids, made, strict=True)]
-            longest = max(map(len, made))  # a shorter one has met its end
+                decode_after = self._need_tokenizer().decode_after
+                texts = [decode_after(*pair) for pair in zip(ids, generated, strict=True)]
+            longest = max(map(len, generated))  # a shorter sequence has reached a stop token
             if ends and all(
-                len(one) < longest or any(end in text for end in ends)
-                for one, text in zip(made, texts, strict=True)
+                len(new) < longest or any(end in text for end in ends)
+                for new, text in zip(generated, texts, strict=True)
             ):
                 break
-        return [_cut(text, ends) for text in texts] if are_texts else made
+        return [_before(text, ends) for text in texts] if are_texts else generated
 
     def stream(
         self,
@@ -197,36 +199,36 @@ class FlexOlmo:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
-        every: int = 4,
+        interval: int = 4,
     ) -> Iterator[str] | Iterator[list[int]]:
-        """Continues one prompt, piece by piece: together, what `generate` gives.
+        """Continues one prompt, piece by piece; the pieces add up to the result of `generate`.
 
         Args:
           prompt: a text, or token ids.
-          every: tokens from one piece to the next.
-          others, and errors: as in `generate`.
+          interval: tokens from one piece to the next.
+          other arguments, and errors: as in `generate`.
 
         Yields:
           the next piece: text for text, ids for ids.
         """
-        if every < 1:
-            raise ValueError(f"every must be at least 1 token, found {every}")
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1 token, found {interval}")
         ids = self._prompt_ids([prompt])  # type: ignore[list-item]
         mask = self.allowed(1, without, only)
         sampling = Sampling(temperature, top_k, top_p)
-        shown: list[int] = []
-        text = whole = ""
-        for (made,) in self._continue(ids, max_new_tokens, mask, sampling, seed, every):
+        yielded_ids = 0
+        text = yielded = ""
+        for (generated,) in self._continue(ids, max_new_tokens, mask, sampling, seed, interval):
             if not isinstance(prompt, str):
-                yield made[len(shown) :]
-                shown = made
+                yield generated[yielded_ids:]
+                yielded_ids = len(generated)
                 continue
-            whole = self._need_tokenizer().decode_after(ids[0], made)
-            if not whole.endswith("\ufffd"):  # else it may be half a character
-                yield whole[len(text) :]
-                text = whole
-        if len(whole) > len(text):
-            yield whole[len(text) :]
+            text = self._need_tokenizer().decode_after(ids[0], generated)
+            if not text.endswith("\ufffd"):  # a character may be incomplete
+                yield text[len(yielded) :]
+                yielded = text
+        if len(text) > len(yielded):
+            yield text[len(yielded) :]
 
     def _prompt_ids(self, prompts: Sequence) -> list[list[int]]:
         if isinstance(prompts[0], str):
@@ -234,8 +236,8 @@ class FlexOlmo:
             ids = [tokenizer.encode_prompt(text) for text in prompts]
         else:
             ids = [list(map(int, prompt)) for prompt in prompts]
-        for one in ids:
-            self._check_tokens(np.asarray([one]))
+        for prompt in ids:
+            self._check_tokens(np.asarray([prompt]))
         return ids
 
     def _continue(
@@ -245,7 +247,7 @@ class FlexOlmo:
         mask: np.ndarray,
         sampling: Sampling,
         seed: int,
-        every: int | None,
+        interval: int | None,
     ) -> Iterator[list[list[int]]]:
         sampling.check()
         if max_new_tokens < 1:
@@ -269,7 +271,7 @@ class FlexOlmo:
             stop=self._stop(),
             sampling=sampling,
             seed=seed,
-            every=every,
+            interval=interval,
             mesh=self.mesh,
         )
 
@@ -278,15 +280,15 @@ class FlexOlmo:
         return sorted(end for end in ends if 0 <= end < self.config.vocab_size)
 
     def _unstacked(self, batch: int) -> Unstacked | None:
-        """For decoding on a CPU: a copy of the weights, made at the first generation and kept."""
+        """A copy of the weights for decoding on a CPU, cached from the first generation on."""
         if jax.default_backend() != "cpu" or self.mesh is not None:
             return None
-        turned = batch == 1
-        if self._kept.get("turned") is not turned:
-            self._kept.clear()
-            weights = unstack(self.backbone, self.experts, self.config, turned, self.int8)
-            self._kept.update(turned=turned, weights=weights)
-        return self._kept["weights"]
+        transposed = batch == 1
+        if self._unstacked_cache.get("transposed") is not transposed:
+            self._unstacked_cache.clear()
+            weights = unstack(self.backbone, self.experts, self.config, transposed, self.int8)
+            self._unstacked_cache.update(transposed=transposed, weights=weights)
+        return self._unstacked_cache["weights"]
 
     def allowed(
         self,
@@ -295,7 +297,7 @@ class FlexOlmo:
         only: Sequence[str] | None = None,
         allowed=None,
     ) -> np.ndarray:
-        """The mask that names or a given mask amount to: bool [B, E].
+        """The experts that each sequence may use, by names and by a mask: bool [B, E].
 
         Raises:
           ValueError: an unknown name, a mask of another shape, or a sequence without any expert.
@@ -314,15 +316,15 @@ class FlexOlmo:
         for index in self._indices(names):
             mask[:, index] = False
         if only is not None:
-            kept = self._indices([only] if isinstance(only, str) else list(only))
-            mask &= np.isin(np.arange(count), kept)
+            indices = self._indices([only] if isinstance(only, str) else list(only))
+            mask &= np.isin(np.arange(count), indices)
         if not mask.any(axis=1).all():
             raise ValueError(
                 f"all experts are switched off; leave at least one of "
                 f"{', '.join(self.expert_names)}"
             )
-        empty = self.experts.router.bias.shape[1] - count
-        return np.pad(mask, ((0, 0), (0, empty)))
+        padding_experts = self.experts.router.bias.shape[1] - count
+        return np.pad(mask, ((0, 0), (0, padding_experts)))
 
     def _indices(self, names: list[str]) -> list[int]:
         for name in names:
@@ -352,8 +354,8 @@ class FlexOlmo:
         return self.tokenizer
 
 
-def _cut(text: str, ends: Sequence[str]) -> str:
-    """What comes before any of `ends`."""
+def _before(text: str, ends: Sequence[str]) -> str:
+    """The part of the text before the first of `ends`."""
     for end in ends:
         text = text.split(end)[0]
     return text

@@ -53,7 +53,7 @@ def merge(
       out: the merged model: one manifest that names them by relative path and digest.
       active_experts: how many a token may use; None for all.
       memory: decay and weight of what the router remembers of a document's earlier tokens
-        (`remember`); None for a router that looks at each token alone, as in the paper.
+        (`add_decayed_logits`); None for a router that looks at each token alone, as in the paper.
       allow_share: the largest share of the anchor's public text that an expert may take in a
         layer, in (0, 1]; None does not route it.
       separator: the token that opens documents, for a Hugging Face directory that names none;

@@ -24,7 +24,7 @@ from flexolmo_jax.data.sources import Document
 from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.federation.anchor import LoadedAnchor
 from flexolmo_jax.modeling.attention import segment_positions
-from flexolmo_jax.modeling.router import Router, remember, route
+from flexolmo_jax.modeling.router import Router, add_decayed_logits, route
 from flexolmo_jax.parallel import placement
 
 TOKENS = 4096  # of public text, routed
@@ -149,11 +149,12 @@ def _layer_of(number: int, x: Any) -> jax.Array:
 def _step(x, segments, layer, public, router: Router, alone: ModelConfig, config: ModelConfig):
     """The next layer's [B, S, D], and the sum of each expert's weights in this one, [E]."""
     everyone = jnp.ones((len(x), 1), bool)
-    x = layer.attend(x, segment_positions(segments), segments, alone)[0]
-    logits = router(x)  # [E, B, S]
+    out = layer(x, (public,), segment_positions(segments), segments, everyone, alone)
+    logits = router(out.experts_input)  # [E, B, S]
     if config.memory is not None:
-        logits, _ = remember(logits, segments, config.memory, jnp.zeros(logits.shape[:2]))
+        nothing = jnp.zeros(logits.shape[:2])
+        logits, _ = add_decayed_logits(logits, segments, config.memory, nothing)
     allowed = jnp.ones((len(x), len(logits)), bool)
     chosen = route(logits, allowed, config.active_experts or len(logits), config.renormalize)
     share = jnp.sum(jnp.where(segments > 0, chosen, 0.0), axis=(1, 2))
-    return layer.consult(x, (public,), everyone, alone)[0], share
+    return out.x, share

@@ -14,29 +14,28 @@ from jax.sharding import PartitionSpec as P
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.inference.cpu_weights import Unstacked
 from flexolmo_jax.inference.sampling import Sampling, sample
-from flexolmo_jax.modeling.attention import KVCache
+from flexolmo_jax.modeling.decode_state import DecodeState, KVCache
 from flexolmo_jax.modeling.experts import Experts
-from flexolmo_jax.modeling.layers import dot
-from flexolmo_jax.modeling.transformer import Backbone, forward
+from flexolmo_jax.modeling.kernels.quantized import dot
+from flexolmo_jax.modeling.transformer import Backbone, forward_step
 from flexolmo_jax.parallel import collectives, placement
 from flexolmo_jax.parallel.mesh import BATCH, specs_of
 
-BUCKET = 64  # prompt and output lengths are rounded up to it, so that few shapes are compiled
+BUCKET = 64  # prompt and output lengths are rounded up to a multiple, so that few shapes compile
 
 
-class State(NamedTuple):
-    """Where a generation stands; given up to each call that goes on with it."""
+class Generation(NamedTuple):
+    """The carry of the decoding loop. Donated to every call of it."""
 
-    step: jax.Array  # int32: tokens made so far
+    step: jax.Array  # int32: tokens generated so far
     logits: jax.Array  # float32 [B, V], of the next token
     done: jax.Array  # bool [B]
     cache: KVCache | tuple[KVCache, ...]
-    past: jax.Array | None  # float32 [L, E, B]: what the router remembers, if it does
-    made: jax.Array  # int32 [B, room]
+    router_state: jax.Array | None  # float32 [L, E, B], with config.memory
+    generated: jax.Array  # int32 [B, capacity]
 
 
-ROWS = BATCH
-STATE = State(P(), ROWS, ROWS, P(None, *ROWS), P(None, None, *ROWS), ROWS)  # type: ignore[arg-type]
+SPECS = Generation(P(), BATCH, BATCH, P(None, *BATCH), P(None, None, *BATCH), BATCH)  # type: ignore[arg-type]
 
 
 def generate(
@@ -51,55 +50,55 @@ def generate(
     stop: Sequence[int],
     sampling: Sampling,
     seed: int,
-    every: int | None = None,
+    interval: int | None = None,
     mesh: Mesh | None = None,
 ) -> Iterator[list[list[int]]]:
     """Continues prompts.
 
     Args:
       backbone, experts: the weights.
-      unstacked: the same one by one; None runs over the stacks.
+      unstacked: the same weights in the layout for CPUs; None decodes from the stacks.
       prompts: ids, at least one each; of any lengths.
       config: of the model.
-      max_new_tokens: at most so many are made for each.
+      max_new_tokens: the maximum number of new tokens of each prompt.
       allowed: bool [B, E].
       stop: the ids that end a sequence; none of them is part of the result.
       sampling: how tokens are chosen.
       seed: of the random choices.
-      every: hand over what there is after every so many tokens; None: once, at the end.
-      mesh: where the weights are, if on several devices; the prompts are divided among them.
+      interval: yield after this many new tokens; None: once, at the end.
+      mesh: the devices of the weights, if there are several; they share the prompts.
 
     Yields:
-      the new ids of each prompt, all since the beginning.
+      all new ids so far, of each prompt.
     """
     batch = 1 << (len(prompts) - 1).bit_length()
     batch = batch if mesh is None else -(-batch // mesh.size) * mesh.size
     length = _round_up(max(len(prompt) for prompt in prompts))
     tokens = np.zeros((batch, length), np.int32)
-    padding = np.full((batch,), length - 1, np.int32)  # rows that only fill the batch: one token
+    padding = np.full((batch,), length - 1, np.int32)  # rows without a prompt hold one token
     for row, prompt in enumerate(prompts):
         padding[row] = length - len(prompt)
         tokens[row, padding[row] :] = prompt
     mask = np.concatenate([allowed, np.ones((batch - len(prompts), allowed.shape[1]), bool)])
     done = np.arange(batch) >= len(prompts)
     weights = (backbone, experts, unstacked)
-    room = _round_up(max_new_tokens)
+    capacity = _round_up(max_new_tokens)
     rows = placement.put_batch((tokens, padding, mask, done), mesh)
     with placement.use_mesh(mesh):
-        state = _prefill(weights, *rows, config=config, room=room, mesh=mesh)
+        state = _prefill(weights, *rows, config=config, capacity=capacity, mesh=mesh)
     _, padding, mask, _ = rows
-    ends = np.asarray(stop or [-1], np.int32)
-    limit, go_on = 0, _go_on_cpu if jax.default_backend() == "cpu" else decode_tokens
+    stop_ids = np.asarray(stop or [-1], np.int32)
+    limit, decode = 0, decode_on_cpu if jax.default_backend() == "cpu" else decode_on_accelerator
     while limit < max_new_tokens:
-        limit = min(limit + (every or max_new_tokens), max_new_tokens)
+        limit = min(limit + (interval or max_new_tokens), max_new_tokens)
         key = jax.random.key(seed)
         with placement.use_mesh(mesh):
-            state = go_on(
-                weights, state, padding, mask, key, ends, limit,
+            state = decode(
+                weights, state, padding, mask, key, stop_ids, limit,
                 config=config, sampling=sampling, mesh=mesh,
             )  # fmt: skip
-        made = placement.to_host(state.made)[: len(prompts), : int(state.step)].tolist()
-        yield [list(itertools.takewhile(lambda token: token not in stop, ids)) for ids in made]
+        rows = placement.to_host(state.generated)[: len(prompts), : int(state.step)].tolist()
+        yield [list(itertools.takewhile(lambda token: token not in stop, ids)) for ids in rows]
         if placement.to_host(state.done).all():
             return
 
@@ -108,8 +107,8 @@ def _round_up(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
-def _visible(padding: jax.Array, slots: int) -> jax.Array:
-    """bool [B, slots]: which slots of the cache hold, or will hold, text."""
+def _is_text(padding: jax.Array, slots: int) -> jax.Array:
+    """bool [B, slots]: the slots of the cache that hold text, or will; the others hold padding."""
     return jnp.arange(slots) >= padding[:, None]
 
 
@@ -120,38 +119,45 @@ def _next_logits(weights, hidden: jax.Array, config: ModelConfig) -> jax.Array:
     return dot(hidden, head, jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "room", "mesh"))
-def _prefill(weights, tokens, padding, allowed, done, *, config, room, mesh) -> State:
-    """Reads the prompts, tokens int32 [B, P], left-padded; has room for `room` new tokens."""
-    read = functools.partial(_read, config=config, room=room)
-    where = (specs_of(weights, mesh), ROWS, ROWS, ROWS, ROWS)
-    return placement.shard_map(read, mesh, where, STATE)(weights, tokens, padding, allowed, done)
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "mesh"))
+def _prefill(weights, tokens, padding, allowed, done, *, config, capacity, mesh) -> Generation:
+    """Reads left-padded prompts, int32 [B, P], into a cache with `capacity` slots more than P."""
+    local = functools.partial(_prefill_local, config=config, capacity=capacity)
+    specs = (specs_of(weights, mesh), BATCH, BATCH, BATCH, BATCH)
+    return placement.shard_map(local, mesh, specs, SPECS)(weights, tokens, padding, allowed, done)
 
 
-def _read(weights, tokens, padding, allowed, done, *, config, room) -> State:
+def _prefill_local(weights, tokens, padding, allowed, done, *, config, capacity) -> Generation:
     backbone, experts, unstacked = weights
     batch, length = tokens.shape
-    empty = KVCache.empty(config, batch, length + room, jnp.dtype(config.dtype))
-    cache: KVCache | tuple[KVCache, ...] = empty
-    if unstacked is not None:
-        cache = tuple(KVCache(k, v) for k, v in zip(*empty, strict=True))
-    out = forward(
-        backbone, (experts,), tokens, config,
-        segments=_visible(padding, length).astype(jnp.int32),
-        positions=jnp.maximum(jnp.arange(length) - padding[:, None], 0),
-        allowed=allowed, cache=cache, layers=unstacked and unstacked.layers,
+    cache = KVCache.empty(config, batch, length + capacity, jnp.dtype(config.dtype))
+    segments = _is_text(padding, length).astype(jnp.int32)
+    positions = jnp.maximum(jnp.arange(length) - padding[:, None], 0)
+    hidden, state = forward_step(
+        backbone, (experts,), tokens,
+        DecodeState(cache if unstacked is None else cache.unstacked(), 0, positions), config,
+        segments=segments, allowed=allowed, layers=unstacked and unstacked.layers,
     )  # fmt: skip
-    made = jnp.zeros((batch, room), jnp.int32)
-    logits = _next_logits(weights, out.hidden[:, -1], config)
-    assert out.cache is not None
-    return State(jnp.int32(0), logits, done, out.cache, out.past, made)
+    generated = jnp.zeros((batch, capacity), jnp.int32)
+    logits = _next_logits(weights, hidden[:, -1], config)
+    return Generation(jnp.int32(0), logits, done, state.cache, state.router_state, generated)
 
 
-def _loop(weights, state, padding, allowed, key, stop, limit, *, config, sampling, mesh) -> State:
-    """Makes tokens until there are `limit` or all sequences have ended; stop: int32 [K]."""
-    make = functools.partial(_make, config=config, sampling=sampling)
-    where = (specs_of(weights, mesh), STATE, ROWS, ROWS, P(), P(), P())
-    return placement.shard_map(make, mesh, where, STATE)(
+def _decode(weights, state, padding, allowed, key, stop, limit, *, config, sampling, mesh):
+    """Generates until there are `limit` tokens or all sequences have ended.
+
+    Args:
+      weights: backbone, experts, and `Unstacked` or None.
+      state: a `Generation`.
+      padding: int32 [B], the padding before each prompt.
+      allowed: bool [B, E].
+      key: of the random choices.
+      stop: int32 [ids], each of which ends a sequence.
+      limit: int.
+    """
+    local = functools.partial(_decode_local, config=config, sampling=sampling)
+    specs = (specs_of(weights, mesh), SPECS, BATCH, BATCH, P(), P(), P())
+    return placement.shard_map(local, mesh, specs, SPECS)(
         weights, state, padding, allowed, key, stop, limit
     )
 
@@ -159,37 +165,44 @@ def _loop(weights, state, padding, allowed, key, stop, limit, *, config, samplin
 _compiled = functools.partial(
     jax.jit, static_argnames=("config", "sampling", "mesh"), donate_argnames="state"
 )
-decode_tokens = _compiled(_loop)
-# XLA for CPU takes half of AVX-512's width by default: too slow to turn 8-bit integers into floats
-# as fast as memory brings them.
-_go_on_cpu = _compiled(_loop, compiler_options={"xla_cpu_prefer_vector_width": 512})
+decode_on_accelerator = _compiled(_decode)
+# XLA for CPU uses half of AVX-512's width by default, which converts 8-bit integers to floats more
+# slowly than memory delivers them.
+decode_on_cpu = _compiled(_decode, compiler_options={"xla_cpu_prefer_vector_width": 512})
 
 
-def _make(weights, state, padding, allowed, key, stop, limit, *, config, sampling) -> State:
+def _decode_local(
+    weights, state, padding, allowed, key, stop, limit, *, config, sampling
+) -> Generation:
     backbone, experts, unstacked = weights
     layers = unstacked and unstacked.layers
     caches = state.cache if layers is not None else (state.cache,)
     slots = caches[0].keys.shape[-2]
-    length = slots - state.made.shape[1]  # of the prompts
+    length = slots - state.generated.shape[1]  # of the prompts
     rows = collectives.first_sequence(len(padding)) + jnp.arange(len(padding))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-    is_text = _visible(padding, slots)
+    is_text = _is_text(padding, slots)
 
-    def more(state):
+    def is_unfinished(state):
         return (state.step < limit) & (collectives.psum_batch(jnp.sum(~state.done)) > 0)
 
-    def one(state):
-        step, logits, done, cache, past, made = state
+    def generate_token(state):
+        step, logits, done, cache, router_state, generated = state
         token = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
         token = jnp.where(done, stop[0], token)
-        made = jax.lax.dynamic_update_slice_in_dim(made, token[:, None], step, axis=1)
-        at = length + step
-        out = forward(
-            backbone, (experts,), jnp.maximum(token, 0)[:, None], config,
-            positions=(at - padding)[:, None], allowed=allowed, cache=cache, at=at,
-            visible=is_text & (jnp.arange(slots) <= at), past=past, layers=layers,
+        generated = jax.lax.dynamic_update_slice_in_dim(generated, token[:, None], step, axis=1)
+        new_tokens = jnp.maximum(token, 0)[:, None]  # a stop id of -1 means that there is none
+        offset = length + step
+        positions = (offset - padding)[:, None]
+        visible = is_text & (jnp.arange(slots) <= offset)
+        hidden, decoded = forward_step(
+            backbone, (experts,), new_tokens,
+            DecodeState(cache, offset, positions, visible, router_state), config,
+            allowed=allowed, layers=layers,
         )  # fmt: skip
-        logits = _next_logits(weights, out.hidden[:, 0], config)
-        return State(step + 1, logits, done | jnp.isin(token, stop), out.cache, out.past, made)
+        return Generation(
+            step + 1, _next_logits(weights, hidden[:, 0], config),
+            done | jnp.isin(token, stop), decoded.cache, decoded.router_state, generated,
+        )  # fmt: skip
 
-    return jax.lax.while_loop(more, one, state)
+    return jax.lax.while_loop(is_unfinished, generate_token, state)

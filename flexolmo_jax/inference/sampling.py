@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class Sampling(NamedTuple):
-    """How to choose. Temperature 0 is greedy; top_k and top_p cut the tail, in that order."""
+    """Temperature 0 is greedy; else top_k, then top_p, truncate the distribution."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -24,40 +24,40 @@ class Sampling(NamedTuple):
 
 
 def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """Next tokens.
+    """Chooses the next tokens.
 
     Args:
       logits: float32 [B, V].
-      keys: one random key per sequence, so that a sequence does not depend on its neighbours.
-      sampling: how.
+      keys: one random key per sequence, so that a sequence does not depend on the others.
+      sampling: temperature and truncation.
 
     Returns:
       int32 [B].
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    kept, tokens = candidates(logits, sampling)
-    drawn = jax.vmap(jax.random.categorical)(keys, kept)
+    log_probabilities, tokens = candidates(logits, sampling)
+    drawn = jax.vmap(jax.random.categorical)(keys, log_probabilities)
     return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0]
 
 
 def candidates(logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """The tokens that can come next, with a temperature above 0.
+    """The truncated distribution of the next token, for a temperature above 0.
 
     Args:
       logits: float32 [..., V].
-      sampling: how.
+      sampling: temperature and truncation.
 
     Returns:
-      log-probabilities, float32 [..., K], -inf for what top_p cut off; and the tokens that they
-      are of, int32 [..., K]. K is top_k, if that is below V. The likeliest one always stays.
+      the log-probabilities, float32 [..., k], -inf where top_p excludes a token; and their tokens,
+      int32 [..., k]. k is top_k, if that is below V. The likeliest token is never excluded.
     """
     logits, size = logits / sampling.temperature, logits.shape[-1]
     tokens = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), logits.shape)
     top_p = 1.0 if sampling.top_p is None else sampling.top_p
     if top_p < 1 or (sampling.top_k or size) < size:
         logits, tokens = jax.lax.top_k(logits, min(sampling.top_k or size, size))
-    if top_p < 1:  # the fewest tokens, of the top k, whose probabilities reach top_p
+    if top_p < 1:  # the smallest set of likeliest tokens whose probabilities sum to top_p
         probabilities = jax.nn.softmax(logits)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         logits = jnp.where(before < top_p, logits, -jnp.inf)

@@ -1,52 +1,15 @@
 """OLMo 2 attention: QK-norm over the whole projected width, rotary positions, grouped queries."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.modeling.decode_state import DecodeState, KVCache
 from flexolmo_jax.modeling.kernels.flash_attention import self_attention
-from flexolmo_jax.modeling.layers import RMSNorm, Shared, dot, normal, rotate
+from flexolmo_jax.modeling.kernels.quantized import dot
+from flexolmo_jax.modeling.layers import RMSNorm, Shared, normal, rotate
 from flexolmo_jax.parallel import collectives
-
-
-class KVCache(NamedTuple):
-    """Keys and values of earlier tokens; stacked over layers outside of the scan."""
-
-    keys: jax.Array  # [L, B, K, S_max, H]
-    values: jax.Array  # [L, B, K, S_max, H]
-
-    @classmethod
-    def empty(cls, config: ModelConfig, batch: int, length: int, dtype) -> "KVCache":
-        shape = (config.num_layers, batch, config.kv_heads, length, config.head_size)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-    def write(
-        self, keys: jax.Array, values: jax.Array, at: jax.Array | int, number: jax.Array | None
-    ) -> "KVCache":
-        """With keys and values [B, S, K, H] from slot `at` on.
-
-        Of all layers' cache, those of layer `number`: no more is written, so that a loop over
-        layers can hand on one cache and change it in place.
-        """
-
-        def put(old, new):
-            new = new.swapaxes(1, 2).astype(old.dtype)
-            if number is None:
-                return jax.lax.dynamic_update_slice_in_dim(old, new, at, 2)
-            # Else XLA for TPU lays out the whole cache as suits the new rows, and copies it on the
-            # way in and out: twice the memory.
-            new = with_layout_constraint(new[None], Layout(tuple(range(old.ndim))))
-            return jax.lax.dynamic_update_slice(old, new, (number, 0, 0, at, 0))
-
-        return KVCache(put(self.keys, keys), put(self.values, values))
-
-    def of(self, number: jax.Array | None) -> "KVCache":
-        """One layer's, out of all layers'."""
-        return self if number is None else KVCache(self.keys[number], self.values[number])
 
 
 class Attention(nnx.Module):
@@ -69,23 +32,18 @@ class Attention(nnx.Module):
         positions: jax.Array,
         segments: jax.Array,
         config: ModelConfig,
-        cache: KVCache | None = None,
-        at: jax.Array | int = 0,
-        visible: jax.Array | None = None,
-        number: jax.Array | None = None,
+        state: DecodeState | None = None,
+        layer_index: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Attends.
 
         Args:
-          x: [B, S, D], the raw residual stream (the norm sits on the output, in the layer).
-          positions: int32 [B, S], the place of each token in its document.
+          x: [B, S, D], the raw residual stream (OLMo 2 normalizes the output, in the layer).
+          positions: int32 [B, S], of each token in its document.
           segments: int32 [B, S], the document of each token; 0 is padding.
           config: the model's sizes.
-          cache: this layer's keys and values, [B, K, S_max, H] each; or those of all layers.
-          at: where in the cache this call's S tokens go.
-          visible: bool [B, S_max]: what in the cache the token may look at (S = 1). Without it,
-            this call's tokens look at each other only, even if there is a cache to fill.
-          number: of this layer, where the cache is that of all layers.
+          state: in decoding, with the cache of this layer, or the stacked one of all layers.
+          layer_index: of this layer in a stacked cache.
 
         Returns:
           [B, S, D], and the cache with this call's keys and values written into it.
@@ -97,13 +55,14 @@ class Attention(nnx.Module):
         v = _heads(x, self.v[...], c.kv_heads, c.head_size)
         q = rotate(self.q_norm(q, c.norm_eps), positions, c.rope_theta)
         k = rotate(self.k_norm(k, c.norm_eps), positions, c.rope_theta)
-        if cache is not None:
-            cache = cache.write(k, v, at, number)
-        if visible is None:
-            out = self_attention(q, k, v, segments, c.attention)
+        cache = None
+        if state is not None:
+            assert isinstance(state.cache, KVCache)
+            cache = state.cache.write(k, v, state.offset, layer_index)
+        if cache is not None and state.visible is not None:
+            out = _attend_to_cache(q, cache.layer(layer_index), state.visible)
         else:
-            assert cache is not None
-            out = _look_back(q, cache.of(number), visible)
+            out = self_attention(q, k, v, segments, c.attention)
         o = self.o[...]
         if o.ndim == 2:
             return dot(out.reshape(*x.shape[:2], -1), o), cache
@@ -112,14 +71,14 @@ class Attention(nnx.Module):
 
 
 def _heads(x: jax.Array, weight: jax.Array, heads: int, head_size: int) -> jax.Array:
-    """[B, S, D] times [D, heads, H], or [D, heads * H] in decoding -> [B, S, heads, H]."""
+    """[B, S, D] @ [D, heads, H], or @ [D, heads * H] in decoding -> [B, S, heads, H]."""
     if weight.ndim == 2:
         return dot(x, weight).reshape(*x.shape[:2], heads, head_size)
     return jnp.einsum("BSD,DNH->BSNH", x, weight.astype(x.dtype))
 
 
-def _look_back(q: jax.Array, cache: KVCache, visible: jax.Array) -> jax.Array:
-    """Attention of one new token, q [B, 1, N, H], to a cache [B, K, S_max, H]."""
+def _attend_to_cache(q: jax.Array, cache: KVCache, visible: jax.Array) -> jax.Array:
+    """Attention of one new token, q [B, 1, N, H], to a cache [B, K, S_max, H] -> [B, 1, N, H]."""
     keys, values = (x.astype(q.dtype) for x in cache)
     batch, _, heads, width = q.shape
     q = q.reshape(batch, keys.shape[1], -1, width)  # [B, K, N / K, H]

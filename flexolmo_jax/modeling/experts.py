@@ -1,10 +1,13 @@
-"""The experts: SwiGLU feed-forward networks with a router row each, in stacks that concatenate.
+"""The mixture of experts: SwiGLU feed-forward networks and a router, in stacks that concatenate.
 
 A *stack* is an `Experts` module whose leaves have leading axes [L, E]. The anchor holds a stack of
-one (the public expert), every owner's package holds a stack of one, and `join` makes a merged
-model of them. Training hands the layer two stacks, the frozen one and the owner's, so that the
-gradient with respect to the second never touches the first.
+one expert (the public one), every owner's package holds a stack of one, and `join` concatenates
+them to a merged model. Training gives the layer two stacks, the frozen one and the owner's, so
+that the gradient with respect to the second never touches the first.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,70 +15,90 @@ from flax import nnx
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.kernels.grouped_swiglu import grouped_swiglu
-from flexolmo_jax.modeling.layers import Expert, dot, normal
-from flexolmo_jax.modeling.router import Router, remember, route
+from flexolmo_jax.modeling.kernels.swiglu import swiglu
+from flexolmo_jax.modeling.layers import Expert, normal
+from flexolmo_jax.modeling.router import Router, add_decayed_logits, route
 from flexolmo_jax.parallel import collectives
 
-MANY = 64  # tokens from which on it pays to leave some out of an expert's product
+GATHER_MIN_TOKENS = 64  # with fewer, gathering an expert's tokens costs more than it saves
+GATHER_SIZES = 8  # the gathered tokens are padded to one of this many sizes
 
 
-@jax.custom_vjp
-def swiglu(
-    x: jax.Array, weight: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
-) -> jax.Array:
-    """weight * (silu(x @ gate) * (x @ up)) @ down: what an expert adds to the mixture.
+@jax.named_scope("experts")
+def moe(
+    x: jax.Array,
+    stacks: tuple["Experts", ...],
+    allowed: jax.Array,
+    config: ModelConfig,
+    *,
+    segments: jax.Array | None = None,
+    router_state: jax.Array | None = None,
+    skip_unused: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The weighted sum of all experts of all stacks.
 
-    Its own gradient keeps two arrays of [..., F] instead of the five that JAX would keep, and not
-    the expert's answer, which the gradient of `weight` seems to need: <answer, d_out> is taken as
-    <hidden, d_out @ down.T>, whose parts the backward pass has at hand.
+    `config.expert_compute` chooses the algorithm: "dense" applies every expert to every token and
+    is the reference; "grouped" applies an expert where its weight is not 0 (`grouped_swiglu`).
 
     Args:
-      x: [..., D].
-      weight: [...], of the mixture.
-      gate, up: [D, F].
-      down: [F, D].
+      x: [B, S, D].
+      stacks: one or more stacks, without the layer axis; experts are numbered through them.
+      allowed: bool [B, E].
+      config: the number of active experts, renormalization, and the router memory.
+      segments, router_state: with `config.memory`, as in `add_decayed_logits`. Default: one
+        document per sequence, and no earlier tokens.
+      skip_unused: do not read the weights of experts that no token uses; for inference only.
 
     Returns:
-      [..., D].
+      [B, S, D]; the router's logits before `add_decayed_logits`, float32 [E, B, S]; and with
+      `config.memory` the next `router_state`, else None.
     """
-    return weight[..., None] * dot(jax.nn.silu(dot(x, gate)) * dot(x, up), down)
+    logits = routing_logits = jnp.concatenate([stack.router(x) for stack in stacks])
+    if config.memory is not None:
+        segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
+        router_state = jnp.zeros_like(logits[..., 0]) if router_state is None else router_state
+        routing_logits, router_state = add_decayed_logits(
+            logits, segments, config.memory, router_state
+        )
+    active = config.active_experts or len(logits)
+    weights = route(routing_logits, allowed, active, config.renormalize)
+    out, first = jnp.zeros_like(x), 0
+    for stack in stacks:
+        last = first + stack.router.bias.shape[0]
+        if config.expert_compute == "grouped":
+            add = functools.partial(stack.feed_forward.add_grouped, active=active)
+        else:
+            add = functools.partial(stack.feed_forward.add_dense, skip_unused=skip_unused)
+        out = _where_sharded(stack, add)(out, x, weights[first:last])
+        first = last
+    return out, logits, router_state
 
 
-def _swiglu_forward(x, weight, gate, up, down):
-    trained = any(matrix.perturbed for matrix in (gate, up, down))
-    x, weight, gate, up, down = (leaf.value for leaf in (x, weight, gate, up, down))
-    g, u = dot(x, gate), dot(x, up)
-    out = weight[..., None] * dot(jax.nn.silu(g) * u, down)
-    return out, (x if trained else None, weight, g, u, gate, up, down)
+def _where_sharded(stack: "Experts", add: Callable) -> Callable:
+    """`add(total, x, weights)`, run by the devices that hold the stack's experts or shares of them.
 
+    With expert parallelism each device receives all tokens and returns its experts' summand of
+    every token (all-gather, reduce-scatter); with tensor parallelism the summands are those of the
+    devices' shares of the hidden units (all-reduce). Elsewhere it is `add` itself.
+    """
+    expert_parallel = collectives.is_expert_parallel(stack)
+    if not expert_parallel and not collectives.is_tensor_parallel():
+        return add
 
-def _swiglu_backward(kept, d_out):
-    x, weight, g, u, gate, up, down = kept
-    on = jax.nn.sigmoid(g)
-    silu = g * on
-    hidden = silu * u
-    d_answer = dot(d_out, down.T)
-    d_weight = jnp.sum(d_answer * hidden, axis=-1, dtype=jnp.float32).astype(weight.dtype)
-    d_hidden = weight[..., None] * d_answer
-    d_g = d_hidden * u * (on + silu * (1 - on))
-    d_u = d_hidden * silu
-    d_x = dot(d_g, gate.T) + dot(d_u, up.T)
-    if x is None:  # the matrices are frozen
-        return d_x, d_weight, None, None, None
-    d_down = _outer(hidden, weight[..., None] * d_out)
-    return d_x, d_weight, _outer(x, d_g), _outer(x, d_u), d_down
+    def add_sharded(total, x, weights):
+        if expert_parallel:
+            x, weights = collectives.dispatch_to_experts(x, weights)
+        x, weights = collectives.copy_to_tensor_parallel((x, weights))
+        out = add(jnp.zeros_like(x), x, weights)
+        if expert_parallel:
+            out = collectives.combine_from_experts(out)
+        return total + collectives.reduce_from_tensor_parallel(out)
 
-
-def _outer(a: jax.Array, b: jax.Array) -> jax.Array:
-    """[..., A], [..., B] -> [A, B], summed over the rest."""
-    return a.reshape(-1, a.shape[-1]).T @ b.reshape(-1, b.shape[-1])
-
-
-swiglu.defvjp(_swiglu_forward, _swiglu_backward, symbolic_zeros=True)
+    return add_sharded
 
 
 class FeedForward(nnx.Module):
-    """down(silu(gate(x)) * up(x)), for each expert of the stack."""
+    """down(silu(gate(x)) * up(x)), for each expert of a stack."""
 
     def __init__(self, num_layers: int, num_experts: int, width: int, hidden: int, key: jax.Array):
         kg, ku, kd = jax.random.split(key, 3)
@@ -84,69 +107,75 @@ class FeedForward(nnx.Module):
         self.up = Expert(normal(ku, *lead, width, hidden))  # [L, E, D, F]
         self.down = Expert(normal(kd, *lead, hidden, width))  # [L, E, F, D]
 
-    def add(
-        self, total: jax.Array, x: jax.Array, weights: jax.Array, skip: bool = False
+    def add_dense(
+        self, total: jax.Array, x: jax.Array, weights: jax.Array, skip_unused: bool = False
     ) -> jax.Array:
-        """total + sum over e of weights[e] * expert_e(x), one expert after the other.
+        """total + sum over e of weights[e] * expert_e(x), expert by expert.
 
-        The order is fixed, and an expert whose weight is 0 adds nothing, even where its own
-        weights are NaN; so leaving it in, masked, equals leaving it out, bit for bit.
+        The order is fixed, and an expert whose weight is 0 adds nothing, even if its own weights
+        are NaN; so masking an expert equals leaving it out of the stack, bit for bit.
 
         Args:
           total: [B, S, D].
           x: [B, S, D].
           weights: [E, B, S].
-          skip: leave out experts whose weights are all 0, and of many tokens those whose weight
-            is 0, instead of adding nothing.
+          skip_unused: skip experts whose weights are all 0, and, of at least GATHER_MIN_TOKENS
+            tokens, compute only those whose weight is not 0.
         """
 
-        def consult(total, expert):
+        def add(total, expert):
             gate, up, down, weight = expert
             out = swiglu(x, weight, *(w.astype(x.dtype) for w in (gate, up, down)))
             return total + jnp.where(weight[..., None] > 0, out, 0)
 
-        def one(total, expert):
-            if not skip:
-                return consult(total, expert), None
-            if weights[0].size >= MANY:
-                return _add_where_used(total, x, *expert), None
-            used = jnp.any(expert[-1] > 0)
-            return jax.lax.cond(used, consult, lambda total, _: total, total, expert), None
+        def step(total, expert):
+            if not skip_unused:
+                return add(total, expert), None
+            if weights[0].size >= GATHER_MIN_TOKENS:
+                return _add_gathered(total, x, *expert), None
+            is_used = jnp.any(expert[-1] > 0)
+            return jax.lax.cond(is_used, add, lambda total, _: total, total, expert), None
 
-        stack = (self.gate[...], self.up[...], self.down[...], weights.astype(x.dtype))
-        return jax.lax.scan(one, total, stack)[0]
+        experts = (self.gate[...], self.up[...], self.down[...], weights.astype(x.dtype))
+        return jax.lax.scan(step, total, experts)[0]
 
-    def grouped(self, x: jax.Array, weights: jax.Array, active: int) -> jax.Array:
-        """The sum in `add`, over routed rows only; equal up to rounding. Shapes as there."""
+    def add_grouped(
+        self, total: jax.Array, x: jax.Array, weights: jax.Array, active: int
+    ) -> jax.Array:
+        """The sum in `add_dense`, over routed tokens only; equal up to rounding. Same shapes."""
         gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        rows = x.reshape(-1, x.shape[-1])
-        out = grouped_swiglu(rows, weights.reshape(len(weights), -1), gate, up, down, active)
-        return out.reshape(x.shape)
+        tokens = x.reshape(-1, x.shape[-1])
+        active = min(active, len(weights))
+        out = grouped_swiglu(tokens, weights.reshape(len(weights), -1), gate, up, down, active)
+        return total + out.reshape(x.shape)
 
 
-def _add_where_used(total, x, gate, up, down, weight):
-    """One expert's turn in `FeedForward.add`, for the rows that use it, rounded up to an eighth."""
-    shape, rows, weight = total.shape, x.reshape(-1, x.shape[-1]), weight.reshape(-1)
-    count = len(rows)
+def _add_gathered(total, x, gate, up, down, weight):
+    """One step of `FeedForward.add_dense` over the tokens that use the expert.
+
+    They are gathered into one of GATHER_SIZES static sizes, because XLA compiles for fixed shapes.
+    """
+    shape, tokens, weight = total.shape, x.reshape(-1, x.shape[-1]), weight.reshape(-1)
+    num_tokens = len(tokens)
     order = jnp.argsort(weight <= 0, stable=True)
-    place = jnp.argsort(order)
+    inverse = jnp.argsort(order)
 
-    def answer(size):
-        def compute(total):
+    def add_first(size):
+        def add(total):
             chosen = order[:size]
             out = swiglu(
-                rows[chosen], weight[chosen], *(w.astype(x.dtype) for w in (gate, up, down))
+                tokens[chosen], weight[chosen], *(w.astype(x.dtype) for w in (gate, up, down))
             )
-            out = jnp.pad(out, ((0, count - size), (0, 0)))[place]
+            out = jnp.pad(out, ((0, num_tokens - size), (0, 0)))[inverse]
             return total + jnp.where(weight[:, None] > 0, out, 0)
 
-        return compute
+        return add
 
-    step = -(-count // 8)
-    sizes = [*range(step, count, step), count]
-    branches = [lambda total: total, *(answer(size) for size in sizes)]
-    turn = -(-jnp.sum(weight > 0) // step)
-    return jax.lax.switch(turn, branches, total.reshape(rows.shape)).reshape(shape)
+    step = -(-num_tokens // GATHER_SIZES)
+    sizes = [*range(step, num_tokens, step), num_tokens]
+    branches = [lambda total: total, *(add_first(size) for size in sizes)]
+    branch = -(-jnp.sum(weight > 0) // step)
+    return jax.lax.switch(branch, branches, total.reshape(tokens.shape)).reshape(shape)
 
 
 class Experts(nnx.Module):
@@ -159,87 +188,29 @@ class Experts(nnx.Module):
 
 
 def join(*stacks: Experts) -> Experts:
-    """Merges stacks along the expert axis: no training, no new numbers (paper, section 3.1)."""
+    """Concatenates stacks along the expert axis, without training (paper, section 3.1)."""
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *stacks)
 
 
 def select(stack: Experts, indices: list[int]) -> Experts:
-    """The stack of the named experts only, in the order given."""
+    """The stack of the experts at `indices`, in that order."""
     return jax.tree.map(lambda leaf: leaf[:, jnp.asarray(indices)], stack)
 
 
 def pad_experts(stack: Experts, multiple: int) -> Experts:
-    """The stack with empty experts after its own, until `multiple` divides their number.
+    """Appends padding experts to the stack until `multiple` divides their number.
 
-    Their weights are 0 and their router bias is -inf, so that no token ever chooses them.
+    Their weights are 0 and their router bias is -inf, so no token is ever routed to them.
     """
     count = stack.router.bias.shape[1]
     missing = -count % multiple
     if not missing:
         return stack
 
-    def fill(leaf, value=0.0):
+    def pad(leaf, value=0.0):
         widths = ((0, 0), (0, missing), *((0, 0),) * (leaf.ndim - 2))
         return jnp.pad(leaf, widths, constant_values=value)
 
-    filled = jax.tree.map(fill, stack)
-    filled.router.bias[...] = fill(stack.router.bias[...], -jnp.inf)
-    return filled
-
-
-@jax.named_scope("experts")
-def mix(
-    stacks: tuple[Experts, ...],
-    x: jax.Array,
-    allowed: jax.Array,
-    config: ModelConfig,
-    skip: bool = False,
-    segments: jax.Array | None = None,
-    past: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The mixture of all experts of all stacks.
-
-    `config.expert_compute` says how: "dense" computes every expert for every token and is the
-    reference; "grouped" computes an expert where its weight is not 0 (modeling/grouped.py).
-
-    Args:
-      stacks: one or more stacks (without the layer axis); experts are numbered through them.
-      x: [B, S, D].
-      allowed: bool [B, E].
-      config: says how many experts are active, whether their weights are renormalised, and whether
-        the router remembers.
-      skip: do not read experts that no token uses; not for training.
-      segments: int32 [B, S], with `config.memory`: documents. Default: one a row.
-      past: float32 [E, B], with `config.memory`: as in `remember`. Default: nothing came before.
-
-    Returns:
-      [B, S, D]; the router's logits of these tokens alone, float32 [E, B, S]; with `config.memory`
-      the next `past`, else None.
-    """
-    logits = jnp.concatenate([stack.router(x) for stack in stacks])
-    active = config.active_experts or len(logits)
-    if config.memory is None:
-        weights = route(logits, allowed, active, config.renormalize)
-    else:
-        segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
-        past = jnp.zeros_like(logits[..., 0]) if past is None else past
-        routing, past = remember(logits, segments, config.memory, past)
-        weights = route(routing, allowed, active, config.renormalize)
-    total, first = jnp.zeros_like(x), 0
-    for stack in stacks:
-        last = first + stack.router.bias.shape[0]
-        own, feed_forward = weights[first:last], stack.feed_forward
-        is_away = collectives.is_expert_parallel(stack)
-        apart = is_away or collectives.is_tensor_parallel() or config.expert_compute == "grouped"
-        tokens, own = collectives.dispatch_to_experts(x, own) if is_away else (x, own)
-        tokens, own = collectives.copy_to_tensor_parallel((tokens, own))
-        if config.expert_compute == "grouped":
-            out = feed_forward.grouped(tokens, own, min(active, len(own)))
-        else:
-            out = feed_forward.add(jnp.zeros_like(tokens) if apart else total, tokens, own, skip)
-        out = collectives.reduce_from_tensor_parallel(
-            collectives.combine_from_experts(out) if is_away else out
-        )
-        total = total + out if apart else out
-        first = last
-    return total, logits, past
+    padded = jax.tree.map(pad, stack)
+    padded.router.bias[...] = pad(stack.router.bias[...], -jnp.inf)
+    return padded

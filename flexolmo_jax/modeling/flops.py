@@ -1,37 +1,37 @@
-"""Floating-point operations that a stage needs: matrix products only, nothing computed twice.
+"""Floating-point operations that a stage needs: matmuls only, each of them once.
 
-Needed means: no product with a frozen weight's gradient, no input gradient that nothing uses, no
-attention to later tokens, no expert that a token did not choose. What a program spends beyond that
-is its own affair, and shows up as a lower share of the machine's rate.
+Needed means: no gradient of a frozen weight, no input gradient that nothing uses, no attention to
+later tokens, no expert that a token is not routed to. Whatever a program computes beyond that
+lowers its measured fraction of the machine's peak.
 """
 
 from flexolmo_jax.config import ModelConfig
 
 
 def forward_flops(config: ModelConfig, length: int, active: int) -> float:
-    """FLOPs a token of a forward pass over sequences of `length` tokens (one document each).
+    """FLOPs per token of a forward pass over sequences of `length` tokens (one document each).
 
     Args:
       config: sizes.
       length: S; a token attends to (S + 1) / 2 tokens on average.
-      active: experts that a token uses (A).
+      active: experts per token (A).
     """
     layer = _projections(config) + _scores(config, length) + active * _expert(config)
     return config.num_layers * layer + _head(config)
 
 
 def anchor_step_flops(config: ModelConfig, length: int) -> float:
-    """FLOPs a token of a training step of everything, one expert: forward, and twice that back."""
+    """FLOPs per token of a training step of the whole anchor: backward costs twice the forward."""
     return 3 * forward_flops(config, length, active=1)
 
 
 def expert_step_flops(config: ModelConfig, length: int) -> float:
-    """FLOPs a token of a training step of one expert beside the frozen anchor, two experts active.
+    """FLOPs per token of a training step of one expert beside the frozen anchor, with both active.
 
-    Backward goes through every frozen product once (for its input), through attention scores twice
-    (both factors are activations), and through the owner's expert twice (input and weight). In the
-    first layer nothing before the experts needs a gradient; of the owner's expert there, only the
-    weights and the input of `down`.
+    The backward pass computes one matmul for every frozen one (the gradient of its input), two for
+    attention scores (both factors are activations), and two for the owner's expert (input and
+    weight). In the first layer nothing before the experts needs a gradient, and the owner's expert
+    needs only the gradients of its weights and of the input of `down`.
     """
     layers, expert = config.num_layers, _expert(config)
     back = _projections(config) + 2 * _scores(config, length) + expert + 2 * expert
@@ -41,7 +41,7 @@ def expert_step_flops(config: ModelConfig, length: int) -> float:
 
 
 def expert_alone_step_flops(config: ModelConfig, length: int) -> float:
-    """FLOPs a token of a training step of one expert that answers alone, as in the pair's."""
+    """FLOPs per token of a training step of one expert with gating "alone"; else as above."""
     layers, expert = config.num_layers, _expert(config)
     back = _projections(config) + 2 * _scores(config, length) + 2 * expert
     first = expert + expert / 3
@@ -49,10 +49,10 @@ def expert_alone_step_flops(config: ModelConfig, length: int) -> float:
 
 
 def router_step_flops(config: ModelConfig, length: int, active: int) -> float:
-    """FLOPs a token of a training step of the router rows alone.
+    """FLOPs per token of a training step of the router rows.
 
-    Backward goes through every product once, for its input (through attention scores twice); the
-    first layer's inputs need no gradient.
+    The backward pass computes one matmul for every one of the forward pass (the gradient of its
+    input) and two for attention scores; the first layer's inputs need no gradient.
     """
     back = _projections(config) + 2 * _scores(config, length) + active * _expert(config)
     forward = forward_flops(config, length, active)
@@ -60,7 +60,7 @@ def router_step_flops(config: ModelConfig, length: int, active: int) -> float:
 
 
 def decode_flops(config: ModelConfig, length: int, active: int) -> float:
-    """FLOPs of one more token of a sequence, with `length` tokens in the cache."""
+    """FLOPs of decoding one token, with `length` tokens in the cache."""
     attention = 4.0 * config.num_heads * config.head_size * length
     layer = _projections(config) + attention + active * _expert(config)
     return config.num_layers * layer + _head(config)

@@ -1,9 +1,9 @@
-"""The kinds of weights there are, RMSNorm, and rotary positions.
+"""Shared and expert weights, RMSNorm, and rotary position embeddings.
 
-Modules here declare weights and how they act. A module is a pytree: it goes through `jax.jit`,
-`jax.grad`, `jax.lax.scan` and `jax.tree.map` as it is, and nothing changes it in a call. Weights
-that exist once per layer are stacked, with a leading axis L; inside the scan over layers a module
-sees its own slice, without that axis.
+Modules here declare weights and how they act. A module is a pytree: it passes through `jax.jit`,
+`jax.grad`, `jax.lax.scan` and `jax.tree.map`, and no call changes it. Weights that every layer has
+are stacked, with a leading axis L; inside the scan over layers a module holds its own slice,
+without that axis.
 
 Letters in shapes: B batch, S sequence, D model width, N query heads, K key/value heads, H head
 width, F feed-forward width, E experts, A active experts, V vocabulary, L layers, T = B*S tokens.
@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flexolmo_jax.modeling.kernels.quantized import Quantized
 from flexolmo_jax.parallel import collectives
 
 
 class Shared(nnx.Variable):
-    """A weight that all owners share, and that nobody trains after the public stage."""
+    """A weight that all owners share; it is frozen after the public stage."""
 
 
 class Expert(nnx.Param):
@@ -26,20 +25,12 @@ class Expert(nnx.Param):
 
 
 def normal(key: jax.Array, *shape: int, std: float = 0.02) -> jax.Array:
-    """float32 draws from a normal distribution cut at three standard deviations."""
+    """float32 draws from a normal distribution truncated at three standard deviations."""
     return std * jax.random.truncated_normal(key, -3.0, 3.0, shape)
 
 
-def dot(x: jax.Array, weight: jax.Array | Quantized, dtype=None) -> jax.Array:
-    """x @ weight, [..., A] times [A, B], summed in float32; of x's dtype, or another."""
-    if isinstance(weight, Quantized):
-        return weight.matmul(x).astype(dtype or x.dtype)
-    product = jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
-    return product.astype(dtype or x.dtype)
-
-
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, over as many trailing axes as `scale` has; float32 inside."""
+    """x / rms(x) * scale over as many trailing axes as `scale` has, computed in float32."""
 
     def __init__(self, num_layers: int | None, *shape: int):
         stack = () if num_layers is None else (num_layers,)
@@ -50,11 +41,9 @@ class RMSNorm(nnx.Module):
         axes = tuple(range(-scale.ndim, 0))
         x32 = x.astype(jnp.float32)
         mean = jnp.mean(x32 * x32, axis=axes, keepdims=True)
-        if x.shape[axes[0]] < len(scale):  # other devices have the other heads
-            scale, mean = (
-                collectives.local_heads(scale, x.shape[axes[0]]),
-                collectives.pmean_tensor(mean),
-            )
+        if x.shape[axes[0]] < len(scale):  # tensor parallelism: this device holds some of the heads
+            scale = collectives.local_heads(scale, x.shape[axes[0]])
+            mean = collectives.pmean_tensor(mean)
         return (scale * (x32 * jax.lax.rsqrt(mean + eps))).astype(x.dtype)
 
 

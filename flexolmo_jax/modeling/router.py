@@ -1,4 +1,4 @@
-"""Which experts read which token (paper, section 3.3.2)."""
+"""Routing: the weight of each expert for each token (paper, section 3.3.2)."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,10 @@ from flexolmo_jax.modeling.layers import Expert
 
 
 class Router(nnx.Module):
-    """One row and one bias per expert and layer.
+    """A linear router with one row and one bias per expert and layer.
 
-    The public expert's row is its owner's to choose and its bias is always 0; `bias` is held at or
-    below 0 in use, so that an owner may only hold its expert back, never push it.
+    The public expert's bias is always 0. Biases above 0 count as 0, so an owner can make its own
+    expert fire less often, but never more often.
     """
 
     def __init__(self, num_layers: int, num_experts: int, width: int):
@@ -21,9 +21,9 @@ class Router(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits: [B, S, D] -> float32 [E, B, S].
 
-        One matrix-vector product per expert, not one product for all: the rounding of an expert's
-        logit then does not depend on how many experts stand beside it, which is what makes a
-        masked expert and an expert that was never merged equal bit for bit.
+        One matrix-vector product per expert instead of one matmul for all: the rounding of an
+        expert's logit then does not depend on how many other experts there are. This makes a
+        masked expert equal, bit for bit, to an expert that was never merged.
         """
         x = x.astype(jnp.float32)
 
@@ -41,73 +41,76 @@ def route(logits: jax.Array, allowed: jax.Array, active: int, renormalize: bool)
     Args:
       logits: float32 [E, B, S].
       allowed: bool [B, E]; an expert that is not allowed gets weight exactly 0.
-      active: how many experts a token may use (A); more than there are means all.
-      renormalize: whether the weights that are kept are scaled to sum to 1.
+      active: the number of experts that a token may use (A); if A >= E, it uses all of them.
+      renormalize: whether the weights of the A chosen experts are scaled to sum to 1.
 
     Returns:
       float32 [E, B, S]; at most A entries per token are not 0.
     """
     num_experts = logits.shape[0]
-    if num_experts == 1:  # nothing to choose, and no gradient that is known to be 0 to compute
+    if num_experts == 1:  # its weight is 1 and the gradient of its logit is 0
         return jnp.where(allowed.T[:, :, None], jnp.ones_like(logits), 0.0)
     logits = jnp.where(allowed.T[:, :, None], logits, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=0))
-    # One expert at a time, so that the sums below add finished numbers: a product fused into them
-    # would be rounded differently (fused multiply-add) when another expert stands first.
-    exp = jax.lax.map(lambda logit: jnp.exp(logit - top), logits)
-    kept = exp
+    max_logit = jax.lax.stop_gradient(jnp.max(logits, axis=0))
+    # `lax.map` materializes the exponentials before the sums below add them. XLA could otherwise
+    # fuse a product into a sum (fused multiply-add), and the rounding would then depend on which
+    # expert comes first.
+    exp = jax.lax.map(lambda logit: jnp.exp(logit - max_logit), logits)
+    chosen_exp = exp
     if active < num_experts:
         _, chosen = jax.lax.top_k(jnp.moveaxis(exp, 0, -1), active)  # [B, S, A]
         is_chosen = jnp.any(chosen == jnp.arange(num_experts)[:, None, None, None], axis=-1)
-        kept = jnp.where(is_chosen, exp, 0.0)
-    return kept / _ordered_sum(kept if renormalize else exp)
+        chosen_exp = jnp.where(is_chosen, exp, 0.0)
+    return chosen_exp / _ordered_sum(chosen_exp if renormalize else exp)
 
 
 @jax.named_scope("remember")
-def remember(
-    logits: jax.Array, segments: jax.Array, memory: tuple[float, float], past: jax.Array
+def add_decayed_logits(
+    logits: jax.Array, segments: jax.Array, memory: tuple[float, float], router_state: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits that count in the earlier tokens of a document; not in the paper.
+    """Adds to each logit a decayed sum of the expert's earlier logits; not in the paper.
 
-    To an expert's logit at token t is added weight * sum over s < t of decay^(t - s) * its logit at
-    s, over the tokens of the same document. One token says little of the subject of a text, and
-    its neighbours say more. An expert remembers its own logits only, so what others there are, or
-    are allowed, changes nothing in it. A constant common to all experts cancels in the softmax, so
-    these are as good as logits relative to the public expert's.
+    The logit of token t grows by weight * sum over s < t of decay^(t - s) * (the logit of s), over
+    the earlier tokens of its document: one token says little about the subject of a text, and the
+    tokens before it say more. Each expert sums its own logits only, so the sum does not depend on
+    which other experts exist or are allowed. A constant common to all experts cancels in the
+    softmax, so the result does not depend on the public expert's row.
 
     Args:
       logits: float32 [E, B, S].
-      segments: int32 [B, S]: documents; each begins with nothing to remember.
+      segments: int32 [B, S], the document of each token; every document begins with an empty sum.
       memory: (decay, weight).
-      past: float32 [E, B]: the decayed sum up to the token before the first one, of the same
-        document; 0 where there is none.
+      router_state: float32 [E, B], the decayed sum up to the token before the first one, if that
+        token is of the same document; else 0.
 
     Returns:
-      float32 [E, B, S], to route by; and [E, B], the sum up to the last token: the next `past`.
+      float32 [E, B, S], the logits to route by; and [E, B], the decayed sum up to the last token,
+      which is the next `router_state`.
     """
     decay, weight = memory
-    goes_on = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    kept = jnp.where(goes_on, decay, 0.0)  # [B, S]: share of the sum that each token finds
+    same_document = segments[:, 1:] == segments[:, :-1]
+    is_same = jnp.pad(same_document, ((0, 0), (1, 0)), constant_values=True)
+    decays = jnp.where(is_same, decay, 0.0)  # [B, S]: factor of the sum that each token receives
 
-    def times(factor, sums):  # a logit may be -inf (`pad_experts`), and 0 times that is not 0
+    def times(factor, sums):  # padding experts have logits of -inf (`pad_experts`); 0 * -inf is NaN
         return jnp.where(factor > 0, factor * sums, 0.0)
 
-    def after(one, other):
-        return one[0] * other[0], times(other[0], one[1]) + other[1]
+    def combine(left, right):
+        return left[0] * right[0], times(right[0], left[1]) + right[1]
 
-    def expert(own):  # one at a time, as in `Router`: no expert's rounding depends on the others
-        logits, past = own
-        factors = jnp.pad(kept, ((0, 0), (1, 0)))
-        terms = jnp.concatenate([past[:, None], logits], axis=1)
-        _, sums = jax.lax.associative_scan(after, (factors, terms), axis=1)  # [B, 1 + S]
-        return logits + weight * times(kept, sums[:, :-1]), sums[:, -1]
+    def sum_of_expert(inputs):  # expert by expert, as in `Router`: rounding is independent of E
+        logits, router_state = inputs
+        factors = jnp.pad(decays, ((0, 0), (1, 0)))
+        terms = jnp.concatenate([router_state[:, None], logits], axis=1)
+        _, sums = jax.lax.associative_scan(combine, (factors, terms), axis=1)  # [B, 1 + S]
+        return logits + weight * times(decays, sums[:, :-1]), sums[:, -1]
 
-    return jax.lax.map(expert, (logits, past))
+    return jax.lax.map(sum_of_expert, (logits, router_state))
 
 
 def _ordered_sum(x: jax.Array) -> jax.Array:
-    """Sum over the first axis from first to last: an added 0 in any place changes no bit."""
+    """Sums the first axis from first to last, so that inserting a 0 anywhere changes no bit."""
     total = x[0]
-    for part in x[1:]:
-        total = total + part
+    for addend in x[1:]:
+        total = total + addend
     return total

@@ -1,4 +1,4 @@
-"""The whole network: shared backbone plus stacks of experts; forward pass and initialisation."""
+"""The whole network: the shared backbone and stacks of experts; layers, forward passes, sizes."""
 
 import math
 from typing import NamedTuple
@@ -9,60 +9,88 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.modeling.attention import (
-    Attention,
-    KVCache,
-    segment_positions,
-)
-from flexolmo_jax.modeling.experts import Experts, mix
-from flexolmo_jax.modeling.layers import RMSNorm, Shared, dot, normal
+from flexolmo_jax.modeling.attention import Attention, segment_positions
+from flexolmo_jax.modeling.decode_state import DecodeState, KVCache
+from flexolmo_jax.modeling.experts import Experts, moe
+from flexolmo_jax.modeling.kernels.quantized import dot
+from flexolmo_jax.modeling.layers import RMSNorm, Shared, normal
 from flexolmo_jax.parallel import collectives
 
 
-def _narrow(primitive, *inputs, **params) -> bool:
-    """A product of activations and a matrix that gives no more than it takes, as no gate's does."""
+def _is_narrow_matmul(primitive, *inputs, **params) -> bool:
+    """Whether this is a matmul with weights whose output is not wider than its input.
+
+    Attention's projections and `down` are; the experts' `gate` and `up` are not.
+    """
     if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *inputs, **params):
         return False
     activations, matrix = inputs
-    (summed, _), _ = params["dimension_numbers"]
-    return matrix.size <= math.prod(activations.shape[axis] for axis in summed) ** 2
+    (contracted, _), _ = params["dimension_numbers"]
+    return matrix.size <= math.prod(activations.shape[axis] for axis in contracted) ** 2
 
 
-ANSWER = "answer"  # name of what attention and experts hand to the norms on their outputs
+OUTPUT = "output"  # checkpoint name of the outputs of attention and experts, before their norms
 _policies = jax.checkpoint_policies
-REMAT = {  # what is kept for the backward pass; never matrices gathered from other devices
+REMAT = {  # what the backward pass keeps; never matrices all-gathered from other devices
     "none": _policies.save_anything_except_these_names(collectives.GATHERED),
     "matmuls": _policies.dots_with_no_batch_dims_saveable,
     "wide_matmuls": _policies.save_from_both_policies(
-        _narrow, _policies.save_only_these_names(ANSWER)
+        _is_narrow_matmul, _policies.save_only_these_names(OUTPUT)
     ),
     "layer": _policies.nothing_saveable,
 }
 
 
+class LayerOutput(NamedTuple):
+    x: jax.Array  # [B, S, D], the residual stream
+    experts_input: jax.Array  # [B, S, D], the residual stream between attention and experts
+    router_logits: jax.Array  # float32 [E, B, S]
+    cache: KVCache | None
+    router_state: jax.Array | None  # float32 [E, B], with config.memory
+
+
 class Layer(nnx.Module):
-    """What all owners share of a layer: attention, and the norms on the two outputs."""
+    """What all owners share of a layer: attention, and the norms of the two outputs."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         self.attention = Attention(config, key)
         self.attention_norm = RMSNorm(config.num_layers, config.width)
         self.experts_norm = RMSNorm(config.num_layers, config.width)
 
-    def attend(self, x, positions, segments, config, cache=None, at=0, visible=None, number=None):
-        """x + norm(attention(x)); shapes as in `Attention`."""
-        out, cache = self.attention(x, positions, segments, config, cache, at, visible, number)
-        out = checkpoint_name(out, ANSWER)
-        return x + self.attention_norm(out, config.norm_eps), cache
+    def __call__(
+        self,
+        x: jax.Array,
+        experts: tuple[Experts, ...],
+        positions: jax.Array,
+        segments: jax.Array,
+        allowed: jax.Array,
+        config: ModelConfig,
+        state: DecodeState | None = None,
+        layer_index: jax.Array | None = None,
+        skip_unused: bool = False,
+    ) -> LayerOutput:
+        """x = x + norm(attention(x)); x = x + norm(experts(x)): norms on outputs, as in OLMo 2.
 
-    def consult(self, x, stacks, allowed, config, skip=False, segments=None, past=None):
-        """x + norm(experts(x)), the router's logits and what it remembers; shapes as in `mix`."""
-        out, logits, past = mix(stacks, x, allowed, config, skip, segments, past)
-        out = checkpoint_name(out, ANSWER)
-        return x + self.experts_norm(out, config.norm_eps), logits, past
+        Args:
+          x: [B, S, D].
+          experts, allowed, skip_unused: as in `moe`.
+          positions, segments, layer_index: as in `Attention`.
+          config: sizes, dtype, and routing.
+          state: in decoding, with the `router_state` of this layer.
+        """
+        out, cache = self.attention(x, positions, segments, config, state, layer_index)
+        x = x + self.attention_norm(checkpoint_name(out, OUTPUT), config.norm_eps)
+        experts_input = x
+        out, router_logits, router_state = moe(
+            x, experts, allowed, config,
+            segments=segments, router_state=state and state.router_state, skip_unused=skip_unused,
+        )  # fmt: skip
+        x = x + self.experts_norm(checkpoint_name(out, OUTPUT), config.norm_eps)
+        return LayerOutput(x, experts_input, router_logits, cache, router_state)
 
 
 class Backbone(nnx.Module):
-    """Everything but the experts: embedding, attention, norms, output head."""
+    """Everything but the experts: embedding, attention, norms, and the output head."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         ke, kl, kh = jax.random.split(key, 3)
@@ -85,7 +113,7 @@ class Backbone(nnx.Module):
 
 
 class Anchor(NamedTuple):
-    """The public model: what is shared, and the public expert (a stack of one)."""
+    """The public model: the shared backbone and the public expert (a stack of one)."""
 
     backbone: Backbone
     public: Experts
@@ -94,18 +122,16 @@ class Anchor(NamedTuple):
 class Output(NamedTuple):
     hidden: jax.Array  # [B, S, D], after the last norm
     router_logits: jax.Array  # float32 [L, E, B, S]
-    cache: KVCache | tuple[KVCache, ...] | None
-    past: jax.Array | None  # float32 [L, E, B], with config.memory: what the router remembers
 
 
 def init_anchor(config: ModelConfig, key: jax.Array) -> Anchor:
-    """A random anchor; use `jax.eval_shape` on it for the shapes of a model of any size."""
+    """A randomly initialized anchor; `jax.eval_shape` gives its shapes without using memory."""
     kb, ke = jax.random.split(key)
     return Anchor(Backbone(config, kb), Experts(config, 1, ke))
 
 
 def abstract_model(config: ModelConfig) -> tuple[Backbone, Experts]:
-    """Shapes and dtypes of a model with `config.num_experts` experts; no memory is used."""
+    """Shapes and dtypes of a model with `config.num_experts` experts; allocates nothing."""
 
     def build(key):
         return Backbone(config, key), Experts(config, config.num_experts, key)
@@ -113,12 +139,12 @@ def abstract_model(config: ModelConfig) -> tuple[Backbone, Experts]:
     return jax.eval_shape(build, jax.random.key(0))
 
 
-# Of each layer, what is shared and its experts, each a stack of one (inference/unstacked.py).
+# For each layer its shared weights and its experts, each a stack of one; no leading axis L.
 Layers = tuple[tuple[Layer, tuple[Experts, ...]], ...]
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Weights of the model, router biases aside (Hugging Face's gate has none)."""
+    """The number of weights, without router biases, which Hugging Face's gate does not have."""
     backbone, experts = abstract_model(config)
     biases = experts.router.bias.size
     return sum(leaf.size for leaf in jax.tree.leaves((backbone, experts))) - biases
@@ -132,66 +158,102 @@ def forward(
     *,
     segments: jax.Array | None = None,
     allowed: jax.Array | None = None,
-    cache: KVCache | tuple[KVCache, ...] | None = None,
-    at: jax.Array | int = 0,
-    positions: jax.Array | None = None,
-    visible: jax.Array | None = None,
-    past: jax.Array | None = None,
-    layers: Layers | None = None,
 ) -> Output:
-    """Runs the network: scanned over layers, or one by one where `layers` are given.
+    """Runs the network over whole sequences.
 
     Args:
       backbone: the shared weights.
       stacks: the experts, as one merged stack or as several (frozen and trained).
       tokens: int32 [B, S].
       config: sizes, dtype, and routing.
-      segments: int32 [B, S]: documents within a row; 0 is padding. Default: one document a row.
+      segments: int32 [B, S]: documents within a sequence; 0 is padding. Default: one document.
       allowed: bool [E] or [B, E]: experts that may be used. Default: all.
-      cache, at: keys and values of earlier tokens, and where this call's go.
-      positions: int32 [B, S], of each token in its document; default: from `segments`.
-      visible: bool [B, S_max], with a cache and S = 1: what the new token may look at. Without
-        it, this call's tokens look at each other only (prefill).
-      past: float32 [L, E, B], with `config.memory`: what the router remembers of earlier tokens of
-        the document that each row goes on with (`Output.past`). Default: nothing came before.
-      layers: read instead of the stacks (inference/unstacked.py); then `cache` is one for each
-        layer, and an expert that no token uses is not read at all.
     """
-    batch, length = tokens.shape
+    allowed = _broadcast_allowed(allowed, tokens, stacks)
+    segments = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
+    inputs = (segment_positions(segments), segments, allowed, config)
+    x = collectives.embedding_lookup(backbone.embed[...], tokens, config)
+    x, router_logits, _, _ = _scan_layers(backbone.layers, stacks, x, *inputs)
+    return Output(backbone.norm(x, config.norm_eps), router_logits)
+
+
+def forward_step(
+    backbone: Backbone,
+    stacks: tuple[Experts, ...],
+    tokens: jax.Array,
+    state: DecodeState,
+    config: ModelConfig,
+    *,
+    segments: jax.Array | None = None,
+    allowed: jax.Array | None = None,
+    layers: Layers | None = None,
+) -> tuple[jax.Array, DecodeState]:
+    """Runs the network over the next tokens of texts: a prompt (prefill), or one token each.
+
+    Args:
+      backbone, stacks, config, allowed: as in `forward`.
+      tokens: int32 [B, S].
+      state: what is known of earlier tokens, and where these go.
+      segments: int32 [B, S]: 0 is padding, in a prefill. Default: none of them is padding.
+      layers: read instead of the stacks (inference/cpu_weights.py), in a loop instead of a scan;
+        then `state.cache` is one for each layer, and unused experts are not read at all.
+
+    Returns:
+      [B, S, D], after the last norm; and the state with a new cache and router state.
+    """
+    allowed = _broadcast_allowed(allowed, tokens, stacks)
+    segments = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
+    inputs = (state.positions, segments, allowed, config)
+    x = collectives.embedding_lookup(backbone.embed[...], tokens, config)
+    if layers is None:
+        x, _, cache, router_state = _scan_layers(backbone.layers, stacks, x, *inputs, state)
+    else:
+        x, cache, router_state = _loop_layers(layers, x, *inputs, state)
+    state = state._replace(cache=cache, router_state=router_state)
+    return backbone.norm(x, config.norm_eps), state
+
+
+def _broadcast_allowed(
+    allowed: jax.Array | None, tokens: jax.Array, stacks: tuple[Experts, ...]
+) -> jax.Array:
+    """bool [B, E]."""
     num_experts = sum(stack.router.bias.shape[1] for stack in stacks)
     if allowed is None:
         allowed = jnp.ones((num_experts,), bool)
-    allowed = jnp.broadcast_to(allowed, (batch, num_experts))
-    if segments is None:
-        segments = jnp.ones((batch, length), jnp.int32)
-    if positions is None:
-        positions = segment_positions(segments)
+    return jnp.broadcast_to(allowed, (len(tokens), num_experts))
+
+
+def _scan_layers(layers, stacks, x, positions, segments, allowed, config, state=None):
+    """Runs stacked layers; returns x, router logits, and the stacked cache and router state."""
 
     def layer_step(carry, slices):
         x, cache = carry
-        layer, stacks, number, past = slices
+        layer, stacks, layer_index, router_state = slices
         layer = collectives.all_gather_module(layer, config)
         stacks = tuple(collectives.all_gather_experts(stack, config) for stack in stacks)
-        x, cache = layer.attend(x, positions, segments, config, cache, at, visible, number)
-        x, *routing = layer.consult(x, stacks, allowed, config, segments=segments, past=past)
-        return (x, cache), routing
+        of_layer = state and state._replace(cache=cache, router_state=router_state)
+        out = layer(x, stacks, positions, segments, allowed, config, of_layer, layer_index)
+        return (out.x, out.cache), (out.router_logits, out.router_state)
 
-    x = collectives.embedding_lookup(backbone.embed[...], tokens, config)
-    if layers is not None:
-        caches, routing = [], []
-        for number, (layer, experts) in enumerate(layers):
-            one, before = (None if of is None else of[number] for of in (cache, past))
-            x, one = layer.attend(x, positions, segments, config, one, at, visible)
-            x, *found = layer.consult(x, experts, allowed, config, True, segments, before)
-            caches.append(one)
-            routing.append(found)
-        hidden = backbone.norm(x, config.norm_eps)
-        stacked = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *routing)
-        return Output(hidden, stacked[0], tuple(caches) if cache else None, stacked[1])
     if config.remat != "none" or collectives.inside_shard_map():
         layer_step = jax.checkpoint(layer_step, policy=REMAT[config.remat])
-    numbers = None if cache is None else jnp.arange(config.num_layers)
-    (x, cache), (router_logits, past) = jax.lax.scan(
-        layer_step, (x, cache), (backbone.layers, stacks, numbers, past), unroll=config.unroll
+    cache, router_state = (state.cache, state.router_state) if state else (None, None)
+    layer_indices = None if state is None else jnp.arange(config.num_layers)
+    (x, cache), (router_logits, router_state) = jax.lax.scan(
+        layer_step, (x, cache), (layers, stacks, layer_indices, router_state), unroll=config.unroll
     )
-    return Output(backbone.norm(x, config.norm_eps), router_logits, cache, past)
+    return x, router_logits, cache, router_state
+
+
+def _loop_layers(layers, x, positions, segments, allowed, config, state):
+    """Runs layers one by one; returns x, the cache of each layer, and the stacked router state."""
+    caches, router_states = [], []
+    for index, (layer, experts) in enumerate(layers):
+        before = None if state.router_state is None else state.router_state[index]
+        of_layer = state._replace(cache=state.cache[index], router_state=before)
+        out = layer(x, experts, positions, segments, allowed, config, of_layer, skip_unused=True)
+        x = out.x
+        caches.append(out.cache)
+        router_states.append(out.router_state)
+    router_state = None if config.memory is None else jnp.stack(router_states)
+    return x, tuple(caches), router_state

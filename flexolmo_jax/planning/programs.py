@@ -12,7 +12,7 @@ from flexolmo_jax.config import ExpertTraining, ModelConfig, RouterTraining, Tra
 from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.inference import decode
 from flexolmo_jax.inference.sampling import Sampling
-from flexolmo_jax.modeling.attention import KVCache
+from flexolmo_jax.modeling.decode_state import KVCache
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Anchor, abstract_model, init_anchor
 from flexolmo_jax.parallel import collectives, placement
@@ -122,7 +122,7 @@ def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> StageProgram:
     shape = (model.num_layers, batch, model.kv_heads, length, model.head_size)
     axes = AXES
     cache = KVCache(*(abstract(shape, model.dtype, None, axes) for _ in range(2)))
-    state = decode.State(
+    state = decode.Generation(
         abstract((), jnp.int32),
         abstract((batch, model.vocab_size), jnp.float32, axes),
         abstract((batch,), jnp.bool_, axes),
@@ -137,4 +137,4 @@ def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> StageProgram:
         jax.eval_shape(jax.random.key, 0), abstract((1,), jnp.int32), decode.BUCKET,
     )  # fmt: skip
     named = {"config": model, "sampling": Sampling(0.0, None, None), "mesh": mesh}
-    return StageProgram(decode.decode_tokens, arguments, named)
+    return StageProgram(decode.decode_on_accelerator, arguments, named)

@@ -184,7 +184,7 @@ def test_until_ends_a_continuation(model):
     assert model.generate(prompts, 40, until="not there") == [whole, other]
     ids = model.generate([model.tokenizer.encode_prompt(prompts[0])] * 2, 40, until=end)[0]
     assert len(ids) < 40 and end in model.tokenizer.decode(ids)
-    with pytest.raises(ValueError, match="must not have an empty text"):
+    with pytest.raises(ValueError, match="must not contain an empty text"):
         model.generate(prompts, 4, until=["x", ""])
 
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.inference.cpu_weights import round_to_int8, unstack
-from flexolmo_jax.modeling.kernels.quantized import rounded, store
-from flexolmo_jax.modeling.transformer import forward
+from flexolmo_jax.modeling.decode_state import DecodeState, KVCache
+from flexolmo_jax.modeling.kernels.quantized import quantize, round_matrix
+from flexolmo_jax.modeling.transformer import forward_step
 
 TOKENS = np.array([[5, 3, 8, 1], [7, 7, 2, 9]], np.int32)
 MANY_TOKENS = np.random.default_rng(0).integers(0, 512, (2, 50)).astype(np.int32)
@@ -22,31 +23,30 @@ def logits(model, weights, tokens, allowed):
 
     @jax.jit
     def run(weights):
-        out = forward(
-            model.backbone,
-            (model.experts,),
-            tokens,
-            model.config,
-            allowed=allowed,
-            layers=weights.layers,
-        )
-        return weights.head.matmul(out.hidden)
+        batch, length = tokens.shape
+        cache = KVCache.empty(model.config, batch, length, jnp.float32).unstacked()
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        hidden, _ = forward_step(
+            model.backbone, (model.experts,), tokens, DecodeState(cache, 0, positions),
+            model.config, allowed=allowed, layers=weights.layers,
+        )  # fmt: skip
+        return weights.head.matmul(hidden)
 
     return run(weights)
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("tokens", [TOKENS, MANY_TOKENS], ids=["few", "many"])
 @pytest.mark.parametrize("active", [None, 1])
-def test_unstacked_weights_give_the_same_logits(model, turned, int8, tokens, active):
+def test_unstacked_weights_give_the_same_logits(model, transposed, int8, tokens, active):
     if int8:
         backbone, experts = round_to_int8(model.backbone, model.experts)
         model = dataclasses.replace(model, backbone=backbone, experts=experts)
     model = dataclasses.replace(model, config=model.config.replace(active_experts=active))
     allowed = np.array([[True, False, True, True], [True, True, False, True]])
     expected = model.logits(tokens, allowed=allowed)
-    weights = unstack(model.backbone, model.experts, model.config, turned, int8)
+    weights = unstack(model.backbone, model.experts, model.config, transposed, int8)
     found = logits(model, weights, tokens, allowed)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
@@ -55,18 +55,18 @@ def test_unstacked_weights_give_the_same_logits(model, turned, int8, tokens, act
 @settings(deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
-    turned=st.booleans(),
+    transposed=st.booleans(),
     scale=st.sampled_from([0.0, 1e-6, 1.0, 1e4]),
     seed=st.integers(0, 99),
 )
-def test_int8_is_off_by_half_a_step_at_most(shape, turned, scale, seed):
+def test_int8_is_off_by_half_a_step_at_most(shape, transposed, scale, seed):
     rng = np.random.default_rng(seed)
     weight = jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
     x = jnp.asarray(rng.standard_normal((shape[0], 2, shape[1])), jnp.float32)
-    near = rounded(weight)
+    near = round_matrix(weight)
     step = np.abs(weight).max(axis=-2, keepdims=True) / 127
     assert (np.abs(near - weight) <= 0.5001 * step).all()
-    stored = store(near, turned, int8=True)  # rounded numbers are stored as they are
+    stored = quantize(near, transposed, int8=True)  # rounded numbers are stored as they are
     assert stored.values.dtype == jnp.int8
     found = jax.vmap(lambda x, one: one.matmul(x))(x, stored)
     np.testing.assert_allclose(found, x @ near, rtol=1e-5, atol=1e-5 * scale * shape[1])

@@ -67,20 +67,20 @@ def test_texts_give_texts(model):
     assert isinstance(model.generate([""], max_new_tokens=2)[0], str)
 
 
-@pytest.mark.parametrize("every", [1, 5, 64])
-def test_pieces_of_a_stream_are_what_generate_gives(model, every):
+@pytest.mark.parametrize("interval", [1, 5, 64])
+def test_pieces_of_a_stream_are_what_generate_gives(model, interval):
     options = {"temperature": 1.0, "top_k": 20, "seed": 1, "without": ["loud"]}
     for prompt in (TEXTS[0], PROMPTS[2]):
         (whole,) = model.generate([prompt], 20, **options)
-        pieces = list(model.stream(prompt, 20, **options, every=every))
+        pieces = list(model.stream(prompt, 20, **options, interval=interval))
         joined = "".join(pieces) if isinstance(prompt, str) else sum(pieces, [])
         assert joined == whole
-    assert {len(piece) for piece in pieces[:-1]} <= {every} and 1 <= len(pieces[-1]) <= every
+    assert {len(piece) for piece in pieces[:-1]} <= {interval} and 1 <= len(pieces[-1]) <= interval
 
 
 def test_a_stream_says_what_is_wrong_before_the_first_piece(model):
     for options, said in (
-        ({"every": 0}, "every must be at least 1"),
+        ({"interval": 0}, "interval must be at least 1"),
         ({"without": ["nobody"]}, "nobody"),
         ({"top_p": 2.0}, "top_p"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
@@ -92,11 +92,11 @@ def test_a_stream_says_what_is_wrong_before_the_first_piece(model):
 def test_new_prompts_and_masks_compile_nothing(model):
     """Prompts, masks, seeds, lengths and the fill of a batch, within their buckets."""
     model.generate(PROMPTS, max_new_tokens=12)
-    known = decode._prefill._cache_size(), decode._go_on_cpu._cache_size()
+    known = decode._prefill._cache_size(), decode.decode_on_cpu._cache_size()
     model.generate([[0, 1], [0, 5, 6, 7], [0], [0, 9]], max_new_tokens=3, without=["loud"], seed=4)
     masks = np.array([[1, 0, 1, 1], [0, 1, 0, 0], [1, 1, 1, 0]], bool)
     model.generate([[0] * 40, [0, 8], [0, 3, 2]], max_new_tokens=30, allowed=masks)
-    assert (decode._prefill._cache_size(), decode._go_on_cpu._cache_size()) == known
+    assert (decode._prefill._cache_size(), decode.decode_on_cpu._cache_size()) == known
 
 
 def test_a_text_ends_where_the_separator_is_the_likeliest_token(model):

@@ -122,7 +122,7 @@ def test_generation_ends_at_any_end_that_the_folder_names(folder, ends, tokenize
     cut = [row[: next((n for n, x in enumerate(row) if x in named), 12)] for row in whole]
     model = load(folder)
     assert model.generate(prompts, 12) == cut and len(cut[0]) <= 3
-    assert sum(model.stream(prompts[0], 12, every=5), []) == cut[0]
+    assert sum(model.stream(prompts[0], 12, interval=5), []) == cut[0]
 
 
 def test_ends_that_are_no_ids_are_refused(folder):
@@ -230,7 +230,7 @@ def test_a_sentencepiece_model_continues_with_the_space(folder):
         (made,) = model.generate([ids], 12, temperature=1.0)
         (found,) = model.generate([text], 12, temperature=1.0)
         assert model.tokenizer.decode([*ids, *made]) == text + found
-        assert "".join(model.stream(text, 12, temperature=1.0, every=1)) == found
+        assert "".join(model.stream(text, 12, temperature=1.0, interval=1)) == found
         with_space += found.startswith(" ")
         if found.strip():
             cut = found.strip()[0]

@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexolmo_jax.modeling.kernels.flash_attention import LONG, SMALLEST_BLOCK, self_attention
+from flexolmo_jax.modeling.kernels.flash_attention import (
+    MAX_UNROLLED_LENGTH,
+    MIN_BLOCK,
+    self_attention,
+)
 
 
 def plain(q, k, v, segments):
@@ -32,7 +36,7 @@ def both(function, q, k, v, segments, d_out):
 @given(
     seed=st.integers(0, 2**31),
     batch=st.integers(1, 3),
-    length=st.sampled_from([1, 5, SMALLEST_BLOCK, SMALLEST_BLOCK + 1, 200, LONG + 64]),
+    length=st.sampled_from([1, 5, MIN_BLOCK, MIN_BLOCK + 1, 200, MAX_UNROLLED_LENGTH + 64]),
     heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
 )
 def test_blocked_equals_plain(seed, batch, length, heads):

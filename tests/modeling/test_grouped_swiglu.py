@@ -9,7 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexolmo_jax.modeling.kernels.grouped_swiglu import BLOCKS, FEW, grouped_swiglu
+from flexolmo_jax.modeling.kernels.grouped_swiglu import (
+    BATCHED_MAX_ROWS,
+    BLOCK_SIZES,
+    grouped_swiglu,
+)
 
 WIDTH, HIDDEN = 8, 12
 
@@ -70,7 +74,10 @@ def test_grouped_equals_dense(seed, shape, masked, favour):
     assert_equal(x, weights, matrices, d_out, active)
 
 
-@pytest.mark.parametrize("tokens", [BLOCKS[0] - 1, BLOCKS[0], 3 * BLOCKS[0] + 9, 3 * FEW + 17])
+@pytest.mark.parametrize(
+    "tokens",
+    [BLOCK_SIZES[0] - 1, BLOCK_SIZES[0], 3 * BLOCK_SIZES[0] + 9, 3 * BATCHED_MAX_ROWS + 17],
+)
 def test_one_expert_gets_all_and_the_others_none(tokens):
     _, x, matrices, d_out = random(0, 3, tokens)
     for favourite in range(3):

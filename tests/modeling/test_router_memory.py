@@ -12,8 +12,8 @@ import flexolmo_jax as fo
 from flexolmo_jax.config import MEMORY
 from flexolmo_jax.inference import decode
 from flexolmo_jax.inference.sampling import Sampling
-from flexolmo_jax.modeling.experts import mix, pad_experts
-from flexolmo_jax.modeling.router import remember
+from flexolmo_jax.modeling.experts import moe, pad_experts
+from flexolmo_jax.modeling.router import add_decayed_logits
 from flexolmo_jax.modeling.transformer import forward
 
 EXPERTS, BATCH, LENGTH = 3, 2, 11
@@ -59,7 +59,7 @@ def test_forward_and_gradient_are_those_of_the_loop(drawn, memory):
         jax.jit(jax.value_and_grad(value, (1, 2), has_aux=True), static_argnums=0)(
             function, logits, past
         )
-        for function in (remember, loop)
+        for function in (add_decayed_logits, loop)
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * np.abs(b).max()),
@@ -69,11 +69,11 @@ def test_forward_and_gradient_are_those_of_the_loop(drawn, memory):
 
 def test_in_pieces_it_is_as_in_one(drawn):
     logits, past, _ = drawn
-    whole, last = remember(logits, SEGMENTS[:1].repeat(BATCH, 0) * 0 + 1, STRONG, past)
+    whole, last = add_decayed_logits(logits, SEGMENTS[:1].repeat(BATCH, 0) * 0 + 1, STRONG, past)
     pieces = []
     for start, stop in ((0, 4), (4, 5), (5, 6), (6, LENGTH)):
         ones = np.ones((BATCH, stop - start), int)
-        out, past = remember(logits[..., start:stop], ones, STRONG, past)
+        out, past = add_decayed_logits(logits[..., start:stop], ones, STRONG, past)
         pieces.append(out)
     np.testing.assert_allclose(jnp.concatenate(pieces, -1), whole, atol=1e-5)
     np.testing.assert_allclose(past, last, atol=1e-5)
@@ -85,7 +85,7 @@ def test_it_starts_anew_with_each_document_bit_for_bit(drawn):
     other = jnp.where(SEGMENTS == SEGMENTS[:, -1:], logits, before)
     nowhere = jnp.where(SEGMENTS == SEGMENTS[:, -1:], logits, jnp.inf)
     last = SEGMENTS == SEGMENTS[:, -1:]
-    run = jax.jit(remember, static_argnums=2)
+    run = jax.jit(add_decayed_logits, static_argnums=2)
     found, after = run(logits, SEGMENTS, STRONG, past)
     for changed in (other, nowhere):
         again, same = run(changed, SEGMENTS, STRONG, -past)
@@ -96,7 +96,7 @@ def test_it_starts_anew_with_each_document_bit_for_bit(drawn):
 def test_an_expert_remembers_only_itself_bit_for_bit(drawn):
     """Whatever the others are, how many there are, and where it stands."""
     logits, past, _ = drawn
-    run = jax.jit(remember, static_argnums=2)
+    run = jax.jit(add_decayed_logits, static_argnums=2)
     whole = run(logits, SEGMENTS, MEMORY, past)
     for order in ([0, 2], [2, 1], [1, 2, 0, 0]):
         part = run(logits[jnp.array(order)], SEGMENTS, MEMORY, past[jnp.array(order)])
@@ -111,8 +111,8 @@ def test_an_expert_remembers_only_itself_bit_for_bit(drawn):
 def test_a_constant_common_to_all_experts_changes_no_weight(drawn):
     """So a memory of logits is one of logits relative to the public expert's."""
     logits, past, _ = drawn
-    own, _ = remember(logits, SEGMENTS, STRONG, past)
-    relative, _ = remember(logits - logits[:1], SEGMENTS, STRONG, past - past[:1])
+    own, _ = add_decayed_logits(logits, SEGMENTS, STRONG, past)
+    relative, _ = add_decayed_logits(logits - logits[:1], SEGMENTS, STRONG, past - past[:1])
     np.testing.assert_allclose(jax.nn.softmax(own, 0), jax.nn.softmax(relative, 0), atol=1e-5)
 
 
@@ -123,11 +123,11 @@ def test_empty_experts_stay_out_and_leave_gradients_finite(drawn):
     pasts = jnp.concatenate([past, jnp.full((1, BATCH), -jnp.inf)])
 
     def share(logits):
-        return jax.nn.softmax(remember(logits, SEGMENTS, STRONG, pasts)[0], axis=0)
+        return jax.nn.softmax(add_decayed_logits(logits, SEGMENTS, STRONG, pasts)[0], axis=0)
 
     found = share(filled)
     assert not found[-1].any()
-    expected = jax.nn.softmax(remember(logits, SEGMENTS, STRONG, past)[0], axis=0)
+    expected = jax.nn.softmax(add_decayed_logits(logits, SEGMENTS, STRONG, past)[0], axis=0)
     np.testing.assert_allclose(found[:-1], expected, atol=1e-6)
     gradient = jax.grad(lambda x: jnp.sum(share(x)[0] ** 2))(filled)
     assert np.isfinite(gradient).all() and not gradient[-1].any() and gradient[:-1].any()
@@ -145,16 +145,16 @@ def test_a_layer_routes_by_what_is_remembered(model):
     layer = jax.tree.map(lambda leaf: leaf[0], model.experts)
     x = jax.random.normal(jax.random.key(1), (2, 7, config.width))
     allowed = jnp.ones((2, 4), bool)
-    out, logits, past = mix((layer,), x, allowed, config)
-    routing, after = remember(logits, jnp.ones((2, 7), int), STRONG, jnp.zeros((4, 2)))
+    out, logits, past = moe(x, (layer,), allowed, config)
+    routing, after = add_decayed_logits(logits, jnp.ones((2, 7), int), STRONG, jnp.zeros((4, 2)))
     np.testing.assert_allclose(past, after, atol=1e-6)
     plain = config.replace(memory=None)
-    expected, without, nothing = mix((layer,), x, allowed, plain)
+    expected, without, nothing = moe(x, (layer,), allowed, plain)
     np.testing.assert_array_equal(logits, without)
     assert nothing is None and not np.allclose(out, expected)
     # By hand: the same mixture with the remembered logits put in the place of the rows' own.
     weights = jax.nn.softmax(routing, axis=0)
-    by_hand = layer.feed_forward.add(jnp.zeros_like(x), x, weights)
+    by_hand = layer.feed_forward.add_dense(jnp.zeros_like(x), x, weights)
     np.testing.assert_allclose(out, by_hand, atol=1e-5 * np.abs(by_hand).max())
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.modeling.experts import join, mix, select
+from flexolmo_jax.modeling.experts import join, moe, select
 from flexolmo_jax.modeling.router import route
 from flexolmo_jax.modeling.transformer import abstract_model, forward, num_parameters
 
@@ -145,15 +145,15 @@ def test_the_mixture_is_its_definition(active, renormalize):
     config = BASE.replace(num_experts=4, active_experts=active, renormalize=renormalize)
     layer, x = random_layer(config)
     allowed = jnp.array([[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 0, 1]], bool)
-    apply = jax.jit(lambda *args: mix(*args, config), compiler_options=QUICK)
-    found, *_ = apply((layer,), x, allowed)
+    apply = jax.jit(lambda *args: moe(*args, config), compiler_options=QUICK)
+    found, *_ = apply(x, (layer,), allowed)
     expected = naive_mixture(layer, x, allowed, active, renormalize)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
     # Equal logits: still exactly A experts, the first ones.
     layer.router.row[...] = jnp.zeros_like(layer.router.row[...])
     layer.router.bias[...] = jnp.zeros_like(layer.router.bias[...])
-    found, router_logits, _ = apply((layer,), x, allowed)
+    found, router_logits, _ = apply(x, (layer,), allowed)
     expected = naive_mixture(layer, x, allowed, active, renormalize)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     weights = route(router_logits, allowed, active, renormalize)

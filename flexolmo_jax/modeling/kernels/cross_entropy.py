@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary, without the logits of all tokens in memory at once.
 
-The sequence is worked on in chunks. When a gradient is asked for, it is computed together with the
-loss while a chunk's logits are at hand, so they are neither kept nor computed again.
+The sequence is processed in chunks. Under `jax.grad` the gradient is computed together with the
+loss, while a chunk's logits are in memory, so that they are neither kept nor recomputed.
 """
 
 import functools
@@ -19,7 +19,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     chunk: int = 128,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums over the tokens of a batch.
+    """Weighted sums of the cross-entropy over the tokens of a batch.
 
     Args:
       hidden: [B, S, D], after the last norm.
@@ -27,7 +27,7 @@ def cross_entropy(
       targets: int32 [B, S].
       weights: float32 [B, S], of each token in the sums; no gradient flows into them.
       z_loss: weight of logsumexp(logits)^2.
-      chunk: positions of each sequence that are worked on at a time.
+      chunk: positions of each sequence per step of the loop.
 
     Returns:
       float32 scalars: sum of weights * (cross-entropy + z_loss * logsumexp^2), to be minimised;
@@ -40,45 +40,44 @@ def cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _sums(hidden, head, targets, weights, z_loss, chunk):
-    def one(sums, part):
-        terms, nats, *_ = _chunk(part, head, z_loss)
-        return (sums[0] + terms, sums[1] + nats), None
+    def step(sums, inputs):
+        total, nats, *_ = _sums_of_chunk(inputs, head, z_loss)
+        return (sums[0] + total, sums[1] + nats), None
 
-    parts = tuple(_split(x, chunk) for x in (hidden, targets, weights))
-    return jax.lax.scan(one, (jnp.zeros(()), jnp.zeros(())), parts)[0]
+    chunks = tuple(_split(x, chunk) for x in (hidden, targets, weights))
+    return jax.lax.scan(step, (jnp.zeros(()), jnp.zeros(())), chunks)[0]
 
 
 def _forward(hidden, head, targets, weights, z_loss, chunk):
-    hidden, head, targets, weights = (
-        hidden.value, head, targets.value, weights.value,
-    )  # fmt: skip
-    trained, head = head.perturbed, head.value
+    is_trained = head.perturbed
+    hidden, head, targets, weights = (x.value for x in (hidden, head, targets, weights))
 
-    def one(carry, part):
+    def step(carry, inputs):
         total, nats, d_head = carry
-        terms, more, log_total, logits, is_target = _chunk(part, head, z_loss)
+        hidden, _, weights = inputs
+        more, more_nats, log_total, logits, is_target = _sums_of_chunk(inputs, head, z_loss)
         probability = jnp.exp(logits - log_total)
-        pull = 1.0 + 2.0 * z_loss * log_total
-        d_logits = part[2][..., None] * (probability * pull - is_target)
+        d_log_total = 1.0 + 2.0 * z_loss * log_total
+        d_logits = weights[..., None] * (probability * d_log_total - is_target)
         d_logits = d_logits.astype(head.dtype)
         d_hidden = jnp.einsum("bcv,dv->bcd", d_logits, head)
-        if trained:
-            new = jnp.einsum("bcd,bcv->dv", part[0], d_logits, preferred_element_type=jnp.float32)
+        if is_trained:
+            new = jnp.einsum("bcd,bcv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
             d_head += new
-        return (total + terms, nats + more, d_head), d_hidden
+        return (total + more, nats + more_nats, d_head), d_hidden
 
-    parts = tuple(_split(x, chunk) for x in (hidden, targets, weights))
-    d_head = jnp.zeros(head.shape if trained else (), jnp.float32)
+    chunks = tuple(_split(x, chunk) for x in (hidden, targets, weights))
+    d_head = jnp.zeros(head.shape if is_trained else (), jnp.float32)
     zero = jnp.zeros(())
-    (total, nats, d_head), d_hidden = jax.lax.scan(one, (zero, zero, d_head), parts)
+    (total, nats, d_head), d_hidden = jax.lax.scan(step, (zero, zero, d_head), chunks)
     batch, length, width = hidden.shape
     d_hidden = d_hidden.swapaxes(0, 1).reshape(batch, -1, width)[:, :length]
-    return (total, nats), (d_hidden, d_head.astype(head.dtype) if trained else None)
+    return (total, nats), (d_hidden, d_head.astype(head.dtype) if is_trained else None)
 
 
-def _backward(z_loss, chunk, kept, d_sums):
-    d_hidden, d_head = kept
-    scale = d_sums[0]  # the second sum is for show
+def _backward(z_loss, chunk, residuals, d_sums):
+    d_hidden, d_head = residuals
+    scale = d_sums[0]  # the sum of nats is a metric and has no gradient
     d_hidden = (scale * d_hidden).astype(d_hidden.dtype)
     return d_hidden, None if d_head is None else (scale * d_head).astype(d_head.dtype), None, None
 
@@ -86,19 +85,19 @@ def _backward(z_loss, chunk, kept, d_sums):
 _sums.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _chunk(part, head, z_loss):
-    hidden, targets, weights = part  # [B, C, D], [B, C], [B, C]
+def _sums_of_chunk(inputs, head, z_loss):
+    hidden, targets, weights = inputs  # [B, C, D], [B, C], [B, C]
     logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
     log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    # A masked sum, not a gather, which would have to be vectorised by hand on some backends.
+    # A masked sum instead of a gather, which some backends do not vectorize.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     nats = jnp.sum(weights * (log_total[..., 0] - jnp.sum(logits * is_target, axis=-1)))
-    terms = nats + z_loss * jnp.sum(weights * log_total[..., 0] ** 2)
-    return terms, nats, log_total, logits, is_target
+    total = nats + z_loss * jnp.sum(weights * log_total[..., 0] ** 2)
+    return total, nats, log_total, logits, is_target
 
 
 def _split(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, S, ...] -> [S / chunk, B, chunk, ...]; what is missing at the end is 0."""
+    """[B, S, ...] -> [S / chunk, B, chunk, ...]; the end is padded with 0."""
     batch, length = x.shape[:2]
     missing = -length % chunk
     x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))

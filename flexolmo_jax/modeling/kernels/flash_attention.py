@@ -1,7 +1,7 @@
-"""Attention itself, and the one place that says which implementation computes it.
+"""Self-attention, and the choice of the implementation that computes it.
 
-`blocked` runs everywhere and never holds more scores than one block of queries of a few heads has;
-`splash` is the TPU kernel and `cudnn` the GPU kernel that come with JAX.
+`blocked` is plain JAX, runs everywhere, and holds the scores of one block of queries of a few heads
+at a time; `splash` is the TPU kernel and `cudnn` the GPU kernel that come with JAX.
 """
 
 import dataclasses
@@ -13,17 +13,17 @@ import jax.numpy as jnp
 
 from flexolmo_jax.parallel import collectives
 
-BLOCKS = 8  # of queries; a block looks at the keys up to its own end only
-SMALLEST_BLOCK = 64
-SPLASH_BLOCK = 512  # at most; the kernel's default, 128, reads keys and values four times as often
-FIT = 4 * 2**20  # bytes of a block's scores, of all heads that are worked on at a time
-LONG = 1024  # tokens; longer sequences are a loop over blocks
+MAX_UNROLLED_BLOCKS = 8  # query blocks; each reads the keys up to its own end only
+MIN_BLOCK = 64
+MAX_SPLASH_BLOCK = 512  # the kernel's default of 128 reads keys and values four times as often
+MAX_SCORES_BYTES = 4 * 2**20  # of one block's scores, of all heads that are computed at a time
+MAX_UNROLLED_LENGTH = 1024  # tokens; longer sequences loop over blocks
 
 
 def self_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, implementation: str
 ) -> jax.Array:
-    """Causal attention of a sequence to itself that never crosses documents.
+    """Causal self-attention within documents.
 
     Padding (segment 0) attends to padding only, so no row of the softmax is empty.
 
@@ -31,8 +31,8 @@ def self_attention(
       q: [B, S, N, H].
       k, v: [B, S, K, H]; K divides N.
       segments: int32 [B, S], the document of each token.
-      implementation: "blocked", "splash" or "cudnn"; "auto" takes the one made for the default
-        backend and dtype.
+      implementation: "blocked", "splash" or "cudnn"; "auto" chooses by backend,
+        shape and dtype.
 
     Returns:
       [B, S, N, H].
@@ -41,22 +41,22 @@ def self_attention(
       ValueError: the implementation cannot compute these shapes or dtypes.
     """
     if implementation == "auto":
-        implementation = _made_for(collectives.platform(), q)
+        implementation = _choose(collectives.platform(), q)
     if implementation == "splash":
         return _splash(q, k, v, segments)
     if implementation == "cudnn":
         index = jnp.arange(q.shape[1])
         same = segments[:, :, None] == segments[:, None, :]
-        mask = (same & (index[:, None] >= index))[:, None]  # of all heads at once
+        mask = (same & (index[:, None] >= index))[:, None]  # broadcast over heads
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     return _blocked(q, k, v, segments)
 
 
-def _made_for(backend: str, q: jax.Array) -> str:
+def _choose(backend: str, q: jax.Array) -> str:
     _, length, _, head = q.shape
     if backend == "tpu" and length % 128 == 0 and head % 128 == 0:
         return "splash"
-    if backend == "gpu" and q.dtype == jnp.bfloat16:  # it has no float32
+    if backend == "gpu" and q.dtype == jnp.bfloat16:  # cuDNN has no float32 attention
         return "cudnn"
     return "blocked"
 
@@ -68,18 +68,18 @@ def _splash(q, k, v, segments):
     if length % 128 or head % 128:
         raise ValueError(
             f"splash attention needs a length and a head width in multiples of 128, found "
-            f"{length} and {head}; take attention='blocked'"
+            f"{length} and {head}; use attention='blocked'"
         )
     mask = splash_attention.CausalMask((length, length))
-    block = math.gcd(length, SPLASH_BLOCK)
-    sizes = {field.name: block for field in dataclasses.fields(splash_attention.BlockSizes)
-             if field.name.startswith("block_")}  # fmt: skip
+    block = math.gcd(length, MAX_SPLASH_BLOCK)
+    names = [field.name for field in dataclasses.fields(splash_attention.BlockSizes)]
+    sizes = {name: block for name in names if name.startswith("block_")}
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * heads),
         block_sizes=splash_attention.BlockSizes(**sizes),
         head_shards=1,
         q_seq_shards=1,
-        interpret=collectives.platform() == "cpu",  # slow, but the same kernel: for tests
+        interpret=collectives.platform() == "cpu",  # slow; tests run the kernel this way
     )
     repeat = heads // k.shape[2]
     q, k, v = (x.swapaxes(1, 2) for x in (q * head**-0.5, k, v))
@@ -88,9 +88,9 @@ def _splash(q, k, v, segments):
     return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
 
 
-# Flash attention (Dao 2023) in plain JAX. A few key/value heads at a time, each with the G = N / K
-# query heads that share it: the scores of a block fit into a cache, and what is kept for the
-# backward pass does not grow with S^2.
+# FlashAttention-2 (Dao, 2023) in plain JAX. It computes a few key/value heads at a time, each with
+# the G = N / K query heads that share it: the scores of a block fit into the processor's cache, and
+# the residuals of the backward pass do not grow with S^2.
 
 
 @jax.custom_vjp
@@ -99,15 +99,15 @@ def _blocked(q, k, v, segments):
 
 
 def _blocked_forward(q, k, v, segments):
-    out, log_total = _over_heads(_forward_some, _by_head(q, k, v, segments))
+    out, log_total = _over_heads(_forward_heads, _by_head(q, k, v, segments))
     return _from_heads(out, q.shape), (q, k, v, segments, out, log_total)
 
 
-def _blocked_backward(kept, d_out):
-    q, k, v, segments, out, log_total = kept
+def _blocked_backward(residuals, d_out):
+    q, k, v, segments, out, log_total = residuals
     d_out = _queries_by_head(d_out, k.shape[2])
     heads = (*_by_head(q, k, v, segments), out, log_total, d_out)
-    dq, dk, dv = _over_heads(_backward_some, heads)
+    dq, dk, dv = _over_heads(_backward_heads, heads)
     dk, dv = (_from_heads(x, k.shape) for x in (dk, dv))
     return _from_heads(dq, q.shape), dk, dv, None
 
@@ -115,36 +115,37 @@ def _blocked_backward(kept, d_out):
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
-def _over_heads(some, arrays: tuple) -> tuple:
-    """Runs `some(*arrays)` for as many heads at a time as their block of scores is small for.
+def _over_heads(compute, arrays: tuple) -> tuple:
+    """Runs `compute(*arrays)` for P heads at a time, the most whose scores are small enough.
 
     Args:
-      some: of arrays [P, ...], P heads of them.
+      compute: takes and returns arrays [P, ...].
       arrays: [B * K, ...]; the first are the queries [B * K, G, S, H].
     """
     count, group, length, _ = arrays[0].shape
-    each = 4 * group * _block_size(length) * length  # bytes of scores
-    at_once = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * each <= FIT))
+    scores_bytes = 4 * group * _block_size(length) * length  # of one head
+    most = max(1, MAX_SCORES_BYTES // scores_bytes)
+    at_once = max(n for n in range(1, count + 1) if count % n == 0 and n <= most)
     if at_once == count:
-        return some(*arrays)
+        return compute(*arrays)
     arrays = tuple(x.reshape(-1, at_once, *x.shape[1:]) for x in arrays)
-    outs = jax.lax.map(lambda arrays: some(*arrays), arrays)
+    outs = jax.lax.map(lambda arrays: compute(*arrays), arrays)
     return tuple(x.reshape(count, *x.shape[2:]) for x in outs)
 
 
-def _forward_some(q, k, v, segments):  # [P, G, S, H], [P, S, H], [P, S, H], [P, S]
+def _forward_heads(q, k, v, segments):  # [P, G, S, H], [P, S, H], [P, S, H], [P, S]
     def block(start, size, q, seen):
         scores = _scores(q, k[:, :seen], segments, start, size)
-        top = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)
+        max_score = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - max_score)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         out = _dot("prt,pth->prh", weights.astype(v.dtype), v[:, :seen]) / total
-        return (out.astype(q.dtype), top + jnp.log(total)), ()
+        return (out.astype(q.dtype), max_score + jnp.log(total)), ()
 
     return _over_blocks(block, (q,))[0]
 
 
-def _backward_some(q, k, v, segments, out, log_total, d_out):
+def _backward_heads(q, k, v, segments, out, log_total, d_out):
     scale = q.shape[-1] ** -0.5
     inner = jnp.sum(out.astype(jnp.float32) * d_out, axis=-1, keepdims=True)
 
@@ -164,14 +165,14 @@ def _backward_some(q, k, v, segments, out, log_total, d_out):
 def _over_blocks(block, rows: tuple) -> tuple[tuple, tuple]:
     """Runs `block(start, size, *rows of the block, seen)` for all blocks of queries.
 
-    A short sequence is unrolled: each block reads the keys up to its own end, at static shapes. A
-    long one is a loop, where each block reads all keys, so that one block's scores are all there
-    is in memory: the unrolled program would hold those of all blocks.
+    The blocks of a short sequence are unrolled: each reads the keys up to its own end, at static
+    shapes. Those of a long sequence are a loop, in which each block reads all keys, so that memory
+    holds the scores of one block: the unrolled program would hold those of all blocks.
 
     Args:
-      block: of rows [P, R, ...], the G * block queries of a head; returns such rows, and addends
+      block: takes rows [P, R, ...], the G * block queries of a head; returns such rows, and addends
         over the first `seen` keys [P, seen, ...].
-      rows: arrays [P, G, S, ...] that are cut into blocks.
+      rows: arrays [P, G, S, ...] that are split into blocks.
 
     Returns:
       the rows of all blocks [P, G, S, ...], and the sums of the addends [P, S, ...].
@@ -180,7 +181,7 @@ def _over_blocks(block, rows: tuple) -> tuple[tuple, tuple]:
     size = _block_size(length)
 
     def flat(start, *parts, seen):
-        """`block`, of rows [P, G, block, ...]: XLA multiplies matrices faster than their stacks."""
+        """`block` of rows [P, G, block, ...]; XLA's matmuls are faster without the extra axis."""
         queries = parts[0].shape[2]
         parts = tuple(x.reshape(heads, -1, x.shape[-1]) for x in parts)
         outs, addends = block(start, queries, *parts, seen=seen)
@@ -199,13 +200,13 @@ def _over_blocks(block, rows: tuple) -> tuple[tuple, tuple]:
 
 
 def _is_long(length: int) -> bool:
-    return length > LONG and length % SMALLEST_BLOCK == 0
+    return length > MAX_UNROLLED_LENGTH and length % MIN_BLOCK == 0
 
 
 def _block_size(length: int) -> int:
     if _is_long(length):
         return max(n for n in (64, 128, 256, 512) if length % n == 0)
-    return max(SMALLEST_BLOCK, -(-length // (BLOCKS * SMALLEST_BLOCK)) * SMALLEST_BLOCK)
+    return max(MIN_BLOCK, -(-length // (MAX_UNROLLED_BLOCKS * MIN_BLOCK)) * MIN_BLOCK)
 
 
 def _looped(block, rows: tuple, size: int) -> tuple[tuple, tuple]:
@@ -217,26 +218,26 @@ def _looped(block, rows: tuple, size: int) -> tuple[tuple, tuple]:
     def join(x):
         return jnp.moveaxis(x, 0, 2).reshape(heads, x.shape[2], length, *x.shape[4:])
 
-    def step(totals, one):
-        start, parts = one
+    def step(totals, inputs):
+        start, parts = inputs
         out, addends = block(start, *parts, seen=length)
         return jax.tree.map(jnp.add, totals, addends), out
 
     parts = tuple(split(x) for x in rows)
-    like = jax.eval_shape(lambda: block(0, *(x[0] for x in parts), seen=length)[1])
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    shapes = jax.eval_shape(lambda: block(0, *(x[0] for x in parts), seen=length)[1])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     totals, outs = jax.lax.scan(step, zeros, (jnp.arange(0, length, size), parts))
     return tuple(join(x) for x in outs), totals
 
 
 def _scores(q, k, segments, start, size):
-    """float32 [P, R, keys]: scaled scores, very small where looking is not allowed.
+    """float32 [P, R, keys]: scaled scores, -1e30 where attention is not allowed.
 
     Args:
-      q: [P, R, H], R = G * size: of each of the G query heads, the block from `start` on.
+      q: [P, R, H], R = G * size: the block of queries of each of the G query heads.
       k: [P, keys, H].
       segments: [P, S].
-      start, size: of the block.
+      start, size: position of the block's first query, and number of its positions.
     """
     scores = _dot("prh,pth->prt", q * q.shape[-1] ** -0.5, k)
     keys = scores.shape[-1]

@@ -1,9 +1,10 @@
-"""Expert compute that works on routed rows only: sort tokens by expert, then one expert at a time.
+"""SwiGLU experts over routed rows only: rows are sorted by expert, then computed group by group.
 
-On TPU and GPU the products are JAX's ragged ones. On CPU those cost E times as much. There a loop
-takes blocks of each expert's rows; it copies an expert's weights, which costs as much as a few
-hundred rows. So where experts have fewer rows than that, and about as many each, one batched
-product takes the first rows of all of them, and the loop what is left.
+A *row* is a (token, expert) pair. On TPU and GPU the matmuls are `jax.lax.ragged_dot`, which on CPU
+costs E times as much. There a loop computes blocks of each expert's rows; it copies the expert's
+weights, which costs as much as a few hundred rows. So if experts have fewer rows than that, and
+similar numbers of them, one batched matmul computes the first rows of all experts, and the loop
+computes the remaining ones.
 """
 
 import functools
@@ -14,21 +15,21 @@ import jax.numpy as jnp
 
 from flexolmo_jax.parallel import collectives
 
-BLOCKS = (128, 256, 512)  # rows of an expert that the loop takes at a time: at most the mean
-STEPS = 8  # an expert's last block is as many rows as it needs, rounded up to an eighth of a block
-FEW = 512  # rows an expert, below which the batched product is worth its rounding up
-SPARE = 32  # rows an expert that it takes beyond the mean
-LEFT = 1 / 8  # of the rows that may be left to the loop for it to be worth it
+BLOCK_SIZES = (128, 256, 512)  # rows per step of the loop: the largest below the mean per expert
+LAST_BLOCK_SIZES = 8  # an expert's last block is padded to a multiple of 1/8 of a block
+BATCHED_MAX_ROWS = 512  # mean rows per expert; with more, the batched matmul's padding is too slow
+BATCHED_SPARE_ROWS = 32  # capacity of the batched matmul per expert, beyond the mean
+BATCHED_MAX_REMAINDER = 1 / 8  # of all rows, left to the loop; with more, the loop computes all
 
 
 def grouped_swiglu(
     x: jax.Array, weights: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, active: int
 ) -> jax.Array:
-    """sum over e of weights[e] * swiglu_e(x), computing only where the weight is not 0.
+    """sum over e of weights[e] * swiglu_e(x), computed only where the weight is not 0.
 
     Args:
       x: [T, D].
-      weights: float32 [E, T]; at most `active` of a token are not 0.
+      weights: float32 [E, T]; at most `active` entries per token are not 0.
       gate, up: [E, D, F].
       down: [E, F, D].
       active: A.
@@ -38,218 +39,228 @@ def grouped_swiglu(
     """
     num_experts = len(gate)
     weights, experts = jax.lax.top_k(weights.T, min(active, num_experts))  # [T, A] each
-    experts = jnp.where(weights > 0, experts, num_experts)  # nobody's: they come last
+    experts = jnp.where(weights > 0, experts, num_experts)  # sorted to the end
     order = jnp.argsort(experts.reshape(-1), stable=True)
-    place = jnp.argsort(order).reshape(experts.shape)  # [T, A]: the sorted row of each pair
+    inverse = jnp.argsort(order).reshape(experts.shape)  # [T, A]: the sorted row of each pair
     sizes = jnp.bincount(experts.reshape(-1), length=num_experts)
-    rows = _take_sorted(x, order, place)
-    rows = _products(rows, gate, up, down, sizes, most=len(x))
-    out = jnp.where(weights[..., None] > 0, _put_back(rows, order, place), 0)
+    rows = _gather_sorted(x, order, inverse)
+    rows = _swiglu_of_groups(rows, gate, up, down, sizes, max_rows=len(x))
+    out = jnp.where(weights[..., None] > 0, _gather_back(rows, order, inverse), 0)
     return jnp.sum(out * weights[..., None].astype(x.dtype), axis=1)
 
 
-# Sorting rows and putting them back are each other's gradients: gathers both, where JAX would make
-# one of them a scatter.
+# Sorting rows and sorting them back are each other's gradients. Both are gathers; JAX would make
+# each gradient a scatter.
 
 
 @jax.custom_vjp
-def _take_sorted(x, order, place):
-    """[T, D] -> [T * A, D], by expert."""
-    return x[order // place.shape[1]]
+def _gather_sorted(x, order, inverse):
+    """[T, D] -> [T * A, D], sorted by expert."""
+    return x[order // inverse.shape[1]]
 
 
-_take_sorted.defvjp(
-    lambda x, order, place: (_take_sorted(x, order, place), place),
-    lambda place, d: (jnp.sum(d[place], axis=1), None, None),
+_gather_sorted.defvjp(
+    lambda x, order, inverse: (_gather_sorted(x, order, inverse), inverse),
+    lambda inverse, d: (jnp.sum(d[inverse], axis=1), None, None),
 )
 
 
 @jax.custom_vjp
-def _put_back(rows, order, place):
+def _gather_back(rows, order, inverse):
     """[T * A, D] -> [T, A, D], by token."""
-    return rows[place]
+    return rows[inverse]
 
 
-_put_back.defvjp(
-    lambda rows, order, place: (rows[place], order),
+_gather_back.defvjp(
+    lambda rows, order, inverse: (rows[inverse], order),
     lambda order, d: (d.reshape(-1, d.shape[-1])[order], None, None),
 )
 
 
-def _products(rows, gate, up, down, sizes, most: int):
-    """swiglu of sorted rows [R, D] by their experts; rows of nobody come out as anything.
+def _swiglu_of_groups(rows, gate, up, down, sizes, max_rows: int):
+    """Applies each expert to its sorted rows [R, D]; rows of no expert have undefined results.
 
     Args:
       sizes: int [E], rows of each expert.
-      most: rows that an expert can have.
+      max_rows: upper bound of `sizes`.
     """
     if collectives.platform() == "cpu":
-        return _on_cpu(rows, gate, up, down, sizes, most)
+        return _on_cpu(rows, gate, up, down, sizes, max_rows)
     ragged = functools.partial(jax.lax.ragged_dot, group_sizes=sizes.astype(jnp.int32))
     return ragged(jax.nn.silu(ragged(rows, gate)) * ragged(rows, up), down)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _on_cpu(rows, gate, up, down, sizes, most):
+def _on_cpu(rows, gate, up, down, sizes, max_rows):
     def compute(rows, gate, up, down):
         return (((jax.nn.silu(rows @ gate) * (rows @ up)) @ down,), ())
 
-    places = _Places.of(sizes, len(rows), most)
-    (out,), _ = _over_experts(compute, (places.cut(rows),), (gate, up, down), places)
-    return places.sorted(out)
+    layout = _Layout.of(sizes, len(rows), max_rows)
+    (out,), _ = _over_experts(compute, (layout.split(rows),), (gate, up, down), layout)
+    return layout.join(out)
 
 
-def _forward(rows, gate, up, down, sizes, most):
+def _forward(rows, gate, up, down, sizes, max_rows):
     def compute(rows, gate, up, down):
         g, u = rows @ gate, rows @ up
         return ((jax.nn.silu(g) * u) @ down, g, u), ()
 
-    places = _Places.of(sizes, len(rows), most)
-    (out, g, u), _ = _over_experts(compute, (places.cut(rows),), (gate, up, down), places)
-    return places.sorted(out), (rows, g, u, gate, up, down, sizes)
+    layout = _Layout.of(sizes, len(rows), max_rows)
+    (out, g, u), _ = _over_experts(compute, (layout.split(rows),), (gate, up, down), layout)
+    return layout.join(out), (rows, g, u, gate, up, down, sizes)
 
 
-def _backward(most, kept, d_out):
-    rows, g, u, gate, up, down, sizes = kept
-    places = _Places.of(sizes, len(rows), most)
+def _backward(max_rows, residuals, d_out):
+    rows, g, u, gate, up, down, sizes = residuals
+    layout = _Layout.of(sizes, len(rows), max_rows)
 
     def compute(rows, g, u, d_out, gate, up, down):
-        on = jax.nn.sigmoid(g)
-        silu = g * on
+        sigmoid = jax.nn.sigmoid(g)
+        silu = g * sigmoid
         d_hidden = d_out @ down.T
-        d_g = d_hidden * u * (on + silu * (1 - on))
+        d_g = d_hidden * u * (sigmoid + silu * (1 - sigmoid))
         d_u = d_hidden * silu
         d_rows = d_g @ gate.T + d_u @ up.T
         return (d_rows,), (rows.T @ d_g, rows.T @ d_u, (silu * u).T @ d_out)
 
-    arrays = (places.cut(rows), g, u, places.cut(d_out))
-    (d_rows,), d_weights = _over_experts(compute, arrays, (gate, up, down), places)
-    d_rows = jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(sizes), places.sorted(d_rows), 0)
+    arrays = (layout.split(rows), g, u, layout.split(d_out))
+    (d_rows,), d_weights = _over_experts(compute, arrays, (gate, up, down), layout)
+    d_rows = jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(sizes), layout.join(d_rows), 0)
     return d_rows, *d_weights, None
 
 
 _on_cpu.defvjp(_forward, _backward)
 
 
-class _Cut(NamedTuple):
-    """Rows of all experts, in two parts that overlap; a row counts where `_Places` says it is."""
+class _SplitRows(NamedTuple):
+    """Rows for the batched matmul and for the loop; `_Layout` says which of the two is valid."""
 
-    first: jax.Array  # [E, C, ...]: of each expert; the rest of C is 0
-    rest: jax.Array  # [R + block, ...]: sorted by expert
+    batched: jax.Array  # [E, C, ...]: the first rows of each expert, padded with 0
+    sorted: jax.Array  # [R + block, ...]: all rows, sorted by expert
 
 
-class _Places(NamedTuple):
-    """Which rows are whose, and where they are worked on."""
+class _Layout(NamedTuple):
+    """Which rows belong to which expert, and whether the batched matmul computes any of them."""
 
     starts: jax.Array  # int [E]
     sizes: jax.Array  # int [E]
-    together: jax.Array  # bool: the batched product takes C rows of each expert; else none
-    numbers: jax.Array  # int [E, C]: sorted rows that it takes
-    at: tuple[jax.Array, jax.Array]  # int [R] each: of a sorted row, its expert and place there
-    block: int  # rows that the loop takes at a time
+    is_batched: jax.Array  # bool: the batched matmul computes C rows of each expert; else none
+    batched_rows: jax.Array  # int [E, C]: indices of sorted rows
+    expert: jax.Array  # int [R]: of a sorted row
+    index: jax.Array  # int [R]: of a sorted row, among those of its expert
+    block: int  # rows per step of the loop
 
     @classmethod
-    def of(cls, sizes: jax.Array, rows: int, most: int) -> "_Places":
-        mean = rows / len(sizes)
-        block = max(size for size in BLOCKS if size <= max(mean, BLOCKS[0]))
-        capacity = 0 if mean >= FEW else -(-int(mean + SPARE) // 16) * 16
-        capacity = most if mean == most else min(capacity, most)
+    def of(cls, sizes: jax.Array, num_rows: int, max_rows: int) -> "_Layout":
+        mean = num_rows / len(sizes)
+        block = max(size for size in BLOCK_SIZES if size <= max(mean, BLOCK_SIZES[0]))
+        capacity = -(-int(mean + BATCHED_SPARE_ROWS) // 16) * 16
+        capacity = 0 if mean >= BATCHED_MAX_ROWS else min(capacity, max_rows)
+        capacity = max_rows if mean == max_rows else capacity
         ends = jnp.cumsum(sizes)
         starts = ends - sizes
-        together = jnp.sum(jnp.maximum(sizes - capacity, 0)) <= LEFT * jnp.sum(sizes)
-        numbers = starts[:, None] + jnp.arange(capacity)
-        row = jnp.arange(rows)
+        remainder = jnp.sum(jnp.maximum(sizes - capacity, 0))
+        is_batched = remainder <= BATCHED_MAX_REMAINDER * jnp.sum(sizes)
+        batched_rows = starts[:, None] + jnp.arange(capacity)
+        row = jnp.arange(num_rows)
         expert = jnp.minimum(jnp.searchsorted(ends, row, side="right"), len(sizes) - 1)
-        return cls(starts, sizes, together, numbers, (expert, row - starts[expert]), block)
+        index = row - starts[expert]
+        return cls(starts, sizes, is_batched, batched_rows, expert, index, block)
 
     @property
-    def taken(self) -> jax.Array:
-        """Rows of each expert that the batched product takes."""
-        return jnp.where(self.together, self.numbers.shape[1], 0)
+    def capacity(self) -> int:
+        return self.batched_rows.shape[1]
 
-    def cut(self, rows: jax.Array) -> _Cut:
-        """Sorted rows [R, ...], where they are worked on."""
-        own = jnp.arange(self.numbers.shape[1]) < self.sizes[:, None]
-        first = jnp.where(own[..., None], rows[jnp.minimum(self.numbers, len(rows) - 1)], 0)
-        return _Cut(first, jnp.pad(rows, ((0, self.block), (0, 0))))
+    @property
+    def num_batched(self) -> jax.Array:
+        """Rows of each expert that the batched matmul computes."""
+        return jnp.where(self.is_batched, self.capacity, 0)
 
-    def sorted(self, rows: _Cut) -> jax.Array:
-        """[R, ...]."""
-        expert, place = self.at
-        capacity = self.numbers.shape[1]
-        if not capacity:
-            return rows.rest[: len(expert)]
-        first = rows.first[expert, jnp.minimum(place, capacity - 1)]
-        return jnp.where((place < self.taken)[:, None], first, rows.rest[: len(expert)])
+    def split(self, rows: jax.Array) -> _SplitRows:
+        """Sorted rows [R, ...], for the batched matmul and for the loop."""
+        is_own = jnp.arange(self.capacity) < self.sizes[:, None]
+        rows_or_last = rows[jnp.minimum(self.batched_rows, len(rows) - 1)]
+        batched = jnp.where(is_own[..., None], rows_or_last, 0)
+        return _SplitRows(batched, jnp.pad(rows, ((0, self.block), (0, 0))))
+
+    def join(self, rows: _SplitRows) -> jax.Array:
+        """The inverse of `split`: [R, ...]."""
+        num_rows = len(self.expert)
+        if not self.capacity:
+            return rows.sorted[:num_rows]
+        batched = rows.batched[self.expert, jnp.minimum(self.index, self.capacity - 1)]
+        is_batched = (self.index < self.num_batched)[:, None]
+        return jnp.where(is_batched, batched, rows.sorted[:num_rows])
 
 
-def _over_experts(compute, arrays: tuple[_Cut, ...], weights, places: _Places):
-    """Runs `compute(*rows, *weights of their expert)` over all rows that an expert has.
+def _over_experts(compute, arrays: tuple[_SplitRows, ...], weights, layout: _Layout):
+    """Runs `compute(*rows, *weights of their expert)` over all rows of all experts.
 
-    In the loop, an expert's last block may reach into rows of the next; in `arrays` those are set
-    to 0 first, and what is written there is overwritten when their own expert comes, as experts
-    come in order.
+    In the loop, an expert's last block may overlap rows of the next expert. They are set to 0
+    before `compute`, and their results are overwritten by those of their own expert, because
+    experts are computed in order.
 
     Args:
-      compute: returns rows [m, ...], and addends that are summed for each expert.
-      arrays: rows.
+      compute: returns rows [m, ...], and addends that are summed over the rows of each expert.
+      arrays: the rows.
       weights: [E, ...] each.
-      places: of the rows.
+      layout: of the rows.
 
     Returns:
       the rows, and the sums [E, ...].
     """
 
-    def together():
-        return jax.vmap(compute)(*(x.first for x in arrays), *weights)
+    def run_batched():
+        return jax.vmap(compute)(*(x.batched for x in arrays), *weights)
 
-    shapes = jax.eval_shape(together)
+    shapes = jax.eval_shape(run_batched)
     zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    has_any = places.numbers.shape[1] > 0
-    first, sums = jax.lax.cond(places.together, together, zeros) if has_any else zeros()
+    batched, sums = (
+        jax.lax.cond(layout.is_batched, run_batched, zeros) if layout.capacity else zeros()
+    )
 
     def padded(rows, weights, size):
-        """The first `size` of a block's rows, computed; the results filled up with zeros."""
+        """The results of the first `size` rows of a block, padded to the block with zeros."""
         out, addends = compute(*(x[:size] for x in rows), *weights)
         return tuple(jnp.pad(x, ((0, block - size), (0, 0))) for x in out), addends
 
-    block, step = places.block, places.block // STEPS
+    block, step = layout.block, layout.block // LAST_BLOCK_SIZES
     branches = [functools.partial(padded, size=m) for m in range(step, block + 1, step)]
-    left = jnp.maximum(places.sizes - places.taken, 0)
-    order = jnp.argsort(left == 0, stable=True)  # those that have rows left come first
+    num_remaining = jnp.maximum(layout.sizes - layout.num_batched, 0)
+    order = jnp.argsort(num_remaining == 0, stable=True)  # experts with remaining rows come first
 
-    def expert(number, carry):
-        here = order[number]
+    def run_expert(i, carry):
+        expert = order[i]
         outs, sums = carry
-        own = tuple(jax.lax.dynamic_index_in_dim(w, here, keepdims=False) for w in weights)
-        start, count = places.starts[here] + places.taken, left[here]
+        own = tuple(jax.lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in weights)
+        start, count = layout.starts[expert] + layout.num_batched, num_remaining[expert]
 
-        def one(number, carry):
+        def run_block(i, carry):
             outs, sums = carry
-            at = start + number * block
-            is_own = jnp.arange(block) < count - number * block
-            rows = tuple(jax.lax.dynamic_slice_in_dim(x.rest, at, block) for x in arrays)
+            first = start + i * block
+            is_own = jnp.arange(block) < count - i * block
+            rows = tuple(jax.lax.dynamic_slice_in_dim(x.sorted, first, block) for x in arrays)
             rows = tuple(jnp.where(is_own[:, None], x, 0) for x in rows)
-            branch = -(-jnp.minimum(count - number * block, block) // step) - 1
-            made, addends = jax.lax.switch(branch, branches, rows, own)
+            branch = -(-jnp.minimum(count - i * block, block) // step) - 1
+            results, addends = jax.lax.switch(branch, branches, rows, own)
             outs = tuple(
-                jax.lax.dynamic_update_slice_in_dim(out, new, at, 0)
-                for out, new in zip(outs, made, strict=True)
+                jax.lax.dynamic_update_slice_in_dim(out, new, first, 0)
+                for out, new in zip(outs, results, strict=True)
             )
             return outs, jax.tree.map(jnp.add, sums, addends)
 
-        # Sums of its own, since adding to a part of a large array is slow here.
-        nothing = tuple(jnp.zeros(x.shape[1:], x.dtype) for x in sums)
-        outs, of_expert = jax.lax.fori_loop(0, -(-count // block), one, (outs, nothing))
-        return outs, tuple(_add_at(here, *pair) for pair in zip(sums, of_expert, strict=True))
+        # A separate sum for each expert: on CPU, adding to a slice of a large array is slow.
+        expert_sums = tuple(jnp.zeros(x.shape[1:], x.dtype) for x in sums)
+        outs, expert_sums = jax.lax.fori_loop(0, -(-count // block), run_block, (outs, expert_sums))
+        return outs, tuple(_add_at(expert, *pair) for pair in zip(sums, expert_sums, strict=True))
 
-    length = len(arrays[0].rest)
+    length = len(arrays[0].sorted)
     outs = tuple(jnp.zeros((length, *x.shape[2:]), x.dtype) for x in shapes[0])
-    outs, sums = jax.lax.fori_loop(0, jnp.sum(left > 0), expert, (outs, sums))
-    return tuple(_Cut(*both) for both in zip(first, outs, strict=True)), sums
+    outs, sums = jax.lax.fori_loop(0, jnp.sum(num_remaining > 0), run_expert, (outs, sums))
+    return tuple(_SplitRows(*pair) for pair in zip(batched, outs, strict=True)), sums
 
 
 def _add_at(index, total, new):
-    """`total` with `new` added to its part [index]."""
+    """`total` with `new` added to `total[index]`."""
     new = new + jax.lax.dynamic_index_in_dim(total, index, keepdims=False)
     return jax.lax.dynamic_update_index_in_dim(total, new, index, 0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax.model import FlexOlmo
-from flexolmo_jax.modeling.router import remember, route
+from flexolmo_jax.modeling.router import add_decayed_logits, route
 from flexolmo_jax.modeling.transformer import forward
 from flexolmo_jax.storage.files import new_file
 from flexolmo_jax.studies.baselines.datasets import MIXED, Sequences
@@ -104,7 +104,7 @@ def _weight_sums(backbone, experts, tokens, is_text, config) -> jax.Array:
     def layer(logits):  # [E, B, S]
         if config.memory is not None:
             nothing = jnp.zeros(logits.shape[:2])
-            logits, _ = remember(logits, segments, config.memory, nothing)
+            logits, _ = add_decayed_logits(logits, segments, config.memory, nothing)
         active = config.active_experts or config.num_experts
         weights = route(logits, everyone, active, config.renormalize)
         weights = weights / jnp.sum(weights, axis=0)

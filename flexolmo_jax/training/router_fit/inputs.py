@@ -52,9 +52,8 @@ def inputs_of_layers(batch: Batch, anchor: Anchor, config: ModelConfig, statisti
 
     def step(x, slices):
         layer, public = slices
-        x = layer.attend(x, positions, batch.segments, config)[0]
-        found = statistic(x.astype(jnp.float32))
-        return layer.consult(x, (public,), everyone, config)[0], found
+        out = layer(x, (public,), positions, batch.segments, everyone, config)
+        return out.x, statistic(out.experts_input.astype(jnp.float32))
 
     x = anchor.backbone.embed[...][batch.tokens].astype(config.dtype)
     return jax.lax.scan(step, x, (anchor.backbone.layers, anchor.public))[1]

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.modeling.attention import segment_positions
-from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.modeling.experts import Experts, moe
 from flexolmo_jax.modeling.transformer import Anchor
 
 SHRINKAGE = 1e-2  # of covariances towards a multiple of the identity
@@ -59,12 +59,14 @@ def fit_router(
     everyone = jnp.ones((len(tokens), 2), bool)
 
     @jax.jit
-    def attend(x, layer):
-        return layer.attend(x, positions, segments, pair)[0]
+    def experts_input(x, layer):
+        out, _ = layer.attention(x, positions, segments, pair)
+        return x + layer.attention_norm(out, pair.norm_eps)
 
     @jax.jit
-    def consult(x, layer, stacks):
-        return layer.consult(x, stacks, everyone, pair)[0]
+    def add_experts(x, layer, stacks):
+        out, *_ = moe(x, stacks, everyone, pair)
+        return x + layer.experts_norm(out, pair.norm_eps)
 
     x = anchor.backbone.embed[...][tokens].astype(config.dtype)
     rows, biases = [], []
@@ -72,7 +74,7 @@ def fit_router(
         layer, public_slice, own_slice = jax.tree.map(
             lambda leaf, i=layer_index: leaf[i], (anchor.backbone.layers, anchor.public, expert)
         )
-        x = attend(x, layer)
+        x = experts_input(x, layer)
         inputs = np.asarray(x, np.float64).reshape(-1, config.width)[real]
         if router == "lda":
             row, bias = discriminate(inputs, is_own, prior=prior)
@@ -80,7 +82,7 @@ def fit_router(
             row, bias = separate(inputs, is_own, ridge=ridge, prior=prior)
         own_slice.router.row[...] = jnp.asarray(row[None], jnp.float32)
         own_slice.router.bias[...] = jnp.asarray([bias], jnp.float32)
-        x = consult(x, layer, (public_slice, own_slice))
+        x = add_experts(x, layer, (public_slice, own_slice))
         rows.append(own_slice.router.row[...])
         biases.append(own_slice.router.bias[...])
     # The fitted logits are relative to the public expert's, so its row (often 0) is added.
