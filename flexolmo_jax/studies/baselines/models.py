@@ -150,9 +150,8 @@ def merged(anchor: Path, packages: Sequence[Path], folder: Path, memory=None) ->
     """Rebuilds FOLDER/merged."""
     out = folder / "merged"
     discard(out)
-    merge(
-        anchor, packages, out, memory=memory, allow_share=None
-    )  # the study's own experts need no limit
+    # Every expert is the study's own, so that no limit of its share has to protect the others.
+    merge(anchor, packages, out, memory=memory, allow_share=None)
     return out
 
 

@@ -81,9 +81,8 @@ class Results:
 
     def _mask(self, column: str) -> np.ndarray:
         sizes = self._sequences(column).sizes
-        start = (
-            sizes.shape[1] // 2 - 1 if column == AFTER else 0
-        )  # the first token of the second half
+        # Of mixed sequences, prediction S / 2 - 1 is the first token of the second domain.
+        start = sizes.shape[1] // 2 - 1 if column == AFTER else 0
         return sizes * (np.arange(sizes.shape[1]) >= start)
 
     def _draw(self, column: str) -> tuple[np.ndarray, np.ndarray]:
