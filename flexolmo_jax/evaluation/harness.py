@@ -133,12 +133,9 @@ class HarnessModel(TemplateLM):
                     longest = len(group[0][1]) + group[0][2].length
                     size = max(1, min(MAX_PROMPTS, at_least(BATCH_TOKENS // longest + 1, 2) // 2))
                     batch, group = group[:size], group[size:]
-                    for number, answer in zip(
-                        [number for number, _, _ in batch],
-                        self._answer(batch, len(group)),
-                        strict=True,
-                    ):
-                        answers[number] = answer
+                    texts = self._answer(batch, len(group))
+                    for (number, _, _), text in zip(batch, texts, strict=True):
+                        answers[number] = text
                     advance(len(batch))
         return answers
 
