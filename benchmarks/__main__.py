@@ -36,7 +36,10 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="+", help="of the suite; default: all")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs a side: %(default)s")
-    parser.add_argument("--out", default="docs/benchmarks", help="default: %(default)s(.md, .json)")
+    parser.add_argument(
+        "--out", default="docs/benchmarks",
+        help="the page OUT.md, and beside it results/OUT.json; default: %(default)s",
+    )  # fmt: skip
     args = parser.parse_args()
     suite = SUITES[args.suite]
     unknown = set(args.sizes or ()) - set(suite)
@@ -44,7 +47,8 @@ def main() -> None:
         parser.error(f"the suite {args.suite} has no size {sorted(unknown)}; it has {list(suite)}")
     about = _about(args.suite)
     out = Path(args.out)
-    results = _earlier(out.with_suffix(".json"), about)
+    record = out.parent / "results" / f"{out.name}.json"
+    results = _earlier(record, about)
     chosen = args.sizes or list(suite)
     failed: list[str] = []
     with Progress() as bar:
@@ -67,9 +71,9 @@ def main() -> None:
                 }
                 results[name] = {case: cases[case] for case in CASES if case in cases}
                 bar.advance(task)
-                out.parent.mkdir(parents=True, exist_ok=True)  # an interruption loses one case
+                record.parent.mkdir(parents=True, exist_ok=True)  # an interruption loses one case
                 everything = json.dumps({**about, "results": results}, indent=1)
-                out.with_suffix(".json").write_text(everything)
+                record.write_text(everything)
                 out.with_suffix(".md").write_text(page(about, results, suite))
     if out.with_suffix(".md").exists():
         print(out.with_suffix(".md").read_text())

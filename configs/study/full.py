@@ -3,8 +3,8 @@
     flexolmo data fetch FETCHED && flexolmo data flexmix FETCHED flexmix
     flexolmo study configs/study/full.py --out DIR --seeds 0 1 2 --texts flexmix
 
-About 50 minutes a seed on one core (docs/study_full). Seeds may be run on different days, or side
-by side: start the second one with --resume when the first has begun to train.
+About 50 minutes a seed on one core (docs/results/study_full). Seeds may be run on different days,
+or side by side: start the second one with --resume when the first has begun to train.
 
 The learning rates of experts and dense models were chosen on the tuning split
 (docs/expert_training.md).

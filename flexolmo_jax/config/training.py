@@ -174,8 +174,9 @@ class ExpertTraining(Training):
     `gating="fixed"` (the default recipe) fixes the expert's gate to 1 during training, and then
     fits its router rows and biases against the anchor's public text. `router` selects logistic
     regression, or the linear discriminant of two Gaussians with equal covariance ("lda").
-    `gating="softmax"` is the paper's recipe: a softmax over the public and the new expert, whose rows
-    start from the domain embedding and are trained too.
+    `gating="softmax"` is the paper's recipe: a softmax over the public and the new expert, whose
+    rows start from the domain embedding and are trained too.
+
 
     Examples:
       >>> import flexolmo_jax as fo

@@ -1,8 +1,8 @@
-"""Which documents were held out, by the record of those who trained: a share, and a group field.
+"""Which documents were held out, from the record of the training: a share, and a group field.
 
-Which side of the split a document is on follows from its group alone (`is_heldout`), so the record
-in a package's manifest names the same documents to everyone who has the text, and tells nothing of
-it to those who do not.
+A document's side of the split depends on its group only (`is_heldout`). So the record in a
+package's manifest identifies the same documents to everyone who has the text, and reveals nothing
+of the text to others.
 """
 
 import warnings
@@ -13,7 +13,7 @@ from flexolmo_jax.config import DataConfig
 from flexolmo_jax.data.sources import Document, is_heldout
 from flexolmo_jax.federation.package import MANIFEST, read_manifest
 
-GROUP_FIELD = str(DataConfig.group_field)  # where nothing else is said, as in training
+GROUP_FIELD = str(DataConfig.group_field)  # the default, as in training
 
 
 class Split(NamedTuple):
@@ -30,7 +30,7 @@ class Split(NamedTuple):
 
 
 def check_share(share: float, option: str = "--heldout") -> float:
-    """The share, if it is one. Raises ValueError otherwise."""
+    """Returns the share, or raises ValueError if it is not between 0 and 1."""
     if not 0 < share < 1:
         raise ValueError(
             f"{option} must be a share between 0 and 1 (0.1 for a tenth of the documents), found "
@@ -48,27 +48,26 @@ def chosen_split(
     anchor: str | Path | None = None,
     trained: bool = False,
 ) -> Split | None:
-    """The split to use with a text: as was said, and for the rest as the model's record says.
+    """The split to use with a text: from the options, and otherwise from the model's record.
 
-    Warns where what was said contradicts the record, since trained documents would then be taken
-    for held-out ones, or the other way round.
+    Warns if the options contradict the record, since trained documents would then count as held
+    out, or held-out ones as trained.
 
     Args:
       model: a package, a merged model, or a Hugging Face directory (which has no record).
       name: of the expert whose text it is, or "public"; any other name stands for all experts, if
         their records agree.
-      share: as was said; True for that of the record; None for no split, or with `trained` for
-        that of the record, if there is one.
-      group_field: as was said, or None.
-      anchor: of an expert package, if it was named.
-      trained: the trained documents are asked for, and not the held-out ones.
+      share: the option; True for the record's share; None for no split, or with `trained` for the
+        record's split, if it has one.
+      group_field: the option, or None.
+      anchor: of an expert package, if it was given.
+      trained: whether the trained documents are needed, and not the held-out ones.
 
     Returns:
-      the split, or None if all documents are asked for.
+      the split, or None if all documents are used.
 
     Raises:
-      ValueError: the share is out of range; the record that was asked for is not there, or a
-        manifest has no sensible one.
+      ValueError: the share is out of range; the record is needed and missing, or invalid.
     """
     if share is not None and share is not True:
         check_share(share)
@@ -82,12 +81,12 @@ def chosen_split(
                 if any(records.values()) and record is None:
                     warnings.warn(
                         f"{model}: {_why_none(records, record)}; without --heldout, all documents "
-                        "are taken for trained ones, held-out ones too",
+                        "count as trained, held-out ones too",
                         stacklevel=2,
                     )
                 return None
             raise ValueError(
-                f"{model}: {_why_none(records, record)}; say --heldout SHARE and, where documents "
+                f"{model}: {_why_none(records, record)}; pass --heldout SHARE and, if documents "
                 "were grouped, --group-field FIELD"
             )
         wanted = Split(record.share, group_field or record.group_field)
@@ -97,11 +96,11 @@ def chosen_split(
     if record is not None:
         mixed = wanted.share < record.share if trained else wanted.share > record.share
         if mixed or wanted.group_field != record.group_field:
-            said = "held out" if trained else "trained on"
+            side = "held out" if trained else "trained on"
             warnings.warn(
-                f"{model}: trained with {record} held out, asked for is {wanted}: if this is the "
-                f"text of that training, some of these documents were {said}; leave the value out "
-                "to go by the record",
+                f"{model}: trained with {record} held out, but the options say {wanted}: if this "
+                f"is the text of that training, some of these documents were {side}; omit the "
+                "option to use the record",
                 stacklevel=2,
             )
     return wanted
@@ -110,7 +109,7 @@ def chosen_split(
 def _record_for(records: dict[str, Split | None], name: str | None) -> Split | None:
     if name in records:
         return records[name]
-    experts = {record for one, record in records.items() if one != "public"}
+    experts = {record for expert, record in records.items() if expert != "public"}
     distinct = experts or set(records.values())
     return distinct.pop() if len(distinct) == 1 else None
 
@@ -118,14 +117,17 @@ def _record_for(records: dict[str, Split | None], name: str | None) -> Split | N
 def _why_none(records: dict[str, Split | None], record: Split | None) -> str:
     if record is not None:
         return "trained on all documents, and none were held out"
-    if len({one for name, one in records.items() if name != "public"}) > 1:
-        told = "; ".join(f"{name}: {one or 'no record'}" for name, one in records.items())
-        return f"its experts were trained with other splits ({told}): use an expert's name as NAME"
+    if len({split for name, split in records.items() if name != "public"}) > 1:
+        splits = "; ".join(f"{name}: {split or 'no record'}" for name, split in records.items())
+        return (
+            f"its experts were trained with different splits ({splits}): use an expert's name as "
+            "NAME"
+        )
     return "there is no record of which documents its training held out"
 
 
 def _records(model: Path, anchor: Path | None) -> dict[str, Split | None]:
-    """By expert; the anchor's under "public"."""
+    """The recorded splits by expert; the anchor's is under "public"."""
     if not (model / MANIFEST).exists():
         return {}
     manifest = read_manifest(model)
@@ -145,7 +147,7 @@ def _records(model: Path, anchor: Path | None) -> dict[str, Split | None]:
 
 
 def _record(manifest: dict[str, Any]) -> Split | None:
-    found = manifest.get("heldout")
-    if found is None:  # of an older version
+    heldout = manifest.get("heldout")
+    if heldout is None:  # a package of an older version
         return None
-    return Split(float(found["share"]), found["group_field"])
+    return Split(float(heldout["share"]), heldout["group_field"])

@@ -1,8 +1,8 @@
 """The paper's 31 tasks (its section 4.2), by the columns of its table 2, in lm-evaluation-harness.
 
-The paper measured with another harness, OLMES, so that prompts, examples and answers' ends differ
-even where a task has the same name; `differs` says what differs beyond that. Compare models with
-each other here, not with the paper's numbers.
+The paper used another harness, OLMES, so that prompts, examples and stop texts differ even where a
+task has the same name; `differs` says what differs beyond that. Compare models with each other
+here, not with the paper's numbers.
 """
 
 import importlib.util
@@ -21,10 +21,10 @@ class PaperTask(NamedTuple):
       task: in lm_eval; None where it has none.
       metric: of lm_eval, "metric,filter"; its group's where the task is one.
       shots: examples in a prompt, as in the paper; None keeps the number that the harness fixes.
-      in_package: its documents are among those that `flexolmo data tasks` gets.
-      differs: from what the paper measured.
-      needs: what it takes beyond documents and a model; empty for most.
-      module: of Python, without which the harness cannot set it up.
+      in_package: whether `flexolmo data tasks` downloads its documents.
+      differs: how it differs from what the paper measured.
+      needs: what it requires beyond documents and a model; empty for most tasks.
+      module: the Python module without which the harness cannot set it up.
     """
 
     column: str
@@ -38,12 +38,12 @@ class PaperTask(NamedTuple):
     module: str = ""
 
     def can_run(self, run_code: bool) -> bool:
-        """Whether what it needs is here, documents aside; `run_code` lets it run programs."""
+        """Whether its requirements are met, documents aside; `run_code` permits programs."""
         if self.task is None or (self.needs == _RUNS and not run_code):
             return False
         try:
             return not self.module or importlib.util.find_spec(self.module) is not None
-        except ModuleNotFoundError:  # of a parent
+        except ModuleNotFoundError:  # a parent package is missing
             return False
 
 
@@ -109,7 +109,7 @@ COLUMNS = tuple(dict.fromkeys(task.column for task in SUITE))
 
 
 def chosen(names: Sequence[str]) -> tuple[PaperTask, ...]:
-    """The tasks of the columns that are named, all for "paper"."""
+    """The tasks of the named columns; all tasks for "paper"."""
     return tuple(task for task in SUITE if task.column in names or ALL in names)
 
 
@@ -129,7 +129,7 @@ def column_scores(
             for task in tasks
             if task.column == column
         ]
-        found = [value for value in values if value is not None]
-        whole = len(found) == len(values)
-        scores[column] = 100 * sum(found) / len(found) if whole else None
+        known = [value for value in values if value is not None]
+        is_complete = len(known) == len(values)
+        scores[column] = 100 * sum(known) / len(known) if is_complete else None
     return scores

@@ -1,14 +1,11 @@
-"""The demo: the whole path on the text that comes with the project, in minutes.
+"""The demo: from text to a merged model on the corpus that comes with the project, in minutes.
 
-An anchor is trained on public text; then every owner's expert in a process of its own that is
-given nothing but its own text and the anchor; then all are merged, measured, and switched off in
-turn.
+An anchor is trained on public text. Each owner's expert is then trained in a process of its own,
+which reads only that owner's text and the anchor. The experts are merged and measured, and each is
+switched off in turn.
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,15 +15,16 @@ from rich.text import Text
 
 from flexolmo_jax.config import ExpertTraining, load_config
 from flexolmo_jax.evaluation.bits_per_byte import heldout_documents, score
-from flexolmo_jax.evaluation.plots import heat_map
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.runtime.console import console, show_table, tell
 from flexolmo_jax.storage.files import replace_file
 from flexolmo_jax.storage.outputs import check_kept_folder
+from flexolmo_jax.studies.engine.commands import run_command
+from flexolmo_jax.studies.engine.plots import heat_map
 
 OWNERS = ("code", "math", "educational", "creative")
-AT_ONCE = 2  # owners that train at the same time
+PARALLEL = 2  # owners that train at the same time
 
 
 def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
@@ -34,13 +32,14 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
 
     Args:
       out: a new folder.
-      seed: of initialisation and data order, of all stages.
+      seed: of initialisation and data order, in all stages.
 
     Returns:
       the report: seconds, domains, bits_per_byte[MODEL][DOMAIN], seeds and configs.
 
     Raises:
-      ValueError: `out` is there already; RuntimeError: a stage failed.
+      ValueError: `out` already exists.
+      RuntimeError: a training failed.
     """
     check_kept_folder(out, holding=())
     started = time.monotonic()
@@ -48,22 +47,21 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     anchor, merged = out / "anchor", out / "merged"
     packages = {name: out / "experts" / name for name in OWNERS}
 
-    console.rule("1. the public anchor")
-    run_command(
-        ["train", "anchor", "demo_anchor", "--data", "corpus:public", "--seed", str(seed)],
-        out=anchor, run=out / "runs" / "anchor", quiet=False,
-    )  # fmt: skip
-    console.rule("2. each owner, alone, with its own text and the anchor")
+    def train(stage: str, config: str, text: str, package: Path, *more: str) -> None:
+        words = ["train", stage, config, "--data", f"corpus:{text}", "--seed", str(seed), *more]
+        words += ["--out", str(package), "--run", str(out / "runs" / package.name)]
+        # The owners' programs are the same: one compiles them, and the others read them.
+        run_command(words, compiled=out / "runs" / "compiled", quiet=stage == "expert")
 
     def train_owner(name: str) -> None:
-        run_command(
-            ["train", "expert", "demo_expert", "--data", f"corpus:{name}", "--name", name]
-            + ["--anchor", str(anchor), "--seed", str(seed)],
-            out=packages[name], run=out / "runs" / name, quiet=True,
-        )  # fmt: skip
+        owner = ("--name", name, "--anchor", str(anchor))
+        train("expert", "demo_expert", name, packages[name], *owner)
         tell(f"expert {name}: trained and packaged")
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    console.rule("1. the public anchor")
+    train("anchor", "demo_anchor", "public", anchor)
+    console.rule("2. each owner's expert, from its own text and the anchor")
+    with ThreadPoolExecutor(PARALLEL) as pool:
         list(pool.map(train_owner, OWNERS))
     console.rule("3. merge, measure, switch off")
     merge(anchor, list(packages.values()), merged)
@@ -84,19 +82,8 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     return report
 
 
-def run_command(arguments: list[str], *, out: Path, run: Path, quiet: bool) -> None:
-    """Runs the command line in a process of its own."""
-    cache = run.parent / "compiled"  # the owners' programs are the same: compile them once
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    command = [sys.executable, "-m", "flexolmo_jax", *arguments]
-    command += ["--out", str(out), "--run", str(run)]
-    done = subprocess.run(command, env=environment, capture_output=quiet, text=True)
-    if done.returncode:
-        raise RuntimeError(f"flexolmo {' '.join(arguments)} failed: {done.stderr or 'see above'}")
-
-
 def _measure(anchor: Path, packages: dict[str, Path], merged: Path) -> dict[str, dict[str, float]]:
-    """bits_per_byte[MODEL][DOMAIN] on the held-out documents of every domain."""
+    """Returns bits_per_byte[MODEL][DOMAIN] on the held-out documents of every domain."""
     data = load_config("demo_expert", ExpertTraining).data
     texts = {name: heldout_documents(f"corpus:{name}", data) for name in ("public", *packages)}
 
@@ -109,24 +96,24 @@ def _measure(anchor: Path, packages: dict[str, Path], merged: Path) -> dict[str,
     table = {"anchor": row(load(anchor))}
     for name, package in packages.items():
         table[f"expert:{name}"] = row(load(package, anchor=anchor))
-    whole = load(merged)
-    table["merged"] = row(whole)
+    model = load(merged)
+    table["merged"] = row(model)
     for name in packages:
-        table[f"merged_without:{name}"] = row(whole, (name,))
+        table[f"merged_without:{name}"] = row(model, (name,))
     return table
 
 
 def _samples(model: FlexOlmo) -> dict[str, str]:
-    """What the merged model makes of the first words of a held-out document of each domain."""
+    """How the model continues the first words of a held-out document of each domain."""
     data = load_config("demo_expert", ExpertTraining).data
     prompts = {
         name: heldout_documents(f"corpus:{name}", data)[0].text.strip()[:60]
         for name in ("public", *OWNERS)
     }
-    made = model.generate(list(prompts.values()), 48, temperature=0.7, top_p=0.9)
+    texts = model.generate(list(prompts.values()), 48, temperature=0.7, top_p=0.9)
     return {
         name: f"{prompt} || {text}"
-        for (name, prompt), text in zip(prompts.items(), made, strict=True)
+        for (name, prompt), text in zip(prompts.items(), texts, strict=True)
     }
 
 

@@ -1,47 +1,76 @@
 """What audits find: extraction, membership and removal, for experts with and without privacy.
 
-    .venv/bin/python flexolmo_jax/studies/privacy_audits.py OUT
+    flexolmo study privacy-audits OUT
 
-What is in OUT already is not done again. Writes docs/privacy_audits.json and the tables of
-docs/privacy.md; `--size smallest` runs the same path in minutes, to see that it works, and only
-prints them.
+Each training and each audit is a stage below OUT, and runs once. Writes privacy_audits.json and the
+tables of docs/privacy.md; `--size smallest` runs the same path in minutes, as a test, and prints
+the tables only.
 """
 
 import argparse
 import dataclasses
+import datetime
+import functools
 import json
-import subprocess
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.runtime.startup import leave_libtpu_alone
+from flexolmo_jax.audits import control, extraction
+from flexolmo_jax.audits.extraction import Passage, Protocol
+from flexolmo_jax.audits.findings import CONTROLS
+from flexolmo_jax.audits.runs import run_membership, run_removal
+from flexolmo_jax.audits.statistics import as_json
+from flexolmo_jax.audits.subjects import trained_documents
+from flexolmo_jax.data.proxies import pick_proxies
+from flexolmo_jax.evaluation.split import Split
+from flexolmo_jax.federation.merge import merge
+from flexolmo_jax.federation.package import read_manifest
+from flexolmo_jax.model import load
+from flexolmo_jax.studies.engine.commands import PACKAGE, RUN, training_stage
+from flexolmo_jax.studies.engine.report import (
+    add_page_argument,
+    add_results_argument,
+    machine,
+    write_json,
+    write_part,
+)
+from flexolmo_jax.studies.engine.stages import Stage, discard, in_order, run_stages, value_stage
+from flexolmo_jax.studies.privacy_audits_page import (
+    extraction_part,
+    membership_part,
+    removal_part,
+)
 
-leave_libtpu_alone()  # before JAX is imported
-
-from flexolmo_jax.audits import control, extraction  # noqa: E402
-from flexolmo_jax.audits.extraction import Protocol  # noqa: E402
-from flexolmo_jax.audits.findings import CONTROLS  # noqa: E402
-from flexolmo_jax.audits.runs import run_membership, run_removal  # noqa: E402
-from flexolmo_jax.audits.statistics import as_json  # noqa: E402
-from flexolmo_jax.audits.subjects import trained_documents  # noqa: E402
-from flexolmo_jax.federation.merge import merge  # noqa: E402
-from flexolmo_jax.federation.package import read_manifest  # noqa: E402
-from flexolmo_jax.model import load  # noqa: E402
-from flexolmo_jax.studies.privacy_curve import DOCS, machine, save, write_part  # noqa: E402
-
-OWNER, DATA, HELDOUT = "math", "corpus:math", 0.1
+OWNER, DATA = "math", "corpus:math"
+OTHER = "code"  # the owner with which the audited expert is merged
+HELDOUT = 0.1
+MERGED, PROXIES = "merged", "proxies"  # in stages' folders
+Words = tuple[str, ...]
+Values = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
+    """How much is trained and tried.
+
+    Attributes:
+      canaries: of each run.
+      prefixes: passages that are tried.
+      epsilons: of the private experts.
+      anchor: options for `train anchor demo_anchor`.
+      non_private: options for `train expert demo_expert`.
+      private: options for `train expert demo_private_expert`.
+      other: options for the other owner's expert.
+    """
+
     canaries: int
     prefixes: int
-    epsilons: tuple[str, ...]
-    anchor: tuple[str, ...] = ()  # words for `train anchor demo_anchor`
-    ordinary: tuple[str, ...] = ("--steps", "1400")  # for `train expert demo_expert`
-    private: tuple[str, ...] = ("--dp-windows", "2")  # for `train expert demo_private_expert`
-    other: tuple[str, ...] = ()  # for the other owner's expert
+    epsilons: Words
+    anchor: Words = ()
+    non_private: Words = ("--steps", "1400")
+    private: Words = ("--dp-windows", "2")
+    other: Words = ()
 
 
 SIZES = {
@@ -53,234 +82,199 @@ SIZES = {
 }  # fmt: skip
 
 
-class Study:
-    """Models and audits, each in a folder of its own below OUT."""
+class AuditPlan:
+    """The trainings and audits of a size.
 
-    def __init__(self, out: Path, size: Size):
-        self.out, self.size = out, size
-        self.anchor = out / "anchor"
+    Args:
+      root: the study's folder.
+      size: what is trained and tried.
+    """
 
-    def flexolmo(self, name: str, *words: str) -> Path:
-        """Runs a command that makes OUT/NAME, unless it is there."""
-        path = self.out / name
-        if not (path / "manifest.json").exists():
-            command = [
-                sys.executable,
-                "-m",
-                "flexolmo_jax",
-                *words,
-                "--out",
-                str(path),
-            ]
-            subprocess.run([*command, *(["--resume"] * (words[0] == "train"))], check=True)
-        return path
-
-    def train(self) -> None:
-        size, anchor = self.size, ("--anchor", str(self.anchor))
-        own = ("--data", DATA, "--name", OWNER, *anchor, "--canaries", str(size.canaries))
-        self.flexolmo(
-            "anchor", "train", "anchor", "demo_anchor", "--data", "corpus:public", *size.anchor
-        )
-        self.flexolmo("plain", "train", "expert", "demo_expert", *own, *size.ordinary)
+    def __init__(self, root: Path, size: Size):
+        self.root, self.size = root, size
+        anchor = ["anchor", "demo_anchor", *size.anchor]
+        self.anchor = training_stage("anchor", root, anchor, data="corpus:public")
+        own = ["--name", OWNER, "--canaries", str(size.canaries)]
+        non_private = self._expert("non_private", "demo_expert", [*own, *size.non_private])
+        self.experts = {"no privacy": non_private}
         for epsilon in size.epsilons:
-            ledger = self.out / f"budget_{epsilon}.json"  # one each: nothing of this is published
-            private = ("--dp-epsilon", epsilon, "--dp-ledger", str(ledger), *size.private)
-            self.flexolmo(
-                f"private_{epsilon}", "train", "expert", "demo_private_expert", *own, *private
+            words = [*own, "--dp-epsilon", epsilon, *size.private]
+            self.experts[f"epsilon {epsilon}"] = self._expert(
+                f"private_{epsilon}", "demo_private_expert", words, is_private=True
             )
-        other = ("--data", "corpus:code", "--name", "code", *anchor, *size.other)
-        self.flexolmo("code", "train", "expert", "demo_expert", *other)
-        for name in self.experts():
-            merged = self.out / f"merged_{name}"
-            if not merged.exists():
-                merge(self.anchor, [self.out / name, self.out / "code"], merged)
-        proxies = self.out / "proxies"
-        for name, source in ((OWNER, DATA), ("code", "corpus:code")):
-            file = proxies / f"{name}.jsonl"
-            if not file.exists():
-                words = ["data", "proxies", "--data", source, "--public", "corpus:public"]
-                command = [
-                    sys.executable,
-                    "-m",
-                    "flexolmo_jax",
-                    *words,
-                    "--out",
-                    str(file),
-                ]
-                subprocess.run(command, check=True)
-        merged = str(self.out / "merged_plain")
-        words = ("train", "router", "demo_router", "--model", merged, "--data", str(proxies))
-        self.flexolmo("tuned", *words)
+        other = ["expert", "demo_expert", "--name", OTHER, *size.other]
+        reads = {"--anchor": (self.anchor, PACKAGE)}
+        self.other = training_stage(OTHER, root, other, reads, data=f"corpus:{OTHER}")
+        self.merged = {title: self._merged(title) for title in self.experts}
+        self.proxies = Stage("proxies", root, [OWNER, OTHER], (), self._pick_proxies)
+        model = self.merged["no privacy"]
+        reads = {"--model": (model, MERGED), "--data": (self.proxies, PROXIES)}
+        self.tuned = training_stage("tuned", root, ["router", "demo_router"], reads)
 
-    def experts(self) -> dict[str, str]:
-        """Folders of the owner's experts, and what they are called."""
-        private = {f"private_{e}": f"epsilon {e}" for e in self.size.epsilons}
-        return {"plain": "no privacy", **private}
+    def _expert(self, name: str, config: str, words: list[str], is_private: bool = False) -> Stage:
+        reads = {"--anchor": (self.anchor, PACKAGE)}
+        words = ["expert", config, *words]
+        return training_stage(name, self.root, words, reads, data=DATA, is_private=is_private)
 
-    def extraction(self) -> dict[str, Any]:
-        model = load(self.out / "merged_plain")
-        protocol = Protocol().within(model.config.max_length)
-        documents = trained_documents(model, DATA, HELDOUT, "text")
-        passages = extraction.pick_passages(documents, self.size.prefixes, protocol, seed=0)
+    def _merged(self, title: str) -> Stage:
+        needs = (self.anchor, self.experts[title], self.other)
 
-        def row(title: str, folder: str, **experts: Any) -> dict[str, Any]:
-            path = self.out / folder
-            model = load(path, anchor=self.anchor)
-            described = {"model": read_manifest(path)["digest"], **experts}
-            state = self.out / "extraction" / f"{title.replace(' ', '_')}.json"
+        def work(folder: Path) -> None:
+            discard(folder / MERGED)  # of an interrupted run
+            anchor, *experts = (stage.folder / PACKAGE for stage in needs)
+            merge(anchor, experts, folder / MERGED)
+
+        return Stage(f"merged/{title.replace(' ', '_')}", self.root, None, needs, work)
+
+    def _pick_proxies(self, folder: Path) -> None:
+        for name in (OWNER, OTHER):
+            file = folder / PROXIES / f"{name}.jsonl"
+            file.unlink(missing_ok=True)  # of an interrupted run
+            pick_proxies(f"corpus:{name}", "corpus:public", file)
+
+    @functools.cached_property
+    def protocol(self) -> Protocol:
+        """The extraction protocol, as far as the model's length allows."""
+        model = load(self.merged["no privacy"].folder / MERGED)
+        return Protocol().within(model.config.max_length)
+
+    @functools.cached_property
+    def documents(self) -> list[list[int]]:
+        """Ids of the documents that the owner's experts were trained on."""
+        model = load(self.merged["no privacy"].folder / MERGED)
+        return trained_documents(model, DATA, Split(HELDOUT), "text")
+
+    def extraction(self) -> dict[str, Stage]:
+        """The extraction audit of each model, by title."""
+        off = f"merged, {OWNER} switched off"
+        stages = {"anchor": self._extraction("anchor", self.anchor, PACKAGE)}
+        for title, expert in self.experts.items():
+            alone, merged = f"expert alone, {title}", f"merged, {title}"
+            stages[alone] = self._extraction(alone, expert, PACKAGE, only=[OWNER])
+            stages[merged] = self._extraction(merged, self.merged[title], MERGED)
+        stages[off] = self._extraction(off, self.merged["no privacy"], MERGED, without=[OWNER])
+        return stages | {title: self._control(title, what) for title, what in CONTROLS.items()}
+
+    def _extraction(self, title: str, audited: Stage, file: str, **experts: Any) -> Stage:
+        reference = self.merged["no privacy"]  # its tokenizer and length choose the passages
+
+        def compute(folder: Path) -> Values:
+            path = audited.folder / file
+            passages = extraction.pick_passages(
+                self.documents, self.size.prefixes, self.protocol, seed=0
+            )
             return as_json(
                 extraction.extract(
-                    model, passages, protocol, state, title=title, described=described, **experts
+                    load(path, anchor=self.anchor.folder / PACKAGE), passages, self.protocol,
+                    folder / "state.json", title=title,
+                    described={"model": read_manifest(path)["digest"], **experts}, **experts,
                 )
-            )
+            )  # fmt: skip
 
-        rows = {"anchor": row("anchor", "anchor")}
-        for name, called in self.experts().items():
-            alone, within = f"expert alone, {called}", f"merged, {called}"
-            rows[alone] = row(alone, name, only=[OWNER])
-            rows[within] = row(within, f"merged_{name}")
-        off = "merged, math switched off"
-        rows[off] = row(off, "merged_plain", without=[OWNER])
-        learned = control.control_documents(documents, protocol.length)
-        few = extraction.pick_passages(
-            learned, min(control.PASSAGES, control.MORE * len(learned)), protocol, seed=0
+        name = f"extraction/{title.replace(' ', '_').replace(',', '')}"
+        needs = dict.fromkeys((self.anchor, audited, reference))
+        return value_stage(
+            name, self.root, needs, compute, prefixes=self.size.prefixes, file=file, **experts
         )
-        for title, what in CONTROLS.items():
-            by_heart = control.train_control(
-                what, self.anchor, learned, protocol.length, self.out / f"{what}.run"
-            )
-            state = self.out / "extraction" / f"control_{what}.json"
-            made = extraction.extract(
-                by_heart, few, protocol, state, title=title, described={"control": what}
-            )
-            rows[title] = as_json(made)
-        return rows
 
-    def membership(self) -> dict[str, Any]:
+    def _control(self, title: str, what: control.What) -> Stage:
+        reference = self.merged["no privacy"]
+
+        def compute(folder: Path) -> Values:
+            memorized = control.control_documents(self.documents, self.protocol.length)
+            model = control.train_control(
+                what, self.anchor.folder / PACKAGE, memorized, self.protocol.length, folder / RUN
+            )
+            return as_json(
+                extraction.extract(
+                    model, self._control_passages(memorized), self.protocol,
+                    folder / "state.json", title=title, described={"control": what},
+                )
+            )  # fmt: skip
+
+        return value_stage(
+            f"extraction/control_{what}", self.root, (self.anchor, reference), compute
+        )
+
+    def _control_passages(self, memorized: list[Any]) -> list[Passage]:
+        count = min(control.PASSAGES, control.MORE * len(memorized))
+        return extraction.pick_passages(memorized, count, self.protocol, seed=0)
+
+    def membership(self) -> dict[str, Stage]:
+        """The membership audit of each expert, by title."""
+
+        def stage(title: str, expert: Stage) -> Stage:
+            return value_stage(
+                f"membership/{title.replace(' ', '_')}", self.root, (expert, self.anchor),
+                lambda _: run_membership(
+                    expert.folder / PACKAGE, expert.folder / RUN, self.anchor.folder / PACKAGE
+                ),
+            )  # fmt: skip
+
+        return {title: stage(title, expert) for title, expert in self.experts.items()}
+
+    def removal(self) -> dict[str, Stage]:
+        """The removal audit of the merged model, and of the one whose router was tuned."""
+        expert, prefixes = self.experts["no privacy"], self.size.prefixes
+
+        def stage(name: str, model: Stage, file: str) -> Stage:
+            return value_stage(
+                f"removal/{name}", self.root, (model, expert),
+                lambda _: run_removal(
+                    model.folder / file, OWNER, expert.folder / RUN, DATA, prefixes=prefixes,
+                    heldout=HELDOUT,
+                ),
+                prefixes=prefixes,
+            )  # fmt: skip
+
         return {
-            called: run_membership(self.out / name, self.out / f"{name}.run", self.anchor)
-            for name, called in self.experts().items()
+            "merged": stage("merged", self.merged["no privacy"], MERGED),
+            "merged, router tuned": stage("tuned", self.tuned, PACKAGE),
         }
 
-    def removal(self) -> dict[str, Any]:
-        models = {"merged": "merged_plain", "merged, router tuned": "tuned"}
-        return {
-            called: run_removal(
-                self.out / name, OWNER, self.out / "plain.run", DATA, prefixes=self.size.prefixes,
-                heldout=HELDOUT,
-            )
-            for called, name in models.items()
-        }  # fmt: skip
+    def run(self) -> Values:
+        """Trains and audits everything; returns what privacy_audits.json holds."""
+        audits: Mapping[str, Mapping[str, Stage]] = {
+            "extraction": self.extraction(),
+            "membership": self.membership(),
+            "removal": self.removal(),
+        }
+        run_stages(in_order(stage for kind in audits.values() for stage in kind.values()))
+        report = {
+            "setting": dataclasses.asdict(self.size),
+            "machine": f"{machine()}, {datetime.date.today()}",
+            **{
+                kind: {title: stage.result for title, stage in stages.items()}
+                for kind, stages in audits.items()
+            },
+        }
+        return json.loads(json.dumps(report).replace(f"{self.root}/", ""))  # no private path
 
 
-def interval(rate: dict[str, Any]) -> str:
-    return f"{rate['rate']:.1%} ({rate['low']:.1%} to {rate['high']:.1%})"
-
-
-def discoverable(audit: dict[str, Any], samples: int = 10, chance: float = 0.5) -> dict[str, Any]:
-    """The rate of passages whose exact text some of n samples hold with probability p or more."""
-    wanted = (samples, chance)
-    (rate,) = (
-        one["rate"] for one in audit["discoverable"] if (one["samples"], one["chance"]) == wanted
-    )
-    return rate
-
-
-def extraction_page(rows: dict[str, Any], machine: str) -> list[str]:
-    first = next(iter(rows.values()))
-    protocol, speeds = first["protocol"], [r["attempts_per_second"] for r in rows.values()]
-    hours = 10_000 * protocol["samples"] / min(speeds) / 3600
-    lines = [
-        f"`python flexolmo_jax/studies/privacy_audits.py OUT`, {machine}. {first['prefixes']} passages of "
-        f"{first['documents']} documents of {DATA}, {first['attempts']} attempts a row "
-        f"({protocol['prefix']} tokens are given, up to {protocol['length']} in all: what this "
-        "small model was made for). Shares of passages, with exact 95% intervals. *Extracted*: the "
-        "paper's criterion. *Continuation*: the same without credit for the prompt. *Greedily*: "
-        "greedy decoding makes the very text. *Exact*: ten samples hold it with probability 1/2 or "
-        "more. *Controls* have learned a few documents by heart, and are asked for those.",
-        "",
-        "| | passages | extracted | continuation | greedily | exact |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for title, row in rows.items():
-        rates = (row["extracted"], row["continuation"], row["greedy"], discoverable(row))
-        cells = " | ".join(map(interval, rates))
-        lines.append(f"| {title} | {row['prefixes']} | {cells} |")
-    lines += [
-        "",
-        f"{min(speeds):,.0f} to {max(speeds):,.0f} attempts a second: 10,000 passages take "
-        f"{hours:.1f} hours at most. *Expert alone* is a dense model whose feed-forward networks "
-        "were trained on the owner's text.",
-    ]
-    return lines
-
-
-def membership_page(rows: dict[str, Any], canaries: int) -> list[str]:
-    lines = [
-        f"{2 * canaries} candidates for each expert, of which a coin put about half into the text. "
-        "Scores are of the expert alone, as who holds the package can ask it. All with 95% "
-        "intervals; the epsilon is a lower bound.",
-        "",
-        "| | certificate | put in, left out | AUC | found at 1% false alarms | at 0.1% | epsilon "
-        "at least | verdict |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for title, found in rows.items():
-        audit, said = found["audits"]["the expert alone"], found["certificate"]
-        area, caught = audit["area"], [interval(one["members"]) for one in audit["caught"]]
-        cells = [
-            title, f"{said['epsilon']:.2f}" if said else "none",
-            f"{audit['members']}, {audit['controls']}",
-            f"{area['area']:.3f} ({area['low']:.3f} to {area['high']:.3f})", *caught,
-            f"{audit['epsilon']:.2f}", found["verdict"],
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    best = next(iter(rows.values()))["audits"]["the expert alone"]["epsilon_at_most"]
-    lines += [
-        "",
-        f"A perfect attack on so many canaries would show an epsilon of {best:.2f}: an audit of "
-        "this size cannot refute a claim above that.",
-    ]
-    return lines
-
-
-def removal_page(rows: dict[str, Any]) -> list[str]:
-    lines = []
-    for title, found in rows.items():
-        lines += [f"{title} ({found['canaries']} canaries, {found['passages']} passages):", ""]
-        lines += [*(f"- {line}" for line in found["lines"]), ""]
-    return lines[:-1]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `flexolmo study privacy-audits`."""
+    parser.add_argument("out", type=Path, help="folder of the stages")
     parser.add_argument("--size", choices=SIZES, default="ci")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    size = SIZES[args.size]
-    study = Study(args.out, size)
-    study.train()
-    found = {
-        "setting": dataclasses.asdict(size),
-        "machine": machine(),
-        "extraction": study.extraction(),
-        "membership": study.membership(),
-        "removal": study.removal(),
-    }
-    parts = {
-        "audit extraction": extraction_page(found["extraction"], found["machine"]),
-        "audit membership": membership_page(found["membership"], size.canaries),
-        "audit removal": removal_page(found["removal"]),
-    }
-    if args.size == "smallest":
-        print("\n\n".join("\n".join(lines) for lines in parts.values()))
-        return
-    here = json.dumps(found).replace(f"{args.out}/", "")  # where OUT lies is nobody's business
-    save(DOCS / "privacy_audits.json", json.loads(here))
-    for mark, lines in parts.items():
-        write_part(mark, lines)
+    add_page_argument(parser, "privacy.md")
+    add_results_argument(parser)
 
 
-if __name__ == "__main__":
-    main()
+def run(args: argparse.Namespace) -> None:
+    """Runs the study, and writes its parts of the page."""
+    root = args.out.absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    report = AuditPlan(root, SIZES[args.size]).run()
+    is_trial = args.size == "smallest"
+    if not is_trial:
+        write_json(args.results / "privacy_audits.json", report)
+    for mark, lines in make_parts(report).items():
+        write_part(None if is_trial else args.page, mark, lines)
+
+
+def make_parts(report: Values) -> dict[str, list[str]]:
+    """The parts of the page, by their mark."""
+    return {
+        "audit extraction": extraction_part(report["extraction"], DATA, report["machine"]),
+        "audit membership": membership_part(report["membership"], report["setting"]["canaries"]),
+        "audit removal": removal_part(report["removal"]),
+    }

@@ -1,6 +1,19 @@
-"""The single studies that `flexolmo study NAME` runs, each in a module of its own.
+"""The studies that `flexolmo study NAME` runs, by name.
 
-A module has `add_arguments(parser)` and `run(args)`; its docstring is the command's help.
+Each module has `add_arguments(parser)` and `run(args)`, and its docstring says what it measures.
+This table imports none of them, so that `flexolmo --help` stays quick.
 """
 
-STUDIES: dict[str, str] = {}  # name -> module
+STUDIES: dict[str, str] = {
+    "demo-seeds": "flexolmo_jax.studies.demo_seeds",
+    "expert-training": "flexolmo_jax.studies.expert_training",
+    "loading": "flexolmo_jax.studies.loading",
+    "privacy-accounting": "flexolmo_jax.studies.privacy_accounting",
+    "privacy-audits": "flexolmo_jax.studies.privacy_audits",
+    "privacy-curve": "flexolmo_jax.studies.privacy_curve",
+    "reproduction": "flexolmo_jax.studies.reproduction",
+    "rounding": "flexolmo_jax.studies.rounding",
+    "scaling": "flexolmo_jax.studies.scaling",
+    "shares": "flexolmo_jax.studies.shares",
+    "tasks-compared": "flexolmo_jax.studies.tasks_compared",
+}

@@ -1,37 +1,53 @@
-"""The paper's claims beside the full study's figures: writes docs/reproduction.md.
+"""The paper's claims beside the full study's results.
 
     flexolmo study configs/study/full.py --out STUDY --texts flexmix --seeds 0 1 2
-    .venv/bin/python flexolmo_jax/studies/reproduction.py STUDY [--tasks ANCHOR.json MERGED.json]
+    flexolmo study reproduction STUDY [--tasks ANCHOR.json MERGED.json]
 
-Copies the report and its pictures to docs/study_full, and reads them there; so too what
-`flexolmo evaluate --harness ... --json` found of the anchor and of the merged model of a seed.
+Copies the study's report and its figures to the folder of results (study_full) and reads them
+there, and likewise what `flexolmo evaluate --harness ... --json` printed for the anchor and for the
+merged model of one seed. Without STUDY, the page is made from what was copied earlier.
 """
 
 import argparse
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-DOCS = Path(__file__).parent
-STUDY = DOCS / "study_full"
+from flexolmo_jax.studies.engine.report import (
+    add_page_argument,
+    add_results_argument,
+    link,
+    table,
+    write_json,
+    write_page,
+)
+
 OURS, PAPER = "flexolmo", "paper_topall"
-PICTURES = ("methods.png", "removal.png", "routing.png", "owners.png", "top_k.png")
-MARGIN = 0.002  # bits per byte
+MARGIN = 0.002  # bits per byte; smaller differences count as none
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """That `better` beats `worse`; figures of the paper are means over tasks, higher is better."""
+    """The claim that one method beats another.
+
+    Attributes:
+      what: the claim.
+      paper: the paper's numbers, means over tasks; higher is better.
+      better, worse: methods of the study.
+      why: what explains our numbers.
+      are_equal: the paper's numbers are equal.
+    """
 
     what: str
     paper: str
-    better: str  # methods of the study
+    better: str
     worse: str
     why: str
-    are_equal: bool = False  # the paper's figures
+    are_equal: bool = False
 
 
 CLAIMS = (
@@ -76,9 +92,9 @@ CLAIMS = (
           "More than 4 bring nothing.", are_equal=True),
 )  # fmt: skip
 
-BEYOND = (  # what the paper does not look at; columns "owners" or "mixed"
+BEYOND = (  # what the paper does not measure; on the owners' domains or on mixed documents
     ("mixed", Claim("merged, against BTM, 32-token prefix", "", OURS, "btm_prefix_top2",
-                    "What the prefix told is wrong after the change.")),
+                    "The evidence of the prefix is wrong after the change.")),
     ("mixed", Claim("merged, against BTM, running posterior", "", OURS, "btm_running_top2",
                     "Evidence of the first half has to be outweighed.")),
     ("mixed", Claim("merged, against BTM whose evidence decays", "", OURS, "btm_decay_top2",
@@ -94,172 +110,211 @@ BEYOND = (  # what the paper does not look at; columns "owners" or "mixed"
 
 
 class Report:
-    """report.json of the full study."""
+    """The report of the full study, and task scores of two of its models.
 
-    def __init__(self) -> None:
-        self.all = json.loads((STUDY / "report.json").read_text())
+    Args:
+      folder: of report.json and tasks.json.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.all = json.loads((folder / "report.json").read_text())
+        self.task_scores = json.loads((folder / "tasks.json").read_text())
         self.bits = self.all["bits_per_byte"]
         self.owners = self.all["config"]["owners"]
 
     def seeds(self, method: str, columns: list[str]) -> np.ndarray:
-        """Bits per byte of each seed, averaged over columns."""
+        """Bits per byte of each seed, averaged over columns: float64 [seeds]."""
         return np.mean([self.bits[method][c]["seeds"] for c in columns], axis=0)
 
     def row(self, claim: Claim, columns: list[str]) -> list[str]:
-        """The two methods' figures, their difference by seed, and which one is lower."""
+        """The two methods' numbers, their difference by seed, and which of them is lower."""
         better, worse = (self.seeds(m, columns) for m in (claim.better, claim.worse))
         change = better - worse
         lower = (
             "first" if (change < -MARGIN).all() else "second" if (change > MARGIN).all() else "-"
         )
-        spread = ", ".join(f"{one:+.3f}" for one in change)
-        return [f"{better.mean():.3f} : {worse.mean():.3f}", spread, lower]
+        by_seed = ", ".join(f"{value:+.3f}" for value in change)
+        return [f"{better.mean():.3f} : {worse.mean():.3f}", by_seed, lower]
 
-    def claim(self, claim: Claim) -> str:
-        figures, spread, lower = self.row(claim, self.owners)
+    def claim(self, claim: Claim) -> list[str]:
+        """A row of the table of claims."""
+        numbers, by_seed, lower = self.row(claim, self.owners)
         same = "yes" if lower == ("-" if claim.are_equal else "first") else "no"
-        cells = [claim.what, claim.paper, figures, spread, same, claim.why]
-        return f"| {' | '.join(cells)} |"
+        return [claim.what, claim.paper, numbers, by_seed, same, claim.why]
 
-    def beyond(self, where: str, claim: Claim) -> str:
+    def beyond(self, where: str, claim: Claim) -> list[str]:
+        """A row of the table of what the paper does not measure."""
         row = self.row(claim, self.owners if where == "owners" else [where])
-        return f"| {' | '.join([claim.what, where, *row, claim.why])} |"
+        return [claim.what, where, *row, claim.why]
 
-    def removal(self) -> list[str]:
-        lines = []
-        for owner in self.owners:
-            found = {c: self.change(owner, c) for c in (*self.owners, "public")}
-            others = {c: v for c, v in found.items() if c != owner}
-            worst, best = max(others, key=others.get), min(others, key=others.get)
-            anchor = self.mean(f"without.{owner}", owner) / self.mean("anchor", owner) - 1
-            lines.append(
-                f"| {owner} | {found[owner]:+.1%} | {anchor:+.1%} | {worst} {others[worst]:+.1%} | "
-                f"{best} {others[best]:+.1%} |"
-            )
-        return lines
-
-    def tasks(self) -> list[str]:
+    def removal(self) -> list[list[str]]:
+        """The table of owners that are switched off in turn."""
         rows = []
-        for task, (anchor, merged) in json.loads((STUDY / "tasks.json").read_text()).items():
+        for owner in self.owners:
+            changes = {c: self.change(owner, c) for c in (*self.owners, "public")}
+            own = changes.pop(owner)
+            worst = max(changes, key=changes.__getitem__)
+            best = min(changes, key=changes.__getitem__)
+            anchor = self.mean(f"without.{owner}", owner) / self.mean("anchor", owner) - 1
+            others = (f"{column} {changes[column]:+.1%}" for column in (worst, best))
+            rows.append([owner, f"{own:+.1%}", f"{anchor:+.1%}", *others])
+        return rows
+
+    def tasks(self) -> list[list[str]]:
+        """The table of task scores: of the anchor, and of the merged model."""
+        rows = []
+        for task, (anchor, merged) in self.task_scores.items():
             metric = "acc_norm,none" if "acc_norm,none" in anchor else "acc,none"
             error = metric.replace(",", "_stderr,")
-            cells = [f"{one[metric]:.3f} ±{one[error]:.3f}" for one in (anchor, merged)]
-            rows.append(f"| `{task}` | {metric.split(',')[0]} | {' | '.join(cells)} |")
+            cells = [f"{scores[metric]:.3f} ±{scores[error]:.3f}" for scores in (anchor, merged)]
+            rows.append([f"`{task}`", metric.split(",")[0], *cells])
         return rows
 
     def mean(self, method: str, column: str) -> float:
+        """Bits per byte on one column, averaged over seeds."""
         return float(self.seeds(method, [column]).mean())
 
     def change(self, owner: str, column: str) -> float:
+        """The relative change on a column when an owner's expert is switched off."""
         return self.mean(f"without.{owner}", column) / self.mean(OURS, column) - 1
 
 
-def page(report: Report) -> str:
-    minutes = sum(sum(one.values()) for one in report.all["minutes"].values())
+def make_page(report: Report, page: Path | None = None) -> list[str]:
+    """The page, which links the study's own report."""
+    return [
+        *introduction(report, link(report.folder / "report.md", page)),
+        "",
+        *claims(report),
+        "",
+        *switching_off(report),
+        "",
+        *tasks(report),
+    ]
+
+
+def introduction(report: Report, full_report: str) -> list[str]:
+    """The commands, and how the numbers compare with the paper's."""
+    minutes = sum(sum(stages.values()) for stages in report.all["minutes"].values())
     config = report.all["config"]
     tokens = config["expert"]["steps"] * config["expert"]["data"]["batch_size"]
     tokens *= config["expert"]["data"]["length"]
+    return [
+        "# The paper's claims, at a scale that anyone can run",
+        "",
+        "    flexolmo data fetch FETCHED && flexolmo data flexmix FETCHED flexmix",
+        "    flexolmo study configs/study/full.py --out STUDY --texts flexmix --seeds 0 1 2",
+        "    flexolmo study reproduction STUDY",
+        "",
+        f"Seeds {', '.join(map(str, report.all['seeds']))}, {report.all['machine']}, "
+        f"{minutes:.0f} minutes of one core. The paper: a 7B anchor, experts of 50B tokens, 24 "
+        "tasks (table 1) or 31 (table 2), accuracies and the like, higher is better, one run. "
+        f"Ours: a model of width {config['anchor']['model']['width']}, {tokens:,} tokens an "
+        "expert, seven owners, bits per byte on held-out documents, lower is better, mean over "
+        "the owners' domains. So directions can be compared, sizes of effects cannot; and text "
+        "like an owner's is the easiest case for a router, which tasks are not. Method by "
+        "method: [study.md](study.md); all numbers, intervals and figures: "
+        f"[the report]({full_report}).",
+        "",
+        "*merged* is our default: experts trained alone beside the anchor, rows that each "
+        "owner fits alone, a router with memory; the study chose it among its options, on a "
+        f"tuning split. Differences of {MARGIN} and less count as none.",
+    ]
+
+
+def claims(report: Report) -> list[str]:
+    """What the paper claims, and what it does not measure."""
+    claim_head = ["claim", "paper", "ours", "by seed", "same direction", "why, as far as is known"]
+    beyond_head = ["first : second", "on", "bits per byte", "by seed", "lower", "why"]
     kept = np.mean([report.all["kept"][OURS][owner] for owner in report.owners])
-    return "\n".join(
-        [
-            "# The paper's claims, at a scale that anyone can run",
-            "",
-            "    flexolmo data fetch FETCHED && flexolmo data flexmix FETCHED flexmix",
-            "    flexolmo study configs/study/full.py --out STUDY --texts flexmix --seeds 0 1 2",
-            "    python flexolmo_jax/studies/reproduction.py STUDY",
-            "",
-            f"Seeds {', '.join(map(str, report.all['seeds']))}, {report.all['machine']}, "
-            f"{minutes:.0f} minutes of one core. The paper: a 7B anchor, experts of 50B tokens, 24 "
-            "tasks (table 1) or 31 (table 2), accuracies and the like, higher is better, one run. "
-            f"Ours: a model of width {config['anchor']['model']['width']}, {tokens:,} tokens an "
-            "expert, seven owners, bits per byte on held-out documents, lower is better, mean over "
-            "the owners' domains. So directions can be compared, sizes of effects cannot; and text "
-            "like an owner's is the easiest case for a router, which tasks are not. Method by "
-            "method: [study.md](study.md); all figures, intervals and pictures: "
-            "[the report](study_full/report.md).",
-            "",
-            "*merged* is our default: experts trained alone beside the anchor, rows that each "
-            "owner fits alone, a router that remembers; it is what the study chose among its "
-            f"options, on a tuning split. Differences of {MARGIN} and less count as none.",
-            "",
-            "| claim | paper | ours | by seed | same direction | why, as far as is known |",
-            "| --- | --- | ---: | ---: | --- | --- |",
-            *(report.claim(claim) for claim in CLAIMS),
-            "",
-            "## What the paper does not look at",
-            "",
-            "*mixed*: documents that change their domain in the middle.",
-            "",
-            "| first : second | on | bits per byte | by seed | lower | why |",
-            "| --- | --- | ---: | ---: | --- | --- |",
-            *(report.beyond(*one) for one in BEYOND),
-            "",
-            "## The paper's form, and ours",
-            "",
-            "The paper's rows are learned on the owner's text alone, and nothing in that text says "
-            "what is *not* the owner's; merged, they swamp each other and the public expert: "
-            f"{report.mean(PAPER, 'public'):.3f} bits per byte on public text, where the anchor "
-            f"has {report.mean('anchor', 'public'):.3f}, ours {report.mean(OURS, 'public'):.3f}. "
-            f"Of what the experts gain alone, ours keeps {kept:.0%} on average; 80% on every "
-            "domain was the aim, and is not reached. The second gap, of an expert to a dense "
-            "model at equal tokens: [expert_training.md](expert_training.md).",
-            "",
-            "## Switching off (fig. 4)",
-            "",
-            "The paper switches off news alone: its news generation falls from 80.7 to 71.5, below "
-            "the public model's 76.0, its other scores hardly change. Here, every owner in turn:",
-            "",
-            "| switched off | its domain | the same, against the anchor | worst change elsewhere | "
-            "best change elsewhere |",
-            "| --- | ---: | ---: | ---: | ---: |",
-            *report.removal(),
-            "",
-            "Same direction: what an expert brought goes with it, the rest stays, or gains where "
-            "the expert stood in the way of another.",
-            "",
-            "## Not compared",
-            "",
-            "Table 4 (a larger anchor), hidden states as first rows (table 3), and the tasks: "
-            "models of this size answer them by chance. Seed 0, no examples, the first 500 "
-            "documents of each; PIQA has answers longer than the 128 tokens that these models "
-            "were made for.",
-            "",
-            "    flexolmo data tasks task_data",
-            "    flexolmo merge --anchor STUDY/seed0/anchor-*/package --active 4 --out merged \\",
-            "        --expert STUDY/seed0/expert/*/package",
-            "    flexolmo evaluate --model MODEL --task-data task_data --limit 500 --shots 0 \\",
-            "        --json --harness arc_easy arc_challenge boolq commonsense_qa openbookqa \\",
-            "        social_iqa winogrande hellaswag > MODEL.json   # of the anchor, and of merged",
-            "    python flexolmo_jax/studies/reproduction.py STUDY --tasks ANCHOR.json MERGED.json",
-            "",
-            "| task | metric | anchor | merged |",
-            "| --- | --- | ---: | ---: |",
-            *report.tasks(),
-            "",
-        ]
+    return [
+        *table(claim_head, [report.claim(claim) for claim in CLAIMS], "llrrll"),
+        "",
+        "## What the paper does not measure",
+        "",
+        "*mixed*: documents that change their domain in the middle.",
+        "",
+        *table(beyond_head, [report.beyond(*row) for row in BEYOND], "llrrll"),
+        "",
+        "## The paper's form, and ours",
+        "",
+        "The paper's rows are learned on the owner's text alone, and nothing in that text says "
+        "what is *not* the owner's; merged, they swamp each other and the public expert: "
+        f"{report.mean(PAPER, 'public'):.3f} bits per byte on public text, where the anchor "
+        f"has {report.mean('anchor', 'public'):.3f}, ours {report.mean(OURS, 'public'):.3f}. "
+        f"Of what the experts gain alone, ours keeps {kept:.0%} on average; 80% on every "
+        "domain was the aim, and is not reached. The second gap, of an expert to a dense "
+        "model at equal tokens: [expert_training.md](expert_training.md).",
+    ]
+
+
+def switching_off(report: Report) -> list[str]:
+    """What changes when an owner's expert is switched off."""
+    head = [
+        "switched off", "its domain", "the same, against the anchor", "worst change elsewhere",
+        "best change elsewhere",
+    ]  # fmt: skip
+    return [
+        "## Switching off (fig. 4)",
+        "",
+        "The paper switches off news alone: its news generation falls from 80.7 to 71.5, below "
+        "the public model's 76.0, its other scores hardly change. Here, every owner in turn:",
+        "",
+        *table(head, report.removal()),
+        "",
+        "Same direction: what an expert brought goes with it, the rest stays, or gains where "
+        "the expert stood in the way of another.",
+    ]
+
+
+def tasks(report: Report) -> list[str]:
+    """Task scores, which models of this size leave at chance."""
+    return [
+        "## Not compared",
+        "",
+        "Table 4 (a larger anchor), hidden states as first rows (table 3), and the tasks: "
+        "models of this size answer them by chance. Seed 0, no examples, the first 500 "
+        "documents of each; PIQA has answers longer than the 128 tokens that these models "
+        "were made for.",
+        "",
+        "    flexolmo data tasks task_data",
+        "    flexolmo merge --anchor STUDY/seed0/anchor-*/package --active 4 --out merged \\",
+        "        --expert STUDY/seed0/expert/*/package",
+        "    flexolmo evaluate --model MODEL --task-data task_data --limit 500 --shots 0 \\",
+        "        --json --harness arc_easy arc_challenge boolq commonsense_qa openbookqa \\",
+        "        social_iqa winogrande hellaswag > MODEL.json   # of the anchor, and of merged",
+        "    flexolmo study reproduction STUDY --tasks ANCHOR.json MERGED.json",
+        "",
+        *table(["task", "metric", "anchor", "merged"], report.tasks(), "llr"),
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `flexolmo study reproduction`."""
+    parser.add_argument(
+        "study", type=Path, nargs="?", help="the full study's folder; default: what was copied"
     )
+    parser.add_argument(
+        "--tasks", type=Path, nargs=2, metavar=("ANCHOR", "MERGED"), help="JSON of task scores"
+    )
+    add_page_argument(parser, "reproduction.md")
+    add_results_argument(parser)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("study", type=Path, nargs="?", help="leave out to use what is in docs")
-    parser.add_argument("--tasks", type=Path, nargs=2, metavar=("ANCHOR", "MERGED"))
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> None:
+    """Copies what is given, and writes the page."""
+    folder = args.results / "study_full"
+    folder.mkdir(parents=True, exist_ok=True)
     if args.tasks:
-        anchor, merged = (json.loads(file.read_text())["results"] for file in args.tasks)
-        both = {task: [anchor[task], merged[task]] for task in anchor}
-        (STUDY / "tasks.json").write_text(json.dumps(both, indent=1) + "\n")
+        copy_task_scores(args.tasks, folder)
     if args.study:
-        STUDY.mkdir(exist_ok=True)
-        for file in (
-            args.study / "report.md",
-            args.study / "report.json",
-            *args.study.glob("*.png"),
-        ):
-            shutil.copy(file, STUDY)
-    (DOCS / "reproduction.md").write_text(page(Report()))
+        reports = [args.study / "report.md", args.study / "report.json"]
+        for file in (*reports, *args.study.glob("*.png")):
+            shutil.copy(file, folder)
+    write_page(args.page, make_page(Report(folder), args.page))
 
 
-if __name__ == "__main__":
-    main()
+def copy_task_scores(files: Sequence[Path], folder: Path) -> None:
+    """Writes FOLDER/tasks.json from the scores of the anchor and of the merged model."""
+    anchor, merged = (json.loads(file.read_text())["results"] for file in files)
+    write_json(folder / "tasks.json", {task: [anchor[task], merged[task]] for task in anchor})

@@ -1,4 +1,4 @@
-"""A private expert and its twin, trained and audited: the whole command, on a small world."""
+"""A private expert and its non-private baseline: the whole self-test, on a small world."""
 
 import json
 
@@ -16,11 +16,11 @@ def trial(world, tmp_path_factory):
     few.write_text("".join(world.texts["math"].read_text().splitlines(keepends=True)[:20]))
     config = world.config_file("alone")
     private = (config, "--dp-windows", "8", "--data.batch-size", "64", "--steps", "8")
-    twin = (
+    baseline = (
         config, "--steps", "800", "--data.batch-size", "16", "--optimizer.learning-rate", "3e-3",
         "--checkpoint-every", "800", "--log-every", "100",
     )  # fmt: skip
-    return Trial(str(few), 0.1, canaries=130, prefixes=16, private=private, twin=twin)
+    return Trial(str(few), 0.1, canaries=130, prefixes=16, private=private, baseline=baseline)
 
 
 def test_the_two_reports_differ_as_they_should(learned_anchor, trial, tmp_path, capfd, monkeypatch):
@@ -30,16 +30,18 @@ def test_the_two_reports_differ_as_they_should(learned_anchor, trial, tmp_path, 
     assert all(report["checks"].values()), report["checks"]
     check_twin(report)
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
-    private, twin = (report[name]["membership"] for name in ("private", "twin"))
-    assert private["certificate"]["epsilon"] <= 4 and twin["certificate"] is None
-    assert private["commitment"] != twin["commitment"]
+    private, baseline = (report[name]["membership"] for name in ("private", "baseline"))
+    assert private["certificate"]["epsilon"] <= 4 and baseline["certificate"] is None
+    assert private["commitment"] != baseline["commitment"]
     printed = capfd.readouterr().out
-    assert "noise multiplier" in printed and "canaries told apart" in printed  # the certificate too
+    assert (
+        "noise multiplier" in printed and "canaries distinguished" in printed
+    )  # the certificate too
 
 
 def test_two_that_do_not_differ_are_told():
-    report = {"checks": {"the twin's canaries are told apart": False, "another": True}}
-    with pytest.raises(ValueError, match="not as it should be: the twin's canaries are told apart"):
+    report = {"checks": {"the baseline's canaries are distinguished": False, "another": True}}
+    with pytest.raises(ValueError, match="failed checks: the baseline's canaries are distinguish"):
         check_twin(report)
 
 

@@ -10,8 +10,9 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 
-from flexolmo_jax.evaluation import harness
-from flexolmo_jax.evaluation.harness import HarnessModel, evaluate_tasks, load_tasks
+from flexolmo_jax.evaluation import harness, harness_tasks
+from flexolmo_jax.evaluation.harness import HarnessModel, evaluate_tasks
+from flexolmo_jax.evaluation.harness_tasks import load_tasks
 from flexolmo_jax.model import load
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -115,8 +116,8 @@ def own_tasks(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_tasks_only(monkeypatch):
     """The harness's own take seconds to list."""
-    none = harness.TaskManager(include_defaults=False)
-    monkeypatch.setattr(harness, "_manager", lambda: none)
+    none = harness_tasks.TaskManager(include_defaults=False)
+    monkeypatch.setattr(harness_tasks, "task_manager", lambda: none)
 
 
 def instances(kind, *arguments):

@@ -69,7 +69,7 @@ def test_the_record_is_of_the_expert_that_is_named_or_of_all(models, world):
     assert chosen_split(models / "merged", "ward", None, None, trained=True) == by_patient
     assert chosen_split(models / "old", "old", 0.2, None) == Split(0.2, "group")
     for model, name, why in (
-        ("merged", "letters", "its experts were trained with other splits"),
+        ("merged", "letters", "its experts were trained with different splits"),
         ("old", "old", "there is no record"),
         ("everything", "everything", "none were held out"),
     ):
@@ -92,7 +92,7 @@ def test_no_package_holds_an_odd_record(world, odd, tmp_path):
 
 
 def test_an_audit_of_experts_with_several_records_says_that_it_goes_by_none(models):
-    with pytest.warns(UserWarning, match="other splits .*all documents are taken for trained"):
+    with pytest.warns(UserWarning, match="different splits .*all documents count as trained"):
         assert chosen_split(models / "merged", None, None, None, trained=True) is None
 
 

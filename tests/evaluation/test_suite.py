@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flexolmo_jax.corpora.tasks import SOURCES
-from flexolmo_jax.evaluation import harness
+from flexolmo_jax.evaluation.harness_tasks import task_manager
 from flexolmo_jax.evaluation.suite import COLUMNS, SUITE, PaperTask, chosen, column_scores
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "tasks.md"
@@ -21,7 +21,7 @@ def test_they_are_the_papers_31():
 
 
 def test_the_harness_has_them_with_these_metrics():
-    index = harness._manager().task_index
+    index = task_manager().task_index
     for task in SUITE:
         if task.task is None:
             assert task.needs

@@ -16,7 +16,8 @@ from lm_eval.evaluator import evaluate
 from flexolmo_jax.corpora import tasks
 from flexolmo_jax.corpora.packages import Unavailable
 from flexolmo_jax.corpora.tasks import MMLU, SOURCES, WITHOUT_QUESTION, fetch_task_data
-from flexolmo_jax.evaluation.harness import evaluate_tasks, load_tasks
+from flexolmo_jax.evaluation.harness import evaluate_tasks
+from flexolmo_jax.evaluation.harness_tasks import load_tasks
 from flexolmo_jax.evaluation.suite import chosen
 from flexolmo_jax.model import load
 
@@ -176,13 +177,13 @@ def test_tasks_that_are_not_here_or_nowhere(world, refused):
     assert "nq_open: its documents are not on this machine" in said and "--download asks" in said
     assert not datasets.config.HF_HUB_OFFLINE
     said = refused(*command, "hellaswagg")
-    assert "no task of lm_eval is called 'hellaswagg'; close to it are hellaswag" in said
+    assert "no task of lm_eval is called 'hellaswagg'; similar names are hellaswag" in said
 
 
 def test_what_is_wrong_is_said(package, tmp_path, monkeypatch, refused):
     package = Path(shutil.copy(package, tmp_path))
     monkeypatch.setattr(tasks, "download", lambda *_: package)
-    with pytest.raises(ValueError, match="no task's documents; `flexolmo data tasks"):
+    with pytest.raises(ValueError, match="expected documents of tasks, found none; `flexolmo"):
         load_tasks(["piqa"], tmp_path)
     package.write_bytes(package.read_bytes()[:-100])
     assert "is damaged, or not what was expected" in refused("data", "tasks", tmp_path / "data")

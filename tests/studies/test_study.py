@@ -258,7 +258,7 @@ def studied(config_file, tmp_path_factory, quick):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexolmo_jax.studies.baselines.seed_stages.train_jointly", interrupt)
+        patch.setattr("flexolmo_jax.studies.baselines.training_stages.train_jointly", interrupt)
         assert main(command) == INTERRUPTED
     assert not (out / "report.md").exists()
     done = {file: file.stat().st_mtime for file in out.rglob("done.json")}
@@ -285,8 +285,8 @@ def test_the_report_holds_every_method_and_both_seeds(studied, config):
         value = bits["flexolmo"][column]
         assert value["low"] <= value["mean"] <= value["high"] and len(value["seeds"]) == 2
         assert value["seeds"][0] == first["bits_per_byte"]["flexolmo"][column]["seeds"][0]
-    for picture in ("methods", "removal", "routing", "owners", "top_k"):
-        assert (out / f"{picture}.png").stat().st_size > 5000
+    for figure in ("methods", "removal", "routing", "owners", "top_k"):
+        assert (out / f"{figure}.png").stat().st_size > 5000
     page = (out / "report.md").read_text()
     assert "FlexOlmo, routed as chosen" in page and "| without math |" in page
 
@@ -324,7 +324,7 @@ def test_a_study_that_is_done_is_not_made_again(studied, config_file, flexolmo):
 
 def test_a_wrong_study_is_refused(refused, studied, config_file, tmp_path):
     out, _ = studied
-    assert "already there; go on with it with --resume" in refused(
+    assert "a study already exists here; pass --resume" in refused(
         "study", config_file, "--out", out
     )
     new = ("--out", tmp_path / "new")

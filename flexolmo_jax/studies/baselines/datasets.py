@@ -18,7 +18,7 @@ from flexolmo_jax.storage.files import canonical_digest, file_digest, new_file, 
 from flexolmo_jax.studies.baselines.config import StudyConfig
 
 SPLITS = ("train", "tune", "heldout")
-MIXED = "mixed"  # the name of sequences that change their domain, beside the domains'
+MIXED = "mixed"  # beside the domains' names: sequences that change their domain
 CORPUS = "corpus"
 TOKENIZER = "tokenizer.json"
 
@@ -29,7 +29,7 @@ class Sequences(NamedTuple):
     Attributes:
       tokens: int32 [N, S + 1]; the first S are read, the last S are predicted.
       sizes: int32 [N, S], bytes of each predicted token; 0 for padding and ends of documents.
-      document: int32 [N], which sequences are of one document, or of one group of them (a book).
+      document: int32 [N], the index of the document, or group of documents (a book), of each.
     """
 
     tokens: np.ndarray
@@ -45,7 +45,7 @@ def find_texts(config: StudyConfig, domain: str) -> dict[str, str]:
     """
     if config.texts == CORPUS:
         return {split: f"corpus:{domain}" for split in SPLITS}
-    found = {}
+    files = {}
     for split in SPLITS:
         file = Path(config.texts) / domain / f"{split}.jsonl"
         if not file.is_file():
@@ -53,12 +53,12 @@ def find_texts(config: StudyConfig, domain: str) -> dict[str, str]:
                 f"{file}: missing; expected texts to be {CORPUS!r}, or a folder that `flexolmo "
                 "data flexmix` wrote: set it with --texts FOLDER"
             )
-        found[split] = str(file)
-    return found
+        files[split] = str(file)
+    return files
 
 
 def digest_of_texts(config: StudyConfig, domain: str) -> str:
-    """Changes when a byte of any of its texts does."""
+    """A digest of all texts of a domain: of the sources, not of what is cut from them."""
     digest = hashlib.sha256()
     for split, source in find_texts(config, domain).items():
         digest.update(split.encode())
@@ -80,18 +80,19 @@ def write_texts(config: StudyConfig, domain: str, folder: Path) -> None:
         documents.sort(key=lambda d: hashlib.sha256(d.text.encode()).digest())
         if not documents:
             raise ValueError(
-                f"{source}: no document is for {split}; give more, or hold out another share"
+                f"{source}: no document belongs to the split {split!r}; give more documents, or "
+                "hold out another share"
             )
         if split == "train" and domain != "public":
             documents = list(_first_bytes(documents, config.owner_bytes))
         _write_documents(folder / f"{split}.jsonl", documents)
 
 
-def write_pool(texts: Mapping[str, Path], most: int, file: Path) -> None:
-    """Everybody's training text in one file, of each domain at most so many bytes."""
+def write_pool(texts: Mapping[str, Path], max_bytes: int, file: Path) -> None:
+    """Writes the training text of all domains into one file, at most `max_bytes` of each."""
     pool: list[Document] = []
     for folder in texts.values():
-        pool += _first_bytes(read_documents(folder / "train.jsonl"), most)
+        pool += _first_bytes(read_documents(folder / "train.jsonl"), max_bytes)
     _write_documents(file, pool)
 
 
@@ -103,9 +104,9 @@ def _belongs(document: Document, split: str, config: StudyConfig) -> bool:
     return split == ("heldout" if is_heldout(document, config.heldout) else "train")
 
 
-def _first_bytes(documents: Iterable[Document], most: int) -> Iterator[Document]:
-    """Documents until there are so many bytes; the last one is cut."""
-    left = most
+def _first_bytes(documents: Iterable[Document], max_bytes: int) -> Iterator[Document]:
+    """Documents until there are `max_bytes` bytes; the last one is cut."""
+    left = max_bytes
     for document in documents:
         if left <= 0:
             return
@@ -128,16 +129,16 @@ def training_texts(folder: Path) -> list[str]:
 
 
 def write_tokenizer(public: Path, vocab_size: int, folder: Path) -> None:
-    """A BPE of the public training text, the same for all seeds."""
+    """Trains a BPE on the public training text; it is the same for all seeds."""
     tokenizer = Tokenizer.train(training_texts(public), vocab_size)
     replace_file(folder / TOKENIZER, tokenizer.json)
 
 
 def write_embedding(own: Path, public: Path, file: Path) -> None:
-    """What the paper takes from an embedding model, of a domain's documents; a .npy file.
+    """Writes the domain embedding of an owner's documents, as a .npy file.
 
-    Hashed words and word pairs, weighted by how rare they are in public text (TF-IDF): no
-    download, and nothing of other owners is needed.
+    The paper uses an embedding model; this one is hashed words and word pairs, weighted by how rare
+    they are in public text (TF-IDF). It needs no download, and nothing of other owners.
     """
     hashed = HashingVectorizer(n_features=4096, ngram_range=(1, 2), alternate_sign=False)
     rarity = TfidfTransformer(sublinear_tf=True)
@@ -147,28 +148,28 @@ def write_embedding(own: Path, public: Path, file: Path) -> None:
 
 
 def write_public_sample(public: Path, share: float, file: Path) -> None:
-    """Some public documents, which stand beside the proxies in router tuning."""
-    documents = list(read_documents(public / "train.jsonl"))  # they come in no order
+    """Writes the public documents that router tuning reads beside the owners' proxies."""
+    documents = list(read_documents(public / "train.jsonl"))  # in the order of their digests
     _write_documents(file, documents[: max(1, round(share * len(documents)))])
 
 
 def write_sequences(
     config: StudyConfig, texts: Mapping[str, Path], tokenizer: Tokenizer, file: Path
 ) -> None:
-    """All sequences to score, by "SPLIT.DOMAIN" and "SPLIT.mixed", into one .npz file."""
+    """Writes all sequences to score, by "SPLIT.DOMAIN" and "SPLIT.mixed", to one .npz file."""
     sizes = token_sizes(tokenizer)
-    found: dict[str, Sequences] = {}
+    named: dict[str, Sequences] = {}
     for split, count in (("tune", config.tune_sequences), ("heldout", config.test_sequences)):
         for domain in config.domains:
             documents = read_documents(texts[domain] / f"{split}.jsonl")
-            made = _sequences(documents, tokenizer, sizes, config, count)
-            found[f"{split}.{domain}"] = made
+            cut = _sequences(documents, tokenizer, sizes, config, count)
+            named[f"{split}.{domain}"] = cut
         mixed = config.mixed_sequences if split == "heldout" else -(-config.mixed_sequences // 2)
-        alone = {domain: found[f"{split}.{domain}"] for domain in config.domains}
-        found[f"{split}.{MIXED}"] = _mixed(alone, sizes, mixed)
+        alone = {domain: named[f"{split}.{domain}"] for domain in config.domains}
+        named[f"{split}.{MIXED}"] = _mixed(alone, sizes, mixed)
     arrays = {
-        f"{name}.{field}": getattr(one, field)
-        for name, one in found.items()
+        f"{name}.{field}": getattr(sequences, field)
+        for name, sequences in named.items()
         for field in Sequences._fields
     }
     with new_file(file, "wb") as opened:
@@ -183,9 +184,9 @@ def read_sequences(file: Path) -> dict[str, Sequences]:
 
 
 def token_sizes(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of text that each token stands for, int32 [V]; 0 for the separator.
+    """Bytes of text of each token, int32 [V]; 0 for the end-of-document token.
 
-    In a byte-level BPE, a character of a token's name is a byte.
+    In a byte-level BPE, each character of a token's name stands for a byte.
     """
     sizes = np.asarray([len(name) for name in tokenizer.names()], np.int32)
     sizes[tokenizer.separator] = 0
@@ -218,10 +219,10 @@ def _sequences(
 
 
 def _mixed(alone: dict[str, Sequences], sizes: np.ndarray, count: int) -> Sequences:
-    """Half a sequence of one domain, then half a one of another, read as one document.
+    """Joins half a sequence of one domain and half of another, read as one document.
 
-    The half-way token is the last one of the first half, so S / 2 of what is predicted, and one
-    more, are of the second domain. Sequences with less text than that are not used.
+    The token in the middle is the last input of the first half, so that S / 2 + 1 of the predicted
+    tokens are of the second domain. Sequences with less text than that are not used.
     """
     half = next(iter(alone.values())).sizes.shape[1] // 2
     full = {d: s.tokens[(s.sizes[:, : half + 1] > 0).all(axis=1)] for d, s in alone.items()}
@@ -229,7 +230,7 @@ def _mixed(alone: dict[str, Sequences], sizes: np.ndarray, count: int) -> Sequen
     pairs = list(itertools.permutations(domains, 2))
     if not pairs:
         raise ValueError(
-            f"no two domains have documents of {half + 2} tokens to mix: take a smaller length"
+            f"no two domains have documents of {half + 2} tokens to mix; set a smaller length"
         )
     random = np.random.default_rng(0)
     order = {domain: itertools.cycle(random.permutation(len(full[domain]))) for domain in domains}
@@ -244,5 +245,5 @@ def _mixed(alone: dict[str, Sequences], sizes: np.ndarray, count: int) -> Sequen
 
 
 def first(sequences: Sequences, count: int) -> Sequences:
-    """The first `count` of them."""
+    """The first `count` sequences."""
     return Sequences(*(array[:count] for array in sequences))

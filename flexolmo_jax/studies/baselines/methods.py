@@ -12,19 +12,19 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 
-PIECE = 100  # characters of a training example of the prompt classifier, about a prompt
-PIECES = 3000  # at most so many of each domain
+PIECE = 100  # characters of a training example of the prompt classifier: about as many as a prompt
+MAX_PIECES = 3000  # of each domain
 
 
 def running_evidence(nats: np.ndarray, decay: float = 1.0) -> np.ndarray:
-    """Evidence for each model before each token: what the earlier ones cost it, negated.
+    """Evidence for each model before each token: minus the cost of the earlier tokens.
 
     Args:
       nats: float [M, N, S], cost of each token.
-      decay: what a token's evidence is multiplied by with every further token.
+      decay: factor of a token's evidence with every further token.
 
     Returns:
-      float64 [M, N, S]: log-posteriors of a uniform prior, up to a constant.
+      float64 [M, N, S]: log-posteriors under a uniform prior, up to a constant.
     """
     evidence = np.zeros(nats.shape)
     for t in range(1, nats.shape[-1]):
@@ -33,20 +33,20 @@ def running_evidence(nats: np.ndarray, decay: float = 1.0) -> np.ndarray:
 
 
 def prefix_evidence(nats: np.ndarray, prefix: int) -> np.ndarray:
-    """As `running_evidence`, from the first `prefix` tokens only; 0, which is none, within them."""
+    """As `running_evidence`, from the first `prefix` tokens only; within them it is 0."""
     evidence = np.zeros(nats.shape)
     evidence[..., prefix:] = -nats[..., :prefix].sum(axis=-1, keepdims=True)
     return evidence
 
 
 def btm(nats: np.ndarray, evidence: np.ndarray, active: int) -> np.ndarray:
-    """Branch-train-merge: the models' mixture, weighted by the posterior of each.
+    """Branch-train-merge: the mixture of the models, weighted by the posterior of each.
 
     Args:
       nats: float [M, N, S].
       evidence: float [M, N, S].
-      active: only so many models with the most evidence answer; all that are tied with the last
-        of them do too (at the start, all models).
+      active: the number of models with the most evidence that answer; models tied with the last
+        of them answer too (at the start, all models).
 
     Returns:
       float [N, S], nats of each token.
@@ -62,7 +62,7 @@ def follow(nats: np.ndarray, choice: np.ndarray, prefix: int) -> np.ndarray:
 
     Args:
       nats: float [M, N, S].
-      choice: int [N], of the models.
+      choice: int [N], index of the model of each sequence.
       prefix: tokens of the prompt.
 
     Returns:
@@ -74,19 +74,19 @@ def follow(nats: np.ndarray, choice: np.ndarray, prefix: int) -> np.ndarray:
 
 
 def domain_classifier(texts: Sequence[Sequence[str]]) -> Pipeline:
-    """Tells from a prompt which domain it is of; learns from all domains' texts in one place.
+    """Trains a classifier that predicts the domain of a prompt, on all domains' texts together.
 
     Args:
       texts: of each domain.
 
     Returns:
-      a scikit-learn pipeline that predicts numbers of domains.
+      a scikit-learn pipeline that predicts indices of domains.
     """
     pieces, labels = [], []
     for number, documents in enumerate(texts):
         cut = [d[i : i + PIECE] for d in documents for i in range(0, len(d), PIECE)]
         random = np.random.default_rng(number)
-        chosen = random.permutation(len(cut))[:PIECES]
+        chosen = random.permutation(len(cut))[:MAX_PIECES]
         pieces += [cut[i] for i in chosen]
         labels += [number] * len(chosen)
     classifier = make_pipeline(

@@ -1,7 +1,7 @@
-"""The models of a study that are not one of the three stages as it is: baselines and ablations.
+"""The models of a study that none of the three training stages makes: baselines and ablations.
 
-Soups, BTX (whole models fine-tuned apart, their attention averaged, their feed-forward networks
-made the experts of a mixture), and packages whose router rows are fitted anew.
+Soups, BTX (whole models fine-tuned separately, their attention averaged, their feed-forward
+networks the experts of a mixture), and packages with refitted router rows.
 """
 
 import dataclasses
@@ -22,35 +22,33 @@ from flexolmo_jax.modeling.flops import expert_alone_step_flops, forward_flops
 from flexolmo_jax.modeling.transformer import Anchor
 from flexolmo_jax.storage.locks import private_folder
 from flexolmo_jax.studies.baselines.config import StudyConfig
-from flexolmo_jax.studies.engine.stages import forget
+from flexolmo_jax.studies.engine.commands import PACKAGE, RUN
+from flexolmo_jax.studies.engine.stages import discard
 from flexolmo_jax.training.objectives import with_parts
 from flexolmo_jax.training.public_data import public_batch
 from flexolmo_jax.training.router_fit.inputs import whitened_by
 from flexolmo_jax.training.stages.expert import fit_rows
 
-PACKAGE = "package"  # of a stage's folder: what came of it
-RUN = "run"  # and the folder of the training run
-
 
 def trained(
     train: Callable[..., None], folder: Path, *, windows: Path | None = None, **more
 ) -> None:
-    """Runs one of the training functions in a stage's folder, or goes on where it was killed.
+    """Runs one of the training functions in a stage's folder, or resumes it.
 
     Args:
       train: takes out, run, resume and `more`.
-      folder: of the stage; holds the package and metrics afterwards, no checkpoints.
-      windows: where the training windows are already; they are not made again.
+      folder: of the stage; afterwards it holds the package and metrics, no checkpoints.
+      windows: a folder of training windows, which are then not made again.
     """
     out, run = folder / PACKAGE, folder / RUN
-    forget(out)  # of a kill while it was written
+    discard(out)  # of an interrupted write
     if windows is not None and not (run / "data").is_symlink():
         private_folder(run)
         (run / "data").symlink_to(windows)
     train(out=out, run=run, resume=(run / "config.json").exists(), **more)
-    forget(run / "checkpoints")
+    discard(run / "checkpoints")
     if windows is None:
-        forget(run / "data")
+        discard(run / "data")
     else:
         (run / "data").unlink()
 
@@ -76,7 +74,7 @@ def average(models: Sequence[FlexOlmo], weights: Sequence[float]) -> FlexOlmo:
 
 
 def write_btx(anchor: Path, dense: Mapping[str, Path], folder: Path) -> None:
-    """BTX's parts as ours: an "anchor" with the averaged backbone, and packages beside it.
+    """Writes BTX as an "anchor" with the averaged backbone, and packages beside it.
 
     The public model is one of those averaged, and its feed-forward network one of the experts.
 
@@ -85,10 +83,10 @@ def write_btx(anchor: Path, dense: Mapping[str, Path], folder: Path) -> None:
       dense: whole models by owner, fine-tuned from it.
       folder: gets anchor/ and OWNER/, with equal rows: the uniform router.
     """
-    forget(folder)
+    discard(folder)
     public = read_anchor(anchor)
-    whole = {name: read_anchor(path) for name, path in dense.items()}
-    backbones = [one.weights.backbone for one in (public, *whole.values())]
+    models = {name: read_anchor(path) for name, path in dense.items()}
+    backbones = [model.weights.backbone for model in (public, *models.values())]
     mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *backbones)
     assert public.tokenizer is not None
     write_anchor(
@@ -97,8 +95,8 @@ def write_btx(anchor: Path, dense: Mapping[str, Path], folder: Path) -> None:
     )  # fmt: skip
     together = read_anchor(folder / "anchor")
     router = public.weights.public.router
-    for name, one in whole.items():
-        expert = with_parts(one.weights.public, one.weights.public.feed_forward, router)
+    for name, model in models.items():
+        expert = with_parts(model.weights.public, model.weights.public.feed_forward, router)
         _write_package(folder, name, expert, together)
 
 
@@ -115,14 +113,14 @@ def refit(
     training: ExpertTraining,
     folder: Path,
 ) -> None:
-    """FOLDER/OWNER: packages of experts whose router rows each owner fits alone.
+    """Writes FOLDER/OWNER: packages of experts whose router rows each owner fits alone.
 
     Args:
-      anchor: that the experts stand beside.
+      anchor: the model that the experts extend.
       experts: by owner; their rows are replaced.
       texts: folders of `write_texts` by owner.
-      windows: by owner: folders where the training windows are, or will be.
-      training: says how rows are fitted.
+      windows: folders of the training windows by owner; written if they are missing.
+      training: how rows are fitted.
     """
     loaded = read_anchor(anchor)
     assert loaded.tokenizer is not None
@@ -134,7 +132,7 @@ def refit(
             loaded.public_text, loaded.tokenizer, length, training.fit_tokens // length
         )
         fitted = fit_rows(expert, loaded, source, public, training)
-        forget(folder / name)
+        discard(folder / name)
         _write_package(folder, name, fitted, loaded)
 
 
@@ -150,15 +148,16 @@ def dense_experts(dense: Mapping[str, Path]) -> dict[str, Experts]:
 
 
 def merged(anchor: Path, packages: Sequence[Path], folder: Path, memory=None) -> Path:
-    """FOLDER/merged, made anew."""
+    """Rebuilds FOLDER/merged."""
     out = folder / "merged"
-    forget(out)
-    merge(anchor, packages, out, memory=memory, allow_share=None)  # all are our own
+    discard(out)
+    # Every expert is the study's own, so that no limit of its share has to protect the others.
+    merge(anchor, packages, out, memory=memory, allow_share=None)
     return out
 
 
 def routed(model: FlexOlmo, *, active: int | None = None, memory=None) -> FlexOlmo:
-    """The model with another number of active experts, and another memory of its router."""
+    """The model with this number of active experts, and this memory of its router."""
     config = model.config.replace(active_experts=active, memory=memory)
     return dataclasses.replace(model, config=config)
 
@@ -175,13 +174,13 @@ def bias_folded(model: FlexOlmo, anchor: Path) -> FlexOlmo:
 
     Args:
       model: merged.
-      anchor: its anchor, whose public text says which row is about 1 for every input.
+      anchor: its anchor; from its public text follows the row that gives about 1 for every input.
     """
     loaded = read_anchor(anchor)
     assert loaded.tokenizer is not None
     text = public_batch(loaded.public_text, loaded.tokenizer, loaded.config.max_length, 256)
-    public = whitened_by(text, loaded.weights, loaded.config)
-    constant = jnp.asarray([one.constant for one in public], jnp.float32)  # [L, D]
+    inputs = whitened_by(text, loaded.weights, loaded.config)
+    constant = jnp.asarray([layer.constant for layer in inputs], jnp.float32)  # [L, D]
     experts = jax.tree.map(jnp.array, model.experts)
     bias = experts.router.bias[...][..., None]  # [L, E, 1]
     experts.router.row[...] = experts.router.row[...] + bias * constant[:, None]
@@ -189,5 +188,5 @@ def bias_folded(model: FlexOlmo, anchor: Path) -> FlexOlmo:
 
 
 def load_all(anchor: Path, dense: Mapping[str, Path]) -> list[FlexOlmo]:
-    """The public model, then the owners' whole ones."""
+    """The public model, then the owners' dense ones."""
     return [load(anchor), *(load(path) for path in dense.values())]

@@ -1,4 +1,4 @@
-"""The pictures of a study's report."""
+"""The figures of a study's report, beside those of `engine/plots.py`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,41 +7,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 
-def change_map(
-    rows: Sequence[str], columns: Sequence[str], change: np.ndarray, picture: Path, *, title: str
-) -> None:
-    """A matrix of relative changes: red is worse, green is better.
-
-    Args:
-      rows, columns: names.
-      change: float [rows, columns], 0.1 for 10% more bits per byte.
-      picture: a .png file to write.
-      title: what changed.
-    """
-    size = (2.5 + 0.95 * len(columns), 1.4 + 0.42 * len(rows))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(change, cmap="RdYlGn_r", vmin=-0.2, vmax=0.2, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="left")
-    axes.set_yticks(range(len(rows)), rows)
-    axes.xaxis.tick_top()
-    for (i, j), value in np.ndenumerate(change):
-        colour = "white" if abs(value) > 0.15 else "black"
-        axes.text(j, i, f"{value:+.1%}", ha="center", va="center", fontsize=8, color=colour)
-    figure.colorbar(image, format="{x:+.0%}", label="change in bits per byte")
-    figure.suptitle(title)
-    figure.savefig(picture, dpi=130)
-
-
 def routing_map(
-    shares: Mapping[str, np.ndarray], experts: Sequence[str], picture: Path, *, title: str
+    shares: Mapping[str, np.ndarray], experts: Sequence[str], figure_file: Path, *, title: str
 ) -> None:
-    """Which expert reads what: for each layer, domains x experts.
+    """Draws the weight of each expert on each domain's text, layer by layer.
 
     Args:
       shares: by domain: float [L, E], each layer's summing to 1.
       experts: names.
-      picture: a .png file to write.
+      figure_file: a .png file to write.
     """
     domains = list(shares)
     layers = len(next(iter(shares.values())))
@@ -63,7 +37,7 @@ def routing_map(
     figure.supxlabel("expert", fontsize=10)
     figure.colorbar(image, ax=list(panels), format="{x:.0%}")
     figure.suptitle(title)
-    figure.savefig(picture, dpi=130)
+    figure.savefig(figure_file, dpi=130)
 
 
 Curve = Sequence[tuple[float, float]]  # mean, half of the error bar
@@ -72,7 +46,7 @@ Curve = Sequence[tuple[float, float]]  # mean, half of the error bar
 def curves(
     ticks: Sequence[str],
     lines: Mapping[str, Curve],
-    picture: Path,
+    figure_file: Path,
     *,
     title: str,
     labels: tuple[str, str],
@@ -82,13 +56,13 @@ def curves(
     """Bits per byte, or their change, over something that was varied.
 
     Args:
-      ticks: what was tried.
+      ticks: labels of the values that were varied.
       lines: by name: a mean and an error for each tick.
-      picture: a .png file to write.
-      title: of the picture.
+      figure_file: a .png file to write.
+      title: of the figure.
       labels: of its x and y axes.
-      level: by name: values to compare with, as dashed lines.
-      shares: the values are to be read as percentages.
+      level: values to compare with, by name; drawn as dashed lines.
+      shares: show the values as percentages.
     """
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -111,4 +85,4 @@ def curves(
         axes.yaxis.set_major_formatter("{x:+.0%}")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
-    figure.savefig(picture, dpi=130)
+    figure.savefig(figure_file, dpi=130)

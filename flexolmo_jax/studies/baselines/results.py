@@ -1,4 +1,4 @@
-"""Results of a study: bits per byte of every method, with bootstrap intervals over documents.
+"""The results of a study: bits per byte of every method, with bootstrap intervals over documents.
 
 Every method is scored on the same sequences, so differences between two are paired: documents are
 drawn with replacement once, and all methods and seeds are summed over the same draws.
@@ -14,8 +14,9 @@ import numpy as np
 from flexolmo_jax.studies.baselines import methods
 from flexolmo_jax.studies.baselines.config import StudyConfig
 from flexolmo_jax.studies.baselines.datasets import MIXED, Sequences, read_sequences
+from flexolmo_jax.studies.baselines.families import CHOICE
 from flexolmo_jax.studies.baselines.scores import Scores, load_scores, tuning_score
-from flexolmo_jax.studies.baselines.seed_stages import CHOICE, SeedPlan
+from flexolmo_jax.studies.baselines.seed_stages import SeedPlan
 from flexolmo_jax.studies.baselines.shared_stages import SCORES, SEQUENCES, Shared
 
 DRAWS = 1000
@@ -25,7 +26,7 @@ AFTER = "after the change"  # of mixed sequences, the second half
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """Bits per byte, or a difference of them: the mean over seeds, and how sure it is."""
+    """Bits per byte, or a difference of them: the mean over seeds, and its interval."""
 
     mean: float
     low: float  # of the 95% interval over documents
@@ -34,7 +35,7 @@ class Value:
 
     @property
     def spread(self) -> float:
-        """Standard deviation over the seeds; 0 of one."""
+        """Standard deviation over the seeds; 0 for a single seed."""
         return float(np.std(self.seeds, ddof=1)) if len(self.seeds) > 1 else 0.0
 
     def json(self) -> dict[str, Any]:
@@ -45,9 +46,9 @@ class Results:
     """Bits per byte of all methods, on all columns, of all seeds.
 
     Attributes:
-      methods: their names.
+      methods: the names of all methods.
       columns: the domains, "mixed", and AFTER.
-      choices: of each seed: what was chosen on the tuning split.
+      choices: what was chosen on the tuning split, by seed.
     """
 
     def __init__(self, config: StudyConfig, shared: Shared, plans: Mapping[int, SeedPlan]):
@@ -80,7 +81,8 @@ class Results:
 
     def _mask(self, column: str) -> np.ndarray:
         sizes = self._sequences(column).sizes
-        start = sizes.shape[1] // 2 - 1 if column == AFTER else 0  # the first token of the second
+        # Of mixed sequences, prediction S / 2 - 1 is the first token of the second domain.
+        start = sizes.shape[1] // 2 - 1 if column == AFTER else 0
         return sizes * (np.arange(sizes.shape[1]) >= start)
 
     def _draw(self, column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +105,7 @@ class Results:
         return out
 
     def _combine(self, found: dict[str, Scores], choices: dict[str, Any]) -> None:
-        """Adds the methods that combine whole models' answers; chooses BTM's decay."""
+        """Adds the methods that combine whole models; chooses BTM's decay."""
         config = self.config
         members = ["anchor", *(f"dense.{name}" for name in config.owners)]
         nats = {
@@ -169,7 +171,7 @@ class Results:
         return seeds, (times @ bits.mean(axis=0)) / (times @ sizes)
 
     def owners_mean(self, method: str, minus: str | None = None) -> Value:
-        """The mean over the owners' domains: what a merge is for."""
+        """The mean over the owners' domains."""
         return self.value(method, *self.config.owners, minus=minus)
 
     def kept(self, method: str, owner: str) -> float:
@@ -183,5 +185,5 @@ class Results:
         return (anchor - merged) / (anchor - own)
 
     def public_cost(self, method: str) -> float:
-        """How much worse than the anchor a method is on public text, as a share."""
+        """The relative increase over the anchor on public text."""
         return self.value(method, "public").mean / self.value("anchor", "public").mean - 1

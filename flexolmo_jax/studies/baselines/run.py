@@ -21,20 +21,23 @@ from flexolmo_jax.studies.engine.stages import run_stages
 
 
 def run_study(config: StudyConfig, out: Path, seeds: Sequence[int], resume: bool = False) -> None:
-    """Runs a study for some seeds, and writes what there is of all seeds in the folder.
+    """Runs a study for some seeds, and writes the report of all seeds that are done.
 
     Args:
       config: the study.
-      out: the folder: stages, then report.md, report.json and pictures.
-      seeds: to run now; those that were run before with the same values stay in the report.
-      resume: the folder may be there; whatever in it is still valid is used.
+      out: the folder: stages, then report.md, report.json and figures.
+      seeds: to run now; seeds that were run before with the same values stay in the report.
+      resume: the folder may exist; whatever in it is still valid is used.
 
     Raises:
-      ValueError: the folder is there and `resume` was not asked for; a text is missing.
-      FloatingPointError, Interrupted: as the trainings say.
+      ValueError: the folder exists and `resume` is false; a text is missing.
+      FloatingPointError, Interrupted: as the training functions.
     """
     if not resume and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out}: already there; go on with it with --resume, or choose another")
+        raise ValueError(
+            f"{out}: a study already exists here; pass --resume to continue it, or choose another "
+            "--out"
+        )
     reads = [] if config.texts == "corpus" else [config.texts]
     check_kept_folder(out, reads, holding=("*/lock", "*/done.json"))
     if len(set(seeds)) != len(seeds) or not seeds:
@@ -47,15 +50,15 @@ def run_study(config: StudyConfig, out: Path, seeds: Sequence[int], resume: bool
         for seed in seeds:
             jax.clear_caches()  # programs hold memory maps; at 65530 of them Linux ends a process
             run_stages(plan_seed(config, shared, seed).stages)
-    there = sorted(int(f.name.removeprefix("seed")) for f in root.glob("seed*") if f.is_dir())
-    plans = {seed: plan_seed(config, shared, seed) for seed in there}
+    known = sorted(int(f.name.removeprefix("seed")) for f in root.glob("seed*") if f.is_dir())
+    plans = {seed: plan_seed(config, shared, seed) for seed in known}
     done = {n: plan for n, plan in plans.items() if all(s.is_done for s in plan.stages)}
     write_report(config, shared, done, out)
 
 
 @contextlib.contextmanager
 def _compiled_programs_in(folder: Path) -> Iterator[None]:
-    """Keeps compiled programs on disk, for the next seed; unless the user keeps them elsewhere."""
+    """Caches compiled programs on disk for the next seed, unless the user has set a cache."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [getattr(jax.config, name) for name in names]
     if before[0] is not None:
@@ -65,7 +68,7 @@ def _compiled_programs_in(folder: Path) -> Iterator[None]:
     def switch(values):
         for name, value in zip(names, values, strict=True):
             jax.config.update(name, value)
-        compilation_cache.reset_cache()  # it looks at the folder only once
+        compilation_cache.reset_cache()  # it reads the folder's name only once
 
     switch([str(folder), 0.5])
     try:

@@ -1,4 +1,4 @@
-"""Per-token losses of a model on a study's sequences, and its routing; kept as arrays."""
+"""Per-token losses of a model on a study's sequences, and its routing, stored as arrays."""
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ def token_nats(model: FlexOlmo, sequences: Sequences, *, without: Sequence[str] 
 
 
 def _batches(tokens: np.ndarray) -> Iterable[np.ndarray]:
-    """[BATCH, S + 1] each; the last one is filled up with copies of its last row."""
+    """[BATCH, S + 1] each; the last batch is padded with copies of its last row."""
     for start in range(0, len(tokens), BATCH):
         part = tokens[start : start + BATCH]
         yield np.concatenate([part, np.repeat(part[-1:], BATCH - len(part), axis=0)])
@@ -65,12 +65,12 @@ def load_scores(file: Path) -> Scores:
 
 
 def bits_per_byte(nats: np.ndarray, sizes: np.ndarray) -> float:
-    """Of all tokens together; arrays of one shape."""
+    """Bits per byte over all tokens; both arrays have the same shape."""
     return float(nats.sum(dtype=np.float64) / np.log(2) / sizes.sum(dtype=np.float64))
 
 
 def tuning_score(scores: Scores, sequences: Mapping[str, Sequences]) -> float:
-    """What every choice of the study is made by: bits per byte on the tuning split.
+    """The criterion of every choice of the study: bits per byte on the tuning split.
 
     The mean of two: the mean over the domains, and the sequences that change their domain.
     """

@@ -19,12 +19,12 @@ SEQUENCES = "sequences.npz"
 EMBEDDING = "embedding.npy"
 POOL = "pool.jsonl"
 WINDOWS = "windows"
-LEARNT_FROM = 2000  # documents of each side, by the classifier that picks proxies
+PROXY_EXAMPLES = 2000  # documents of each class that train the classifier of proxies
 
 
 @dataclasses.dataclass
 class Shared:
-    """The stages that all seeds share; those in dicts by domain."""
+    """The stages that all seeds share; dicts are keyed by domain."""
 
     texts: dict[str, Stage]
     pool: Stage
@@ -51,11 +51,11 @@ def plan_shared(config: StudyConfig, root: Path) -> Shared:
         return Stage(name, root, made_from, tuple(needs), work)
 
     def text(domain: str) -> Stage:
-        most = None if domain == "public" else config.owner_bytes
+        max_bytes = None if domain == "public" else config.owner_bytes
         return stage(
             f"texts/{domain}", [],
             lambda folder: datasets.write_texts(config, domain, folder),
-            digest=datasets.digest_of_texts(config, domain), most=most, heldout=config.heldout,
+            digest=datasets.digest_of_texts(config, domain), most=max_bytes, heldout=config.heldout,
         )  # fmt: skip
 
     texts = {domain: text(domain) for domain in config.domains}
@@ -76,16 +76,16 @@ def plan_shared(config: StudyConfig, root: Path) -> Shared:
 
         def pick(folder: Path) -> None:
             share, file = config.proxies, folder / f"{domain}.jsonl"
-            file.unlink(missing_ok=True)  # of a killed run
+            file.unlink(missing_ok=True)  # of an interrupted run
             if domain == "public":
                 datasets.write_public_sample(public.folder, share, file)
             else:
                 everything = str(folders["public"] / "train.jsonl")
-                pick_proxies(str(own), everything, file, share=share, most=LEARNT_FROM)
+                pick_proxies(str(own), everything, file, share=share, most=PROXY_EXAMPLES)
 
         return stage(
             f"proxies/{domain}", (texts[domain], public), pick,
-            share=config.proxies, most=LEARNT_FROM,
+            share=config.proxies, most=PROXY_EXAMPLES,
         )  # fmt: skip
 
     pool = stage(
@@ -123,7 +123,7 @@ def plan_shared(config: StudyConfig, root: Path) -> Shared:
     )  # fmt: skip
 
     def classify(folder: Path) -> None:
-        """The domain that a classifier takes each prompt for, in place of scores."""
+        """Stores the predicted domain of each prompt, in place of scores."""
         train = [datasets.training_texts(one) for one in folders.values()]
         classifier, read = methods.domain_classifier(train), read_tokenizer()
         chosen = {

@@ -1,0 +1,113 @@
+"""The other studies on a small world."""
+
+import json
+
+import pytest
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.sources import Document
+from flexolmo_jax.studies import loading, privacy_accounting, rounding, shares, tasks_compared
+from flexolmo_jax.studies.demo_seeds import promises
+from flexolmo_jax.studies.expert_training import Recipe, make_page
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def report(merged):
+    """Of a demo of two owners, whose experts bring a domain to `merged` from 4."""
+    anchor = {"public": 3.0, "math": 4.0, "code": 4.0}
+    return {
+        "domains": list(anchor), "seconds": 60.0,
+        "bits_per_byte": {
+            "anchor": anchor,
+            "merged": {"public": 3.0, "math": merged, "code": merged},
+            "merged_without:math": {"public": 3.0, "math": 4.0, "code": merged},
+            "merged_without:code": {"public": 3.0, "math": merged, "code": 4.0},
+        },
+    }  # fmt: skip
+
+
+def test_demos_that_are_there_are_not_run_again_and_the_worst_seed_counts(study, tmp_path):
+    for seed, merged in enumerate((3.0, 3.9)):
+        (tmp_path / f"seed{seed}").mkdir()
+        (tmp_path / f"seed{seed}" / "report.json").write_text(json.dumps(report(merged)))
+    page = tmp_path / "page.md"
+    study("demo-seeds", tmp_path, "--seeds", 0, 1, "--page", page)
+    text = page.read_text()
+    assert "| merged | 3.000 (+0.0%; +0.0% +0.0%) | 3.450 (-13.8%; -25.0% -2.5%)" in text
+    assert "their mean: -5% or better | -2.5% | **no** |" in text
+    assert all(holds for _, _, holds in promises([report(3.0)]))
+
+
+def test_every_dtype_is_scored(world, study, tmp_path, monkeypatch):
+    monkeypatch.setattr(rounding, "OWNERS", ("math",))
+    monkeypatch.setattr(rounding, "heldout_documents", lambda *_: [Document("One, two.", "")])
+    (tmp_path / "merged").symlink_to(world.merged)
+    page = tmp_path / "page.md"
+    study("rounding", tmp_path, "--page", page)
+    rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    assert rows[0] == "| dtype | public | math |" and len(rows) == 2 + len(rounding.DTYPES)
+    assert "(+0.00%)" in rows[2]
+
+
+def test_longer_rows_take_a_larger_share(world, study, make_expert, tmp_path, monkeypatch):
+    monkeypatch.setattr(shares, "OWNERS", ("code", "creative"))
+    monkeypatch.setattr(shares, "FACTORS", (100,))
+    (tmp_path / "anchor").symlink_to(world.anchor)
+    (tmp_path / "experts").mkdir()
+    for seed, name in enumerate(shares.OWNERS):
+        make_expert(tmp_path / "experts" / name, name, seed=seed)
+    printed = study("shares", tmp_path)
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[2:6]] == ["| 1", "| 2", "| 1", "| 2"]
+    without = {row[0]: float(row[2].rstrip("% |")) for row in rows[-3:]}
+    assert without["| row along the mean input"] > without["| honest"]
+
+
+def test_a_model_is_loaded_over_two_devices(tmp_path):
+    config = ModelConfig(vocab_size=512, width=32, num_layers=1, num_heads=2, ffn_width=48)
+    loading.write_model(tmp_path / "large", 2, config)
+    loading.evict(tmp_path / "large")
+    (loaded,) = loading.run_processes(loading.load_model, tmp_path / "large", 1)
+    assert 0 < loaded.largest_leaf <= loaded.part and loaded.seconds > 0
+    halves = [loading.read_files(tmp_path / "large", 0, 2, index).part for index in (0, 1)]
+    files = [file for file in (tmp_path / "large").rglob("*") if file.is_file()]
+    assert sum(halves) == sum(file.stat().st_size for file in files)
+
+
+def test_a_setting_of_the_accounting_is_drawn_the_same_everywhere_and_resumed(
+    study, tmp_path, monkeypatch
+):
+    assert privacy_accounting.draw_setting(3, 0) == privacy_accounting.draw_setting(3, 0)
+    setting = {"units": 2000, "mean_batch": 50, "steps": 20, "epsilon": 4.0, "rows": False}
+    monkeypatch.setattr(privacy_accounting, "draw_setting", lambda number, seed: setting)
+    out = tmp_path / "out.jsonl"
+    assert "1 settings: 0 failed, 0 were refused" in study(
+        "privacy-accounting", out, "--settings", 1
+    )
+    row = json.loads(out.read_text())
+    assert row["stated"] <= 4.0 and not row["faults"]
+    out.write_text(json.dumps({**row, "faults": ["2% less noise is enough"]}) + "\n")
+    with pytest.raises(ValueError, match="1 of 1 settings failed"):
+        study("privacy-accounting", out, "--settings", 1)
+
+
+def test_scores_that_differ_are_named(tmp_path):
+    expected = {"boolq": {"acc": 0.5, "acc_stderr": 0.1}, "piqa": {"acc": 0.4}}
+    assert tasks_compared.differences(expected, expected) == []
+    other = {**expected, "piqa": {"acc": 0.41}}
+    assert tasks_compared.differences(expected, other) == ["piqa acc"]
+    with pytest.raises(ValueError, match="one package of the tasks below .*, found 0"):
+        tasks_compared.write_random_flexolmo(tmp_path, tmp_path)
+
+
+def test_the_best_recipe_of_each_kind_is_bold():
+    scores = {
+        Recipe("expert", "AdamW", 1e-3): {"math": 3.5},
+        Recipe("expert", "Muon", 1e-2): {"math": 3.2},
+        Recipe("dense", "AdamW", 1e-3): {"math": 3.0},
+    }
+    page = "\n".join(make_page({"math": 4.0}, scores, 1000))
+    assert "| expert | Muon | 0.01 | **3.200 (-0.800)** |" in page
+    assert "| expert | AdamW | 0.001 | 3.500 (-0.500) |" in page
+    assert "what the best dense model gains: math 80%." in page
