@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from flexolmo_jax.config import PrivacyConfig
-from flexolmo_jax.privacy import accounting
+from flexolmo_jax.privacy import accounting, calibration
 from flexolmo_jax.privacy.certificate import make_certificate, verify_certificate
 
 
@@ -43,10 +43,10 @@ def tried(values: dict) -> dict:
     """What came of a setting: noise, seconds, and what is wrong, if anything."""
     values = dict(values)
     target = values.pop("epsilon")
-    delta = accounting.default_delta(values["units"])
+    delta = calibration.default_delta(values["units"])
     start = time.process_time()
     try:
-        made = accounting.calibrate(target, delta, multiple=8, **values)
+        made = calibration.calibrate(target, delta, multiple=8, **values)
     except ValueError as error:
         return {"refused": str(error), "seconds": round(time.process_time() - start, 1)}
     between = time.process_time()
@@ -60,12 +60,13 @@ def tried(values: dict) -> dict:
     except ValueError as error:
         faults.append(str(error))
     end = time.process_time()
-    if made.noise_multiplier > accounting.LOWEST * 1.02:
+    if made.noise_multiplier > accounting.MIN_NOISE * 1.02:
         less = accounting.Mechanism(
             **{**vars(made), "noise_multiplier": made.noise_multiplier / 1.02}
         )
-        interval = accounting._interval({less: 1}, target) / 4
-        if accounting._epsilon_on_grid({less: 1}, delta, interval) <= target:
+        grid = accounting.choose_grid({less: 1}, delta, target)
+        finer = grid._replace(interval=grid.interval / 4)
+        if accounting.epsilon_on_grid({less: 1}, delta, finer) <= target:
             faults.append("2% less noise is enough")
     return {
         "noise": made.noise_multiplier, "stated": stated["epsilon"],

@@ -20,7 +20,7 @@ from flexolmo_jax.federation.names import check_name
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.privacy import mechanism
-from flexolmo_jax.privacy.accounting import calibrate, default_delta
+from flexolmo_jax.privacy.calibration import calibrate, default_delta
 from flexolmo_jax.privacy.canaries import canaries_of_run, check_they_are_read, check_they_fit
 from flexolmo_jax.privacy.certificate import make_certificate
 from flexolmo_jax.privacy.ledger import Ledger, Run, marked_run
