@@ -1,9 +1,9 @@
-"""Canaries: made-up documents, of which a coin puts half into an owner's training text.
+"""Canaries: random documents; a random half is included in an owner's training text.
 
-Whoever can tell from the weights which ones were put in, has shown that the weights tell of single
-documents. Texts and coins come from the operating system's entropy before training, from one
-distribution, so that nothing but the training can tell them apart. They stay in the run folder;
-the package's manifest holds how many there are, and a digest that binds the owner to them.
+Distinguishing included from held-out canaries by the weights shows that the weights leak
+membership. Texts and inclusion bits come from the operating system's entropy before training, and
+all texts from one distribution, so only training can make them differ. They stay in the run folder;
+the package's manifest records their number, and a digest that commits the owner to them.
 """
 
 import json
@@ -28,7 +28,7 @@ WORDS = 64  # of a canary
 
 
 class Canary(NamedTuple):
-    """A made-up document; `inserted` is what its coin said."""
+    """A random document; `inserted` is its inclusion bit."""
 
     text: str
     inserted: bool
@@ -42,10 +42,10 @@ class Canaries:
 
     @classmethod
     def draw(cls, count: int, tokenizer: Tokenizer) -> "Canaries":
-        """2 * count candidates, of which each is put in with probability 1/2, on its own.
+        """2 * count candidates, each included independently with probability 1/2.
 
-        A text is of random pieces of the vocabulary, all equally likely: no text is harder to
-        guess, and none leaves more of a trace where it is learned.
+        A text consists of random, equally likely tokens of the vocabulary: no text is harder to
+        guess than another, or leaves more of a trace when it is learned.
         """
         every = (tokenizer.decode([token]).strip() for token in range(tokenizer.embeddings))
         words = sorted(
@@ -59,74 +59,75 @@ class Canaries:
 
     @classmethod
     def read(cls, run: Path) -> "Canaries":
-        """Those of a run.
+        """The canaries of a run.
 
         Raises:
-          ValueError: there are none, or the file was changed.
+          ValueError: the run has none, or the file was changed.
         """
         file = run / FILE
         if not file.exists():
             raise ValueError(
-                f"{run}: no {FILE} there; name the run folder of an expert that was trained with "
+                f"{run}: no {FILE} in it; name the run folder of an expert that was trained with "
                 "--canaries N (default: OUT.run)"
             )
         try:
-            there = json.loads(file.read_text(encoding="utf-8"))
-            found = cls([Canary(str(one["text"]), one["inserted"]) for one in there["candidates"]])
-            digest = there["commitment"]
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            found = cls([Canary(str(c["text"]), c["inserted"]) for c in stored["candidates"]])
+            digest = stored["commitment"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: damaged, not a list of canaries ({error!r})") from error
-        if there.get("format") != FORMAT:
-            raise ValueError(f"{file}: expected format {FORMAT}, found {there.get('format')}")
+        if stored.get("format") != FORMAT:
+            raise ValueError(f"{file}: expected format {FORMAT}, found {stored.get('format')}")
         if digest != found.commitment:
             raise ValueError(f"{file}: changed after it was written: its digest does not match")
         return found
 
     @property
     def commitment(self) -> str:
-        """sha256 of all texts and coins; the texts are too random to be guessed from it."""
-        return canonical_digest([one._asdict() for one in self.candidates])
+        """sha256 of all texts and inclusion bits; the texts are random, so it does not reveal them."""
+        return canonical_digest([candidate._asdict() for candidate in self.candidates])
 
     @property
     def inserted(self) -> list[Document]:
         """The documents to train on, each a group of its own."""
         return [
-            Document(one.text, f"canary:{number}", f"canary {number}")
-            for number, one in enumerate(self.candidates)
-            if one.inserted
+            Document(candidate.text, f"canary:{number}", f"canary {number}")
+            for number, candidate in enumerate(self.candidates)
+            if candidate.inserted
         ]
 
     @property
     def left_out(self) -> int:
+        """The number of candidates that are not in the training text."""
         return len(self.candidates) - len(self.inserted)
 
     def write(self, run: Path) -> None:
         """Writes them into a run folder, all at once."""
         run.mkdir(parents=True, exist_ok=True)
-        candidates = [one._asdict() for one in self.candidates]
+        candidates = [candidate._asdict() for candidate in self.candidates]
         value = {"format": FORMAT, "commitment": self.commitment, "candidates": candidates}
         replace_file(run / FILE, json.dumps(value, indent=1) + "\n")
 
     def facts(self) -> dict[str, Any]:
-        """What the package's manifest says of them."""
+        """The canaries' entry in the package's manifest."""
         return {"canaries": {"candidates": len(self.candidates), "commitment": self.commitment}}
 
     def ids(self, tokenizer: Tokenizer) -> list[list[int]]:
-        """Of each candidate, as in training: opened by the separator."""
+        """The token ids of each candidate, opened by the separator as in training."""
         documents = (Document(c.text, c.text) for c in self.candidates)
         return [ids.tolist() for ids in tokenized(documents, tokenizer)]
 
 
 def canaries_of_run(count: int, run: Path, tokenizer: Tokenizer) -> Canaries | None:
-    """The canaries of a run that starts or goes on, drawn if it has none yet.
+    """The canaries of a new or resumed run, drawn if it has none yet.
 
     Args:
-      count: N of --canaries; 2N candidates. 0: no canaries.
-      run: its folder.
+      count: N of --canaries, for 2N candidates; 0 for no canaries.
+      run: folder of the run.
       tokenizer: of the anchor.
 
     Raises:
-      ValueError: count is negative, or the run has others.
+      ValueError: count is negative, or differs from that of the run's canaries.
     """
     if not count:
         return None
@@ -142,7 +143,7 @@ def canaries_of_run(count: int, run: Path, tokenizer: Tokenizer) -> Canaries | N
     if len(found.candidates) != 2 * count:
         raise ValueError(
             f"{run / FILE}: holds {len(found.candidates)} candidates, and --canaries {count} asks "
-            f"for {2 * count}; give --canaries {len(found.candidates) // 2}, or take the file away"
+            f"for {2 * count}; give --canaries {len(found.candidates) // 2}, or delete the file"
         )
     return found
 
@@ -150,19 +151,19 @@ def canaries_of_run(count: int, run: Path, tokenizer: Tokenizer) -> Canaries | N
 def check_they_are_read(
     canaries: Canaries, rows: Any, tokenizer: Tokenizer, config: ExpertTraining, units: int | None
 ) -> None:
-    """The preflight: every canary that was put in receives loss, and is read often enough.
+    """Checks before training that every included canary receives loss, and is read often enough.
 
     Args:
       canaries: of the run.
-      rows: the windows that training reads, with random access, canaries last.
+      rows: the training windows, with random access, canaries last.
       tokenizer: of the anchor.
       config: of the stage.
-      units: of privacy, in a private run: each is read with probability batch_size / units in a
-        step. None: windows are read in turn.
+      units: number of units in a private run, where a step reads each with probability
+        batch_size / units; None if windows are read in order.
 
     Raises:
-      ValueError: a canary is missing or cut short; or fewer than one read of each is to be
-        expected, with the steps that it takes.
+      ValueError: a canary is missing or truncated, or the run is expected to read each canary less
+        than once.
     """
     length = config.data.length
     documents = list(tokenized(canaries.inserted, tokenizer))
@@ -171,27 +172,27 @@ def check_they_are_read(
     for document, ids in zip(canaries.inserted, documents, strict=True):
         if not _holds(predicted, ids[1:]):
             raise ValueError(
-                f"{document.where} is not in the training windows in full, so that an audit would "
-                "miss it; is another version of the windows in the run folder? Take it away"
+                f"{document.where} is not completely in the training windows, so an audit would "
+                "miss it; if the run folder holds other windows, delete them"
             )
     size = config.data.batch_size
-    there, what = (len(rows), "windows") if units is None else (units, "units")
-    if config.steps * size < there:
+    count, what = (len(rows), "windows") if units is None else (units, "units")
+    if config.steps * size < count:
         raise ValueError(
-            f"canaries need --steps {math.ceil(there / size)} at least: each must be expected to "
-            f"be read once, and {config.steps} steps of {size} are fewer than the {there} {what}"
+            f"canaries need at least --steps {math.ceil(count / size)}: each must be expected to "
+            f"be read once, and {config.steps} steps of {size} are fewer than the {count} {what}"
         )
 
 
-def check_they_fit(canaries: Canaries, tokenizer: Tokenizer, length: int, most: int) -> None:
-    """Raises ValueError if one has more windows than a private step reads of a unit, `most`."""
+def check_they_fit(canaries: Canaries, tokenizer: Tokenizer, length: int, max_windows: int) -> None:
+    """Raises ValueError if a canary has more windows than a private step reads of a unit."""
     for document in canaries.inserted:
         ids = tokenized([document], tokenizer)
         count = sum(1 for _ in windows(ids, length, tokenizer.separator))
-        if count > most:
+        if count > max_windows:
             raise ValueError(
                 f"a canary has {count} windows of {length} tokens, and this run protects or reads "
-                f"{most} at a time: with a larger data.length, or more --dp-windows, it fits"
+                f"{max_windows} at a time; increase data.length or --dp-windows"
             )
 
 
@@ -202,7 +203,7 @@ def _predicted(rows: Iterable[Any]) -> np.ndarray:
 
 
 def _holds(stream: np.ndarray, ids: np.ndarray) -> bool:
-    """Whether ids come in a stream, one after the other."""
+    """Whether a stream contains ids contiguously."""
     wanted = np.asarray(ids, stream.dtype)
     starts = np.flatnonzero(stream[: len(stream) - len(wanted) + 1] == wanted[0])
     return any(np.array_equal(stream[s : s + len(wanted)], wanted) for s in starts)

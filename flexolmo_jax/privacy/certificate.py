@@ -1,7 +1,7 @@
-"""The privacy statement of a package's manifest: the certificate, and how it is verified.
+"""The privacy certificate in a package's manifest, and how it is verified.
 
-It holds all that epsilon follows from, so that anyone can compute it again. That training did what
-it says is the owner's word; the audits test it from outside.
+It holds everything that epsilon depends on, so anyone can recompute it. That training followed it
+is the owner's word; the audits test that from outside.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ OUTSIDE = (
     "attacks on the last bits of floating-point noise, or on the generator, are not covered",
     "how long training took is not covered",
 )
-SLACK = 1e-6  # of epsilon, for what another machine rounds differently
-LOOSE = 1.01  # a claim may be so many times above what is found; newer accountants are tighter
+ROUNDING = 1e-6  # of epsilon: another machine may round differently
+MAX_OVERCLAIM = 1.01  # ratio of claimed to recomputed epsilon; newer accountants are tighter
 
 
 def make_certificate(
@@ -49,16 +49,16 @@ def make_certificate(
     other_runs: Sequence[Mechanism],
     library: str,
 ) -> dict[str, Any]:
-    """The statement, as JSON values.
+    """The certificate, as JSON values.
 
     Args:
-      privacy: what the owner asked for.
-      mechanism: what the run does.
+      privacy: the owner's settings.
+      mechanism: of the run.
       delta: of both epsilons.
       window_tokens: S.
-      rows_clip: the length that a unit was clipped to in the release for router rows.
-      other_runs: what the ledger knows of other runs; all protect the same unit.
-      library: the package, and version, of clipping, noise and sampling.
+      rows_clip: the norm that a unit is clipped to in the release for router rows; None without it.
+      other_runs: the other runs in the ledger; all protect the same unit.
+      library: name and version of the package that clips, adds noise and samples.
     """
     own = epsilon([mechanism], delta)
     all_runs = epsilon([mechanism, *other_runs], delta) if other_runs else own
@@ -95,60 +95,62 @@ ROWS = {
 }
 
 
-def verify_certificate(statement: Any, where: str, gating: str | None = None) -> dict[str, Any]:
-    """Computes a statement's epsilons again, by both accountants.
+def verify_certificate(certificate: Any, where: str, gating: str | None = None) -> dict[str, Any]:
+    """Recomputes a certificate's epsilons with both accountants.
 
-    Each of the two proves an upper bound, so that a claim holds if it is not below the smaller one.
+    Each accountant proves an upper bound, so a claim holds if it is not below the smaller bound.
 
     Args:
-      statement: of a manifest.
-      where: for messages.
+      certificate: the `privacy` field of a manifest.
+      where: prefix of messages.
       gating: of the same manifest: with "fixed", router rows were fitted to a release, which the
-        statement must count; None if that is not known.
+        certificate must count; None if unknown.
 
     Returns:
       {"epsilon": {"stated", "pld", "renyi"}, "epsilon_of_all_runs": the same, "delta": ...}; None
-      for an accountant that finds no bound, as Renyi's where batches may be cut.
+      for an accountant without a bound, such as Renyi's if batches may be truncated.
 
     Raises:
-      ValueError: there is none, it lacks something or holds a value that cannot be, it claims less
-        than what its own numbers cost, or they are too large to be accounted for.
+      ValueError: there is no certificate, a field is missing or impossible, it claims less than its
+        own numbers cost, or they exceed the accountants' limits.
     """
-    if not isinstance(statement, dict):
-        raise ValueError(f"{where}: nothing to verify, its privacy statement is: {statement}")
-    missing = REQUIRED - statement.keys()
+    if not isinstance(certificate, dict):
+        raise ValueError(f"{where}: nothing to verify, its privacy certificate is: {certificate}")
+    missing = REQUIRED - certificate.keys()
     if missing:
-        raise ValueError(f"{where}: the privacy statement lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"{where}: the privacy certificate lacks {', '.join(sorted(missing))}")
     try:
-        numbers = {name: _positive(statement, name) for name in NUMBERS}
-        _check_unit(statement)
-        mechanism = _mechanism_of(statement)
-        others = _other_runs(statement)
-        _check_rows(statement, gating)
+        numbers = {name: _positive(certificate, name) for name in NUMBERS}
+        _check_unit(certificate)
+        mechanism = _mechanism_of(certificate)
+        others = _other_runs(certificate)
+        _check_rows(certificate, gating)
         found = _epsilons(mechanism, others, numbers["delta"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         why = error if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{where}: the privacy statement is not one ({why})") from error
+        raise ValueError(f"{where}: the privacy certificate is invalid ({why})") from error
     delta = numbers["delta"]
     if not 0 < delta < 1 / mechanism.units:
         raise ValueError(
             f"{where}: delta must be in (0, 1 / {mechanism.units} units), found {delta}: above, "
             "a mechanism that publishes one unit in full would pass"
         )
-    if statement["adjacency"] != ADJACENCY:
-        raise ValueError(f"{where}: expected adjacency {ADJACENCY!r}, found another")
+    if certificate["adjacency"] != ADJACENCY:
+        raise ValueError(f"{where}: expected adjacency {ADJACENCY!r}, found a different one")
     for name, (tight, loose) in found.items():
         stated, least = numbers[name], min(tight, loose)
-        if stated + SLACK < least:
+        if stated + ROUNDING < least:
             raise ValueError(
-                f"{where}: the statement claims {name} {stated:g}, and its own numbers cost "
+                f"{where}: the certificate claims {name} {stated:g}, and its own numbers cost "
                 f"{least:.4f} (privacy loss distributions: at most {tight:.4f}; Renyi: at most "
                 f"{loose:.4f})"
             )
-        if stated > LOOSE * max(tight, loose) + 0.01:  # older versions found more than `tight`
+        if (
+            stated > MAX_OVERCLAIM * max(tight, loose) + 0.01
+        ):  # older versions' bounds exceeded `tight`
             raise ValueError(
-                f"{where}: the statement claims {name} {stated:g}, and its own numbers cost "
-                f"only {tight:.4f}: they do not belong together"
+                f"{where}: the certificate claims {name} {stated:g}, and its own numbers cost "
+                f"only {tight:.4f}: they are inconsistent"
             )
     shown = {
         name: {"stated": numbers[name], "pld": _known(tight), "renyi": _known(loose)}
@@ -158,7 +160,7 @@ def verify_certificate(statement: Any, where: str, gating: str | None = None) ->
 
 
 def _known(bound: float) -> float | None:
-    """Infinity is no bound, and no JSON."""
+    """None for infinity, which is no bound and not valid JSON."""
     return bound if math.isfinite(bound) else None
 
 
@@ -173,7 +175,7 @@ REQUIRED = {
 def _epsilons(
     mechanism: Mechanism, others: list[Mechanism], delta: float
 ) -> dict[str, tuple[float, float]]:
-    """By privacy loss distributions, and by Renyi divergences."""
+    """Bounds by privacy loss distributions, and by Renyi divergences."""
 
     def both(runs: list[Mechanism]) -> tuple[float, float]:
         renyi = renyi_epsilon(runs, delta)
@@ -186,8 +188,8 @@ def _epsilons(
     }
 
 
-def _positive(statement: dict[str, Any], name: str) -> float:
-    value = statement[name]
+def _positive(certificate: dict[str, Any], name: str) -> float:
+    value = certificate[name]
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, found {value!r}")
     if name == "delta" and value >= 1:
@@ -195,8 +197,8 @@ def _positive(statement: dict[str, Any], name: str) -> float:
     return float(value)
 
 
-def _check_unit(statement: dict[str, Any]) -> None:
-    unit = statement["unit"]
+def _check_unit(certificate: dict[str, Any]) -> None:
+    unit = certificate["unit"]
     if not isinstance(unit, str):
         raise ValueError(f"unit must be text, found {unit!r}")
     kind, colon, field = unit.partition(":")
@@ -204,21 +206,21 @@ def _check_unit(statement: dict[str, Any]) -> None:
         kind != "group" and colon
     ):  # fmt: skip
         raise ValueError(f"unit must be document, sequence or group:FIELD, found {unit!r}")
-    if statement["unit_means"] != UNITS[kind]:
-        raise ValueError(f"unit {unit} means {UNITS[kind]!r}, found another meaning")
+    if certificate["unit_means"] != UNITS[kind]:
+        raise ValueError(f"unit {unit} means {UNITS[kind]!r}, found a different meaning")
     for name in ("windows_of_a_unit", "window_tokens"):
-        value = statement[name]
+        value = certificate[name]
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a positive whole number, found {value!r}")
 
 
-def _check_rows(statement: dict[str, Any], gating: str | None) -> None:
-    """A release for router rows is counted if, and only if, there was one."""
-    noise, clip = statement["rows_noise_multiplier"], statement["rows_clip_norm"]
+def _check_rows(certificate: dict[str, Any], gating: str | None) -> None:
+    """Checks that a release for router rows is counted if, and only if, there was one."""
+    noise, clip = certificate["rows_noise_multiplier"], certificate["rows_clip_norm"]
     fitted = noise is not None
     if clip is not None:
-        _positive(statement, "rows_clip_norm")
-    if fitted != (clip is not None) or not str(statement["mechanism"]).endswith(ROWS[fitted]):
+        _positive(certificate, "rows_clip_norm")
+    if fitted != (clip is not None) or not str(certificate["mechanism"]).endswith(ROWS[fitted]):
         raise ValueError("rows_noise_multiplier, rows_clip_norm and mechanism do not agree")
     if gating not in (None, "fixed", "softmax"):
         raise ValueError(f"its expert was trained with gating {gating!r}, which is unknown")
@@ -230,26 +232,26 @@ def _check_rows(statement: dict[str, Any], gating: str | None) -> None:
         )
 
 
-def _other_runs(statement: dict[str, Any]) -> list[Mechanism]:
-    """Raises ValueError if one protects another unit: epsilons of different units do not add."""
-    listed = statement["other_runs"]
+def _other_runs(certificate: dict[str, Any]) -> list[Mechanism]:
+    """The other runs. Raises ValueError if one protects another unit: their epsilons do not add."""
+    listed = certificate["other_runs"]
     if not isinstance(listed, list):
-        raise ValueError("other_runs is not a list")
+        raise ValueError("other_runs must be a list")
     found = []
     for entry in listed:
         if not isinstance(entry, dict):
-            raise ValueError(f"one of the other runs is no object: {entry!r:.60}")
-        if entry.get("unit") != statement["unit"]:
+            raise ValueError(f"one of the other runs is not an object: {entry!r:.60}")
+        if entry.get("unit") != certificate["unit"]:
             raise ValueError(
                 f"one of the other runs protects the unit {entry.get('unit')!r}, and this one "
-                f"{statement['unit']!r}: their epsilons cannot be added"
+                f"{certificate['unit']!r}: their epsilons cannot be added"
             )
         found.append(Mechanism(**{k: v for k, v in entry.items() if k != "unit"}))
     return found
 
 
-def _mechanism_of(statement: dict[str, Any]) -> Mechanism:
-    return Mechanism(**{name: statement[name] for name in FIELDS})
+def _mechanism_of(certificate: dict[str, Any]) -> Mechanism:
+    return Mechanism(**{name: certificate[name] for name in FIELDS})
 
 
 def _up(value: float) -> float:

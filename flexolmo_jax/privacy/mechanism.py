@@ -1,9 +1,8 @@
-"""The mechanism: clipped sums over units of privacy, Gaussian noise, Poisson batches, the secret.
+"""The mechanism: clipped sums over units of privacy, Gaussian noise, Poisson batches, randomness.
 
-All that training uses of jax-privacy is used here. A *unit* is what the guarantee speaks of: a
-document, all documents of a group, or a window. Its part in any sum is clipped to a fixed length,
-and no divisor depends on text: it is this, and the noise, that the accounts in `accounting.py` are
-of.
+All uses of jax-privacy in training are in this file. The guarantee protects a *unit*: a document,
+all documents of a group, or a window. Its contribution to any sum is clipped to a fixed norm, and
+no divisor depends on text; `accounting.py` accounts for these sums and their noise.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ from jax_privacy import batch_selection, clipping, noise_addition
 
 from flexolmo_jax.privacy.accounting import ZERO_OUT, Mechanism
 
-SECRET_WORDS = 8  # of 32 bits: of the operating system's entropy
+SECRET_WORDS = 8  # words of 32 bits from the operating system's entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Clipping:
     """How the units of a batch are summed.
 
     Attributes:
-      norm: C, the length to which a unit's part is clipped.
-      microbatch_size: units whose gradients are in memory at the same time; None for all.
+      norm: C, the norm that a unit's contribution is clipped to.
+      microbatch_size: number of units whose gradients are in memory at once; None for all.
     """
 
     norm: float
@@ -38,10 +37,10 @@ class Clipping:
 
 
 class Secret:
-    """Randomness of one process's life: where noise and batches come from.
+    """Randomness of noise and batches, for the lifetime of a process.
 
-    It is the operating system's, the same in all processes of a run, and is nowhere written down.
-    A run that goes on after an interruption has another one, so that no noise comes twice.
+    It comes from the operating system, is the same in all processes of a run, and is never stored.
+    A resumed run draws new randomness, so no noise is used twice.
     """
 
     def __init__(self) -> None:
@@ -51,15 +50,15 @@ class Secret:
         self._noise, self._batches = drawn[:2], drawn[2:]
 
     def noise_key(self, number: int) -> jax.Array:
-        """The key of noise number `number` (a step; 0 for the router rows)."""
+        """The key of the noise of a step; 0 is the release for the router rows."""
         key = jax.random.wrap_key_data(jnp.asarray(self._noise), impl="threefry2x32")
         return jax.random.fold_in(key, number)
 
     def generator(self, purpose: str) -> np.random.Generator:
-        """For drawing units, and windows of long ones; for each purpose a stream of its own.
+        """Draws units, and windows of long units, from an independent stream for each purpose.
 
-        The release for router rows must not repeat the draws of training: that epsilon is small
-        because nobody knows who was in a batch.
+        The release for router rows must not repeat the draws of training: epsilon is small because
+        nobody knows which units were in a batch.
         """
         return np.random.default_rng([*self._batches.tolist(), *purpose.encode()])
 
@@ -68,7 +67,7 @@ class Secret:
 
 
 def batches(mechanism: Mechanism, steps: int, generator: np.random.Generator) -> Iterator[Any]:
-    """The units of each of so many batches, int [at most the largest batch]."""
+    """The units of `steps` batches: int [at most the largest batch] each."""
     sampling = batch_selection.CyclicPoissonSampling(
         sampling_prob=mechanism.sampling_probability,
         iterations=steps,
@@ -80,20 +79,20 @@ def batches(mechanism: Mechanism, steps: int, generator: np.random.Generator) ->
 def clipped_gradients(
     loss: Callable, clip: Clipping, trainable: Any, frozen: Any, batch: Any, is_empty: jax.Array
 ) -> tuple[Any, Any, jax.Array]:
-    """The sum, over the units of a batch, of the gradient of each, clipped to length 1.
+    """The sum of the units' gradients, each clipped and then scaled to at most norm 1.
 
-    A gradient that is not finite counts as 0 where it is not. The sum changes by at most 1 in
-    length if the text of any one unit becomes nothing; it is float32, as clipping is.
+    Entries of a gradient that are not finite count as 0. Emptying the text of any one unit changes
+    the sum by at most norm 1. Clipping and the sum are float32.
 
     Args:
       loss: (trainable, frozen, one unit of the batch) -> (value, metrics), of that unit alone.
-      clip: the length C that is cut to, before it is scaled to 1.
-      trainable, frozen: weights, whole.
+      clip: the norm C that gradients are clipped to before they are divided by it.
+      trainable, frozen: weights, replicated.
       batch: leaves with a leading axis of units.
-      is_empty: bool [units]: those that are padding; they add nothing.
+      is_empty: bool [units]: padding units, which contribute nothing.
 
     Returns:
-      the sum; and of each unit, NOT private, in another order: its metrics, and the length of its
+      the sum; and for each unit, NOT private and in another order, its metrics and the norm of its
       gradient.
     """
     gradients = jax_privacy.clipped_grad(
@@ -108,7 +107,7 @@ def clipped_gradients(
         dtype=jnp.float32,
     )
     assert gradients.sensitivity(ZERO_OUT) == 1.0
-    batch, is_empty = _by_turns(clip, batch, is_empty)
+    batch, is_empty = _empty_last(clip, batch, is_empty)
     total, about = gradients(trainable, frozen, batch, is_padding_example=is_empty)
     return total, about.aux, about.grad_norms
 
@@ -116,12 +115,12 @@ def clipped_gradients(
 def clipped_sum(
     statistic: Callable, clip: Clipping, batch: Any, is_empty: jax.Array, *fixed: Any
 ) -> jax.Array:
-    """The sum, over the units of a batch, of a vector of each, clipped to length 1.
+    """The sum of one vector per unit, each clipped and then scaled to at most norm 1.
 
     Args:
       statistic: (one unit of the batch, *fixed) -> float array.
       clip, batch, is_empty: as in `clipped_gradients`.
-      fixed: the same for all units.
+      fixed: further arguments, the same for all units.
     """
     total = clipping.clipped_fun(
         statistic,
@@ -132,15 +131,15 @@ def clipped_sum(
         dtype=jnp.float32,
     )
     assert total.sensitivity(ZERO_OUT) == 1.0
-    batch, is_empty = _by_turns(clip, batch, is_empty)
+    batch, is_empty = _empty_last(clip, batch, is_empty)
     return total(batch, *fixed, is_padding_example=is_empty)
 
 
-def _by_turns(clip: Clipping, batch: Any, is_empty: jax.Array) -> tuple[Any, jax.Array]:
-    """The units in an order in which the empty ones share turns, which are then left out.
+def _empty_last(clip: Clipping, batch: Any, is_empty: jax.Array) -> tuple[Any, jax.Array]:
+    """Orders units so that empty ones share microbatches, which jax-privacy then skips.
 
-    Of n turns, jax-privacy works on units i, n + i, 2n + i, ... in turn i, up to the last turn in
-    which a unit is not empty.
+    Of n microbatches, jax-privacy processes units i, n + i, 2n + i, ... in microbatch i, up to the
+    last one with a unit that is not empty.
     """
     if clip.microbatch_size is None:
         return batch, is_empty
@@ -150,7 +149,7 @@ def _by_turns(clip: Clipping, batch: Any, is_empty: jax.Array) -> tuple[Any, jax
 
 
 def with_noise(total: Any, noise_multiplier: float, key: jax.Array) -> Any:
-    """A sum whose sensitivity is 1 with Gaussian noise on every coordinate, float32."""
+    """Adds Gaussian noise to every coordinate of a sum with sensitivity 1: float32."""
     gaussian = noise_addition.gaussian_privatizer(
         stddev=noise_multiplier, prng_key=key, dtype=jnp.float32
     )
@@ -158,5 +157,5 @@ def with_noise(total: Any, noise_multiplier: float, key: jax.Array) -> Any:
 
 
 def version() -> str:
-    """The package that clips, adds noise and draws batches."""
+    """Name and version of the package that clips, adds noise and draws batches."""
     return f"jax_privacy {importlib.metadata.version('jax_privacy')}"

@@ -1,8 +1,8 @@
-"""Which ledger a text has: marks beside the text and in the user's state directory.
+"""Marks that name the ledger of a text.
 
-A ledger counts what it knows of. So that a second ledger for the same text does not start from
-nothing unnoticed, the first leaves two marks: a file beside the text, and one in the user's state
-directory under the text's fingerprint, which also finds a copy of the text. Neither holds text.
+A ledger counts only the runs entered in it. To notice a second ledger for the same text, the first
+leaves two marks: a file beside the text, and a file in the user's state directory named by the
+text's fingerprint, which also recognizes a copy of the text. Neither holds text.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from typing import NamedTuple
 from flexolmo_jax.data.sources import read_documents
 from flexolmo_jax.storage.files import replace_file
 
-PUBLIC = "corpus:"  # texts that come with the project, which belong to nobody
+PUBLIC = "corpus:"  # texts bundled with the project; they have no owner
 
 
 class Mark(NamedTuple):
-    """Where a ledger is, and its id."""
+    """A mark: the path and id of a ledger, and the file that records them."""
 
     ledger: Path
     id: str
@@ -26,7 +26,7 @@ class Mark(NamedTuple):
 
 
 def digest_of_documents(source: str | Path, text_field: str) -> str:
-    """SHA-256 of the distinct documents of a source, in whatever files and order they come."""
+    """SHA-256 of the distinct documents of a source, independent of their files and order."""
     digests = {
         hashlib.sha256(document.text.strip().encode()).digest()
         for document in read_documents(source, text_field=text_field)
@@ -35,15 +35,15 @@ def digest_of_documents(source: str | Path, text_field: str) -> str:
 
 
 def read_marks(source: str | Path, text: str) -> list[Mark]:
-    """The marks of a text; those that cannot be read count as none."""
-    found = []
+    """The marks of a text; unreadable ones are skipped."""
+    marks = []
     for file in _files(source, text):
         try:
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            found.append(Mark(Path(kept["ledger"]), str(kept["id"]), file))
+            written = json.loads(file.read_text(encoding="utf-8"))
+            marks.append(Mark(Path(written["ledger"]), str(written["id"]), file))
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return found
+    return marks
 
 
 def write_marks(source: str | Path, text: str, ledger: Path, ledger_id: str) -> list[Path]:
@@ -64,7 +64,7 @@ def write_marks(source: str | Path, text: str, ledger: Path, ledger_id: str) -> 
 def _files(source: str | Path, text: str) -> list[Path]:
     if str(source).startswith(PUBLIC):
         return []
-    # Without a home (some containers), "~" stays as it is, and there is no such mark.
+    # Without a home directory (in some containers) "~" is not expanded, and this mark is skipped.
     state = Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"))
     files = [state / "flexolmo_jax" / "ledgers" / f"{text}.json"]
     if not str(source).startswith("tfds:"):

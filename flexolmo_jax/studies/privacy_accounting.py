@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.config import PrivacyConfig
-from flexolmo_jax.privacy import accounting
+from flexolmo_jax.privacy import accounting, calibration
 from flexolmo_jax.privacy.certificate import make_certificate, verify_certificate
 
 LESS = 1.02  # the factor of noise that must make a difference
@@ -93,10 +93,10 @@ def try_setting(setting: dict[str, Any]) -> dict[str, Any]:
     """
     run_values = dict(setting)
     target = run_values.pop("epsilon")
-    delta = accounting.default_delta(run_values["units"])
+    delta = calibration.default_delta(run_values["units"])
     started = time.process_time()
     try:
-        mechanism = accounting.calibrate(target, delta, multiple=8, **run_values)
+        mechanism = calibration.calibrate(target, delta, multiple=8, **run_values)
     except ValueError as error:
         return {"refused": str(error), "seconds": round(time.process_time() - started, 1)}
     calibrated = time.process_time()
@@ -110,7 +110,7 @@ def try_setting(setting: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         faults.append(str(error))
     verified = time.process_time()
-    if mechanism.noise_multiplier > accounting.LOWEST * LESS:
+    if mechanism.noise_multiplier > accounting.MIN_NOISE * LESS:
         if epsilon_with_less_noise(mechanism, delta, target) <= target:
             faults.append("2% less noise is enough")
     return {
@@ -124,5 +124,6 @@ def epsilon_with_less_noise(mechanism: accounting.Mechanism, delta: float, targe
     """Epsilon with 2% less noise, on a grid four times as fine as that of the calibration."""
     noise = mechanism.noise_multiplier / LESS
     less = dataclasses.replace(mechanism, noise_multiplier=noise)
-    interval = accounting._interval({less: 1}, target) / 4
-    return accounting._epsilon_on_grid({less: 1}, delta, interval)
+    grid = accounting.choose_grid({less: 1}, delta, target)
+    finer = grid._replace(interval=grid.interval / 4)
+    return accounting.epsilon_on_grid({less: 1}, delta, finer)

@@ -185,7 +185,7 @@ def refusals(world, audited, folder):
     member = ["audit", "membership", "--anchor", anchor]
     left = ["audit", "removal", "--model", audited / "merged", "--expert"]
     return {
-        "no canaries.json there": [*member, "--model", package, "--run", folder / "empty"],
+        "no canaries.json in it": [*member, "--model", package, "--run", folder / "empty"],
         "not the canaries of": [*member, "--model", package, "--run", folder / "others"],
         "trained without --canaries": [*member, "--model", world.experts["math"], "--run", run],
         "found an anchor": [*member, "--model", anchor, "--run", run],

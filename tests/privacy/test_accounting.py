@@ -10,17 +10,14 @@ from dp_accounting import dp_event, pld
 
 from flexolmo_jax.config import PrivacyConfig
 from flexolmo_jax.federation.package import NO_PRIVACY, privacy_summary
-from flexolmo_jax.privacy import accounting
 from flexolmo_jax.privacy.accounting import (
-    ROWS_SHARE,
+    TRUNCATION_SHARE_OF_DELTA,
     ZERO_OUT,
     Mechanism,
-    calibrate,
-    default_delta,
     epsilon,
-    largest_batch,
     renyi_epsilon,
 )
+from flexolmo_jax.privacy.calibration import ROWS_SHARE, calibrate, default_delta, largest_batch
 from flexolmo_jax.privacy.certificate import make_certificate, verify_certificate
 from flexolmo_jax.runtime.console import print_json
 
@@ -123,7 +120,7 @@ def test_the_largest_batch_is_safe_and_no_larger_than_it_must_be():
         size = largest_batch(target, 1e-5, units, mean_batch, steps, 1)
         run = Mechanism(units, mean_batch, size, steps, 1.0)
         smaller = dataclasses.replace(run, largest_batch=size - 1)
-        allowed = accounting.TRUNCATED * 1e-5 / (1 + math.exp(2 * target + 1))
+        allowed = TRUNCATION_SHARE_OF_DELTA * 1e-5 / (1 + math.exp(2 * target + 1))
         assert run.truncation <= allowed < smaller.truncation
     assert largest_batch(8, 1e-5, 20, 20, 10, 8) == 32  # all units, and the next multiple
 
@@ -204,7 +201,7 @@ MANIPULATED = {
     "less epsilon": ({"epsilon": 1.0}, "claims epsilon 1, and its own numbers cost 3.9"),
     "less of all": ({"epsilon_of_all_runs": 4.0}, "claims epsilon_of_all_runs 4"),
     "less noise": ({"noise_multiplier": 0.5}, "claims epsilon .* and its own numbers cost"),
-    "more noise": ({"noise_multiplier": 50.0}, "cost only .* do not belong together"),
+    "more noise": ({"noise_multiplier": 50.0}, "cost only .* are inconsistent"),
     "more steps": ({"steps": 500}, "its own numbers cost"),
     "fewer units": ({"units": 90}, "its own numbers cost"),
     "batches that are cut": ({"largest_batch": 64}, "its own numbers cost"),
@@ -219,7 +216,7 @@ MANIPULATED = {
     "a unit of nobody": ({"unit": "all of it"}, "unit must be document, sequence or group:FIELD"),
     "a group of no field": ({"unit": "group:"}, "unit must be document, sequence or group:FIELD"),
     "a unit that is a list": ({"unit": ["document"]}, "unit must be text"),
-    "another meaning": ({"unit_means": "everybody's text"}, "found another meaning"),
+    "another meaning": ({"unit_means": "everybody's text"}, "found a different meaning"),
     "steps without end": ({"steps": 10**18}, "steps must be at most 10,000,000"),
     "counts that are not whole": ({"steps": 50.0}, "steps must be a whole number, found 50.0"),
     "units that are a truth value": ({"units": True}, "units must be a whole number"),
@@ -231,12 +228,12 @@ MANIPULATED = {
     ),
     "delta of one": ({"delta": 1}, "delta must be in"),
     "negative delta": ({"delta": -1e-5}, "delta must be positive"),
-    "runs that are none": ({"other_runs": {}}, "other_runs is not a list"),
+    "runs that are none": ({"other_runs": {}}, "other_runs must be a list"),
     "smaller delta": ({"delta": 1e-9}, "its own numbers cost"),
     "useless delta": ({"delta": 0.01}, "delta must be in .0, 1 / 900 units., found 0.01"),
     "another adjacency": ({"adjacency": "replace one"}, "expected adjacency"),
     "no clipping": ({"clip_norm": 0.0}, "clip_norm must be positive and finite, found 0.0"),
-    "no steps": ({"steps": None}, "the privacy statement is not one"),
+    "no steps": ({"steps": None}, "the privacy certificate is invalid"),
 }
 
 
@@ -249,13 +246,13 @@ def test_a_manipulated_statement_is_refused(statement, name):
 
 @pytest.mark.parametrize("name", ["units", "outside", "other_runs", "unit"])
 def test_a_statement_that_lacks_something_is_refused(statement, name):
-    with pytest.raises(ValueError, match=f"here: the privacy statement .*{name}"):
+    with pytest.raises(ValueError, match=f"here: the privacy certificate .*{name}"):
         verify_certificate({k: v for k, v in statement.items() if k != name}, "here")
 
 
 @pytest.mark.parametrize("others", [["a run"], [None], [[1]]])
 def test_other_runs_that_are_no_objects_are_refused(statement, others):
-    with pytest.raises(ValueError, match="^here: .*one of the other runs is no object"):
+    with pytest.raises(ValueError, match="^here: .*one of the other runs is not an object"):
         verify_certificate({**statement, "other_runs": others}, "here")
 
 
@@ -318,5 +315,5 @@ def test_what_looks_like_a_certificate_is_only_claimed():
 
 
 def test_where_there_is_no_privacy_there_is_nothing_to_verify():
-    with pytest.raises(ValueError, match="nothing to verify, its privacy statement is: none"):
+    with pytest.raises(ValueError, match="nothing to verify, its privacy certificate is: none"):
         verify_certificate(NO_PRIVACY, "here")

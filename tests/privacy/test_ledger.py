@@ -1,7 +1,11 @@
 """The owner's ledger: what is written before it happens, and what it refuses."""
 
+import copy
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -220,7 +224,7 @@ def test_a_text_that_has_grown_still_has_its_ledger(ledger, text, tmp_path, caps
 def test_a_ledger_that_is_gone_is_missed(ledger, text, tmp_path):
     first_run(ledger, text)
     ledger.file.rename(tmp_path / "put_away.json")
-    with pytest.raises(ValueError, match="missing, while its lock .* bring the ledger back"):
+    with pytest.raises(ValueError, match="missing, while its lock .* restore the ledger"):
         ledger.check_text(str(text), digest_of_documents(text, "text"))
     with pytest.raises(ValueError, match="the ledger of this text, .*budget.json, is missing"):
         Ledger(tmp_path / "other.json").check_text(str(text), digest_of_documents(text, "text"))
@@ -260,7 +264,19 @@ def test_a_ledger_that_another_process_is_about_to_begin_is_not_missed(ledger, t
     with ledger._open() as contents:  # the lock is there, and the ledger is not yet
         assert not contents["runs"]
         ledger.check_text(str(text), digest_of_documents(text, "text"))
-    ledger._lock.touch()
+    ledger.check_text(str(text), digest_of_documents(text, "text"))
+
+
+def test_a_lock_of_a_process_killed_before_it_wrote_the_ledger_does_not_block(ledger, text):
+    code = (
+        "import os, pathlib, sys; from flexolmo_jax.privacy.ledger import Ledger\n"
+        "with Ledger(pathlib.Path(sys.argv[1]))._open(): os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, ledger.file], check=False)
+    assert killed.returncode == -signal.SIGKILL and ledger._lock.exists()
+    assert not ledger.file.exists()
+    first_run(ledger, text)
+    ledger.file.unlink()  # now the lock shows that there was a ledger
     with pytest.raises(ValueError, match="missing, while its lock"):
         ledger.check_text(str(text), digest_of_documents(text, "text"))
 
@@ -279,7 +295,7 @@ def test_where_no_mark_can_be_left_it_is_said(ledger, text, tmp_path, capsys, mo
     place = state if state == "relative" else str(tmp_path / "a_file")
     monkeypatch.setenv("XDG_STATE_HOME", place)
     first_run(ledger, text)
-    assert "cannot be written, so no mark of the ledger is there" in capsys.readouterr().err
+    assert "cannot be written, so it holds no mark of the ledger" in capsys.readouterr().err
     assert not (tmp_path / "relative").exists()
 
 
@@ -307,13 +323,78 @@ def test_reading_takes_no_lock_and_changes_nothing(ledger, tmp_path, flexolmo, r
     assert not list(tmp_path.glob("*poetry*lock"))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("delta", float("nan")), ("epsilon_limit", "many"), ("epsilon_limit", True), ("file", 3)],
-)
-def test_values_of_other_types_are_damage(ledger, field, value):
-    admit(ledger, "run")
-    changed = {**json.loads(ledger.file.read_text()), field: value}
+VALUES = (None, True, -1, 1.5, 2**70, "", "x", [], {}, [[]], float("nan"), float("inf"))
+
+
+def test_every_field_that_is_missing_unknown_or_of_another_type_is_damage(ledger):
+    """One line names the file, the run and the field; a run field is checked like all others."""
+    run = admit(ledger, "run")
+    ledger.spend(run, 1, 0.1)
+    ledger.mark_text("corpus:math", "0" * 64)
+    written = json.loads(ledger.file.read_text())
+    optional = {"id", "file", "texts", "epsilon_spent"}
+    places = [((), name) for name in written] + [(("runs", 0), name) for name in written["runs"][0]]
+    for path, name in places:
+        for change in ("removed", *VALUES):
+            changed = copy.deepcopy(written)
+            holder = changed["runs"][0] if path else changed
+            before = holder.pop(name)
+            if change == "removed" and not path and name in optional:
+                continue
+            if change != "removed":
+                holder[name] = change
+            if change != "removed" and is_right(name, change, before):
+                continue
+            message = refusal(ledger, changed)
+            assert "run 1" in message or not path, (name, change, message)
+            assert name in message or name == "runs", (name, change, message)
+
+
+def is_right(name, value, before):
+    """Whether a value of VALUES may stand in a field."""
+    if isinstance(before, str):
+        return isinstance(value, str) and bool(value) and name != "started"
+    if isinstance(before, bool):
+        return isinstance(value, bool)
+    if isinstance(before, list):
+        return value == [] and name == "texts"
+    if "epsilon" in name:
+        return value in (1.5, 2**70) and not isinstance(value, bool)
+    return False
+
+
+def refusal(ledger, changed):
     ledger.file.write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match="damaged, not a ledger"):
+    with pytest.raises(
+        ValueError, match="^[^\n]*(damaged, not a ledger|expected format)"
+    ) as raised:
+        ledger.contents()
+    message = str(raised.value)
+    assert message.startswith(str(ledger.file)) and message.isprintable()
+    return message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.update({"\x1b[0m": 1}), r"unknown field '\\x1b\[0m'"),
+        (lambda x: x["runs"][0].update(more=1), "run 1: unknown field 'more'"),
+        (
+            lambda x: x["runs"][0]["planned"].pop("units"),
+            "run 1: field 'planned' must be an object",
+        ),
+        (lambda x: x["runs"][0]["planned"].update(units=0), "'planned' must be a mechanism .units"),
+        (lambda x: x["runs"][0].update(steps=11), "'steps' must be at most the 10 planned steps"),
+        (lambda x: x["runs"].append(x["runs"][0]), "two runs have the same field 'id'"),
+        (lambda x: x["runs"].append("a run"), "run 2: expected an object, found 'a run'"),
+        (lambda x: x.pop("delta"), "field 'delta': expected it if, and only if, there are runs"),
+        (lambda x: x.update(file="x" * 10**6 + "\n", id=3), "field 'id' must be a text"),
+    ],
+)
+def test_fields_that_do_not_belong_together_are_damage(ledger, change, message):
+    admit(ledger, "run")
+    changed = json.loads(ledger.file.read_text())
+    change(changed)
+    ledger.file.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=f"damaged, not a ledger .*{message}"):
         ledger.contents()

@@ -21,7 +21,7 @@ from flexolmo_jax.federation.expert import write_expert
 from flexolmo_jax.federation.names import check_name
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.privacy import mechanism
-from flexolmo_jax.privacy.accounting import calibrate, default_delta
+from flexolmo_jax.privacy.calibration import calibrate, default_delta
 from flexolmo_jax.privacy.canaries import (
     Canaries,
     canaries_of_run,
