@@ -84,7 +84,7 @@ class Canaries:
 
     @property
     def commitment(self) -> str:
-        """sha256 of all texts and inclusion bits; the texts are random, so it does not reveal them."""
+        """The sha256 of all texts and inclusion bits, which it hides: the texts are random."""
         return canonical_digest([candidate._asdict() for candidate in self.candidates])
 
     @property
