@@ -66,7 +66,8 @@ def test_every_file_that_a_page_names_exists(page):
         first, slash, _ = name.partition("/")
         ours = any((folder / first).is_dir() for folder in (ROOT, PACKAGE))
         if slash and " " not in name and (ours or name.endswith(".py")):
-            if not any((folder / name).exists() for folder in (ROOT, PACKAGE, page.parent)):
+            beside = any((folder / name).exists() for folder in (ROOT, PACKAGE, page.parent))
+            if not beside and not any(PACKAGE.rglob(name)):
                 missing.append(name)
     assert not missing
 
