@@ -133,7 +133,7 @@ class FlexOlmo:
         """
         tokens = self._check_tokens(np.asarray(tokens))
         if targets is None:
-            tokens, targets = tokens[:, :-1], tokens[:, 1:, None]
+            tokens, targets = self._check_tokens(tokens[:, :-1]), tokens[:, 1:, None]
         targets = np.asarray(targets, np.int32)
         if targets.max() >= self.config.vocab_size:
             self._check_tokens(targets.max().reshape(1, 1))
