@@ -73,7 +73,7 @@ def log_likelihoods(
 
     weights = (backbone, experts)
     specs = mesh and (*specs_of(weights, mesh), BATCH, BATCH, BATCH, BATCH)
-    run = placement.shard_map(local, mesh, specs, LogLikelihoods(BATCH, BATCH))
+    run = placement.shard_map(local, mesh, specs, LogLikelihoods(BATCH, BATCH))  # type: ignore[arg-type]
     return run(*weights, tokens, lengths, targets, allowed)
 
 

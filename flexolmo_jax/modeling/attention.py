@@ -59,10 +59,10 @@ class Attention(nnx.Module):
         if state is not None:
             assert isinstance(state.cache, KVCache)
             cache = state.cache.write(k, v, state.offset, layer_index)
-        if cache is not None and state.visible is not None:
-            out = _attend_to_cache(q, cache.layer(layer_index), state.visible)
-        else:
+        if state is None or cache is None or state.visible is None:
             out = self_attention(q, k, v, segments, c.attention)
+        else:
+            out = _attend_to_cache(q, cache.layer(layer_index), state.visible)
         o = self.o[...]
         if o.ndim == 2:
             return dot(out.reshape(*x.shape[:2], -1), o), cache

@@ -147,7 +147,7 @@ class _Layout(NamedTuple):
     is_batched: jax.Array  # bool: the batched matmul computes C rows of each expert; else none
     batched_rows: jax.Array  # int [E, C]: indices of sorted rows
     expert: jax.Array  # int [R]: of a sorted row
-    index: jax.Array  # int [R]: of a sorted row, among those of its expert
+    rank: jax.Array  # int [R]: of a sorted row, among those of its expert
     block: int  # rows per step of the loop
 
     @classmethod
@@ -164,8 +164,8 @@ class _Layout(NamedTuple):
         batched_rows = starts[:, None] + jnp.arange(capacity)
         row = jnp.arange(num_rows)
         expert = jnp.minimum(jnp.searchsorted(ends, row, side="right"), len(sizes) - 1)
-        index = row - starts[expert]
-        return cls(starts, sizes, is_batched, batched_rows, expert, index, block)
+        rank = row - starts[expert]
+        return cls(starts, sizes, is_batched, batched_rows, expert, rank, block)
 
     @property
     def capacity(self) -> int:
@@ -188,8 +188,8 @@ class _Layout(NamedTuple):
         num_rows = len(self.expert)
         if not self.capacity:
             return rows.sorted[:num_rows]
-        batched = rows.batched[self.expert, jnp.minimum(self.index, self.capacity - 1)]
-        is_batched = (self.index < self.num_batched)[:, None]
+        batched = rows.batched[self.expert, jnp.minimum(self.rank, self.capacity - 1)]
+        is_batched = (self.rank < self.num_batched)[:, None]
         return jnp.where(is_batched, batched, rows.sorted[:num_rows])
 
 
