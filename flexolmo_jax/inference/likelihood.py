@@ -1,3 +1,4 @@
+# ruff: noqa: F722
 """Log-likelihoods of given tokens, without the logits of all positions in memory at once."""
 
 import functools
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.inference.sampling import Sampling, candidates
@@ -19,18 +21,18 @@ CHUNK_POSITIONS = 512  # of a batch whose logits are in memory at a time
 
 
 class LogLikelihoods(NamedTuple):
-    log_probabilities: jax.Array  # float32 [B, C, K]; 0 where there is no target
-    is_greedy: jax.Array  # bool [B, C, K]: the target is the likeliest token, or there is none
+    log_probabilities: Float[Array, "B C k"]  # float32; 0 where there is no target
+    is_greedy: Bool[Array, "B C k"]  # the target is the likeliest token, or there is none
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "sampling"))
 def log_likelihoods(
     backbone: Backbone,
     experts: Experts,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    targets: jax.Array,
-    allowed: jax.Array,
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    targets: Int[Array, "B C k"],
+    allowed: Bool[Array, "B E"],
     config: ModelConfig,
     mesh: Mesh | None,
     sampling: Sampling | None = None,
@@ -39,10 +41,10 @@ def log_likelihoods(
 
     Args:
       backbone, experts, config, mesh: the model.
-      tokens: int32 [B, S], padded on the right, where no position before sees it.
-      lengths: int32 [B], without the padding.
-      targets: int32 [B, C, K]: K candidates for each of the last C positions; -1 is none.
-      allowed: bool [B, E].
+      tokens: padded on the right, where no position before attends to it.
+      lengths: of the sequences, without the padding.
+      targets: k candidates for the token after each of the last C positions; -1 is none.
+      allowed: the experts that each sequence may use.
       sampling: score under this truncated distribution, in which a log-probability may be -inf;
         None: under the model's own.
     """
