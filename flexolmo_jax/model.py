@@ -20,8 +20,9 @@ from jax.sharding import PartitionSpec as P
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.loading import load_model
-from flexolmo_jax.inference import decode
+from flexolmo_jax.inference import decode, likelihood
 from flexolmo_jax.inference.cpu_weights import Unstacked, round_to_int8, unstack
+from flexolmo_jax.inference.likelihood import LogLikelihoods
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Backbone, forward
@@ -115,6 +116,49 @@ class FlexOlmo:
         if self.mesh is not None and len(logits) > len(tokens):  # cannot stay sharded unevenly
             logits = jax.device_put(logits, jax.NamedSharding(self.mesh, P()))
         return logits[: len(tokens)]
+
+    def log_likelihoods(
+        self,
+        tokens,
+        targets=None,
+        lengths=None,
+        *,
+        without: Sequence[str] = (),
+        only: Sequence[str] | None = None,
+        sampling: Sampling | None = None,
+    ) -> LogLikelihoods:
+        """Log-probabilities of given tokens, each given the tokens before it.
+
+        Args:
+          tokens: int [B, S].
+          targets: int [B, C, K]: K candidates for the token after each of the last C positions; -1
+            is none. Default: every token but the first of `tokens`, with K = 1.
+          lengths: int [B], where `tokens` are padded on the right. Default: S.
+          without, only: which experts to use, as in `logits`.
+          sampling: score under this truncated distribution. Default: under the model's own.
+
+        Returns:
+          float32 and bool NumPy arrays [B, C, K].
+
+        Raises:
+          ValueError: as `logits`.
+        """
+        tokens = self._check_tokens(np.asarray(tokens))
+        if targets is None:
+            tokens, targets = self._check_tokens(tokens[:, :-1]), tokens[:, 1:, None]
+        targets = np.asarray(targets, np.int32)
+        if targets.max() >= self.config.vocab_size:
+            self._check_tokens(targets.max().reshape(1, 1))
+        if lengths is None:
+            lengths = np.full(len(tokens), tokens.shape[1], np.int32)
+        mask = self.allowed(len(tokens), without, only)
+        rows = self.pad_batch((tokens, lengths, targets, mask))
+        rows = placement.put_batch(rows, self.mesh)
+        with placement.use_mesh(self.mesh):
+            scores = likelihood.log_likelihoods(
+                self.backbone, self.experts, *rows, self.config, self.mesh, sampling
+            )
+        return LogLikelihoods(*(placement.to_host(x)[: len(tokens)] for x in scores))
 
     def pad_batch(self, rows):
         """Pads arrays [B, ...] to a multiple of the mesh size by repeating the last row."""

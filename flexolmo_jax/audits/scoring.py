@@ -1,30 +1,27 @@
-"""What a model thinks of given tokens: log-probabilities of each, in one pass."""
+"""Log-probabilities of the tokens of many sequences, in one pass over them."""
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax.data.tokenizer import Tokenizer
-from flexolmo_jax.inference.sampling import Sampling, candidates
+from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.model import FlexOlmo
 
-ROWS = 16  # sequences that are read together
-BUCKET = 64  # lengths are rounded up to it, so that few shapes are compiled
+ROWS = 16  # sequences per batch
+BUCKET = 64  # lengths are rounded up to a multiple, so that few shapes compile
 
 
 class Scores(NamedTuple):
-    """Of each token of a sequence but the first, given those before it."""
+    """Of each token of a sequence but the first, given the tokens before it."""
 
     logs: np.ndarray  # float32 [tokens - 1]: log-probabilities
-    likeliest: np.ndarray  # bool [tokens - 1]: greedy decoding would have chosen it
+    likeliest: np.ndarray  # bool [tokens - 1]: whether greedy decoding would choose it
 
     @property
     def nats(self) -> float:
-        """What the whole sequence costs."""
+        """Negative log-likelihood of the sequence."""
         return -float(self.logs.sum(dtype=np.float64))
 
 
@@ -36,22 +33,21 @@ def scores(
     only: Sequence[str] | None = None,
     sampling: Sampling | None = None,
 ) -> list[Scores]:
-    """What a model thinks of sequences.
+    """Scores sequences with a model.
 
     Args:
-      model: to ask.
+      model: the model to ask.
       sequences: ids, at least two each; of any lengths.
       without, only: experts to switch off, or the only ones to use.
-      sampling: of what would be drawn in this way, -inf where that is never; None: of all tokens.
+      sampling: score under this truncated distribution, in which a log-probability may be -inf;
+        None: under the model's own.
     """
     found = []
     for first in range(0, len(sequences), ROWS):
-        some = sequences[first : first + ROWS]
-        rows = padded(some)
-        logits = model.logits(rows[:, :-1], without=without, only=only)
-        both = (np.asarray(x) for x in _of_targets(logits, rows[:, 1:], sampling))
-        for ids, *row in zip(some, *both, strict=False):
-            found.append(Scores(*(values[: len(ids) - 1] for values in row)))
+        batch = sequences[first : first + ROWS]
+        arrays = model.log_likelihoods(padded(batch), without=without, only=only, sampling=sampling)
+        for ids, *row in zip(batch, *arrays, strict=False):
+            found.append(Scores(*(values[: len(ids) - 1, 0] for values in row)))
     return found
 
 
@@ -63,22 +59,9 @@ def tokenizer_of(model: FlexOlmo) -> Tokenizer:
 
 
 def padded(sequences: Sequence[Sequence[int]]) -> np.ndarray:
-    """int32 [ROWS, S + 1], zeros on the right, where nothing before looks at them."""
+    """int32 [ROWS, S + 1], padded on the right, where no token before attends."""
     length = -(-(max(map(len, sequences)) - 1) // BUCKET) * BUCKET
     rows = np.zeros((ROWS, length + 1), np.int32)
     for row, ids in zip(rows, sequences, strict=False):
         row[: len(ids)] = ids
     return rows
-
-
-@functools.partial(jax.jit, static_argnames="sampling")
-def _of_targets(
-    logits: jax.Array, targets: jax.Array, sampling: Sampling | None
-) -> tuple[jax.Array, jax.Array]:
-    """[B, S, V], [B, S] -> [B, S] each."""
-    likeliest = jnp.argmax(logits, axis=-1) == targets
-    if sampling is None:
-        every = jax.nn.log_softmax(logits)
-        return jnp.take_along_axis(every, targets[..., None], axis=-1)[..., 0], likeliest
-    values, tokens = candidates(logits, sampling)
-    return jnp.max(jnp.where(tokens == targets[..., None], values, -jnp.inf), axis=-1), likeliest

@@ -20,11 +20,11 @@ from flexolmo_jax.modeling.transformer import forward
 from flexolmo_jax.parallel import collectives, placement
 from flexolmo_jax.parallel.mesh import BATCH, specs_of
 
-SEQUENCES = 16  # per batch
+BATCH_SEQUENCES = 16
 
 
 class Score(NamedTuple):
-    """How a model predicts a source."""
+    """How well a model predicts a source."""
 
     bits_per_byte: float
     documents: int
@@ -43,26 +43,27 @@ def bits_per_byte(
     text_field: str = "text",
     report: Report | None = None,
 ) -> Score:
-    """Total cost of the text, over its bytes; the ends of documents are not counted.
+    """The negative log-likelihood of the text in bits, divided by its bytes.
 
-    What spells a control token costs what its characters cost. Texts that the tokenizer cannot
-    write whole are refused: the cost of what is lost would be missing.
+    Tokens that end documents are not counted. A control token spelled in the text is scored as its
+    characters. Texts that the tokenizer cannot encode completely are refused, because the loss of
+    the missing part would be missing too.
 
     Args:
       model: with a tokenizer.
-      source: as `read_documents` takes it.
+      source: as in `read_documents`.
       without, only: experts to switch off, or the only ones to use.
-      heldout: score only the documents that training with this held-out share, in (0, 1), left
-        out; None scores all.
-      group_field: the field of a row that names its group; those of one are held out together.
-      length: tokens a window; default: what the model was made for, at most 2,048.
+      heldout: score only the documents that training with this held-out share, in (0, 1), does not
+        read; None scores all.
+      group_field: the field of a row that names its group; a group is held out as a whole.
+      length: tokens per window; default: the model's maximum length, at most 2,048.
       text_field: the field of a row that holds the text.
-      report: is filled with counts and bad rows.
+      report: receives counts and skipped rows.
 
     Raises:
       ValueError: nothing to score; as `read_documents`, `FlexOlmo.allowed` and
         `Tokenizer.encode_documents`.
-      FloatingPointError: the cost is no number.
+      FloatingPointError: the loss is not finite.
 
     Examples:
       >>> import flexolmo_jax as fo
@@ -83,21 +84,21 @@ def bits_per_byte(
     return score(model, chosen, without=without, only=only, length=length)
 
 
-def heldout_documents(source: str, data: DataConfig, most_bytes: int = 40_000) -> list[Document]:
-    """Documents that training with `data` left out, in the order of the source.
+def heldout_documents(source: str, data: DataConfig, max_bytes: int = 40_000) -> list[Document]:
+    """The documents that training with `data` holds out, in the order of the source.
 
     Args:
-      source: as `read_documents` takes it.
-      data: says which documents are held out.
-      most_bytes: once there is so much text, no further document is taken.
+      source: as in `read_documents`.
+      data: defines which documents are held out.
+      max_bytes: stop after the document that reaches this size.
     """
     chosen: list[Document] = []
     if not data.heldout:
-        return chosen  # without a reading of all of the source
+        return chosen  # without reading the source
     size = 0
     documents = read_documents(source, text_field=data.text_field, group_field=data.group_field)
     for document in documents:
-        if size >= most_bytes:
+        if size >= max_bytes:
             break
         if is_heldout(document, data.heldout):
             chosen.append(document)
@@ -113,27 +114,25 @@ def score(
     only: Sequence[str] | None = None,
     length: int | None = None,
 ) -> Score:
-    """As `bits_per_byte`, of documents at hand."""
+    """As `bits_per_byte`, for documents in memory."""
     tokenizer = _tokenizer(model)
     documents = list(documents)
     if not documents:
         raise ValueError("there is no document to score")
-    size = SEQUENCES if model.mesh is None else -(-SEQUENCES // model.mesh.size) * model.mesh.size
+    num_devices = 1 if model.mesh is None else model.mesh.size
+    size = -(-BATCH_SEQUENCES // num_devices) * num_devices
     allowed = model.allowed(size, without, only)
     nats = 0.0
     length = length or min(model.config.max_length, 2048)
-    cut = windows(tokenized(documents, tokenizer, whole=True), length, tokenizer.separator)
-    for batch in stacked(cut, size):
-        rows = placement.put_batch((batch, allowed), model.mesh)
-        ends = tokenizer.separator
+    rows = windows(tokenized(documents, tokenizer, whole=True), length, tokenizer.separator)
+    for batch in stacked(rows, size):
+        arrays = (*placement.put_batch((batch, allowed), model.mesh), tokenizer.separator)
         with placement.use_mesh(model.mesh):
-            nats += float(
-                _cost(model.backbone, model.experts, *rows, ends, model.config, model.mesh)
-            )
+            nats += float(_nats(model.backbone, model.experts, *arrays, model.config, model.mesh))
     if not math.isfinite(nats):
         raise FloatingPointError(
-            f"the cost of this text is {nats}: a weight of this model is no number, or too large; "
-            "switch experts off one by one (--without) to see whose"
+            f"the loss of this text is {nats}: a weight of this model is NaN or too large; switch "
+            "experts off one by one (--without) to find the expert"
         )
     num_bytes = sum(tokenizer.size(document.text) for document in documents)
     return Score(nats / math.log(2) / num_bytes, len(documents), num_bytes)
@@ -146,8 +145,12 @@ def _tokenizer(model: FlexOlmo) -> Tokenizer:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _cost(backbone, experts, batch: Batch, allowed, separator, config: ModelConfig, mesh):
-    """Nats of all tokens of a batch that are text."""
+def _nats(backbone, experts, batch: Batch, allowed, separator, config: ModelConfig, mesh):
+    """Negative log-likelihood of all text tokens of a batch.
+
+    A sum on the devices, packed documents included: `log_likelihoods` would move every token's to
+    the host and sum them in another order, which changes the last bits.
+    """
 
     def local(backbone, experts, batch, allowed, separator):
         out = forward(
@@ -158,8 +161,7 @@ def _cost(backbone, experts, batch: Batch, allowed, separator, config: ModelConf
         nats = cross_entropy(out.hidden, head, batch.targets, is_text, chunk=config.loss_chunk)[1]
         return collectives.psum_batch(nats)
 
-    rows = BATCH
     weights = (backbone, experts)
-    where = mesh and (*specs_of(weights, mesh), rows, rows, P())
-    cost = placement.shard_map(local, mesh, where, P())
-    return cost(*weights, batch, allowed, separator)
+    specs = mesh and (*specs_of(weights, mesh), BATCH, BATCH, P())
+    run = placement.shard_map(local, mesh, specs, P())
+    return run(*weights, batch, allowed, separator)

@@ -1,3 +1,4 @@
+# ruff: noqa: F722
 """Generation: one prefill, then one compiled loop over new tokens with a KV cache."""
 
 import functools
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.inference.cpu_weights import Unstacked
@@ -27,12 +29,12 @@ BUCKET = 64  # prompt and output lengths are rounded up to a multiple, so that f
 class Generation(NamedTuple):
     """The carry of the decoding loop. Donated to every call of it."""
 
-    step: jax.Array  # int32: tokens generated so far
-    logits: jax.Array  # float32 [B, V], of the next token
-    done: jax.Array  # bool [B]
+    step: Int[Array, ""]  # tokens generated so far
+    logits: Float[Array, "B V"]  # float32, of the next token
+    done: Bool[Array, " B"]
     cache: KVCache | tuple[KVCache, ...]
-    router_state: jax.Array | None  # float32 [L, E, B], with config.memory
-    generated: jax.Array  # int32 [B, capacity]
+    router_state: Float[Array, "L E B"] | None  # float32, with config.memory
+    generated: Int[Array, "B capacity"]
 
 
 SPECS = Generation(P(), BATCH, BATCH, P(None, *BATCH), P(None, None, *BATCH), BATCH)  # type: ignore[arg-type]

@@ -1,9 +1,11 @@
+# ruff: noqa: F722
 """Choosing the next token: greedy, or from a tempered, truncated distribution."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
 class Sampling(NamedTuple):
@@ -23,17 +25,8 @@ class Sampling(NamedTuple):
             raise ValueError(f"top_p must be in (0, 1], found {self.top_p}")
 
 
-def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """Chooses the next tokens.
-
-    Args:
-      logits: float32 [B, V].
-      keys: one random key per sequence, so that a sequence does not depend on the others.
-      sampling: temperature and truncation.
-
-    Returns:
-      int32 [B].
-    """
+def sample(logits: Float[Array, "B V"], keys: jax.Array, sampling: Sampling) -> Int[Array, " B"]:
+    """Chooses the next tokens; one random key per sequence makes each independent of the others."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     log_probabilities, tokens = candidates(logits, sampling)
@@ -41,16 +34,14 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0]
 
 
-def candidates(logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+def candidates(
+    logits: Float[Array, "*T V"], sampling: Sampling
+) -> tuple[Float[Array, "*T k"], Int[Array, "*T k"]]:
     """The truncated distribution of the next token, for a temperature above 0.
 
-    Args:
-      logits: float32 [..., V].
-      sampling: temperature and truncation.
-
     Returns:
-      the log-probabilities, float32 [..., k], -inf where top_p excludes a token; and their tokens,
-      int32 [..., k]. k is top_k, if that is below V. The likeliest token is never excluded.
+      the log-probabilities, -inf where top_p excludes a token, and their tokens. k is top_k, if
+      that is below V. The likeliest token is never excluded.
     """
     logits, size = logits / sampling.temperature, logits.shape[-1]
     tokens = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), logits.shape)

@@ -1,8 +1,10 @@
+# ruff: noqa: F722
 """OLMo 2 attention: QK-norm over the whole projected width, rotary positions, grouped queries."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.decode_state import DecodeState, KVCache
@@ -28,25 +30,25 @@ class Attention(nnx.Module):
     @jax.named_scope("attention")
     def __call__(
         self,
-        x: jax.Array,
-        positions: jax.Array,
-        segments: jax.Array,
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
         config: ModelConfig,
         state: DecodeState | None = None,
-        layer_index: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+        layer_index: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B S D"], KVCache | None]:
         """Attends.
 
         Args:
-          x: [B, S, D], the raw residual stream (OLMo 2 normalizes the output, in the layer).
-          positions: int32 [B, S], of each token in its document.
-          segments: int32 [B, S], the document of each token; 0 is padding.
+          x: the raw residual stream (OLMo 2 normalizes the output, in the layer).
+          positions: of each token in its document.
+          segments: the document of each token; 0 is padding.
           config: the model's sizes.
           state: in decoding, with the cache of this layer, or the stacked one of all layers.
           layer_index: of this layer in a stacked cache.
 
         Returns:
-          [B, S, D], and the cache with this call's keys and values written into it.
+          the output, and the cache with this call's keys and values written into it.
         """
         c = config
         x = collectives.copy_to_tensor_parallel(x)
@@ -59,10 +61,10 @@ class Attention(nnx.Module):
         if state is not None:
             assert isinstance(state.cache, KVCache)
             cache = state.cache.write(k, v, state.offset, layer_index)
-        if cache is not None and state.visible is not None:
-            out = _attend_to_cache(q, cache.layer(layer_index), state.visible)
-        else:
+        if state is None or cache is None or state.visible is None:
             out = self_attention(q, k, v, segments, c.attention)
+        else:
+            out = _attend_to_cache(q, cache.layer(layer_index), state.visible)
         o = self.o[...]
         if o.ndim == 2:
             return dot(out.reshape(*x.shape[:2], -1), o), cache
@@ -77,8 +79,10 @@ def _heads(x: jax.Array, weight: jax.Array, heads: int, head_size: int) -> jax.A
     return jnp.einsum("BSD,DNH->BSNH", x, weight.astype(x.dtype))
 
 
-def _attend_to_cache(q: jax.Array, cache: KVCache, visible: jax.Array) -> jax.Array:
-    """Attention of one new token, q [B, 1, N, H], to a cache [B, K, S_max, H] -> [B, 1, N, H]."""
+def _attend_to_cache(
+    q: Float[Array, "B 1 N H"], cache: KVCache, visible: Bool[Array, "B S_max"]
+) -> Float[Array, "B 1 N H"]:
+    """Attention of one new token to the cache of its layer, [B, K, S_max, H]."""
     keys, values = (x.astype(q.dtype) for x in cache)
     batch, _, heads, width = q.shape
     q = q.reshape(batch, keys.shape[1], -1, width)  # [B, K, N / K, H]
@@ -89,8 +93,8 @@ def _attend_to_cache(q: jax.Array, cache: KVCache, visible: jax.Array) -> jax.Ar
     return out.reshape(batch, 1, heads, width)
 
 
-def segment_positions(segments: jax.Array) -> jax.Array:
-    """Position of each token inside its own document: int32 [B, S] -> int32 [B, S]."""
+def segment_positions(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """The position of each token inside its own document."""
     index = jnp.arange(segments.shape[1])
     starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

@@ -1,3 +1,4 @@
+# ruff: noqa: F722
 """What decoding carries from token to token: keys and values, positions, the router's state."""
 
 from typing import NamedTuple
@@ -5,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
 
@@ -12,8 +14,8 @@ from flexolmo_jax.config import ModelConfig
 class KVCache(NamedTuple):
     """Keys and values of earlier tokens, of all layers (stacked) or of one."""
 
-    keys: jax.Array  # [L, B, K, S_max, H], or [B, K, S_max, H]
-    values: jax.Array  # [L, B, K, S_max, H], or [B, K, S_max, H]
+    keys: Float[Array, "*L B K S_max H"]
+    values: Float[Array, "*L B K S_max H"]
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, length: int, dtype) -> "KVCache":
@@ -26,12 +28,12 @@ class KVCache(NamedTuple):
 
     def write(
         self,
-        keys: jax.Array,
-        values: jax.Array,
-        offset: jax.Array | int,
-        layer_index: jax.Array | None,
+        keys: Float[Array, "B S K H"],
+        values: Float[Array, "B S K H"],
+        offset: Int[Array, ""] | int,
+        layer_index: Int[Array, ""] | None,
     ) -> "KVCache":
-        """The cache with keys and values [B, S, K, H] in the slots from `offset` on.
+        """The cache with new keys and values in the slots from `offset` on.
 
         `layer_index` selects the slice of a stacked cache; only it is updated, so that the carry of
         a scan over layers is updated in place.
@@ -48,7 +50,7 @@ class KVCache(NamedTuple):
 
         return KVCache(put(self.keys, keys), put(self.values, values))
 
-    def layer(self, layer_index: jax.Array | None) -> "KVCache":
+    def layer(self, layer_index: Int[Array, ""] | None) -> "KVCache":
         """The cache of one layer."""
         if layer_index is None:
             return self
@@ -61,14 +63,14 @@ class DecodeState(NamedTuple):
     Attributes:
       cache: keys and values; stacked, or a tuple of one for each layer (inference/cpu_weights.py).
       offset: the cache slot of this call's first token.
-      positions: int32 [B, S], of this call's tokens in their documents.
-      visible: bool [B, S_max], the cache slots that the new token attends to (S = 1). None in the
+      positions: of this call's tokens in their documents.
+      visible: the cache slots that the new token attends to (S = 1). None in the
         prefill: this call's tokens attend to each other.
-      router_state: float32 [L, E, B], as in `router.add_decayed_logits`; None: no earlier tokens.
+      router_state: float32, as in `router.add_decayed_logits`; None: no earlier tokens.
     """
 
     cache: KVCache | tuple[KVCache, ...]
-    offset: jax.Array | int
-    positions: jax.Array
-    visible: jax.Array | None = None
-    router_state: jax.Array | None = None
+    offset: Int[Array, ""] | int
+    positions: Int[Array, "B S"]
+    visible: Bool[Array, "B S_max"] | None = None
+    router_state: Float[Array, "*L E B"] | None = None

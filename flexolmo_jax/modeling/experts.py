@@ -1,3 +1,4 @@
+# ruff: noqa: F722
 """The mixture of experts: SwiGLU feed-forward networks and a router, in stacks that concatenate.
 
 A *stack* is an `Experts` module whose leaves have leading axes [L, E]. The anchor holds a stack of
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.kernels.grouped_swiglu import grouped_swiglu
@@ -26,31 +28,29 @@ GATHER_SIZES = 8  # the gathered tokens are padded to one of this many sizes
 
 @jax.named_scope("experts")
 def moe(
-    x: jax.Array,
+    x: Float[Array, "B S D"],
     stacks: tuple["Experts", ...],
-    allowed: jax.Array,
+    allowed: Bool[Array, "B E"],
     config: ModelConfig,
     *,
-    segments: jax.Array | None = None,
-    router_state: jax.Array | None = None,
+    segments: Int[Array, "B S"] | None = None,
+    router_state: Float[Array, "E B"] | None = None,
     skip_unused: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[Float[Array, "B S D"], Float[Array, "E B S"], Float[Array, "E B"] | None]:
     """The weighted sum of all experts of all stacks.
 
     `config.expert_compute` chooses the algorithm: "dense" applies every expert to every token and
     is the reference; "grouped" applies an expert where its weight is not 0 (`grouped_swiglu`).
 
     Args:
-      x: [B, S, D].
       stacks: one or more stacks, without the layer axis; experts are numbered through them.
-      allowed: bool [B, E].
       config: the number of active experts, renormalization, and the router memory.
       segments, router_state: with `config.memory`, as in `add_decayed_logits`. Default: one
         document per sequence, and no earlier tokens.
       skip_unused: do not read the weights of experts that no token uses; for inference only.
 
     Returns:
-      [B, S, D]; the router's logits before `add_decayed_logits`, float32 [E, B, S]; and with
+      the sum; the router's logits before `add_decayed_logits`, in float32; and with
       `config.memory` the next `router_state`, else None.
     """
     logits = routing_logits = jnp.concatenate([stack.router(x) for stack in stacks])
@@ -108,19 +108,19 @@ class FeedForward(nnx.Module):
         self.down = Expert(normal(kd, *lead, hidden, width))  # [L, E, F, D]
 
     def add_dense(
-        self, total: jax.Array, x: jax.Array, weights: jax.Array, skip_unused: bool = False
-    ) -> jax.Array:
+        self,
+        total: Float[Array, "B S D"],
+        x: Float[Array, "B S D"],
+        weights: Float[Array, "E B S"],
+        skip_unused: bool = False,
+    ) -> Float[Array, "B S D"]:
         """total + sum over e of weights[e] * expert_e(x), expert by expert.
 
         The order is fixed, and an expert whose weight is 0 adds nothing, even if its own weights
         are NaN; so masking an expert equals leaving it out of the stack, bit for bit.
 
-        Args:
-          total: [B, S, D].
-          x: [B, S, D].
-          weights: [E, B, S].
-          skip_unused: skip experts whose weights are all 0, and, of at least GATHER_MIN_TOKENS
-            tokens, compute only those whose weight is not 0.
+        With `skip_unused`, experts whose weights are all 0 are skipped, and of at least
+        GATHER_MIN_TOKENS tokens only those are computed whose weight is not 0.
         """
 
         def add(total, expert):
@@ -140,9 +140,13 @@ class FeedForward(nnx.Module):
         return jax.lax.scan(step, total, experts)[0]
 
     def add_grouped(
-        self, total: jax.Array, x: jax.Array, weights: jax.Array, active: int
-    ) -> jax.Array:
-        """The sum in `add_dense`, over routed tokens only; equal up to rounding. Same shapes."""
+        self,
+        total: Float[Array, "B S D"],
+        x: Float[Array, "B S D"],
+        weights: Float[Array, "E B S"],
+        active: int,
+    ) -> Float[Array, "B S D"]:
+        """The sum in `add_dense`, over routed tokens only; equal up to rounding."""
         gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
         tokens = x.reshape(-1, x.shape[-1])
         active = min(active, len(weights))

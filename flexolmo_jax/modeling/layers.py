@@ -1,3 +1,4 @@
+# ruff: noqa: F722
 """Shared and expert weights, RMSNorm, and rotary position embeddings.
 
 Modules here declare weights and how they act. A module is a pytree: it passes through `jax.jit`,
@@ -12,6 +13,7 @@ width, F feed-forward width, E experts, A active experts, V vocabulary, L layers
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from flexolmo_jax.parallel import collectives
 
@@ -48,13 +50,12 @@ class RMSNorm(nnx.Module):
 
 
 @jax.named_scope("rope")
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, halves convention (as in OLMo 2).
+def rotate(
+    x: Float[Array, "B S heads H"], positions: Int[Array, "B S"], theta: float
+) -> Float[Array, "B S heads H"]:
+    """Rotary position embedding of queries or keys, halves convention (as in OLMo 2).
 
-    Args:
-      x: [B, S, heads, H] queries or keys; H is even.
-      positions: int32 [B, S].
-      theta: base of the wavelengths.
+    `theta` is the base of the wavelengths; H must be even.
     """
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)

@@ -1,8 +1,10 @@
+# ruff: noqa: F722
 """Routing: the weight of each expert for each token (paper, section 3.3.2)."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.modeling.layers import Expert
 
@@ -18,8 +20,8 @@ class Router(nnx.Module):
         self.row = Expert(jnp.zeros((num_layers, num_experts, width)))  # [L, E, D]
         self.bias = Expert(jnp.zeros((num_layers, num_experts)))  # [L, E]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits: [B, S, D] -> float32 [E, B, S].
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "E B S"]:
+        """The logits, in float32.
 
         One matrix-vector product per expert instead of one matmul for all: the rounding of an
         expert's logit then does not depend on how many other experts there are. This makes a
@@ -35,17 +37,19 @@ class Router(nnx.Module):
 
 
 @jax.named_scope("route")
-def route(logits: jax.Array, allowed: jax.Array, active: int, renormalize: bool) -> jax.Array:
+def route(
+    logits: Float[Array, "E B S"], allowed: Bool[Array, "B E"], active: int, renormalize: bool
+) -> Float[Array, "E B S"]:
     """Weights of the experts for each token.
 
     Args:
-      logits: float32 [E, B, S].
-      allowed: bool [B, E]; an expert that is not allowed gets weight exactly 0.
+      logits: float32.
+      allowed: an expert that is not allowed gets weight exactly 0.
       active: the number of experts that a token may use (A); if A >= E, it uses all of them.
       renormalize: whether the weights of the A chosen experts are scaled to sum to 1.
 
     Returns:
-      float32 [E, B, S]; at most A entries per token are not 0.
+      float32; at most A entries per token are not 0.
     """
     num_experts = logits.shape[0]
     if num_experts == 1:  # its weight is 1 and the gradient of its logit is 0
@@ -66,8 +70,11 @@ def route(logits: jax.Array, allowed: jax.Array, active: int, renormalize: bool)
 
 @jax.named_scope("remember")
 def add_decayed_logits(
-    logits: jax.Array, segments: jax.Array, memory: tuple[float, float], router_state: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    logits: Float[Array, "E B S"],
+    segments: Int[Array, "B S"],
+    memory: tuple[float, float],
+    router_state: Float[Array, "E B"],
+) -> tuple[Float[Array, "E B S"], Float[Array, "E B"]]:
     """Adds to each logit a decayed sum of the expert's earlier logits; not in the paper.
 
     The logit of token t grows by weight * sum over s < t of decay^(t - s) * (the logit of s), over
@@ -77,15 +84,15 @@ def add_decayed_logits(
     softmax, so the result does not depend on the public expert's row.
 
     Args:
-      logits: float32 [E, B, S].
-      segments: int32 [B, S], the document of each token; every document begins with an empty sum.
+      logits: float32.
+      segments: the document of each token; every document begins with an empty sum.
       memory: (decay, weight).
-      router_state: float32 [E, B], the decayed sum up to the token before the first one, if that
+      router_state: float32, the decayed sum up to the token before the first one, if that
         token is of the same document; else 0.
 
     Returns:
-      float32 [E, B, S], the logits to route by; and [E, B], the decayed sum up to the last token,
-      which is the next `router_state`.
+      the logits to route by; and the decayed sum up to the last token, which is the next
+      `router_state`.
     """
     decay, weight = memory
     same_document = segments[:, 1:] == segments[:, :-1]

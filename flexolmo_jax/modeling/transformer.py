@@ -1,3 +1,4 @@
+# ruff: noqa: F722
 """The whole network: the shared backbone and stacks of experts; layers, forward passes, sizes."""
 
 import math
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.attention import Attention, segment_positions
@@ -42,11 +44,11 @@ REMAT = {  # what the backward pass keeps; never matrices all-gathered from othe
 
 
 class LayerOutput(NamedTuple):
-    x: jax.Array  # [B, S, D], the residual stream
-    experts_input: jax.Array  # [B, S, D], the residual stream between attention and experts
-    router_logits: jax.Array  # float32 [E, B, S]
+    x: Float[Array, "B S D"]  # the residual stream
+    experts_input: Float[Array, "B S D"]  # the residual stream between attention and experts
+    router_logits: Float[Array, "E B S"]  # float32
     cache: KVCache | None
-    router_state: jax.Array | None  # float32 [E, B], with config.memory
+    router_state: Float[Array, "E B"] | None  # float32, with config.memory
 
 
 class Layer(nnx.Module):
@@ -59,20 +61,20 @@ class Layer(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[Array, "B S D"],
         experts: tuple[Experts, ...],
-        positions: jax.Array,
-        segments: jax.Array,
-        allowed: jax.Array,
+        positions: Int[Array, "B S"],
+        segments: Int[Array, "B S"],
+        allowed: Bool[Array, "B E"],
         config: ModelConfig,
         state: DecodeState | None = None,
-        layer_index: jax.Array | None = None,
+        layer_index: Int[Array, ""] | None = None,
         skip_unused: bool = False,
     ) -> LayerOutput:
         """x = x + norm(attention(x)); x = x + norm(experts(x)): norms on outputs, as in OLMo 2.
 
         Args:
-          x: [B, S, D].
+          x: the residual stream.
           experts, allowed, skip_unused: as in `moe`.
           positions, segments, layer_index: as in `Attention`.
           config: sizes, dtype, and routing.
@@ -101,12 +103,12 @@ class Backbone(nnx.Module):
             self.head = Shared(normal(kh, config.width, config.vocab_size))  # [D, V]
 
     @jax.named_scope("logits")
-    def logits(self, hidden: jax.Array, config: ModelConfig) -> jax.Array:
-        """[..., D] (normed) -> float32 [..., V]."""
+    def logits(self, hidden: Float[Array, "*T D"], config: ModelConfig) -> Float[Array, "*T V"]:
+        """The logits of normed hidden states, in float32."""
         return dot(hidden, self.head_matrix(config), jnp.float32)
 
-    def head_matrix(self, config: ModelConfig) -> jax.Array:
-        """[D, V]: the output head, or the embedding where they are tied."""
+    def head_matrix(self, config: ModelConfig) -> Float[Array, "D V"]:
+        """The output head, or the embedding where they are tied."""
         if hasattr(self, "head"):
             return collectives.all_gather_matrix("head", self.head[...], config)
         return collectives.all_gather_matrix("embed", self.embed[...], config).T
@@ -120,8 +122,8 @@ class Anchor(NamedTuple):
 
 
 class Output(NamedTuple):
-    hidden: jax.Array  # [B, S, D], after the last norm
-    router_logits: jax.Array  # float32 [L, E, B, S]
+    hidden: Float[Array, "B S D"]  # after the last norm
+    router_logits: Float[Array, "L E B S"]  # float32
 
 
 def init_anchor(config: ModelConfig, key: jax.Array) -> Anchor:
@@ -153,21 +155,20 @@ def num_parameters(config: ModelConfig) -> int:
 def forward(
     backbone: Backbone,
     stacks: tuple[Experts, ...],
-    tokens: jax.Array,
+    tokens: Int[Array, "B S"],
     config: ModelConfig,
     *,
-    segments: jax.Array | None = None,
-    allowed: jax.Array | None = None,
+    segments: Int[Array, "B S"] | None = None,
+    allowed: Bool[Array, " E"] | Bool[Array, "B E"] | None = None,
 ) -> Output:
     """Runs the network over whole sequences.
 
     Args:
       backbone: the shared weights.
       stacks: the experts, as one merged stack or as several (frozen and trained).
-      tokens: int32 [B, S].
       config: sizes, dtype, and routing.
-      segments: int32 [B, S]: documents within a sequence; 0 is padding. Default: one document.
-      allowed: bool [E] or [B, E]: experts that may be used. Default: all.
+      segments: documents within a sequence; 0 is padding. Default: one document.
+      allowed: experts that may be used. Default: all.
     """
     allowed = _broadcast_allowed(allowed, tokens, stacks)
     segments = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
@@ -180,26 +181,25 @@ def forward(
 def forward_step(
     backbone: Backbone,
     stacks: tuple[Experts, ...],
-    tokens: jax.Array,
+    tokens: Int[Array, "B S"],
     state: DecodeState,
     config: ModelConfig,
     *,
-    segments: jax.Array | None = None,
-    allowed: jax.Array | None = None,
+    segments: Int[Array, "B S"] | None = None,
+    allowed: Bool[Array, " E"] | Bool[Array, "B E"] | None = None,
     layers: Layers | None = None,
-) -> tuple[jax.Array, DecodeState]:
+) -> tuple[Float[Array, "B S D"], DecodeState]:
     """Runs the network over the next tokens of texts: a prompt (prefill), or one token each.
 
     Args:
       backbone, stacks, config, allowed: as in `forward`.
-      tokens: int32 [B, S].
       state: what is known of earlier tokens, and where these go.
-      segments: int32 [B, S]: 0 is padding, in a prefill. Default: none of them is padding.
+      segments: 0 is padding, in a prefill. Default: none of the tokens is padding.
       layers: read instead of the stacks (inference/cpu_weights.py), in a loop instead of a scan;
         then `state.cache` is one for each layer, and unused experts are not read at all.
 
     Returns:
-      [B, S, D], after the last norm; and the state with a new cache and router state.
+      the hidden states after the last norm; and the state with a new cache and router state.
     """
     allowed = _broadcast_allowed(allowed, tokens, stacks)
     segments = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments

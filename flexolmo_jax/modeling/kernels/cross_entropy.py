@@ -1,3 +1,4 @@
+# ruff: noqa: F722
 """Cross-entropy over a large vocabulary, without the logits of all tokens in memory at once.
 
 The sequence is processed in chunks. Under `jax.grad` the gradient is computed together with the
@@ -8,24 +9,24 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
 def cross_entropy(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+    hidden: Float[Array, "B S D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B S"],
+    weights: Float[Array, "B S"],
     *,
     z_loss: float = 0.0,
     chunk: int = 128,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sums of the cross-entropy over the tokens of a batch.
 
     Args:
-      hidden: [B, S, D], after the last norm.
-      head: [D, V].
-      targets: int32 [B, S].
-      weights: float32 [B, S], of each token in the sums; no gradient flows into them.
+      hidden: after the last norm.
+      head, targets: the output matrix and the next tokens.
+      weights: float32, of each token in the sums; no gradient flows into them.
       z_loss: weight of logsumexp(logits)^2.
       chunk: positions of each sequence per step of the loop.
 

@@ -1,3 +1,4 @@
+# ruff: noqa: F722
 """Self-attention, and the choice of the implementation that computes it.
 
 `blocked` is plain JAX, runs everywhere, and holds the scores of one block of queries of a few heads
@@ -10,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from flexolmo_jax.parallel import collectives
 
@@ -21,21 +23,21 @@ MAX_UNROLLED_LENGTH = 1024  # tokens; longer sequences loop over blocks
 
 
 def self_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, implementation: str
-) -> jax.Array:
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    segments: Int[Array, "B S"],
+    implementation: str,
+) -> Float[Array, "B S N H"]:
     """Causal self-attention within documents.
 
     Padding (segment 0) attends to padding only, so no row of the softmax is empty.
 
     Args:
-      q: [B, S, N, H].
-      k, v: [B, S, K, H]; K divides N.
-      segments: int32 [B, S], the document of each token.
+      q, k, v: queries, keys and values; K divides N.
+      segments: the document of each token.
       implementation: "blocked", "splash" or "cudnn"; "auto" chooses by backend,
         shape and dtype.
-
-    Returns:
-      [B, S, N, H].
 
     Raises:
       ValueError: the implementation cannot compute these shapes or dtypes.

@@ -1,3 +1,4 @@
+# ruff: noqa: F722
 """SwiGLU experts over routed rows only: rows are sorted by expert, then computed group by group.
 
 A *row* is a (token, expert) pair. On TPU and GPU the matmuls are `jax.lax.ragged_dot`, which on CPU
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from flexolmo_jax.parallel import collectives
 
@@ -23,19 +25,16 @@ BATCHED_MAX_REMAINDER = 1 / 8  # of all rows, left to the loop; with more, the l
 
 
 def grouped_swiglu(
-    x: jax.Array, weights: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, active: int
-) -> jax.Array:
+    x: Float[Array, "T D"],
+    weights: Float[Array, "E T"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    active: int,
+) -> Float[Array, "T D"]:
     """sum over e of weights[e] * swiglu_e(x), computed only where the weight is not 0.
 
-    Args:
-      x: [T, D].
-      weights: float32 [E, T]; at most `active` entries per token are not 0.
-      gate, up: [E, D, F].
-      down: [E, F, D].
-      active: A.
-
-    Returns:
-      [T, D].
+    At most `active` (A) weights per token may differ from 0.
     """
     num_experts = len(gate)
     weights, experts = jax.lax.top_k(weights.T, min(active, num_experts))  # [T, A] each
@@ -147,7 +146,7 @@ class _Layout(NamedTuple):
     is_batched: jax.Array  # bool: the batched matmul computes C rows of each expert; else none
     batched_rows: jax.Array  # int [E, C]: indices of sorted rows
     expert: jax.Array  # int [R]: of a sorted row
-    index: jax.Array  # int [R]: of a sorted row, among those of its expert
+    rank: jax.Array  # int [R]: of a sorted row, among those of its expert
     block: int  # rows per step of the loop
 
     @classmethod
@@ -164,8 +163,8 @@ class _Layout(NamedTuple):
         batched_rows = starts[:, None] + jnp.arange(capacity)
         row = jnp.arange(num_rows)
         expert = jnp.minimum(jnp.searchsorted(ends, row, side="right"), len(sizes) - 1)
-        index = row - starts[expert]
-        return cls(starts, sizes, is_batched, batched_rows, expert, index, block)
+        rank = row - starts[expert]
+        return cls(starts, sizes, is_batched, batched_rows, expert, rank, block)
 
     @property
     def capacity(self) -> int:
@@ -188,8 +187,8 @@ class _Layout(NamedTuple):
         num_rows = len(self.expert)
         if not self.capacity:
             return rows.sorted[:num_rows]
-        batched = rows.batched[self.expert, jnp.minimum(self.index, self.capacity - 1)]
-        is_batched = (self.index < self.num_batched)[:, None]
+        batched = rows.batched[self.expert, jnp.minimum(self.rank, self.capacity - 1)]
+        is_batched = (self.rank < self.num_batched)[:, None]
         return jnp.where(is_batched, batched, rows.sorted[:num_rows])
 
 

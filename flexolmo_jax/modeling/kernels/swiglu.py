@@ -1,29 +1,26 @@
+# ruff: noqa: F722
 """SwiGLU of one expert, with a gradient that keeps two hidden activations instead of five."""
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from flexolmo_jax.modeling.kernels.quantized import dot
 
 
 @jax.custom_vjp
 def swiglu(
-    x: jax.Array, weight: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
-) -> jax.Array:
+    x: Float[Array, "*T D"],
+    weight: Float[Array, "*T"],
+    gate: Float[Array, "D F"],
+    up: Float[Array, "D F"],
+    down: Float[Array, "F D"],
+) -> Float[Array, "*T D"]:
     """weight * (silu(x @ gate) * (x @ up)) @ down: what an expert adds to the mixture.
 
     The backward pass keeps two arrays [..., F] instead of the five that JAX would keep. It does not
     keep the expert's output either, though the gradient of `weight` is <output, d_out>: that equals
     <hidden, d_out @ down.T>, and the backward pass computes both factors anyway.
-
-    Args:
-      x: [..., D].
-      weight: [...], of the mixture.
-      gate, up: [D, F].
-      down: [F, D].
-
-    Returns:
-      [..., D].
     """
     return weight[..., None] * dot(jax.nn.silu(dot(x, gate)) * dot(x, up), down)
 

@@ -22,8 +22,7 @@ def token_nats(model: FlexOlmo, sequences: Sequences, *, without: Sequence[str] 
     """Cost in nats of every predicted token that is text, else 0: float32 [N, S]."""
     out = []
     for tokens in _batches(sequences.tokens):
-        logits = model.logits(tokens[:, :-1], without=without)
-        out.append(np.asarray(_nats(logits, tokens[:, 1:])))
+        out.append(-model.log_likelihoods(tokens, without=without).log_probabilities[..., 0])
     nats = np.concatenate(out)[: len(sequences.tokens)]
     return np.where(sequences.sizes > 0, nats, 0.0).astype(np.float32)
 
@@ -33,12 +32,6 @@ def _batches(tokens: np.ndarray) -> Iterable[np.ndarray]:
     for start in range(0, len(tokens), BATCH):
         part = tokens[start : start + BATCH]
         yield np.concatenate([part, np.repeat(part[-1:], BATCH - len(part), axis=0)])
-
-
-@jax.jit
-def _nats(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - own
 
 
 def score(
