@@ -32,7 +32,7 @@ SMALL = ModelConfig(
     vocab_size=8192, width=512, num_layers=8, num_heads=8, ffn_width=1408, max_length=512
 )
 LARGE = SMALL.replace(width=1024, num_heads=16, ffn_width=2816)
-SMOKE = SMALL.replace(vocab_size=256, width=64, num_layers=2, num_heads=2, ffn_width=96)
+SMOKE = SMALL.replace(vocab_size=512, width=64, num_layers=2, num_heads=2, ffn_width=96)
 BILLION = ModelConfig(
     vocab_size=100_352,
     width=2048,

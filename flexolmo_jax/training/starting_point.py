@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flexolmo_jax.config import DataConfig, ModelConfig, Training
-from flexolmo_jax.data.sources import bytes_of
+from flexolmo_jax.config import DataConfig, ExpertTraining, ModelConfig, Training
+from flexolmo_jax.data.sources import bytes_of, fingerprint
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
 from flexolmo_jax.storage.outputs import check_room
+from flexolmo_jax.training.run import describe_run
 
 
 def in_float32(tree: Any) -> Any:
@@ -67,3 +68,29 @@ def check_room_for(
         packaged=count(trained if packaged is None else packaged),
         saves=-(-config.steps // config.checkpoint_every),
     )  # fmt: skip
+
+
+def describe_expert_run(
+    config: ExpertTraining,
+    anchor: LoadedAnchor,
+    *,
+    name: str,
+    data: str,
+    public: str | None,
+    canaries: int,
+    separator: str | None,
+    **more: Any,
+) -> dict[str, Any]:
+    """The description of an expert's run (`describe_run`); arguments as in `train_expert`."""
+    if separator:
+        more["separator"] = separator
+    return describe_run(
+        config,
+        name=name,
+        source=fingerprint(data),
+        source_at=data,
+        anchor=anchor.identity,
+        public=fingerprint(public) if public else None,
+        canaries=canaries or None,
+        **more,
+    )

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from flexolmo_jax.config import ExpertTraining, PrivacyConfig
-from flexolmo_jax.data.sources import fingerprint
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.units import Units, prepare_units
 from flexolmo_jax.federation.anchor import LoadedAnchor
@@ -42,13 +41,13 @@ from flexolmo_jax.training.run import (
     RUN_FILE,
     alone_in_its_run,
     check_run,
-    describe_run,
     package_facts,
     record_run,
 )
 from flexolmo_jax.training.starting_point import (
     anchor_to_train_beside,
     check_room_for,
+    describe_expert_run,
     in_float32,
 )
 
@@ -98,18 +97,10 @@ def train_private_expert(
         tokens=config.fit_tokens,
     ) if config.gating == "fixed" else None  # fmt: skip
     expert = in_float32(loaded.weights.public)
-    named_separator = {"separator": separator} if separator else {}
-    wanted = describe_run(
-        config,
-        source=fingerprint(data),
-        source_at=data,
-        anchor=loaded.identity,
-        name=name,
-        canaries=canaries or None,
-        public=fingerprint(public) if public else None,
-        **_described(privacy),
-        **named_separator,
-    )
+    wanted = describe_expert_run(
+        config, loaded, name=name, data=data, public=public, canaries=canaries,
+        separator=separator, **_described(privacy),
+    )  # fmt: skip
     check_run(run, wanted, resume, config, out)
     # `ragged_dot`, of grouped experts, fails under the vmap over units.
     dense = dataclasses.replace(config, expert_compute="dense")
@@ -145,7 +136,7 @@ def train_private_expert(
             gating=config.gating,
             privacy=certificate,
             **(drawn.facts() if drawn else {}),
-            **named_separator,
+            **({"separator": separator} if separator else {}),
         )
         write_expert(out, finished, name, loaded, facts)
 

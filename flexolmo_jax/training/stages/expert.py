@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flexolmo_jax.config import ExpertTraining
 from flexolmo_jax.data.batches import Batch, batches
 from flexolmo_jax.data.domain_embedding import DOCUMENTS, domain_embedding, source_name
-from flexolmo_jax.data.sources import fingerprint, is_heldout, read_documents
+from flexolmo_jax.data.sources import is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.window_store import SourceWindows, prepare
 from flexolmo_jax.federation.anchor import LoadedAnchor
@@ -23,16 +23,11 @@ from flexolmo_jax.training.loop import StandardSteps, mesh_of, train
 from flexolmo_jax.training.objectives import expert_parts, trained_expert
 from flexolmo_jax.training.public_data import public_batch, public_text_of
 from flexolmo_jax.training.router_fit.rows import fit_router
-from flexolmo_jax.training.run import (
-    alone_in_its_run,
-    check_run,
-    describe_run,
-    package_facts,
-    record_run,
-)
+from flexolmo_jax.training.run import alone_in_its_run, check_run, package_facts, record_run
 from flexolmo_jax.training.starting_point import (
     anchor_to_train_beside,
     check_room_for,
+    describe_expert_run,
     in_float32,
 )
 
@@ -99,16 +94,8 @@ def train_expert(
         public_batch(texts, tokenizer, length, config.fit_tokens // length) if fits_rows else None
     )
     mesh_of(config)  # raises if the batch cannot be divided among the devices
-    named_separator = {"separator": separator} if separator else {}
-    wanted = describe_run(
-        config,
-        name=name,
-        source=fingerprint(data),
-        source_at=data,
-        anchor=loaded.identity,
-        public=fingerprint(public) if public else None,
-        canaries=canaries or None,
-        **named_separator,
+    wanted = describe_expert_run(
+        config, loaded, name=name, data=data, public=public, canaries=canaries, separator=separator
     )
     check_run(run, wanted, resume, config, out)
     start = loaded.weights.public
@@ -129,7 +116,7 @@ def train_expert(
         router=config.router if fits_rows else None,
         domain_embedding=source_name(config.domain_embedding),
         **(drawn.facts() if drawn else {}),
-        **named_separator,
+        **({"separator": separator} if separator else {}),
     )
 
     def finish() -> None:
