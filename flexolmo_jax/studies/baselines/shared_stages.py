@@ -109,8 +109,8 @@ class _Plan:
             if domain == "public":
                 datasets.write_public_sample(public.folder, share, file)
             else:
-                texts = (str(stage.folder / "train.jsonl") for stage in (own, public))
-                pick_proxies(*texts, file, share=share, most=PROXY_EXAMPLES)
+                own_text, public_text = (str(s.folder / "train.jsonl") for s in (own, public))
+                pick_proxies(own_text, public_text, file, share=share, most=PROXY_EXAMPLES)
 
         needs = (own, public)
         return self.stage(f"proxies/{domain}", needs, pick, share=share, most=PROXY_EXAMPLES)
