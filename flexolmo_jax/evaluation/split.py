@@ -94,16 +94,21 @@ def chosen_split(
         field = group_field or (record.group_field if record else GROUP_FIELD)
         wanted = Split(float(share), field)
     if record is not None:
-        mixed = wanted.share < record.share if trained else wanted.share > record.share
-        if mixed or wanted.group_field != record.group_field:
-            side = "held out" if trained else "trained on"
-            warnings.warn(
-                f"{model}: trained with {record} held out, but the options say {wanted}: if this "
-                f"is the text of that training, some of these documents were {side}; omit the "
-                "option to use the record",
-                stacklevel=2,
-            )
+        _warn_of_contradiction(model, wanted, record, trained)
     return wanted
+
+
+def _warn_of_contradiction(model: str | Path, wanted: Split, record: Split, trained: bool) -> None:
+    """Warns if trained documents would count as held out, or held-out ones as trained."""
+    mixed = wanted.share < record.share if trained else wanted.share > record.share
+    if mixed or wanted.group_field != record.group_field:
+        side = "held out" if trained else "trained on"
+        warnings.warn(
+            f"{model}: trained with {record} held out, but the options say {wanted}: if this is "
+            f"the text of that training, some of these documents were {side}; omit the option to "
+            "use the record",
+            stacklevel=3,
+        )
 
 
 def _record_for(records: dict[str, Split | None], name: str | None) -> Split | None:

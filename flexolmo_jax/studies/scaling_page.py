@@ -76,7 +76,7 @@ def overhead(plan: Plan) -> float:
 
 
 def reason(plan: Plan) -> str:
-    """Why a plan does not fit: of the compiler's sentence, what it would need of what there is."""
+    """Why a plan does not fit: the needed and the available memory, from the compiler's message."""
     sizes = re.search(r"([\d.]+)G\D*([\d.]+)G", plan["because"])
     return f"{sizes[1]} of {sizes[2]}" if sizes else plan["because"]
 

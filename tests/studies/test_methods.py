@@ -64,7 +64,7 @@ def test_a_prompt_is_answered_by_the_first_model_and_the_rest_by_the_chosen_one(
     np.testing.assert_array_equal(found[2, PREFIX:], nats[3, 2, PREFIX:])
 
 
-def test_the_classifier_tells_domains_apart():
+def test_the_classifier_distinguishes_domains():
     prose = [f"the old man went down to the river on day {i} and sang" for i in range(40)]
     sums = [f"Calculate {i} + {i * 7}. Answer: {i * 8}. Solve {i}*x = 3." for i in range(40)]
     classifier = methods.domain_classifier([prose, sums])

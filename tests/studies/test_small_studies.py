@@ -1,12 +1,21 @@
 """The other studies on a small world."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.sources import Document
-from flexolmo_jax.studies import loading, privacy_accounting, rounding, shares, tasks_compared
+from flexolmo_jax.studies import (
+    demo,
+    loading,
+    privacy_accounting,
+    rounding,
+    shares,
+    tasks_compared,
+)
 from flexolmo_jax.studies.demo_seeds import promises
 from flexolmo_jax.studies.expert_training import Recipe, make_page
 
@@ -25,6 +34,28 @@ def report(merged):
             "merged_without:code": {"public": 3.0, "math": merged, "code": 4.0},
         },
     }  # fmt: skip
+
+
+def test_the_demo_measures_every_model_on_every_domain(world, tmp_path, monkeypatch):
+    def run_command(words, **_):
+        options = dict(zip(words, words[1:], strict=False))
+        package = world.experts[options["--name"]] if words[1] == "expert" else world.anchor
+        shutil.copytree(package, options["--out"])
+        Path(options["--run"]).mkdir(parents=True)
+        (Path(options["--run"]) / "config.json").write_text('{"steps": 3}')
+
+    monkeypatch.setattr(demo, "run_command", run_command)
+    monkeypatch.setattr(demo, "OWNERS", ("math", "code"))
+    monkeypatch.setattr(demo, "heldout_documents", lambda *_: [Document("One, two.", "")])
+    made = demo.run_demo(tmp_path / "out", seed=4)
+    assert list(made["bits_per_byte"]) == [
+        "anchor", "expert:math", "expert:code", "merged", "merged_without:math",
+        "merged_without:code",
+    ]  # fmt: skip
+    assert all(list(row) == ["public", "math", "code"] for row in made["bits_per_byte"].values())
+    assert made["seeds"] == {"anchor": 4, "math": 4, "code": 4}
+    assert made == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (tmp_path / "out" / "report.png").stat().st_size > 3000
 
 
 def test_demos_that_are_there_are_not_run_again_and_the_worst_seed_counts(study, tmp_path):

@@ -1,10 +1,10 @@
-"""Stages are made once; a changed input makes anew what depends on it, and nothing else."""
+"""Stages run once; a changed input re-runs what depends on it, and nothing else."""
 
 import json
 
 import pytest
 
-from flexolmo_jax.studies.engine.stages import DONE, Stage, run_stages
+from flexolmo_jax.studies.engine.stages import DONE, Stage, in_order, run_stages, value_stage
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def make(tmp_path, ran):
     return make
 
 
-def test_a_change_makes_anew_what_depends_on_it_and_nothing_else(make, ran):
+def test_a_change_runs_again_what_depends_on_it_and_nothing_else(make, ran):
     run_stages(make())
     assert ran == ["root", "left", "right", "both"]
     ran.clear()
@@ -71,3 +71,19 @@ def test_a_killed_stage_goes_on_where_it_was(tmp_path, ran):
     assert stages[0].is_done and not stages[1].is_done
     run_stages(stages)
     assert ran == ["first", "second", "second, again"]
+
+
+def test_a_stage_and_its_needs_run_once_whoever_asks_and_its_value_is_read(tmp_path, ran):
+    def plan():
+        def compute(folder):
+            ran.append(folder.name)
+            return {"value": [1.5, None]}
+
+        root = value_stage("root", tmp_path, [], compute, size=1)
+        return [value_stage(name, tmp_path, [root], compute) for name in ("left", "right")]
+
+    stages = [*plan(), *plan()]  # equal stages, planned twice
+    ordered = in_order(stages)
+    assert [stage.name for stage in ordered] == ["root", "left", "right"]
+    run_stages(ordered)
+    assert len(ran) == 3 and stages[3].result == {"value": [1.5, None]}

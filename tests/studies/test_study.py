@@ -1,4 +1,4 @@
-"""A study from its config to its report: what is chosen, scored, kept, and made again."""
+"""A study from its config to its report: what is chosen, scored, stored, and run again."""
 
 import dataclasses
 import itertools
@@ -20,6 +20,7 @@ from flexolmo_jax.studies.baselines.results import AFTER, Results
 from flexolmo_jax.studies.baselines.seed_stages import plan_seed
 from flexolmo_jax.studies.baselines.shared_stages import plan_shared
 from flexolmo_jax.training.public_data import public_batch
+from flexolmo_jax.studies.expert_training import Recipe, Trial
 
 TINY = """from flexolmo_jax.config import *
 from flexolmo_jax.studies.baselines.config import StudyConfig
@@ -211,7 +212,7 @@ def digests(config, root):
 
 
 def changed(config, root, **changes):
-    """Names of the stages that a changed value makes anew."""
+    """Names of the stages that a changed value runs again."""
     before, after = digests(config, root), digests(dataclasses.replace(config, **changes), root)
     return {name for name in after if after[name] != before.get(name)}
 
@@ -250,7 +251,7 @@ def test_names_of_stages_differ(config, tmp_path):
 
 @pytest.fixture(scope="module")
 def studied(config_file, tmp_path_factory, quick):
-    """Interrupted, taken up again, and a second seed later: the folder, and the first report."""
+    """Interrupted, resumed, and a second seed later: the folder, and the first report."""
     out = tmp_path_factory.mktemp("study") / "out"
     command = ["study", str(config_file), "--out", str(out)]
 
@@ -312,6 +313,18 @@ def test_results_are_those_of_the_scores(studied, config):
     assert one.mean == pytest.approx(expected - results.value("dense.code", "code").mean)
     both = results.value("anchor", "code", "math").mean
     assert both == pytest.approx((expected + results.value("anchor", "math").mean) / 2)
+
+
+def test_experts_are_trained_with_another_optimizer_from_a_studys_anchor(studied, config, tmp_path):
+    out, _ = studied
+    trial = Trial(config, out, tmp_path)
+    bits = {}
+    for optimizer in ("AdamW", "Muon"):
+        model = trial.train(Recipe("expert", optimizer, 1e-2), "math")
+        bits[optimizer] = trial.bits(model, "math", ("public",))
+    assert bits["AdamW"] != bits["Muon"]
+    with pytest.raises(ValueError, match="no anchor of seed 0"):
+        Trial(config, tmp_path / "nothing", tmp_path)
 
 
 def test_a_study_that_is_done_is_not_made_again(studied, config_file, flexolmo):

@@ -72,8 +72,8 @@ class StudyConfig:
             "owner_bytes", "tune_sequences", "test_sequences", "mixed_sequences",
             "document_windows", "unrestricted_active",
         ):  # fmt: skip
-            found = getattr(self, name)
-            require(found > 0, f"{name} must be positive, found {found}")
+            value = getattr(self, name)
+            require(value > 0, f"{name} must be positive, found {value}")
         require(bool(self.routers), "routers must name at least one method to fit rows")
         for count in self.active:
             require(count >= 1, f"active must be numbers of experts, at least 1, found {count}")

@@ -61,6 +61,17 @@ def ablation_titles() -> dict[str, str]:
 
 
 def make_page(results: Results, report: dict[str, Any]) -> list[str]:
+    """The lines of report.md.
+
+    Args:
+      results: of the study.
+      report: what report.json holds.
+    """
+    return [*_comparison(results, report), "", *_analysis(results, report)]
+
+
+def _comparison(results: Results, report: dict[str, Any]) -> list[str]:
+    """What was trained, and the scores of all methods."""
     config = results.config
     seeds = ", ".join(map(str, report["seeds"]))
     counts = report["sequences"]["heldout.public"]
@@ -100,7 +111,12 @@ def make_page(results: Results, report: dict[str, Any]) -> list[str]:
         "sequences. *yes*: the interval is below the limit, and so is every seed.",
         "",
         *_targets_table(report["targets"]),
-        "",
+    ]
+
+
+def _analysis(results: Results, report: dict[str, Any]) -> list[str]:
+    """What each expert brings, ablations, choices and times."""
+    return [
         "## How much of each expert's gain is kept",
         "",
         "(anchor - merged) / (anchor - the expert answering alone), on the owner's own domain; "

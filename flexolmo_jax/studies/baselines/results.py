@@ -61,13 +61,13 @@ class Results:
         self._draws = {column: self._draw(column) for column in self.columns}
         per_seed = []
         for seed, plan in plans.items():
-            found = {name: load_scores(s.folder / SCORES) for name, s in plan.scored.items()}
+            scores = {name: load_scores(s.folder / SCORES) for name, s in plan.scored.items()}
             self.choices[seed] = {
                 name: json.loads((stage.folder / CHOICE).read_text())
                 for name, stage in plan.choices.items()
             }
-            self._combine(found, self.choices[seed])
-            per_seed.append({name: self._sums(one) for name, one in found.items()})
+            self._combine(scores, self.choices[seed])
+            per_seed.append({name: self._sums(of_method) for name, of_method in scores.items()})
         self.methods = tuple(per_seed[0])
         # Nats by method and column: float64 [seeds, documents].
         self._nats = {
@@ -99,17 +99,17 @@ class Results:
         for column in self.columns:
             name = f"heldout.{MIXED if column == AFTER else column}"
             if name in scores:
-                kept = np.where(self._masks[column] > 0, scores[name], 0.0)
-                nats = kept.sum(axis=1, dtype=np.float64)
+                counted = np.where(self._masks[column] > 0, scores[name], 0.0)
+                nats = counted.sum(axis=1, dtype=np.float64)
                 out[column] = np.bincount(self._sequences(column).document, nats)
         return out
 
-    def _combine(self, found: dict[str, Scores], choices: dict[str, Any]) -> None:
+    def _combine(self, scores: dict[str, Scores], choices: dict[str, Any]) -> None:
         """Adds the methods that combine whole models; chooses BTM's decay."""
         config = self.config
         members = ["anchor", *(f"dense.{name}" for name in config.owners)]
         nats = {
-            name: np.stack([found[member][name] for member in members]) for name in self.sequences
+            name: np.stack([scores[member][name] for member in members]) for name in self.sequences
         }
         sizes = {name: one.sizes for name, one in self.sequences.items()}
 
@@ -118,31 +118,31 @@ class Results:
             return {n: np.where(sizes[n] > 0, one, 0.0) for n, one in mixed.items()}
 
         for active in (1, 2):
-            found[f"btm_prefix_top{active}"] = combine(
+            scores[f"btm_prefix_top{active}"] = combine(
                 lambda one: methods.prefix_evidence(one, config.prefix), active
             )
-            found[f"btm_running_top{active}"] = combine(methods.running_evidence, active)
+            scores[f"btm_running_top{active}"] = combine(methods.running_evidence, active)
             tried = []
             for decay in config.decays:
-                scores = combine(lambda one, d=decay: methods.running_evidence(one, d), active)
-                tried.append((tuning_score(scores, self.sequences), decay, scores))
+                decayed = combine(lambda one, d=decay: methods.running_evidence(one, d), active)
+                tried.append((tuning_score(decayed, self.sequences), decay, decayed))
             best = min(tried, key=lambda one: one[0])
-            found[f"btm_decay_top{active}"] = best[2]
+            scores[f"btm_decay_top{active}"] = best[2]
             choices[f"btm_top{active}"] = {
                 "decay": best[1], "tried": [{"decay": d, "tune": t} for t, d, _ in tried]
             }  # fmt: skip
-        found["prompt_routing"] = {
+        scores["prompt_routing"] = {
             name: methods.follow(one, self.prompts[name], config.prefix)
             for name, one in nats.items()
         }
-        found["oracle"] = {
-            f"heldout.{name}": found[f"expert.{name}" if name != "public" else "anchor"][
+        scores["oracle"] = {
+            f"heldout.{name}": scores[f"expert.{name}" if name != "public" else "anchor"][
                 f"heldout.{name}"
             ]
             for name in config.domains
         }
         active = choices["flexolmo"]["active"]
-        found["flexolmo"] = found[f"flexolmo_top{active or 'all'}"]
+        scores["flexolmo"] = scores[f"flexolmo_top{active or 'all'}"]
 
     def has(self, method: str, column: str) -> bool:
         return (method, column) in self._nats

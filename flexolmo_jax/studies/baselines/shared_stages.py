@@ -1,7 +1,7 @@
 """The stages of a study that depend on no seed: texts, tokenizer, proxies, sequences to score."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,98 +45,119 @@ class Shared:
 
 
 def plan_shared(config: StudyConfig, root: Path) -> Shared:
-    """The stages that depend on no seed."""
+    """The stages that depend on no seed; nothing is run."""
+    plan = _Plan(config, root)
+    texts = {domain: plan.text(domain) for domain in config.domains}
+    public, everyone = texts["public"], tuple(texts.values())
+    folders = {domain: stage.folder for domain, stage in texts.items()}
+    pool = plan.stage(
+        "pool", everyone,
+        lambda folder: datasets.write_pool(folders, config.owner_bytes, folder / POOL),
+    )  # fmt: skip
+    vocab_size = config.model.vocab_size
+    tokenizer = plan.stage(
+        "tokenizer", [public],
+        lambda folder: datasets.write_tokenizer(public.folder, vocab_size, folder),
+        vocab_size=vocab_size,
+    )  # fmt: skip
+    sequences = plan.sequences(texts, tokenizer)
+    return Shared(
+        texts, pool, tokenizer,
+        {owner: plan.windows(owner, texts[owner], tokenizer) for owner in config.owners},
+        {domain: plan.embedding(domain, texts[domain], public) for domain in config.domains},
+        {domain: plan.proxies(domain, texts[domain], public) for domain in config.domains},
+        sequences, plan.prompts(texts, tokenizer, sequences),
+    )  # fmt: skip
 
-    def stage(name: str, needs: Sequence[Stage], work: Callable[[Path], None], **made_from: Any):
-        return Stage(name, root, made_from, tuple(needs), work)
 
-    def text(domain: str) -> Stage:
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Makes the stages of one study."""
+
+    config: StudyConfig
+    root: Path
+
+    def stage(
+        self, name: str, needs: Sequence[Stage], work: Callable[[Path], None], **made_from: Any
+    ) -> Stage:
+        return Stage(name, self.root, made_from, tuple(needs), work)
+
+    def text(self, domain: str) -> Stage:
+        """The documents of a domain, by split."""
+        config = self.config
         max_bytes = None if domain == "public" else config.owner_bytes
-        return stage(
-            f"texts/{domain}", [],
-            lambda folder: datasets.write_texts(config, domain, folder),
+        return self.stage(
+            f"texts/{domain}", [], lambda folder: datasets.write_texts(config, domain, folder),
             digest=datasets.digest_of_texts(config, domain), most=max_bytes, heldout=config.heldout,
         )  # fmt: skip
 
-    texts = {domain: text(domain) for domain in config.domains}
-    folders = {domain: one.folder for domain, one in texts.items()}
-    public, everyone = texts["public"], tuple(texts.values())
+    def embedding(self, domain: str, own: Stage, public: Stage) -> Stage:
+        """The domain embedding of the paper's form."""
 
-    def embedding(domain: str) -> Stage:
-        own = texts[domain]
-        return stage(
-            f"embeddings/{domain}", (own, public),
-            lambda folder: datasets.write_embedding(
-                own.folder, public.folder, folder / EMBEDDING
-            ),
-        )  # fmt: skip
+        def work(folder: Path) -> None:
+            datasets.write_embedding(own.folder, public.folder, folder / EMBEDDING)
 
-    def proxies(domain: str) -> Stage:
-        own = folders[domain] / "train.jsonl"
+        return self.stage(f"embeddings/{domain}", (own, public), work)
+
+    def proxies(self, domain: str, own: Stage, public: Stage) -> Stage:
+        """What router tuning reads for a domain."""
+        share = self.config.proxies
 
         def pick(folder: Path) -> None:
-            share, file = config.proxies, folder / f"{domain}.jsonl"
+            file = folder / f"{domain}.jsonl"
             file.unlink(missing_ok=True)  # of an interrupted run
             if domain == "public":
                 datasets.write_public_sample(public.folder, share, file)
             else:
-                everything = str(folders["public"] / "train.jsonl")
-                pick_proxies(str(own), everything, file, share=share, most=PROXY_EXAMPLES)
+                own_text, public_text = (str(s.folder / "train.jsonl") for s in (own, public))
+                pick_proxies(own_text, public_text, file, share=share, most=PROXY_EXAMPLES)
 
-        return stage(
-            f"proxies/{domain}", (texts[domain], public), pick,
-            share=config.proxies, most=PROXY_EXAMPLES,
-        )  # fmt: skip
+        needs = (own, public)
+        return self.stage(f"proxies/{domain}", needs, pick, share=share, most=PROXY_EXAMPLES)
 
-    pool = stage(
-        "pool", everyone,
-        lambda folder: datasets.write_pool(folders, config.owner_bytes, folder / POOL),
-    )  # fmt: skip
-    tokenizer = stage(
-        "tokenizer", [public],
-        lambda folder: datasets.write_tokenizer(
-            public.folder, config.model.vocab_size, folder
-        ),
-        vocab_size=config.model.vocab_size,
-    )  # fmt: skip
-
-    def read_tokenizer() -> Tokenizer:
-        return Tokenizer.load(tokenizer.folder / TOKENIZER)
-
-    def windows(owner: str) -> Stage:
+    def windows(self, owner: str, text: Stage, tokenizer: Stage) -> Stage:
         """An owner's training windows, for all stages that read them."""
-        source, data = str(folders[owner] / "train.jsonl"), config.expert.data
+        data = self.config.expert.data
 
         def cut(folder: Path) -> None:
-            prepare(source, data, read_tokenizer(), folder / WINDOWS)
+            source = str(text.folder / "train.jsonl")
+            prepare(source, data, _read_tokenizer(tokenizer), folder / WINDOWS)
 
         values = dataclasses.asdict(data)
-        return stage(f"windows/{owner}", (texts[owner], tokenizer), cut, data=values)
+        return self.stage(f"windows/{owner}", (text, tokenizer), cut, data=values)
 
-    sequences = stage(
-        "sequences", (*everyone, tokenizer),
-        lambda folder: datasets.write_sequences(
-            config, folders, read_tokenizer(), folder / SEQUENCES
-        ),
-        length=config.length, windows=config.document_windows,
-        counts=(config.tune_sequences, config.test_sequences, config.mixed_sequences),
-    )  # fmt: skip
+    def sequences(self, texts: Mapping[str, Stage], tokenizer: Stage) -> Stage:
+        """All sequences to score."""
+        config = self.config
+        folders = {domain: stage.folder for domain, stage in texts.items()}
 
-    def classify(folder: Path) -> None:
-        """Stores the predicted domain of each prompt, in place of scores."""
-        train = [datasets.training_texts(one) for one in folders.values()]
-        classifier, read = methods.domain_classifier(train), read_tokenizer()
-        chosen = {
-            name: classifier.predict([read.decode(row[: config.prefix]) for row in one.tokens])
-            for name, one in read_sequences(sequences.folder / SEQUENCES).items()
-        }
-        save_scores(folder / SCORES, chosen)
+        def work(folder: Path) -> None:
+            datasets.write_sequences(
+                config, folders, _read_tokenizer(tokenizer), folder / SEQUENCES
+            )
 
-    prompts = stage("prompts", (*everyone, tokenizer, sequences), classify, prefix=config.prefix)
-    return Shared(
-        texts, pool, tokenizer,
-        {owner: windows(owner) for owner in config.owners},
-        {domain: embedding(domain) for domain in config.domains},
-        {domain: proxies(domain) for domain in config.domains},
-        sequences, prompts,
-    )  # fmt: skip
+        return self.stage(
+            "sequences", (*texts.values(), tokenizer), work,
+            length=config.length, windows=config.document_windows,
+            counts=(config.tune_sequences, config.test_sequences, config.mixed_sequences),
+        )  # fmt: skip
+
+    def prompts(self, texts: Mapping[str, Stage], tokenizer: Stage, sequences: Stage) -> Stage:
+        """The predicted domain of each sequence's prompt, in place of scores."""
+        prefix = self.config.prefix
+
+        def classify(folder: Path) -> None:
+            train = [datasets.training_texts(stage.folder) for stage in texts.values()]
+            classifier, decoder = methods.domain_classifier(train), _read_tokenizer(tokenizer)
+            domains = {
+                name: classifier.predict([decoder.decode(row[:prefix]) for row in one.tokens])
+                for name, one in read_sequences(sequences.folder / SEQUENCES).items()
+            }
+            save_scores(folder / SCORES, domains)
+
+        needs = (*texts.values(), tokenizer, sequences)
+        return self.stage("prompts", needs, classify, prefix=prefix)
+
+
+def _read_tokenizer(stage: Stage) -> Tokenizer:
+    return Tokenizer.load(stage.folder / TOKENIZER)

@@ -1,1 +1,1 @@
-"""What all studies share: stages whose results are kept, commands, Markdown pages and figures."""
+"""What all studies share: stages whose results are stored, commands, Markdown pages and figures."""
