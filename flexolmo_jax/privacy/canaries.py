@@ -84,7 +84,7 @@ class Canaries:
 
     @property
     def commitment(self) -> str:
-        """sha256 of all texts and inclusion bits; it does not reveal them, as the texts are random."""
+        """sha256 of all texts and inclusion bits; random texts cannot be guessed from it."""
         return canonical_digest([candidate._asdict() for candidate in self.candidates])
 
     @property
@@ -172,15 +172,15 @@ def check_they_are_read(
     for document, ids in zip(canaries.inserted, documents, strict=True):
         if not _holds(predicted, ids[1:]):
             raise ValueError(
-                f"{document.where} is not completely in the training windows, so an audit would miss "
-                "it; if the run folder holds other windows, delete them"
+                f"{document.where} is not completely in the training windows, so an audit would "
+                "miss it; if the run folder holds other windows, delete them"
             )
     size = config.data.batch_size
     count, what = (len(rows), "windows") if units is None else (units, "units")
     if config.steps * size < count:
         raise ValueError(
-            f"canaries need at least --steps {math.ceil(count / size)}: each must be expected to be "
-            f"read once, and {config.steps} steps of {size} are fewer than the {count} {what}"
+            f"canaries need at least --steps {math.ceil(count / size)}: each must be expected to "
+            f"be read once, and {config.steps} steps of {size} are fewer than the {count} {what}"
         )
 
 
