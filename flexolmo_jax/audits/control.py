@@ -1,8 +1,8 @@
-"""The positive controls of an extraction audit: models that have learned its text by heart.
+"""The positive controls of an extraction audit: models that have memorized its text.
 
-A few of the owner's documents are read hundreds of times, without privacy: by a copy of the public
-feed-forward networks, which then answers alone, as an expert can; and by all of the anchor. An
-audit that does not catch them on these documents catches nothing, and a rate of 0 elsewhere means
+Two models are trained hundreds of times on a few of the owner's documents, without privacy: a copy
+of the public feed-forward networks, which is then used alone, as an expert can be; and the whole
+anchor. If an audit does not extract these documents from them, its rate of 0 elsewhere means
 nothing.
 """
 
@@ -25,34 +25,38 @@ from flexolmo_jax.training.objectives import anchor_parts, expert_parts, trained
 from flexolmo_jax.training.run import alone_in_its_run, check_run, describe_run, record_run
 
 What = Literal["expert", "model"]
-DOCUMENTS = 8
-MORE = 32  # tokens of a document beyond the length of a passage: so many places to start from
-PASSAGES = 50  # that are tried, at most
-RATES = {"expert": 1e-2, "model": 3e-3}  # learning rates
-CAUGHT = 0.5  # more of them must be extracted
+DOCUMENTS = 8  # to memorize
+MORE = 32  # tokens kept of a document beyond one passage; each adds a possible start of a passage
+PASSAGES = 50  # maximum to try
+LEARNING_RATES = {"expert": 1e-2, "model": 3e-3}
+CAUGHT = 0.5  # true positive rate that a valid audit exceeds on a control
 
 
 def control_config(what: str, length: int) -> ExpertTraining:
-    """How one is trained, on passages of so many tokens."""
+    """The training of a control on passages of `length` tokens."""
     return ExpertTraining(
         data=DataConfig(batch_size=8, length=length, heldout=0.0),
-        optimizer=OptimizerConfig(learning_rate=RATES[what], warmup_steps=10),
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATES[what], warmup_steps=10),
         steps=300,
         checkpoint_every=100,
     )
 
 
 def control_documents(documents: Sequence[Sequence[int]], length: int) -> list[Sequence[int]]:
-    """The beginnings of the first documents that are long enough; ids, without separators.
+    """The beginnings of the first documents longer than a passage: ids, without separators.
+
+    Args:
+      documents: ids, without separators.
+      length: of a passage, in tokens.
 
     Raises:
-      ValueError: there is none.
+      ValueError: no document is long enough.
     """
     long = [ids[: length + MORE] for ids in documents if len(ids) > length][:DOCUMENTS]
     if not long:
         raise ValueError(
-            f"--control needs documents of more than {length} tokens to learn by heart, and there "
-            "is none; give more --data"
+            f"--control needs documents of more than {length} tokens to memorize, and found none; "
+            "give more --data"
         )
     return long
 
@@ -66,15 +70,18 @@ def train_control(
     run: Path,
     separator: str | None = None,
 ) -> FlexOlmo:
-    """The anchor, or its feed-forward networks only, overfitted; goes on where it was killed.
+    """Overfits the anchor, or its feed-forward networks only; resumes an interrupted run.
 
     Args:
-      what: an expert, beside all else that is frozen; or all of the model.
+      what: an expert, with everything else frozen; or the whole model.
       anchor: an anchor package, or a Hugging Face directory of an OLMo 2 model.
-      documents: what to learn by heart (`control_documents`).
-      length: of passages, in tokens.
+      documents: to memorize (`control_documents`).
+      length: of a passage, in tokens.
       run: folder of the run.
       separator: the token that opens documents, as in `read_anchor`.
+
+    Returns:
+      the trained model, with the single expert "control".
 
     Raises:
       ValueError, FloatingPointError, Interrupted: as `train`.
@@ -102,7 +109,7 @@ def train_control(
 
 
 class _Crops(StandardSteps):
-    """Steps on passages that begin at random places of documents."""
+    """Steps on passages that start at random offsets of documents."""
 
     def __init__(self, title, config, loss, documents: Sequence[Sequence[int]]):
         super().__init__(title, config, loss, source=None)  # type: ignore[arg-type]
@@ -123,5 +130,5 @@ class _Crops(StandardSteps):
 
     def divergence(self, step: int, metrics: dict[str, float], run: Path) -> Diverged | None:
         if np.isfinite(metrics["loss"] + metrics["grad_norm"]):
-            return None  # near 0, a loss has spikes that mean nothing
+            return None  # spikes of a loss near 0 are harmless
         return Diverged("the loss or its gradient is not finite", "The audit has no control")

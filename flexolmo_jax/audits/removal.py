@@ -1,9 +1,9 @@
-"""The removal audit: is a model without an expert the model that never had it?
+"""The removal audit: does a model without an expert equal the model that never had it?
 
-Three models answer the same questions: the merged model with the expert switched off, a copy that
-it was taken out of on disk, and one merged anew from all the others. Where the router was not
-tuned, their logits must be equal, bit for bit. Rows that were tuned while the expert was there stay
-tuned when it is switched off, and may say something of it: that is measured.
+Three models get the same inputs: the merged model with the expert switched off, a copy from which
+the expert was removed on disk, and a new merge of all other experts. If the router was not tuned,
+their logits must be equal, bit for bit. Rows that were tuned with the expert present stay tuned
+when it is switched off, and may leak something about it: the audit measures how much.
 """
 
 import shutil
@@ -23,17 +23,17 @@ from flexolmo_jax.privacy.canaries import Canaries
 
 
 class Sameness(NamedTuple):
-    """How two models answer the same questions."""
+    """How the logits of two models compare on the same inputs."""
 
     equal: bool  # all logits, bit for bit
-    largest: float  # difference of two logits
+    largest: float  # absolute difference of two logits
 
 
 class Leak(NamedTuple):
-    """How much better one model predicts than another, in nats of a whole text."""
+    """By how many nats per text one model predicts better than another."""
 
     texts: int
-    better: int  # texts that are predicted better, by any amount
+    better: int  # number of texts predicted better, by any amount
     mean: float
     largest: float
 
@@ -44,15 +44,15 @@ class Leak(NamedTuple):
 
 
 class Removal(NamedTuple):
-    """What is left of an expert."""
+    """What remains of a removed expert."""
 
     tuned: bool  # whether the router's rows were tuned with the expert present
-    switched_off: Sameness  # against the model that never had it
+    switched_off: Sameness  # compared with the model that never had it
     removed: Sameness
-    members: Leak | None  # switched off, against never: canaries that were put in
-    controls: Leak | None  # and those left out
-    told_apart: Area | None  # by these gains
-    prefixes: Leak | None  # continuations of prefixes of the owner's text
+    members: Leak | None  # of included canaries, switched off compared with never present
+    controls: Leak | None  # of held-out canaries
+    told_apart: Area | None  # how well these gains distinguish the two groups
+    prefixes: Leak | None  # of passages of the owner's text
 
     @property
     def nothing_is_left(self) -> bool:
@@ -62,32 +62,33 @@ class Removal(NamedTuple):
 def audit_removal(
     path: Path, name: str, canaries: Canaries | None, passages: Sequence[Sequence[int]]
 ) -> Removal:
-    """Asks a merged model without an expert, and one that never had it, the same questions.
+    """Compares a merged model without an expert with the model that never had it.
 
     Args:
       path: the merged model.
-      name: of the expert.
+      name: the expert's.
       canaries: of the expert's run, if any.
-      passages: ids of passages of the owner's text; may be none, where there are canaries.
+      passages: ids of passages of the owner's text; may be empty if there are canaries.
 
     Raises:
-      ValueError: there is no such expert in it; a part is damaged.
+      ValueError: the model has no such expert, or a package is damaged.
     """
     manifest = read_manifest(path, kind="merged")
-    there = {entry["name"]: path / entry["path"] for entry in manifest["experts"]}
-    if name not in there:
+    paths = {entry["name"]: path / entry["path"] for entry in manifest["experts"]}
+    if name not in paths:
         raise ValueError(
-            f"{path}: no expert named {name!r}; there are {', '.join(there) or 'none'}"
+            f"{path}: no expert named {name!r}; there are {', '.join(paths) or 'none'}"
         )
     model = load(path)
-    never, removed = _without(path, manifest, [p for one, p in there.items() if one != name], name)
+    others = [package for label, package in paths.items() if label != name]
+    never, removed = _without(path, manifest, others, name)
     candidates = canaries.ids(tokenizer_of(model)) if canaries else []
-    questions = [*candidates, *passages]
-    off = _same(model, never, questions, without=[name])
+    inputs = [*candidates, *passages]
+    off = _same(model, never, inputs, without=[name])
     members = controls = told_apart = prefixes = None
-    gains = _nats(never, questions) - _nats(model, questions, without=[name])
+    gains = _nats(never, inputs) - _nats(model, inputs, without=[name])
     if canaries:
-        inserted = np.array([one.inserted for one in canaries.candidates])
+        inserted = np.array([canary.inserted for canary in canaries.candidates])
         of_canaries = gains[: len(candidates)]
         groups = of_canaries[inserted], of_canaries[~inserted]
         members, controls = (Leak.of(group) if len(group) else None for group in groups)
@@ -95,7 +96,7 @@ def audit_removal(
     if len(passages):
         prefixes = Leak.of(gains[len(candidates) :])
     return Removal(
-        "tensors" in manifest, off, _same(removed, never, questions),
+        "tensors" in manifest, off, _same(removed, never, inputs),
         members, controls, told_apart, prefixes,
     )  # fmt: skip
 
@@ -103,38 +104,37 @@ def audit_removal(
 def _without(
     path: Path, manifest: dict, others: list[Path], name: str
 ) -> tuple[FlexOlmo, FlexOlmo]:
-    """The model that never had the expert, and one that it was taken out of on disk."""
-    beside = path.absolute().parent  # so that the paths in a copy hold
+    """The model that never had the expert, and a copy from which it was removed on disk."""
+    beside = path.absolute().parent  # so the relative paths in a copy stay valid
     with tempfile.TemporaryDirectory(dir=beside, prefix=f".{path.absolute().name}.") as folder:
         never = Path(folder) / "never"
         anchor = path / manifest["anchor"]["path"]
         active = manifest["active_experts"]
         separator = manifest["anchor"].get("separator")
-        kept = manifest.get("memory")
+        memory = manifest.get("memory")
         merge(
             anchor, others, never, active_experts=active, separator=separator, allow_share=None,
-            memory=kept and (kept["decay"], kept["weight"]),
+            memory=memory and (memory["decay"], memory["weight"]),
         )  # fmt: skip
-        found = load(never)
+        never_had = load(never)
     with tempfile.TemporaryDirectory(dir=beside, prefix=f".{path.absolute().name}.") as folder:
         shutil.copytree(path, folder, dirs_exist_ok=True)
         remove_expert(folder, name)
-        return found, load(folder)
+        return never_had, load(folder)
 
 
 def _same(
-    one: FlexOlmo, other: FlexOlmo, questions: list[Sequence[int]], without: Sequence[str] = ()
+    model: FlexOlmo, other: FlexOlmo, inputs: list[Sequence[int]], without: Sequence[str] = ()
 ) -> Sameness:
     equal, largest = True, 0.0
-    for first in range(0, len(questions), ROWS):
-        rows = padded(questions[first : first + ROWS])
-        here, there = np.asarray(one.logits(rows, without=without)), np.asarray(other.logits(rows))
-        equal = equal and np.array_equal(here, there)
-        largest = max(largest, float(np.abs(here - there).max()))
+    for first in range(0, len(inputs), ROWS):
+        rows = padded(inputs[first : first + ROWS])
+        logits = np.asarray(model.logits(rows, without=without))
+        others = np.asarray(other.logits(rows))
+        equal = equal and np.array_equal(logits, others)
+        largest = max(largest, float(np.abs(logits - others).max()))
     return Sameness(equal, largest)
 
 
-def _nats(
-    model: FlexOlmo, questions: list[Sequence[int]], without: Sequence[str] = ()
-) -> np.ndarray:
-    return np.array([one.nats for one in scores(model, questions, without=without)])
+def _nats(model: FlexOlmo, inputs: list[Sequence[int]], without: Sequence[str] = ()) -> np.ndarray:
+    return np.array([score.nats for score in scores(model, inputs, without=without)])

@@ -6,11 +6,11 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-RESAMPLES = 2000  # for the interval of an area
+RESAMPLES = 2000  # bootstrap samples for the interval of an area
 
 
 class Rate(NamedTuple):
-    """A share of independent trials, with the exact interval of Clopper and Pearson."""
+    """A rate of independent trials, with the exact Clopper-Pearson interval."""
 
     hits: int
     of: int
@@ -28,7 +28,7 @@ class Rate(NamedTuple):
 
 
 class Area(NamedTuple):
-    """Area under the ROC curve: how often a member scores above a non-member; 0.5 is chance."""
+    """Area under the ROC curve: the probability that a member scores above a non-member."""
 
     area: float
     low: float
@@ -36,8 +36,8 @@ class Area(NamedTuple):
 
     @classmethod
     def of_scores(cls, members: np.ndarray, others: np.ndarray) -> "Area":
-        """By ranks; ties count half. The interval is the bootstrap's, of both groups."""
-        generator = np.random.default_rng(0)  # of the interval only
+        """The area by ranks; ties count half. The interval bootstraps both groups."""
+        generator = np.random.default_rng(0)  # used for the interval only
         drawn = [
             _area(generator.choice(members, len(members)), generator.choice(others, len(others)))
             for _ in range(RESAMPLES)
@@ -56,9 +56,9 @@ def _area(members: np.ndarray, others: np.ndarray) -> float:
 
 
 def as_json(value: Any) -> Any:
-    """Named tuples as objects, in depth."""
+    """Converts named tuples to objects, recursively."""
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {key: as_json(one) for key, one in value._asdict().items()}
+        return {key: as_json(item) for key, item in value._asdict().items()}
     if isinstance(value, dict):
-        return {key: as_json(one) for key, one in value.items()}
-    return [as_json(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {key: as_json(item) for key, item in value.items()}
+    return [as_json(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -84,7 +84,7 @@ class Canaries:
 
     @property
     def commitment(self) -> str:
-        """The sha256 of all texts and inclusion bits, which it hides: the texts are random."""
+        """sha256 of all texts and inclusion bits; random texts cannot be guessed from it."""
         return canonical_digest([candidate._asdict() for candidate in self.candidates])
 
     @property

@@ -138,25 +138,27 @@ def verify_certificate(certificate: Any, where: str, gating: str | None = None) 
     if certificate["adjacency"] != ADJACENCY:
         raise ValueError(f"{where}: expected adjacency {ADJACENCY!r}, found a different one")
     for name, (tight, loose) in found.items():
-        stated, least = numbers[name], min(tight, loose)
-        if stated + ROUNDING < least:
-            raise ValueError(
-                f"{where}: the certificate claims {name} {stated:g}, and its own numbers cost "
-                f"{least:.4f} (privacy loss distributions: at most {tight:.4f}; Renyi: at most "
-                f"{loose:.4f})"
-            )
-        if (
-            stated > MAX_OVERCLAIM * max(tight, loose) + 0.01
-        ):  # older versions' bounds exceeded `tight`
-            raise ValueError(
-                f"{where}: the certificate claims {name} {stated:g}, and its own numbers cost "
-                f"only {tight:.4f}: they are inconsistent"
-            )
+        _check_claim(f"{where}: the certificate claims {name}", numbers[name], tight, loose)
     shown = {
         name: {"stated": numbers[name], "pld": _known(tight), "renyi": _known(loose)}
         for name, (tight, loose) in found.items()
     }
     return {"delta": delta, **shown}
+
+
+def _check_claim(claims: str, stated: float, tight: float, loose: float) -> None:
+    """Raises ValueError if a claimed epsilon is below both bounds, or far above them."""
+    least = min(tight, loose)
+    if stated + ROUNDING < least:
+        raise ValueError(
+            f"{claims} {stated:g}, and its own numbers cost {least:.4f} (privacy loss "
+            f"distributions: at most {tight:.4f}; Renyi: at most {loose:.4f})"
+        )
+    # Bounds of older versions exceeded `tight`.
+    if stated > MAX_OVERCLAIM * max(tight, loose) + 0.01:
+        raise ValueError(
+            f"{claims} {stated:g}, and its own numbers cost only {tight:.4f}: they are inconsistent"
+        )
 
 
 def _known(bound: float) -> float | None:

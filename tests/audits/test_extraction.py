@@ -158,7 +158,7 @@ def test_a_document_below_the_full_length_is_a_shorter_passage():
     assert one == Passage(0, 0, tuple(range(200)))
     assert protocol.within(64).length == protocol.within(64).least == 64
     assert protocol.within(4096) == protocol
-    with pytest.raises(ValueError, match="leaves nothing to go on with"):
+    with pytest.raises(ValueError, match="leaves no room for a continuation"):
         protocol.within(32)
 
 
@@ -284,7 +284,7 @@ def test_wrong_input_is_one_clear_line(world, tmp_path, refused, name):
 
 def test_another_audit_is_not_gone_on_with(world, tmp_path, flexolmo, refused):
     assert flexolmo(*words(world, tmp_path, "--prefixes", 5))[0] == 0
-    assert "of another audit, whose passages was 5, now 6" in refused(
+    assert "belongs to another audit, whose passages was 5, now 6" in refused(
         *words(world, tmp_path, "--prefixes", 6)
     )
     (tmp_path / "model.json").write_text("{")

@@ -99,8 +99,8 @@ def test_verdicts(name):
 
 def test_what_cannot_be_compared_is_refused():
     for members, controls, message in (
-        ([], [1.0], "the coins put 0 canaries in and left 1 out"),
-        ([1.0], [], "left 0 out"),
+        ([], [1.0], "0 canaries are included and 1 held out"),
+        ([1.0], [], "1 canaries are included and 0 held out"),
         ([math.nan], [1.0], "not finite"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -146,7 +146,7 @@ def test_a_second_run_does_not_start_above_the_limit(private, world, tmp_path, r
     before = (private / "budget.json").read_text()
     again = training(world, tmp_path, "--dp-epsilon", 1, "--dp-ledger", private / "budget.json")
     said = refused(*again)
-    assert "above the owner's limit of 4; 1 earlier runs have taken" in said
+    assert "above the owner's limit of 4; 1 earlier runs have spent" in said
     assert (private / "budget.json").read_text() == before
     assert not (tmp_path / "out").exists()
 

@@ -19,8 +19,8 @@ from flexolmo_jax.studies.baselines.config import StudyConfig
 from flexolmo_jax.studies.baselines.results import AFTER, Results
 from flexolmo_jax.studies.baselines.seed_stages import plan_seed
 from flexolmo_jax.studies.baselines.shared_stages import plan_shared
-from flexolmo_jax.training.public_data import public_batch
 from flexolmo_jax.studies.expert_training import Recipe, Trial
+from flexolmo_jax.training.public_data import public_batch
 
 TINY = """from flexolmo_jax.config import *
 from flexolmo_jax.studies.baselines.config import StudyConfig
