@@ -45,7 +45,7 @@ TAIL_SHARE_OF_DELTA = 1e-4
 # power of the number of steps: an integer of a million digits. Grids of long runs are padded.
 PADDED_STEPS, PADDED_POINTS = 1000, 1001
 MAX_STEPS = 10**7  # of all runs together; beyond, rounding errors of the FFT reach delta
-MAX_RUNS = 100  # whose steps differ: what the accountants can compose in 20 seconds
+MAX_RUNS = 200  # whose steps differ; 200 take 13 seconds, 300 may take more than 20
 MAX_UNITS = 10**12
 TRUNCATION_SHARE_OF_DELTA = 0.01  # what batches truncated at the largest size may use up
 MIN_NOISE = 0.2  # noise multiplier; below, the accountants take minutes and nothing is private
