@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @pytest.fixture
 def tiny_disk(tmp_path):
-    """fill(free) -> a folder on a disk with so many bytes left; None where none can be mounted."""
+    """fill(free) -> a folder on a disk with that many bytes left; None if none can be mounted."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
@@ -228,7 +228,7 @@ def test_a_second_interrupt_ends_at_once(world, tmp_path):
 
 
 def test_training_runs_with_large_pages(world, tmp_path):
-    """The program starts itself anew, with all that it was given."""
+    """The program restarts itself, with all its arguments."""
     out = tmp_path / "out"
     script = tmp_path / "sitecustomize.py"
     script.write_text(

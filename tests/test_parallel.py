@@ -49,7 +49,7 @@ def start(arguments, devices):
 
 
 def start_training(world, out, run, processes, devices, *more):
-    """The world's training of an expert, by processes that have so many devices each."""
+    """The world's training of an expert, by processes with the given number of devices each."""
     command = [
         "-m", "flexolmo_jax", "train", "expert", world.config_file("alone"), "--name", "math",
         "--anchor", world.anchor, "--data", world.texts["math"], "--out", out, "--run", run, *more,

@@ -110,11 +110,11 @@ def removal_lines(left: Removal) -> list[str]:
                 f"{what}, switched off: {leak.better} of {leak.texts} are predicted better, by "
                 f"{leak.mean:+.3f} nats on average, {leak.largest:+.3f} at most"
             )
-    if left.told_apart:
-        leaks = not left.told_apart.low <= 0.5 <= left.told_apart.high
+    if left.distinguished:
+        leaks = not left.distinguished.low <= 0.5 <= left.distinguished.high
         lines.append(
             f"by these gains, included and held-out canaries are distinguished with AUC "
-            f"{left.told_apart}: the router rows {'do' if leaks else 'do not'} measurably leak "
+            f"{left.distinguished}: the router rows {'do' if leaks else 'do not'} measurably leak "
             "membership"
         )
     return lines

@@ -173,7 +173,7 @@ def verdict(found: Membership, certificate: dict[str, Any] | None) -> dict[str, 
             f"with a perfect attack, this audit could have shown {best:.2f}"
         )
     elif bound > MIN_LEAK:
-        word = "members are told apart"
+        word = "members are distinguished"
         why = f"epsilon is at least {bound:.2f}, and there is no certificate"
     else:
         word = "too weak"

@@ -51,7 +51,7 @@ class Removal(NamedTuple):
     removed: Sameness
     members: Leak | None  # of included canaries, switched off compared with never present
     controls: Leak | None  # of held-out canaries
-    told_apart: Area | None  # how well these gains distinguish the two groups
+    distinguished: Area | None  # how well these gains distinguish the two groups
     prefixes: Leak | None  # of passages of the owner's text
 
     @property
@@ -85,19 +85,19 @@ def audit_removal(
     candidates = canaries.ids(tokenizer_of(model)) if canaries else []
     inputs = [*candidates, *passages]
     off = _same(model, never, inputs, without=[name])
-    members = controls = told_apart = prefixes = None
+    members = controls = distinguished = prefixes = None
     gains = _nats(never, inputs) - _nats(model, inputs, without=[name])
     if canaries:
         inserted = np.array([canary.inserted for canary in canaries.candidates])
         of_canaries = gains[: len(candidates)]
         groups = of_canaries[inserted], of_canaries[~inserted]
         members, controls = (Leak.of(group) if len(group) else None for group in groups)
-        told_apart = Area.of_scores(*groups) if members and controls else None
+        distinguished = Area.of_scores(*groups) if members and controls else None
     if len(passages):
         prefixes = Leak.of(gains[len(candidates) :])
     return Removal(
         "tensors" in manifest, off, _same(removed, never, inputs),
-        members, controls, told_apart, prefixes,
+        members, controls, distinguished, prefixes,
     )  # fmt: skip
 
 

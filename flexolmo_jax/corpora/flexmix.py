@@ -92,7 +92,7 @@ def make_flexmix(
 
     Raises:
       ValueError: a domain is missing, too small to be split, or not a file of `data fetch`;
-        `out` is there already; the package datasketch is missing.
+        `out` exists; the package datasketch is missing.
     """
     if importlib.util.find_spec("datasketch") is None:
         raise ValueError(
@@ -242,7 +242,7 @@ def describe(card: dict[str, Any]) -> str:
         used = ", ".join(d for d, entry in card["domains"].items() if name in entry["packages"])
         lines.append(f"| {name} | {package['version']} | {package['licence']} | {used} |")
     if card["not_fetched"]:
-        lines += ["", "Not to be had when the corpus was fetched:", ""]
+        lines += ["", "Unavailable when the corpus was fetched:", ""]
         lines += [f"- {line}" for line in card["not_fetched"]]
     return "\n".join(lines) + "\n"
 

@@ -54,7 +54,7 @@ def find_files(path: Path) -> Found:
     """The files to read of a file or folder.
 
     A folder is searched in depth. Links are followed, but no file and no folder is read twice, nor
-    a folder that holds the link to it. Names that begin with a dot are left out without a word:
+    a folder that holds the link to it. Names that begin with a dot are skipped silently:
     they are what systems and tools leave behind. README, LICENSE and their like are passed over
     where there is anything but text files.
 

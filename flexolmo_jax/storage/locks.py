@@ -5,7 +5,7 @@ process ends, however it ends, so a lock file that a killed process left behind 
 The file names its holder only for the message to the next process.
 
 Over NFS, Linux turns flock into a lock of the server, which all hosts see. On a file system
-without locks (some FUSE and Lustre mounts), work goes on with a warning.
+without locks (some FUSE and Lustre mounts), work continues with a warning.
 """
 
 import contextlib

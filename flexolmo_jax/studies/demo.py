@@ -2,7 +2,7 @@
 
 An anchor is trained on public text. Each owner's expert is then trained in a process of its own,
 which reads only that owner's text and the anchor. The experts are merged and measured, and each is
-switched off in turn.
+switched off one by one.
 """
 
 import json

@@ -149,7 +149,7 @@ class Report:
         return [claim.what, where, *row, claim.why]
 
     def removal(self) -> list[list[str]]:
-        """The table of owners that are switched off in turn."""
+        """The table of owners that are switched off, one by one."""
         rows = []
         for owner in self.owners:
             changes = {c: self.change(owner, c) for c in (*self.owners, "public")}
@@ -258,7 +258,7 @@ def switching_off(report: Report) -> list[str]:
         "## Switching off (fig. 4)",
         "",
         "The paper switches off news alone: its news generation falls from 80.7 to 71.5, below "
-        "the public model's 76.0, its other scores hardly change. Here, every owner in turn:",
+        "the public model's 76.0, its other scores hardly change. Here, every owner, one by one:",
         "",
         *table(head, report.removal()),
         "",

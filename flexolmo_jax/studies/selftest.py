@@ -26,7 +26,7 @@ from flexolmo_jax.storage.outputs import check_kept_folder
 from flexolmo_jax.studies.engine.commands import run_command
 
 EXPERTS = ("private", "baseline")
-DISTINGUISHED = "members are told apart"  # the verdict of a membership audit
+DISTINGUISHED = "members are distinguished"  # the verdict of a membership audit
 
 
 @dataclasses.dataclass(frozen=True)

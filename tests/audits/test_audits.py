@@ -87,11 +87,11 @@ def test_a_run_without_privacy_is_caught(world, audited, flexolmo):
     assert code == 0, error
     found = json.loads(printed)
     alone = found["audits"]["the expert alone"]
-    assert found["verdict"] == "members are told apart" and found["certificate"] is None
+    assert found["verdict"] == "members are distinguished" and found["certificate"] is None
     assert alone["epsilon"] > 0.5 and alone["area"]["low"] > 0.6
     assert alone["members"] + alone["controls"] == 2 * COUNT
     printed = flexolmo(*[word for word in words(world, audited) if word != "--json"])[1]
-    assert "members are told apart: epsilon is at least" in " ".join(printed.split())
+    assert "members are distinguished: epsilon is at least" in " ".join(printed.split())
 
 
 def test_a_false_certificate_is_refuted(world, audited, tmp_path, refused):
@@ -161,7 +161,7 @@ def test_what_tuned_rows_leak_is_measured(world, audited, tmp_path, flexolmo):
     assert found["switched_off"]["largest"] > 0
     gains = found["members"], found["controls"], found["prefixes"]
     assert all(0 <= leak["better"] <= leak["texts"] for leak in gains)
-    assert found["told_apart"]["low"] <= found["told_apart"]["area"] <= found["told_apart"]["high"]
+    assert found["distinguished"]["low"] <= found["distinguished"]["area"] <= found["distinguished"]["high"]
     printed = " ".join(flexolmo(*removal(audited, world, "--model", tuned))[1].split())
     assert "stay tuned when it is switched off" in printed
 

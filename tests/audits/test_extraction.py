@@ -203,8 +203,8 @@ def test_controls_are_caught_and_the_anchor_is_not(
 ):
     monkeypatch.setattr(control, "DOCUMENTS", 2)  # as many as so small an expert can hold
     monkeypatch.setattr(control, "MORE", 8)
-    anew = ("--model", learned_anchor, "--prefixes", 16, "--control")
-    code, printed, error = flexolmo(*words(world, tmp_path / "out", *anew))
+    again = ("--model", learned_anchor, "--prefixes", 16, "--control")
+    code, printed, error = flexolmo(*words(world, tmp_path / "out", *again))
     assert code == 0, error
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     rates = {name: audit["extracted"]["rate"] for name, audit in found["audits"].items()}

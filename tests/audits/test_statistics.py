@@ -86,7 +86,7 @@ VERDICTS = {
     "too few": (of(np.ones(99), np.zeros(99)), certificate(0.1), "no headline"),
     "a false certificate": (of(np.ones(100), np.zeros(100)), certificate(1.0), "refuted"),
     "a true one": (of(np.ones(100), np.zeros(100)), certificate(8.0), "not refuted"),
-    "a leak": (of(np.ones(100), np.zeros(100)), None, "members are told apart"),
+    "a leak": (of(np.ones(100), np.zeros(100)), None, "members are distinguished"),
     "no leak to be seen": (of(np.ones(100), np.ones(100)), None, "too weak"),
 }
 

@@ -148,7 +148,7 @@ def kill_training(world: World, folder: Path, rng: random.Random, moment: str) -
 
 
 def appeared(where: Path, pattern: str, skip: int, rng: random.Random) -> Callable[[], bool]:
-    """When a name of the pattern came, after so many others, and a little more."""
+    """When a name of the pattern came, after `skip` others, and a little more."""
     wait = rng.random() * 0.05
     seen: set[str] = set()
 
@@ -196,7 +196,7 @@ MOMENTS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--kills", type=int, default=100, help="runs go on until so many (default: %(default)s)"
+        "--kills", type=int, default=100, help="kills to reach (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

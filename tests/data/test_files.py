@@ -52,9 +52,9 @@ def test_what_is_about_the_data_is_not_the_data(tmp_path):
 
 def test_among_text_files_a_readme_is_text(tmp_path):
     (tmp_path / "README.md").write_text("# How to begin")
-    (tmp_path / "guide.md").write_text("# How to go on")
+    (tmp_path / "guide.md").write_text("# How to continue")
     (tmp_path / "LICENSE").write_text("free")
-    assert read(tmp_path)[0] == ["# How to begin", "# How to go on"]
+    assert read(tmp_path)[0] == ["# How to begin", "# How to continue"]
 
 
 def test_a_readme_beside_what_cannot_be_read_is_not_the_text_in_its_place(tmp_path):

@@ -241,7 +241,7 @@ def with_greedy_token():
 
 
 def without_unknown():
-    """A BPE of characters that drops the others without a word."""
+    """A BPE of characters that drops the others silently."""
     made = tokenizers.Tokenizer(models.BPE())
     made.train_from_iterator(["the river </s>"], trainers.BpeTrainer(show_progress=False))
     made.add_special_tokens(["</s>"])

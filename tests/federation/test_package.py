@@ -269,7 +269,7 @@ def test_a_package_of_another_kind_is_refused(world, tmp_path):
             attempt()
 
 
-# Adding, taking out, moving.
+# Adding, removing, moving.
 
 
 def test_add_and_remove(world, copied, make_expert, tmp_path):

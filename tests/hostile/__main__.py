@@ -55,7 +55,7 @@ class Worker:
                 return what, [how], False
             if isinstance(found, tuple):
                 return found
-            what = found  # it goes on with the next command
+            what = found  # it continues with the next command
 
 
 def main() -> int:

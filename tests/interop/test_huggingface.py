@@ -318,7 +318,7 @@ def same(found, expected):
 
 @needs_torch
 def test_of_several_checkpoints_in_a_folder_the_one_that_transformers_reads(torch_models, tmp_path):
-    """Sharded first, then whole: transformers 5 leaves the index of the shards it takes away."""
+    """Sharded first, then whole: transformers 5 leaves the index of the shards that it removes."""
     from transformers import AutoModelForCausalLM
 
     old, new = (torch_models["random_model"]("olmo2", seed) for seed in (1, 2))

@@ -220,7 +220,7 @@ def test_documents_that_the_model_cannot_read_are_named_by_every_command(
 
 
 def test_a_sentencepiece_model_continues_with_the_space(folder):
-    """Continuations are what the whole text goes on with, streamed or not."""
+    """Continuations are what continues the whole text, streamed or not."""
     write(folder / "special_tokens_map.json", {"eos_token": "</s>"})
     sentencepiece("</s>").save(str(folder / "tokenizer.json"))
     model = load(folder)

@@ -79,7 +79,7 @@ def test_in_pieces_it_is_as_in_one(drawn):
     np.testing.assert_allclose(past, last, atol=1e-5)
 
 
-def test_it_starts_anew_with_each_document_bit_for_bit(drawn):
+def test_it_starts_again_with_each_document_bit_for_bit(drawn):
     logits, past, key = drawn
     before = jax.random.normal(key, logits.shape)
     other = jnp.where(SEGMENTS == SEGMENTS[:, -1:], logits, before)
@@ -217,7 +217,7 @@ def test_a_masked_expert_equals_one_that_was_never_merged_bit_for_bit(model):
 
 
 def test_the_router_is_tuned_as_it_will_be_used(model):
-    """Gradients reach the rows through the memory, also past empty experts."""
+    """Gradients reach the rows through the memory, also past padding experts."""
     config = model.config.replace(memory=STRONG)
     experts = pad_experts(model.experts, 3)
 

@@ -157,7 +157,7 @@ def test_what_holds_no_program_is_an_error(data):
 
 
 def test_a_collective_that_is_spread_over_fusions_happens_once():
-    """As programs for v5e have it: it starts in a fusion, goes on in a second beside a product,
+    """As programs for v5e have it: it starts in a fusion, continues in a second beside a product,
     and ends in a third."""
     gather = "all-gather(%{}), channel_id=3, replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}"
     text = f"""

@@ -65,7 +65,7 @@ def test_all_runs_are_accounted_at_one_delta(ledger, tmp_path):
     assert len(ledger.contents()["runs"]) == 1
 
 
-def test_of_a_run_that_cannot_go_on_only_what_it_spent_counts(ledger, tmp_path):
+def test_of_a_run_that_cannot_be_resumed_only_what_it_spent_counts(ledger, tmp_path):
     run = admit(ledger, "run")
     ledger.spend(run, 1, 0.5)
     with pytest.raises(ValueError, match="above the owner's limit"):

@@ -1,4 +1,4 @@
-"""A loss that breaks down: what is called so, and which documents are named."""
+"""A diverging loss: what counts as one, and which documents are named."""
 
 import json
 import math

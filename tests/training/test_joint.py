@@ -1,4 +1,4 @@
-"""Whole models trained on: an anchor that goes on from another, and the unrestricted mixture."""
+"""Whole models trained on: an anchor that starts from another, and the unrestricted mixture."""
 
 import dataclasses
 

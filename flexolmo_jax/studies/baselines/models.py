@@ -36,7 +36,7 @@ def trained(
     """Runs one of the training functions in a stage's folder, or resumes it.
 
     Args:
-      train: takes out, run, resume and `more`.
+      train: accepts out, run, resume and `more`.
       folder: of the stage; afterwards it holds the package and metrics, no checkpoints.
       windows: a folder of training windows, which are then not made again.
     """
