@@ -43,7 +43,7 @@ class Case:
       name: in the table and on the command line.
       ours: (label, option) of each side that runs `jax`.
       baselines: (label, option) of each side that runs `pytorch`.
-      yardstick: the case that measures the machine's own rate, in turn with this one.
+      yardstick: the case that measures the machine's own rate, alternately with this one.
     """
 
     name: str

@@ -93,7 +93,7 @@ def _stage_parts(config: Training, model: ModelConfig, mesh: Mesh) -> StageParts
 
 
 def _merged_weights(model: ModelConfig, mesh: Mesh) -> tuple[Any, Experts]:
-    """Shapes of the merged model, padded with empty experts to a multiple of the mesh axis."""
+    """Shapes of the merged model, padded with padding experts to a multiple of the mesh axis."""
     multiple = mesh.shape[EXPERT]
     padded = -(-model.num_experts // multiple) * multiple
     return abstract_model(model.replace(num_experts=padded))

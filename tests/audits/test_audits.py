@@ -161,7 +161,11 @@ def test_what_tuned_rows_leak_is_measured(world, audited, tmp_path, flexolmo):
     assert found["switched_off"]["largest"] > 0
     gains = found["members"], found["controls"], found["prefixes"]
     assert all(0 <= leak["better"] <= leak["texts"] for leak in gains)
-    assert found["distinguished"]["low"] <= found["distinguished"]["area"] <= found["distinguished"]["high"]
+    assert (
+        found["distinguished"]["low"]
+        <= found["distinguished"]["area"]
+        <= found["distinguished"]["high"]
+    )
     printed = " ".join(flexolmo(*removal(audited, world, "--model", tuned))[1].split())
     assert "stay tuned when it is switched off" in printed
 

@@ -82,7 +82,7 @@ def train_router(
         config, loaded.config, loaded.backbone, loaded.experts, rows
     )
     rows = train(StandardSteps("router", config, loss, source), trainable, frozen, run)
-    count = len(loaded.names)  # without the empty experts that pad the stack
+    count = len(loaded.names)  # without the padding experts that pad the stack
     rows = RouterRows(rows.row[:, :count], rows.bias[:, : count - 1])
     tuned = jax.device_get(rows.router(loaded.experts.router))
     on_main_process(lambda: write_tuned(out, model, tuned))
