@@ -89,7 +89,7 @@ def _where_sharded(stack: "Experts", add: Callable) -> Callable:
         if expert_parallel:
             x, weights = collectives.dispatch_to_experts(x, weights)
         x, weights = collectives.copy_to_tensor_parallel((x, weights))
-        out = add(jnp.zeros_like(x), x, weights)
+        out = add(None, x, weights)
         if expert_parallel:
             out = collectives.combine_from_experts(out)
         return total + collectives.reduce_from_tensor_parallel(out)
@@ -109,12 +109,12 @@ class FeedForward(nnx.Module):
 
     def add_dense(
         self,
-        total: Float[Array, "B S D"],
+        total: Float[Array, "B S D"] | None,
         x: Float[Array, "B S D"],
         weights: Float[Array, "E B S"],
         skip_unused: bool = False,
     ) -> Float[Array, "B S D"]:
-        """total + sum over e of weights[e] * expert_e(x), expert by expert.
+        """total (None: 0) + sum over e of weights[e] * expert_e(x), expert by expert.
 
         The order is fixed, and an expert whose weight is 0 adds nothing, even if its own weights
         are NaN; so masking an expert equals leaving it out of the stack, bit for bit.
@@ -136,12 +136,13 @@ class FeedForward(nnx.Module):
             is_used = jnp.any(expert[-1] > 0)
             return jax.lax.cond(is_used, add, lambda total, _: total, total, expert), None
 
+        total = jnp.zeros_like(x) if total is None else total
         experts = (self.gate[...], self.up[...], self.down[...], weights.astype(x.dtype))
         return jax.lax.scan(step, total, experts)[0]
 
     def add_grouped(
         self,
-        total: Float[Array, "B S D"],
+        total: Float[Array, "B S D"] | None,
         x: Float[Array, "B S D"],
         weights: Float[Array, "E B S"],
         active: int,
@@ -151,7 +152,8 @@ class FeedForward(nnx.Module):
         tokens = x.reshape(-1, x.shape[-1])
         active = min(active, len(weights))
         out = grouped_swiglu(tokens, weights.reshape(len(weights), -1), gate, up, down, active)
-        return total + out.reshape(x.shape)
+        out = out.reshape(x.shape)
+        return out if total is None else total + out
 
 
 def _add_gathered(total, x, gate, up, down, weight):
