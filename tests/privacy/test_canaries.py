@@ -148,7 +148,7 @@ def test_a_private_run_has_them_too(world, tmp_path, flexolmo):
 
 
 REFUSED = {
-    "too few steps to be read": (["--steps", 2], "canaries need --steps"),
+    "too few steps to be read": (["--steps", 2], "canaries need at least --steps"),
     "a negative number": (["--canaries", -1], "must not be negative, found -1"),
     "longer than a private step reads": (
         ["--dp-epsilon", 8, "--dp-windows", 1], "windows of 32 tokens, and this run protects or"
