@@ -183,8 +183,8 @@ def show_table(
     """Prints rows that all have the same columns.
 
     Args:
-      rows: the columns of each row, by title. Numbers are aligned to the right; a `rich.text.Text`
-        keeps its style.
+      rows: the columns of each row, by title. Numbers are aligned to the right; a cell that
+        `coloured` made keeps its colours.
       title: a line before the table.
       empty: what to say where there are no rows.
 
@@ -220,6 +220,11 @@ def _blocks(rows: Sequence[Mapping[str, Any]]) -> Table:
             table.add_row(_cell(name), _cell(value))
         table.add_section()
     return table
+
+
+def coloured(*parts: str | tuple[str, str]) -> Text:
+    """A cell of a table: texts, or pairs of a text and its colour."""
+    return Text.assemble(*parts)
 
 
 def _cell(value: Any) -> Text:

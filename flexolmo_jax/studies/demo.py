@@ -11,13 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
-
 from flexolmo_jax.config import ExpertTraining, load_config
 from flexolmo_jax.evaluation.bits_per_byte import heldout_documents, score
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.model import FlexOlmo, load
-from flexolmo_jax.runtime.console import console, show_table, tell
+from flexolmo_jax.runtime.console import coloured, console, show_table, tell
 from flexolmo_jax.storage.files import replace_file
 from flexolmo_jax.storage.outputs import check_kept_folder
 from flexolmo_jax.studies.engine.commands import run_command
@@ -129,7 +127,7 @@ def _show(report: dict[str, Any], out: Path) -> None:
         for domain in domains:
             change = row[domain] / scores["anchor"][domain] - 1
             colour = "green" if change < -0.01 else "red" if change > 0.02 else "white"
-            cells[domain] = Text.assemble(f"{row[domain]:.3f} ", (f"{change:+.1%}", colour))
+            cells[domain] = coloured(f"{row[domain]:.3f} ", (f"{change:+.1%}", colour))
         rows.append({"model": model, **cells})
     show_table(rows, title="bits per byte on held-out documents (lower is better)")
     for domain, sample in report["samples"].items():
