@@ -84,6 +84,8 @@ def generate(
     mask = np.concatenate([allowed, np.ones((batch - len(prompts), allowed.shape[1]), bool)])
     done = np.arange(batch) >= len(prompts)
     weights = (backbone, experts, unstacked)
+    if unstacked is not None:  # its layers are read expert by expert, so only used ones are read
+        config = config.replace(expert_compute="dense")
     capacity = _round_up(max_new_tokens)
     rows = placement.put_batch((tokens, padding, mask, done), mesh)
     with placement.use_mesh(mesh):

@@ -37,6 +37,11 @@ def test_greedy_equals_a_rollout_without_cache(model):
     assert all(made)
 
 
+def test_a_model_with_grouped_expert_compute_generates_the_same(model):
+    grouped = dataclasses.replace(model, config=model.config.replace(expert_compute="grouped"))
+    assert grouped.generate(PROMPTS, 16) == model.generate(PROMPTS, 16)
+
+
 def test_masks_hold_in_generation(model):
     masks = np.array([[1, 1, 0, 0], [0, 0, 0, 1], [1, 0, 1, 1]], bool)
     made = model.generate(PROMPTS, max_new_tokens=12, allowed=masks)
