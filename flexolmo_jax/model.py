@@ -6,7 +6,6 @@ model.generate(["The theorem"], without=["math"])
 
 import dataclasses
 import functools
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,21 +27,6 @@ from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Backbone, forward
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.parallel.mesh import BATCH, SERVING, TENSOR, specs_of
-
-
-def _check_memory(config: ModelConfig, batch: int, length: int, max_new_tokens: int) -> None:
-    """Raises ValueError if the keys and values of all tokens take more than half of the memory."""
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if memory is None:  # a CPU
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    numbers = 2 * config.num_layers * config.kv_heads * config.head_size  # per token
-    needed = batch * length * numbers * jnp.dtype(config.dtype).itemsize
-    if needed > memory / 2:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} needs {needed / 1e9:,.0f} GB for keys and values, "
-            f"more than half of the {memory / 1e9:,.0f} GB of memory; ask for fewer tokens (the "
-            f"model was made for {config.max_length}), or for fewer prompts at a time"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +215,7 @@ class FlexOlmo:
                 for new, text in zip(generated, texts, strict=True)
             ):
                 break
-        return [_before(text, ends) for text in texts] if are_texts else generated
+        return [decode.before_first(text, ends) for text in texts] if are_texts else generated
 
     def stream(
         self,
@@ -297,7 +281,7 @@ class FlexOlmo:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
         longest = max(map(len, ids)) + max_new_tokens
-        _check_memory(self.config, len(ids), longest, max_new_tokens)
+        decode.check_memory(self.config, len(ids), longest, max_new_tokens)
         if longest > self.config.max_length:
             warnings.warn(
                 f"prompt and output may reach {longest} tokens, more than the "
@@ -396,13 +380,6 @@ class FlexOlmo:
         if self.tokenizer is None:
             raise ValueError("this model came without a tokenizer.json; give token ids instead")
         return self.tokenizer
-
-
-def _before(text: str, ends: Sequence[str]) -> str:
-    """The part of the text before the first of `ends`."""
-    for end in ends:
-        text = text.split(end)[0]
-    return text
 
 
 def load(

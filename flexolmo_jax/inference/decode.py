@@ -1,8 +1,8 @@
-# ruff: noqa: F722
 """Generation: one prefill, then one compiled loop over new tokens with a KV cache."""
 
 import functools
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -38,6 +38,28 @@ class Generation(NamedTuple):
 
 
 SPECS = Generation(P(), BATCH, BATCH, P(None, *BATCH), P(None, None, *BATCH), BATCH)  # type: ignore[arg-type]
+
+
+def check_memory(config: ModelConfig, batch: int, length: int, max_new_tokens: int) -> None:
+    """Raises ValueError if the keys and values of all tokens take more than half of the memory."""
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if memory is None:  # a CPU
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    numbers = 2 * config.num_layers * config.kv_heads * config.head_size  # per token
+    needed = batch * length * numbers * jnp.dtype(config.dtype).itemsize
+    if needed > memory / 2:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} needs {needed / 1e9:,.0f} GB for keys and values, "
+            f"more than half of the {memory / 1e9:,.0f} GB of memory; ask for fewer tokens (the "
+            f"model was made for {config.max_length}), or for fewer prompts at a time"
+        )
+
+
+def before_first(text: str, ends: Sequence[str]) -> str:
+    """The part of the text before the first of `ends`."""
+    for end in ends:
+        text = text.split(end)[0]
+    return text
 
 
 def generate(

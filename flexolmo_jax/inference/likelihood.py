@@ -1,4 +1,3 @@
-# ruff: noqa: F722
 """Log-likelihoods of given tokens, without the logits of all positions in memory at once."""
 
 import functools

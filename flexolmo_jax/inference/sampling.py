@@ -1,4 +1,3 @@
-# ruff: noqa: F722
 """Choosing the next token: greedy, or from a tempered, truncated distribution."""
 
 from typing import NamedTuple

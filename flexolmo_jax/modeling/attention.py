@@ -1,4 +1,3 @@
-# ruff: noqa: F722
 """OLMo 2 attention: QK-norm over the whole projected width, rotary positions, grouped queries."""
 
 import jax

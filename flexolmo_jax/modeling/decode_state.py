@@ -1,4 +1,3 @@
-# ruff: noqa: F722
 """What decoding carries from token to token: keys and values, positions, the router's state."""
 
 from typing import NamedTuple

@@ -1,4 +1,3 @@
-# ruff: noqa: F722
 """The mixture of experts: SwiGLU feed-forward networks and a router, in stacks that concatenate.
 
 A *stack* is an `Experts` module whose leaves have leading axes [L, E]. The anchor holds a stack of

@@ -1,4 +1,3 @@
-# ruff: noqa: F722
 """Shared and expert weights, RMSNorm, and rotary position embeddings.
 
 Modules here declare weights and how they act. A module is a pytree: it passes through `jax.jit`,

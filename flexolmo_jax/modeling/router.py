@@ -1,4 +1,3 @@
-# ruff: noqa: F722
 """Routing: the weight of each expert for each token (paper, section 3.3.2)."""
 
 import jax

@@ -1,4 +1,3 @@
-# ruff: noqa: F722
 """The whole network: the shared backbone and stacks of experts; layers, forward passes, sizes."""
 
 import math

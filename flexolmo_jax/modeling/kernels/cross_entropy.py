@@ -1,4 +1,3 @@
-# ruff: noqa: F722
 """Cross-entropy over a large vocabulary, without the logits of all tokens in memory at once.
 
 The sequence is processed in chunks. Under `jax.grad` the gradient is computed together with the

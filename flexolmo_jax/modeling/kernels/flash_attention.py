@@ -1,4 +1,3 @@
-# ruff: noqa: F722
 """Self-attention, and the choice of the implementation that computes it.
 
 `blocked` is plain JAX, runs everywhere, and holds the scores of one block of queries of a few heads

@@ -1,4 +1,3 @@
-# ruff: noqa: F722
 """SwiGLU experts over routed rows only: rows are sorted by expert, then computed group by group.
 
 A *row* is a (token, expert) pair. On TPU and GPU the matmuls are `jax.lax.ragged_dot`, which on CPU

@@ -1,4 +1,3 @@
-# ruff: noqa: F722
 """SwiGLU of one expert, with a gradient that keeps two hidden activations instead of five."""
 
 import jax
