@@ -110,6 +110,8 @@ class Bar:
         """Prints a line: often at first, so that a log soon shows that all is well, then rarely."""
         now = time.monotonic()
         pause = min(MAX_SILENCE, (now - self._started) / 20)
+        if not self.done:  # nothing to report yet
+            return
         if self._first and self.done < self.total and now - self._last < pause:
             return
         self._last = now

@@ -88,4 +88,4 @@ def test_an_anchor_without_public_text_is_said_to_have_none(world, flexolmo, tmp
     code, printed, _ = flexolmo(
         "merge", "--anchor", bare, "--expert", world.experts["math"], "--out", tmp_path / "merged"
     )
-    assert code == 0 and "no public text came with the anchor" in " ".join(printed.split())
+    assert code == 0 and "the anchor came without public text" in " ".join(printed.split())

@@ -452,7 +452,7 @@ def test_what_does_not_fit_is_a_verdict(flexolmo):
         (["flexolmo_2x7b_expert", "--topology", "v9:2x2"], "no topology 'v9:2x2'"),
         (["demo_expert", "--topology", "v5e:2x2"], "set `model`, a ModelConfig, beside `config`"),
         (["flexolmo_2x7b_expert", "--topology", "v5e:2x2", "--stage", "router"],
-         "the config is one of stage expert: plan that, forward or decode"),
+         "the config is of stage expert: plan that stage, forward or decode"),
         (["flexolmo_2x7b_expert", "--topology", "v5e:2x2", "--data.batch-size", "6"],
          "cannot be divided among 4 chips"),
         (["flexolmo_8x7b_router", "--topology", "v5e:2x2", "--stage", "decode",

@@ -171,7 +171,7 @@ def test_what_cannot_be_audited_is_refused(world, tmp_path, refused, name):
 
 def test_the_steps_that_are_asked_for_are_enough(world, tmp_path, refused, flexolmo):
     said = refused(*training(world, tmp_path, "--steps", 2))
-    steps = said.partition("--steps ")[2].split()[0]
+    steps = said.partition("--steps ")[2].split()[0].rstrip(":")
     assert flexolmo(*training(world, tmp_path, "--steps", steps))[0] == 0
 
 

@@ -302,7 +302,10 @@ def test_an_embedding_of_private_text_is_refused(world, tmp_path, refused):
 
 def test_another_way_to_fit_rows_is_refused(world, tmp_path, refused):
     words = training(world, tmp_path, "--dp-epsilon", 1, "--router", "lda")
-    assert "router='lda' with --dp-epsilon: rows follow from one noisy release" in refused(*words)
+    assert (
+        "router='lda' with --dp-epsilon: private rows are always fitted to one noisy release"
+        in refused(*words)
+    )
 
 
 # The release that router rows are fitted to.
@@ -323,10 +326,10 @@ class Rows:
         self.public = self.look_at(self.anchor.public_text)
 
     def look_at(self, texts):
-        read = release.units_of_public(
+        read = release.public_units(
             texts, self.anchor.tokenizer, length=32, most_windows=2, tokens=4096
         )
-        return release.look_at_public(read, self.anchor.weights, self.anchor.config)
+        return release.public_statistics(read, self.anchor.weights, self.anchor.config)
 
     def total(self, units):
         return release.clipped_total(

@@ -7,7 +7,6 @@ import math
 import pytest
 
 from flexolmo_jax.audits import control, extraction
-from flexolmo_jax.commands import audit
 from flexolmo_jax.data.sources import Document
 from flexolmo_jax.model import load
 from flexolmo_jax.studies import privacy_audits, privacy_curve
@@ -79,8 +78,12 @@ def stub_audits(world, monkeypatch):
     )
     monkeypatch.setattr(control, "train_control", lambda *_: load(world.anchor))
     monkeypatch.setattr(extraction, "extract", lambda *_, title, **__: record("extraction", title))
-    monkeypatch.setattr(audit, "run_membership", lambda path, *_: record("membership", path))
-    monkeypatch.setattr(audit, "run_removal", lambda path, *_, **__: record("removal", path))
+    monkeypatch.setattr(
+        privacy_audits, "run_membership", lambda path, *_: record("membership", path)
+    )
+    monkeypatch.setattr(
+        privacy_audits, "run_removal", lambda path, *_, **__: record("removal", path)
+    )
     return asked
 
 
