@@ -93,7 +93,7 @@ def removal_lines(left: Removal) -> list[str]:
     lines = []
     for state, same in (("switched off", left.switched_off), ("removed", left.removed)):
         logits = "equal, bit for bit" if same.equal else f"different by up to {same.largest:.3g}"
-        lines.append(f"{state}, compared with a model that never had it: logits are {logits}")
+        lines.append(f"{state}, against a model that never had it: logits are {logits}")
     if left.nothing_is_left:
         return [*lines, "no canary and no passage is predicted better than without the expert"]
     if left.tuned:

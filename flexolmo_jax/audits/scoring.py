@@ -47,7 +47,8 @@ def scores(
         batch = sequences[first : first + ROWS]
         arrays = model.log_likelihoods(padded(batch), without=without, only=only, sampling=sampling)
         for ids, *row in zip(batch, *arrays, strict=False):
-            found.append(Scores(*(values[: len(ids) - 1, 0] for values in row)))
+            scores = [np.asarray(values[: len(ids) - 1, 0]) for values in row]
+            found.append(Scores(*scores))
     return found
 
 

@@ -20,6 +20,7 @@ from flexolmo_jax.federation.package import read_manifest, write_manifest
 from flexolmo_jax.model import load
 from flexolmo_jax.storage import tensors
 from flexolmo_jax.training.private import release
+from flexolmo_jax.training.public_data import public_units
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -326,15 +327,13 @@ class Rows:
         self.public = self.look_at(self.anchor.public_text)
 
     def look_at(self, texts):
-        read = release.public_units(
-            texts, self.anchor.tokenizer, length=32, most_windows=2, tokens=4096
-        )
+        read = public_units(texts, self.anchor.tokenizer, length=32, max_windows=2, tokens=4096)
         return release.public_statistics(read, self.anchor.weights, self.anchor.config)
 
     def total(self, units):
         return release.clipped_total(
             self.anchor.weights, units, self.public, self.anchor.config,
-            np.random.default_rng(0), most_windows=2, microbatch_size=4,
+            np.random.default_rng(0), max_windows=2, microbatch_size=4,
         )  # fmt: skip
 
 
