@@ -1,9 +1,10 @@
 """The mixture of experts: SwiGLU feed-forward networks and a router, in stacks that concatenate.
 
 A *stack* is an `Experts` module whose leaves have leading axes [L, E]. The anchor holds a stack of
-one expert (the public one), every owner's package holds a stack of one, and `join` concatenates
-them to a merged model. Training gives the layer two stacks, the frozen one and the owner's, so
-that the gradient with respect to the second never touches the first.
+one expert (the public one), and every owner's package holds a stack of one. Loading concatenates
+them to a merged model (`federation/loading.py`); `join` does so in memory. Training gives the layer
+two stacks, the frozen one and the owner's, so that the gradient with respect to the second never
+touches the first.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The one training step.
+"""The training step without differential privacy: gradient, then optimizer update.
 
 What is trained and what is frozen are two arguments: there is no gradient, optimizer state or
 second copy of a frozen weight to guard against.
