@@ -1,13 +1,17 @@
 """`flexolmo experts`: lists, adds and removes the experts of a merged model."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexolmo_jax.commands.merge import show_shares
 from flexolmo_jax.commands.parser import Commands
 from flexolmo_jax.commands.shared_arguments import add_allow_share, add_json
 from flexolmo_jax.runtime.console import print_json, show_table, tell
+
+if TYPE_CHECKING:  # importing it imports JAX, which no --help waits for
+    from flexolmo_jax.federation.package import Package
 
 
 def add_to(commands: Commands) -> None:
@@ -25,10 +29,16 @@ def add_to(commands: Commands) -> None:
 
 
 def list_experts(args: argparse.Namespace) -> None:
+    from flexolmo_jax.federation.merged import open_part
+    from flexolmo_jax.federation.package import read_manifest
+
+    model = Path(args.model)
+    entries = read_manifest(model, kind="merged")["experts"]
+    experts = [open_part(model, entry) for entry in entries]
     if args.json:
-        print_json(expert_rows(Path(args.model)))
+        print_json(expert_rows(experts))
     else:
-        show_experts(Path(args.model))
+        show_experts(model, experts)
 
 
 def add(args: argparse.Namespace) -> None:
@@ -53,25 +63,20 @@ def _tell_if_untuned(undone: bool) -> None:
         )
 
 
-def expert_rows(model: Path) -> list[dict[str, Any]]:
-    """The name, path and manifest fields of each expert of a merged model, as JSON values.
-
-    Raises:
-      ValueError: a manifest is missing, damaged, or of another kind.
-    """
-    from flexolmo_jax.federation.merged import open_part
-    from flexolmo_jax.federation.package import read_manifest
-
-    rows = []
-    for entry in read_manifest(model, kind="merged")["experts"]:
-        manifest = open_part(model, entry).manifest
-        fields = ("tokens_seen", "licence", "contact", "privacy")
-        row = {"name": entry["name"], "path": str(model / entry["path"])}
-        rows.append({**row, **{key: manifest.get(key) for key in fields}})
-    return rows
+def expert_rows(experts: Sequence["Package"]) -> list[dict[str, Any]]:
+    """The name, path and manifest fields of each opened expert package, as JSON values."""
+    fields = ("tokens_seen", "licence", "contact", "privacy")
+    return [
+        {
+            "name": expert.manifest["name"],
+            "path": str(expert.folder),
+            **{key: expert.manifest.get(key) for key in fields},
+        }
+        for expert in experts
+    ]
 
 
-def show_experts(model: Path) -> None:
+def show_experts(model: Path, experts: Sequence["Package"]) -> None:
     """Prints a merged model's experts."""
     from flexolmo_jax.federation.package import privacy_summary
 
@@ -80,6 +85,6 @@ def show_experts(model: Path) -> None:
             **{key.replace("_", " "): value for key, value in row.items()},
             "privacy": privacy_summary(row["privacy"]),
         }
-        for row in expert_rows(model)
+        for row in expert_rows(experts)
     ]
     show_table(rows, title=f"experts of {model}, besides public", empty="no experts")

@@ -9,13 +9,16 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexolmo_jax.commands.experts import show_experts
 from flexolmo_jax.commands.merge import show_shares
 from flexolmo_jax.commands.parser import Commands
 from flexolmo_jax.commands.shared_arguments import add_json
 from flexolmo_jax.runtime.console import print_json, show_fields, show_table
+
+if TYPE_CHECKING:  # importing it imports JAX, which no --help waits for
+    from flexolmo_jax.federation.merged import OpenedModel
 
 KINDS = {"anchor": "public anchor", "expert": "expert package", "merged": "merged model"}
 SIZES = (
@@ -34,38 +37,35 @@ def add_to(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from flexolmo_jax.federation.merged import check_merged, check_package, shares_of
-    from flexolmo_jax.federation.package import read_manifest
+    from flexolmo_jax.federation.merged import OpenedModel, check_package, shares_of
 
-    path, shares = Path(args.path), None
-    if is_merged := read_manifest(path)["kind"] == "merged":
-        opened = check_merged(path)
-        manifest, shares = dict(opened.manifest), shares_of(opened)
-    else:
-        manifest = check_package(path)
+    path = Path(args.path)
+    checked = check_package(path)
+    opened = checked if isinstance(checked, OpenedModel) else None
+    manifest, shares = dict(checked.manifest), opened and shares_of(opened)
     if args.json:
         described = {"tensors": manifest.pop("tensors", {}), "files": manifest.pop("files")}
-        measured = {"shares": shares and shares.rows()} if is_merged else {}
+        measured = {"shares": shares and shares.rows()} if opened else {}
         print_json({**manifest, **described, **measured})
         return
-    show_package(path, manifest)
-    if is_merged and manifest["experts"]:
+    show_package(path, manifest, opened)
+    if opened and opened.experts:
         show_shares(shares)
 
 
-def show_package(path: Path, manifest: Mapping[str, Any]) -> None:
+def show_package(path: Path, manifest: Mapping[str, Any], opened: "OpenedModel | None") -> None:
     """Prints the manifest of a verified package or merged model.
 
     Args:
       path: its folder.
       manifest: as `read_manifest` returns it.
+      opened: the parts of a merged model; None for a package.
     """
-    merged = manifest["kind"] == "merged"
     title = f"{path}: every file is as it was written"
-    title += ", those of its anchor and packages too" * merged
-    show_fields(package_fields(path, manifest), title)
-    if merged:
-        show_experts(path)
+    title += ", those of its anchor and packages too" * (opened is not None)
+    show_fields(package_fields(path, manifest, opened), title)
+    if opened:
+        show_experts(path, opened.experts)
     tensors = manifest.get("tensors")
     if tensors:
         rows = [
@@ -75,7 +75,9 @@ def show_package(path: Path, manifest: Mapping[str, Any]) -> None:
         show_table(rows)
 
 
-def package_fields(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+def package_fields(
+    path: Path, manifest: Mapping[str, Any], opened: "OpenedModel | None"
+) -> dict[str, str]:
     """The fields of a manifest as people read them, the most important first."""
     from flexolmo_jax.federation.package import privacy_summary
 
@@ -92,8 +94,10 @@ def package_fields(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
             fields["privacy"] += f"; verify it: flexolmo privacy verify {path}"
     if "tokens_seen" in rest:
         fields["tokens seen"] = _readable(rest["tokens_seen"])
-    if kind == "merged":
-        fields["anchor"], model = _anchor_and_model(path, rest["anchor"])
+    if opened:
+        anchor = rest["anchor"]
+        fields["anchor"] = f"{anchor['identity'][:SHORT]} in {path / anchor['path']}"
+        model: Any = opened.anchor.config.architecture()
         rest["active_experts"] = rest["active_experts"] or "all"
     else:
         if "anchor" in rest:
@@ -114,16 +118,6 @@ def package_fields(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
         size = sum((path / name).stat().st_size for name in files)
         fields["files checked"] = f"{len(files)}, {size / 1e6:,.1f} MB"
     return fields
-
-
-def _anchor_and_model(path: Path, entry: Mapping[str, Any]) -> tuple[str, Any]:
-    """The anchor of a merged model in words, and its architecture."""
-    from flexolmo_jax.federation.anchor import open_anchor
-    from flexolmo_jax.federation.source import open_source
-
-    folder = path / entry["path"]
-    anchor = open_anchor(open_source(folder, "anchor"), entry.get("separator"))
-    return f"{entry['identity'][:SHORT]} in {folder}", anchor.config.architecture()
 
 
 def _readable(value: Any) -> str:

@@ -117,9 +117,8 @@ def _place(
     opened: OpenedModel, dtype: str | None, mesh: Mesh | None, over: tuple[str, ...]
 ) -> LoadedModel:
     anchor = opened.anchor
-    stacks = [anchor.weights.public, *(expert.weights for expert in opened.experts)]
-    padding = 0 if mesh is None else -len(stacks) % mesh.shape[EXPERT]
-    experts = _join(stacks, padding)
+    padding = 0 if mesh is None else -len(opened.stacks) % mesh.shape[EXPERT]
+    experts = _join(opened.stacks, padding)
     experts.router = _join(opened.routers, padding)
     backbone, experts = placement.device_put((anchor.weights.backbone, experts), mesh, over, dtype)
     return LoadedModel(

@@ -12,6 +12,7 @@ from flexolmo_jax.federation.names import PUBLIC
 from flexolmo_jax.federation.package import Package, check_packages, check_shapes
 from flexolmo_jax.federation.shares import Shares, measure_shares
 from flexolmo_jax.federation.source import open_source
+from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.storage.tensors import refill
 
@@ -53,12 +54,16 @@ class OpenedModel(NamedTuple):
         return [*own, *self.anchor.packages, *self.experts]
 
     @property
+    def stacks(self) -> list[Experts]:
+        """The public expert and the owners', each a stack of one, in order."""
+        return [self.anchor.weights.public, *(expert.weights for expert in self.experts)]
+
+    @property
     def routers(self) -> list[Router]:
         """Rows and biases that make the router, end to end: the owners' own, or a tuned one."""
         if self.merged is not None and self.merged.weights:
             return [refill(Router(0, 0, 0), self.merged.weights)]
-        stacks = [self.anchor.weights.public, *(expert.weights for expert in self.experts)]
-        return [stack.router for stack in stacks]
+        return [stack.router for stack in self.stacks]
 
 
 def open_merged(package: Package, separator: str | None = None) -> OpenedModel:
@@ -84,31 +89,23 @@ def open_merged(package: Package, separator: str | None = None) -> OpenedModel:
     return OpenedModel(anchor, experts, package)
 
 
-def check_merged(path: Path) -> OpenedModel:
-    """Checks every byte of a merged model, of its anchor and of its packages.
+def check_package(path: Path) -> OpenedModel | Package:
+    """Checks every byte of a package of any kind; of a merged model, of all its parts too.
+
+    Returns:
+      the opened model if it is a merged one, else the opened package.
 
     Raises:
-      ValueError: a part is missing, damaged, or not the one that was merged.
-    """
-    opened = open_merged(Package.open(path, "merged"))
-    check_packages(opened.packages)
-    return opened
-
-
-def check_package(path: Path) -> dict[str, Any]:
-    """Checks every byte of a package of any kind; returns its manifest.
-
-    Raises:
-      ValueError: it is missing, damaged or unfit.
+      ValueError: a part is missing, damaged, unfit, or not the one that was merged.
     """
     package = Package.open(path)
     if package.manifest["kind"] == "merged":
-        check_packages(open_merged(package).packages)
-    elif package.manifest["kind"] == "anchor":
-        check_packages(open_anchor(package).packages)
-    else:
-        check_packages([package])
-    return package.manifest
+        opened = open_merged(package)
+        check_packages(opened.packages)
+        return opened
+    packages = open_anchor(package).packages if package.manifest["kind"] == "anchor" else [package]
+    check_packages(packages)
+    return package
 
 
 def shares_of(opened: OpenedModel) -> Shares | None:

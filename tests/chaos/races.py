@@ -71,9 +71,9 @@ def work(root: Path, name: str, jobs, results, moment) -> None:
 
 
 def names_in(model: Path) -> set[str]:
-    from flexolmo_jax.federation.merged import check_merged
+    from flexolmo_jax.federation.merged import check_package
 
-    check_merged(model)
+    check_package(model)
     return {one["name"] for one in json.loads((model / "manifest.json").read_text())["experts"]}
 
 
