@@ -8,7 +8,6 @@ The texts keep their owners' licences (`card.json` names them); several may be u
 on, so a corpus is built on the machine that trains, never shipped.
 """
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -26,7 +25,7 @@ from pathlib import Path
 from flexolmo_jax.corpora.catalogue import DOMAINS, PARTS, Package, Part
 from flexolmo_jax.corpora.rows import Row
 from flexolmo_jax.runtime import console
-from flexolmo_jax.storage.files import new_file
+from flexolmo_jax.storage.files import file_digest, new_file
 from flexolmo_jax.storage.outputs import check_kept_folder
 
 
@@ -214,7 +213,7 @@ def _package_entry(package: Package, root: Path) -> dict:
     entry = {"client": package.client, "version": package.version, "licence": package.licence}
     if archive := _archive(package, root):
         entry["version"] = package.version or archive.name.split("_")[1]
-        entry["sha256"] = hashlib.sha256(archive.read_bytes()).hexdigest()
+        entry["sha256"] = file_digest(archive)
     return entry
 
 
@@ -273,6 +272,6 @@ def _write_domain(root: Path, domain: str, parts: Sequence[Part]) -> dict | None
         "documents": len(lines),
         "groups": len(groups),
         "bytes": size,
-        "sha256": hashlib.sha256((root / f"{domain}.jsonl").read_bytes()).hexdigest(),
+        "sha256": file_digest(root / f"{domain}.jsonl"),
         "parts": documents,
     }

@@ -13,6 +13,8 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.federation.anchor import LoadedAnchor
 
+NO_TEXT = "the public text to fit router rows against is empty; name another with --public"
+
 
 def public_text_of(
     anchor: LoadedAnchor, public: str | None, where: Path, config: ExpertTraining
@@ -71,9 +73,7 @@ def public_batch(texts: Iterable[str], tokenizer: Tokenizer, length: int, count:
     cut = windows(tokenized(documents, tokenizer), length, tokenizer.separator)
     batch = next(stacked(itertools.islice(cut, count), count), None)
     if batch is None:
-        raise ValueError(
-            "the public text to fit router rows against is empty; name another with --public"
-        )
+        raise ValueError(NO_TEXT)
     return batch
 
 
@@ -106,8 +106,6 @@ def public_units(
         units.append(unit)
         tokens -= int((unit[1] > 0).sum())
     if not units:
-        raise ValueError(
-            "the public text to fit router rows against is empty; name another with --public"
-        )
+        raise ValueError(NO_TEXT)
     tokens_of_units, segments = np.stack(units, axis=1)
     return tokens_of_units, segments

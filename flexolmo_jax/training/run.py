@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from flexolmo_jax.config import Training
+from flexolmo_jax.data.sources import fingerprint
 from flexolmo_jax.federation.package import MANIFEST, read_manifest
 from flexolmo_jax.runtime.endings import AlreadyDone
 from flexolmo_jax.runtime.processes import is_main_process, on_main_process
@@ -37,16 +38,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def describe_run(training: Training, **inputs: Any) -> dict[str, Any]:
+def describe_run(training: Training, data: str | None = None, **inputs: Any) -> dict[str, Any]:
     """A run as JSON values: its config, and the digests of what it starts from.
 
     Text and files are described by their content. Fields that change no weight are left out.
 
     Args:
       training: the config.
-      inputs: by name; `source` is the digest of the text, and `source_at` its path, which is only
-        for messages.
+      data: the text; its path is recorded too, for messages.
+      inputs: whatever else decides the weights, by name.
     """
+    if data is not None:
+        inputs |= {"source": fingerprint(data), "source_at": data}
     values = {**dataclasses.asdict(training), **inputs}
     for name in RESUMABLE_FIELDS:
         del values[name]
@@ -57,10 +60,10 @@ def describe_run(training: Training, **inputs: Any) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def package_facts(training: Training, tokens_seen: int, **more: Any) -> dict[str, Any]:
+def package_facts(training: Training, **more: Any) -> dict[str, Any]:
     """What the manifest of a trained package says about its training."""
     return {
-        "tokens_seen": tokens_seen,
+        "tokens_seen": training.steps * training.data.batch_size * training.data.length,
         "domain_embedding": None,
         "licence": training.licence,
         "contact": training.contact,

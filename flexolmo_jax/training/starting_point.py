@@ -11,8 +11,9 @@ from flexolmo_jax.config import DataConfig, ExpertTraining, ModelConfig, Trainin
 from flexolmo_jax.data.sources import bytes_of, fingerprint
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
+from flexolmo_jax.privacy.canaries import Canaries
 from flexolmo_jax.storage.outputs import check_room
-from flexolmo_jax.training.run import describe_run
+from flexolmo_jax.training.run import describe_run, package_facts
 
 
 def in_float32(tree: Any) -> Any:
@@ -70,6 +71,24 @@ def check_room_for(
     )  # fmt: skip
 
 
+def expert_facts(
+    config: ExpertTraining, drawn: Canaries | None, separator: str | None, **more: Any
+) -> dict[str, Any]:
+    """What an expert package's manifest says about its training (`package_facts`).
+
+    Args:
+      config: the stage's config.
+      drawn: the canaries of the run, if there are any.
+      separator: as in `train_expert`.
+      more: fields of one way of training.
+    """
+    if drawn:
+        more |= drawn.facts()
+    if separator:
+        more["separator"] = separator
+    return package_facts(config, gating=config.gating, **more)
+
+
 def describe_expert_run(
     config: ExpertTraining,
     anchor: LoadedAnchor,
@@ -86,9 +105,8 @@ def describe_expert_run(
         more["separator"] = separator
     return describe_run(
         config,
+        data,
         name=name,
-        source=fingerprint(data),
-        source_at=data,
         anchor=anchor.identity,
         public=fingerprint(public) if public else None,
         canaries=canaries or None,

@@ -41,13 +41,13 @@ from flexolmo_jax.training.run import (
     RUN_FILE,
     alone_in_its_run,
     check_run,
-    package_facts,
     record_run,
 )
 from flexolmo_jax.training.starting_point import (
     anchor_to_train_beside,
     check_room_for,
     describe_expert_run,
+    expert_facts,
     in_float32,
 )
 
@@ -130,14 +130,10 @@ def train_private_expert(
             privacy, entry.planned, delta, window_tokens=config.data.length, rows_clip=rows_clip,
             other_runs=other_runs, library=mechanism.version(),
         )  # fmt: skip
-        facts = package_facts(
-            config,
+        facts = expert_facts(
+            config, drawn, separator, privacy=certificate,
             tokens_seen=config.steps * steps.tokens_per_step,  # upper bound: the count is private
-            gating=config.gating,
-            privacy=certificate,
-            **(drawn.facts() if drawn else {}),
-            **({"separator": separator} if separator else {}),
-        )
+        )  # fmt: skip
         write_expert(out, finished, name, loaded, facts)
 
     on_main_process(finish)

@@ -9,7 +9,7 @@ import numpy as np
 
 from flexolmo_jax.config import AnchorTraining, DataConfig
 from flexolmo_jax.data.domain_embedding import domain_embedding, source_name
-from flexolmo_jax.data.sources import Document, fingerprint, is_heldout, read_documents
+from flexolmo_jax.data.sources import Document, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.window_store import prepare
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anchor
@@ -76,7 +76,7 @@ def train_anchor(
     given = None if start is None else read_anchor(start)
     mesh = mesh_of(config)
     inputs = {} if given is None else {"start": given.identity}
-    wanted = describe_run(config, source=fingerprint(data), source_at=data, **inputs)
+    wanted = describe_run(config, data, **inputs)
     check_run(run, wanted, resume, config, out)
     shapes = jax.eval_shape(lambda: init_anchor(config.model, jax.random.key(0)))
     check_room_for(config, data, out, run, shapes)
@@ -97,11 +97,7 @@ def train_anchor(
     weights = train(StandardSteps("anchor", config, loss, source), trainable, frozen, run)
     if row is not None:
         weights = _with_public_row(weights, row)
-    facts = package_facts(
-        config,
-        tokens_seen=config.steps * config.data.batch_size * config.data.length,
-        domain_embedding=source_name(config.domain_embedding),
-    )
+    facts = package_facts(config, domain_embedding=source_name(config.domain_embedding))
     on_main_process(lambda: write_anchor(out, weights, config.model, tokenizer, public_text, facts))
 
 

@@ -23,11 +23,12 @@ from flexolmo_jax.training.loop import StandardSteps, mesh_of, train
 from flexolmo_jax.training.objectives import expert_parts, trained_expert
 from flexolmo_jax.training.public_data import public_batch, public_text_of
 from flexolmo_jax.training.router_fit.rows import fit_router
-from flexolmo_jax.training.run import alone_in_its_run, check_run, package_facts, record_run
+from flexolmo_jax.training.run import alone_in_its_run, check_run, record_run
 from flexolmo_jax.training.starting_point import (
     anchor_to_train_beside,
     check_room_for,
     describe_expert_run,
+    expert_facts,
     in_float32,
 )
 
@@ -109,15 +110,11 @@ def train_expert(
 
     loss, trainable, frozen = expert_parts(config, loaded.config, loaded.weights, expert)
     trained = train(StandardSteps(f"expert {name}", config, loss, source), trainable, frozen, run)
-    facts = package_facts(
-        config,
-        tokens_seen=config.steps * config.data.batch_size * length,
-        gating=config.gating,
+    facts = expert_facts(
+        config, drawn, separator,
         router=config.router if fits_rows else None,
         domain_embedding=source_name(config.domain_embedding),
-        **(drawn.facts() if drawn else {}),
-        **({"separator": separator} if separator else {}),
-    )
+    )  # fmt: skip
 
     def finish() -> None:
         finished = trained_expert(config, expert, trained)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from flexolmo_jax.config import AnchorTraining
-from flexolmo_jax.data.sources import fingerprint
 from flexolmo_jax.data.window_store import prepare
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anchor
 from flexolmo_jax.federation.expert import write_expert
@@ -54,7 +53,7 @@ def train_jointly(
     """
     loaded, tokenizer = anchor_to_train_beside(anchor, config.data)
     mesh_of(config)  # raises if the batch cannot be divided among the devices
-    wanted = describe_run(config, source=fingerprint(data), source_at=data, anchor=loaded.identity)
+    wanted = describe_run(config, data, anchor=loaded.identity)
     check_run(run, wanted, resume, config, out)
     source, _ = prepare(data, config.data, tokenizer, run / "data")
     record_run(run, wanted)
@@ -77,7 +76,7 @@ def _upcycled(public: Experts, count: int, seed: int) -> Experts:
 
 def _write(config: AnchorTraining, start: LoadedAnchor, trained: tuple, out: Path) -> None:
     backbone, experts = trained
-    facts = package_facts(config, config.steps * config.data.batch_size * config.data.length)
+    facts = package_facts(config)
     assert start.tokenizer is not None
     public = Anchor(backbone, select(experts, [0]))
     write_anchor(out / "anchor", public, start.config, start.tokenizer, [], facts)

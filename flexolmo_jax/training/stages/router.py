@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 
 from flexolmo_jax.config import RouterTraining
-from flexolmo_jax.data.sources import fingerprint
 from flexolmo_jax.data.window_store import prepare
 from flexolmo_jax.federation.loading import load_model
 from flexolmo_jax.federation.merge import write_tuned
@@ -70,9 +69,7 @@ def train_router(
         raise ValueError(f"{model}: there is no tokenizer.json with its anchor")
     check_length(config.data, loaded.config, model)
     rows = RouterRows.of(placement.to_host(loaded.experts.router))
-    wanted = describe_run(
-        config, source=fingerprint(data), source_at=data, model=manifest["digest"]
-    )
+    wanted = describe_run(config, data, model=manifest["digest"])
     check_run(run, wanted, resume, config, out)
     check_room_for(config, data, out, run, rows)
     source, report = prepare(data, config.data, loaded.tokenizer, run / "data")
