@@ -25,8 +25,8 @@ PROFILED = (  # name, case and its option, the program
     ("expert_step", "expert_step", "", "train_step"),
     ("anchor_step", "anchor_step", "", "train_step"),
     ("merged_forward, grouped", "merged_forward", "grouped", "logits"),
-    ("decode_1, float32", "decode_1", "float32", "_loop"),
-    ("decode_1, int8", "decode_1", "int8", "_loop"),
+    ("decode_1, float32", "decode_1", "float32", "_decode"),
+    ("decode_1, int8", "decode_1", "int8", "_decode"),
     ("moe_8_4, grouped", "moe_8_4", "grouped", "gradients"),
     ("moe_64_4, grouped", "moe_64_4", "grouped", "gradients"),
 )
@@ -88,6 +88,8 @@ def _traced(run, folder: Path, program: str) -> dict:
                 fused = stats["hlo_op"].startswith("ynn_fusion")  # XLA's library of matmuls
                 is_matmul = fused or scope.endswith("dot_general")
                 parts[_part(scope)][not is_matmul] += event.duration_ns / 1e9 / RUNS
+    if not parts:
+        raise RuntimeError(f"the trace holds no operation of jit_{program}: has it another name?")
     return {"seconds": seconds, "parts": dict(parts)}
 
 

@@ -200,20 +200,14 @@ class FlexOlmo:
         ids = self._prompt_ids(prompts)
         mask = self.allowed(len(ids), without, only, allowed)
         sampling = Sampling(temperature, top_k, top_p)
-        ends = [until] if isinstance(until, str) else list(until)
-        if not all(ends):
-            raise ValueError("until must not contain an empty text, which would match everywhere")
+        ends = decode.checked_ends(until)
         texts: list[str] = []
         pieces = self._continue(ids, max_new_tokens, mask, sampling, seed, 16 if ends else None)
         for generated in pieces:
             if are_texts or ends:
                 decode_after = self._need_tokenizer().decode_after
                 texts = [decode_after(*pair) for pair in zip(ids, generated, strict=True)]
-            longest = max(map(len, generated))  # a shorter sequence has reached a stop token
-            if ends and all(
-                len(new) < longest or any(end in text for end in ends)
-                for new, text in zip(generated, texts, strict=True)
-            ):
+            if ends and decode.all_ended(generated, texts, ends):
                 break
         return [decode.before_first(text, ends) for text in texts] if are_texts else generated
 

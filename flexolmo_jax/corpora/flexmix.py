@@ -118,17 +118,7 @@ def make_flexmix(
         for number, domain in enumerate(domains):
             bar.update(cap * number, domain)
             rows = sorted(_read(fetched / f"{domain}.jsonl"), key=_order)
-            taken, repeated, size = [], 0, 0
-            for row in rows:
-                more = size + _size([row])
-                if more > cap:
-                    continue
-                if seen.repeats(row["text"]):
-                    repeated += 1
-                    continue
-                taken.append(row)
-                size = more
-                bar.update(cap * number + size, domain)
+            taken, repeated = _take(rows, cap, seen, bar)
             card["domains"][domain] = {
                 "of": file_digest(fetched / f"{domain}.jsonl"),
                 **_write_splits(folder / domain, split(taken)),
@@ -167,6 +157,22 @@ class Seen:
         self._index.insert(len(self._sketches), sketch)
         self._sketches.append(sketch)
         return False
+
+
+def _take(rows: list[Row], cap: int, seen: Seen, bar: console.Bar) -> tuple[list[Row], int]:
+    """The rows that fit into `cap` bytes and repeat nothing, and the number of repeats."""
+    taken, repeated, size = [], 0, 0
+    for row in rows:
+        more = size + _size([row])
+        if more > cap:
+            continue
+        if seen.repeats(row["text"]):
+            repeated += 1
+            continue
+        taken.append(row)
+        bar.advance(more - size, bar.notes)
+        size = more
+    return taken, repeated
 
 
 def runs(text: str) -> list[bytes]:

@@ -60,13 +60,12 @@ def merge(
         default: what was named when the experts were trained.
 
     Returns:
-      the share of public text that each expert takes; None if that is not known, since the anchor
-      came without such text, or was not asked for.
+      the share of public text that each expert takes; None if the anchor came without such text, or
+      it was not asked for.
 
     Raises:
       ValueError: a package is damaged or made for something else, a name comes twice, an expert
-        takes more public text than it may, or `out` cannot be written (`check_new_folder`); nothing
-        is written.
+        takes more public text than it may, or `out` cannot be written; nothing is written.
 
     Examples:
       >>> import flexolmo_jax as fo
@@ -75,25 +74,18 @@ def merge(
       ('public', 'math', 'code')
     """
     check_new_folder(out, [anchor, *experts])
-    out = Path(out).absolute()
     if active_experts is not None and active_experts < 1:
         raise ValueError(f"active_experts must be at least 1, found {active_experts}")
     if memory is not None:
         check_memory(*memory)
-    packages = [Package.open(Path(path), "expert") for path in experts]
-    _check_twice(packages)
-    separator = separator or _named_separator(packages)
-    loaded = open_anchor(open_source(Path(anchor), "anchor"), separator)
-    for package in packages:
-        check_made_for(package, loaded)
-    check_packages([*loaded.packages, *packages])
-    names = [package.manifest["name"] for package in packages]
-    shares = _allowed_shares(loaded, packages, names, active_experts, memory, allow_share)
+    anchor, out = Path(anchor), Path(out).absolute()
+    loaded, packages, separator = _open_all(anchor, experts, separator)
+    shares = _allowed_shares(loaded, packages, active_experts, memory, allow_share)
     manifest = {
         "format": FORMAT,
         "made_by": f"flexolmo_jax {__version__}",
         "kind": "merged",
-        "anchor": _pinned(loaded, Path(anchor), out, separator),
+        "anchor": _pinned(loaded, anchor, out, separator),
         "experts": [_entry(package, out) for package in packages],
         "active_experts": active_experts,
         "memory": memory and dict(zip(("decay", "weight"), memory, strict=True)),
@@ -103,6 +95,20 @@ def merge(
     with _changing(out), new_directory(out) as folder:
         write_manifest(folder, manifest)
     return shares
+
+
+def _open_all(
+    anchor: Path, experts: Sequence[str | Path], separator: str | None
+) -> tuple[LoadedAnchor, list[Package], str | None]:
+    """The anchor, the packages, which are made for it, and the separator that they name."""
+    packages = [Package.open(Path(path), "expert") for path in experts]
+    _check_twice(packages)
+    separator = separator or _named_separator(packages)
+    loaded = open_anchor(open_source(anchor, "anchor"), separator)
+    for package in packages:
+        check_made_for(package, loaded)
+    check_packages([*loaded.packages, *packages])
+    return loaded, packages, separator
 
 
 def _check_twice(packages: Sequence[Package]) -> None:
@@ -116,7 +122,6 @@ def _check_twice(packages: Sequence[Package]) -> None:
 def _allowed_shares(
     anchor: LoadedAnchor,
     packages: Sequence[Package],
-    names: Sequence[str],
     active_experts: int | None,
     memory: tuple[float, float] | None,
     allow: float | None,
@@ -129,6 +134,7 @@ def _allowed_shares(
         num_experts=len(packages) + 1, active_experts=active_experts, memory=memory
     )
     routers = [anchor.weights.public.router, *(package.weights.router for package in packages)]
+    names = [package.manifest["name"] for package in packages]
     shares = measure_shares(anchor, routers, (PUBLIC, *names), config)
     if shares is not None:
         check_shares(shares, allow)
@@ -215,9 +221,8 @@ def _add(model: Path, packages: Sequence[Path], allow_share: float | None) -> Ad
             f"{', '.join(map(str, packages))}: trained with the separator {named!r}, and {model} "
             f"has {own!r}; merge again with --separator {named!r}"
         )
-    names = [package.manifest["name"] for package in whole]
     active, memory = manifest["active_experts"], memory_of(manifest)
-    shares = _allowed_shares(anchor, whole, names, active, memory, allow_share)
+    shares = _allowed_shares(anchor, whole, active, memory, allow_share)
     entries = [*manifest["experts"], *(_entry(package, model.absolute()) for package in added)]
     place = model / manifest["anchor"]["path"]
     pinned = _pinned(anchor, place, model.absolute(), manifest["anchor"].get("separator"))

@@ -55,11 +55,39 @@ def check_memory(config: ModelConfig, batch: int, length: int, max_new_tokens: i
         )
 
 
+def checked_ends(until: Sequence[str]) -> list[str]:
+    """The texts that end a continuation; a ValueError if one is empty."""
+    ends = [until] if isinstance(until, str) else list(until)
+    if not all(ends):
+        raise ValueError("until must not contain an empty text, which would match everywhere")
+    return ends
+
+
+def all_ended(generated: list[list[int]], texts: list[str], ends: list[str]) -> bool:
+    """Whether each continuation holds one of the ends or has reached a stop token."""
+    longest = max(map(len, generated))  # a shorter one has reached a stop token
+    return all(
+        len(new) < longest or any(end in text for end in ends)
+        for new, text in zip(generated, texts, strict=True)
+    )
+
+
 def before_first(text: str, ends: Sequence[str]) -> str:
     """The part of the text before the first of `ends`."""
     for end in ends:
         text = text.split(end)[0]
     return text
+
+
+def _padded_on_the_left(prompts: Sequence[Sequence[int]], batch: int):
+    """The tokens [batch, T], and how many of each row are padding [batch]."""
+    length = _round_up(max(len(prompt) for prompt in prompts))
+    tokens = np.zeros((batch, length), np.int32)
+    padding = np.full((batch,), length - 1, np.int32)  # rows without a prompt hold one token
+    for row, prompt in enumerate(prompts):
+        padding[row] = length - len(prompt)
+        tokens[row, padding[row] :] = prompt
+    return tokens, padding
 
 
 def generate(
@@ -97,12 +125,7 @@ def generate(
     """
     batch = 1 << (len(prompts) - 1).bit_length()
     batch = batch if mesh is None else -(-batch // mesh.size) * mesh.size
-    length = _round_up(max(len(prompt) for prompt in prompts))
-    tokens = np.zeros((batch, length), np.int32)
-    padding = np.full((batch,), length - 1, np.int32)  # rows without a prompt hold one token
-    for row, prompt in enumerate(prompts):
-        padding[row] = length - len(prompt)
-        tokens[row, padding[row] :] = prompt
+    tokens, padding = _padded_on_the_left(prompts, batch)
     mask = np.concatenate([allowed, np.ones((batch - len(prompts), allowed.shape[1]), bool)])
     done = np.arange(batch) >= len(prompts)
     weights = (backbone, experts, unstacked)

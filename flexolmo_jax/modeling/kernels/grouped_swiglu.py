@@ -191,18 +191,22 @@ class _Layout(NamedTuple):
         return jnp.where(is_batched, batched, rows.sorted[:num_rows])
 
 
+def _compute_first(compute, size: int, block: int, rows, weights):
+    """The results of the first `size` rows of a block, padded to the block with zeros."""
+    out, addends = compute(*(x[:size] for x in rows), *weights)
+    return tuple(jnp.pad(x, ((0, block - size), (0, 0))) for x in out), addends
+
+
 def _over_experts(compute, arrays: tuple[_SplitRows, ...], weights, layout: _Layout):
     """Runs `compute(*rows, *weights of their expert)` over all rows of all experts.
 
     In the loop, an expert's last block may overlap rows of the next expert. They are set to 0
-    before `compute`, and their results are overwritten by those of their own expert, because
-    experts are computed in order.
+    before `compute`; the next expert, which is computed later, overwrites their results.
 
     Args:
       compute: returns rows [m, ...], and addends that are summed over the rows of each expert.
-      arrays: the rows.
+      arrays, layout: the rows, and where those of each expert lie.
       weights: [E, ...] each.
-      layout: of the rows.
 
     Returns:
       the rows, and the sums [E, ...].
@@ -217,13 +221,10 @@ def _over_experts(compute, arrays: tuple[_SplitRows, ...], weights, layout: _Lay
         jax.lax.cond(layout.is_batched, run_batched, zeros) if layout.capacity else zeros()
     )
 
-    def padded(rows, weights, size):
-        """The results of the first `size` rows of a block, padded to the block with zeros."""
-        out, addends = compute(*(x[:size] for x in rows), *weights)
-        return tuple(jnp.pad(x, ((0, block - size), (0, 0))) for x in out), addends
-
     block, step = layout.block, layout.block // LAST_BLOCK_SIZES
-    branches = [functools.partial(padded, size=m) for m in range(step, block + 1, step)]
+    branches = [
+        functools.partial(_compute_first, compute, m, block) for m in range(step, block + 1, step)
+    ]
     num_remaining = jnp.maximum(layout.sizes - layout.num_batched, 0)
     order = jnp.argsort(num_remaining == 0, stable=True)  # experts with remaining rows come first
 

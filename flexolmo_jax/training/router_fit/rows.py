@@ -7,6 +7,7 @@ zero. Nothing of other owners is used.
 """
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -37,14 +38,11 @@ def fit_router(
     """Fits the rows and biases of one expert, layer by layer, in a model of two experts.
 
     Args:
-      anchor: the frozen anchor.
+      anchor, config: the frozen anchor.
       expert: the owner's trained expert (a stack of one); its rows are replaced.
-      own: a batch of the owner's text.
-      public: a batch of public text.
-      config: of the anchor.
+      own, public: a batch of the owner's text, and one of public text.
       router: "logistic" regression (`separate`), or linear discriminant "lda" (`discriminate`).
-      ridge: of `separate`: penalty on the squared norm of the whitened row, relative to the mean
-        loss.
+      ridge: of `separate`: penalty on the whitened row's squared norm, relative to the mean loss.
       prior: probability that a token is the owner's; 0.5 weights both texts equally.
 
     Returns:
@@ -56,7 +54,7 @@ def fit_router(
     positions = segment_positions(segments)
     real = np.asarray(segments).reshape(-1) > 0
     is_own = np.repeat([True, False], [own.tokens.size, public.tokens.size])[real]
-    everyone = jnp.ones((len(tokens), 2), bool)
+    classify = functools.partial(separate, ridge=ridge) if router == "logistic" else discriminate
 
     @jax.jit
     def experts_input(x, layer):
@@ -65,7 +63,7 @@ def fit_router(
 
     @jax.jit
     def add_experts(x, layer, stacks):
-        out, *_ = moe(x, stacks, everyone, pair)
+        out, *_ = moe(x, stacks, jnp.ones((len(tokens), 2), bool), pair)
         return x + layer.experts_norm(out, pair.norm_eps)
 
     x = anchor.backbone.embed[...][tokens].astype(config.dtype)
@@ -76,10 +74,7 @@ def fit_router(
         )
         x = experts_input(x, layer)
         inputs = np.asarray(x, np.float64).reshape(-1, config.width)[real]
-        if router == "lda":
-            row, bias = discriminate(inputs, is_own, prior=prior)
-        else:
-            row, bias = separate(inputs, is_own, ridge=ridge, prior=prior)
+        row, bias = classify(inputs, is_own, prior=prior)
         own_slice.router.row[...] = jnp.asarray(row[None], jnp.float32)
         own_slice.router.bias[...] = jnp.asarray([bias], jnp.float32)
         x = add_experts(x, layer, (public_slice, own_slice))

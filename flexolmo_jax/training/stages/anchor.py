@@ -1,5 +1,6 @@
 """Stage 1: the public model, trained on public text by whoever hosts it."""
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -48,13 +49,11 @@ def train_anchor(
       out: the anchor package; must not exist.
       run: folder of the run: windows, checkpoints, metrics, plot.
       resume: continue from the newest checkpoint in `run`.
-      start: an anchor package of the same sizes and tokenizer, whose weights are the initial
-        ones; default: random weights.
+      start: an anchor package of the same sizes and tokenizer whose weights are the initial ones.
 
     Raises:
       ValueError: an argument or a file is wrong; the message says what to do.
-      FloatingPointError: the training diverged.
-      Interrupted: SIGINT or SIGTERM came; the state is saved.
+      FloatingPointError, Interrupted: as `train` says.
       AlreadyDone: the package exists.
 
     Examples:
@@ -75,11 +74,10 @@ def train_anchor(
     """
     given = None if start is None else read_anchor(start)
     mesh = mesh_of(config)
-    inputs = {} if given is None else {"start": given.identity}
-    wanted = describe_run(config, data, **inputs)
+    wanted = describe_run(config, data, **({"start": given.identity} if given else {}))
     check_run(run, wanted, resume, config, out)
-    shapes = jax.eval_shape(lambda: init_anchor(config.model, jax.random.key(0)))
-    check_room_for(config, data, out, run, shapes)
+    initial = functools.partial(init_anchor, config.model, jax.random.key(config.seed))
+    check_room_for(config, data, out, run, jax.eval_shape(initial))
     tokenizer = one_process_at_a_time(lambda: _tokenizer(config, data, run))
     _check_model(config, tokenizer, given)
     source, report = prepare(data, config.data, tokenizer, run / "data")
@@ -87,12 +85,7 @@ def train_anchor(
     # Read before the training, although needed after it, so that errors in it show now.
     public_text, row = _public_text_and_row(config, data, tokenizer)
     record_run(run, wanted)
-    if given is None:
-        weights = placement.init_sharded(
-            lambda: init_anchor(config.model, jax.random.key(config.seed)), mesh
-        )
-    else:
-        weights = given.weights
+    weights = placement.init_sharded(initial, mesh) if given is None else given.weights
     loss, trainable, frozen = anchor_parts(config, config.model, weights)
     weights = train(StandardSteps("anchor", config, loss, source), trainable, frozen, run)
     if row is not None:
