@@ -142,16 +142,15 @@ def _public_text(file: Path) -> list[str]:
 
 
 def _from_hugging_face(source: HuggingFace, separator: str | None) -> LoadedAnchor:
-    backbone, experts, config = source.load()
+    backbone, experts, config, tokenizer, ends = source.load(separator)
     if config.num_experts != 1:
         raise ValueError(
             f"{source.folder}: expected a dense OLMo 2 model as the anchor, found "
             f"{config.num_experts} experts"
         )
-    tokenizer = source.tokenizer(config, separator)
     weights = Anchor(backbone, experts)
     named = tensors.named(weights)
     for name, x in named.items():
         tensors.check_in_range(name, x, source.folder)
     found = identity(config, tokenizer, tensors.describe(named))
-    return LoadedAnchor(weights, config, tokenizer, found, [], ends=source.ends())
+    return LoadedAnchor(weights, config, tokenizer, found, [], ends=ends)

@@ -146,13 +146,12 @@ def _load_hugging_face(
     over: tuple[str, ...],
     separator: str | None,
 ) -> LoadedModel:
-    backbone, experts, config = source.load(dtype)
+    backbone, experts, config, tokenizer, ends = source.load(separator, dtype)
     names = (PUBLIC, *(f"expert_{i}" for i in range(1, config.num_experts)))
-    tokenizer = source.tokenizer(config, separator)
     if mesh is not None:
         experts = pad_experts(experts, mesh.shape[EXPERT])
     backbone, experts = placement.device_put((backbone, experts), mesh, over)
-    return LoadedModel(backbone, experts, config, names, tokenizer, source.ends())
+    return LoadedModel(backbone, experts, config, names, tokenizer, ends)
 
 
 def anchor_path(source: WeightSource) -> Path:

@@ -11,31 +11,41 @@ from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Backbone
 
 
+class HuggingFaceModel(NamedTuple):
+    """What a Hugging Face directory holds.
+
+    Attributes:
+      backbone, experts, config: the model, on one device.
+      tokenizer: None where there is no tokenizer.json.
+      ends: ids that end a generated text.
+    """
+
+    backbone: Backbone
+    experts: Experts
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    ends: tuple[int, ...]
+
+
 class HuggingFace(NamedTuple):
     """A Hugging Face directory of a FlexOlmo or OLMo 2 model."""
 
     folder: Path
 
-    def load(self, dtype: Any = None) -> tuple[Backbone, Experts, ModelConfig]:
-        """All weights, on one device; `hf_import.load`."""
-        return hf_import.load(self.folder, dtype)
-
-    def tokenizer(self, config: ModelConfig, separator: str | None = None) -> Tokenizer | None:
-        """Its tokenizer, or None where it has no tokenizer.json.
+    def load(self, separator: str | None = None, dtype: Any = None) -> HuggingFaceModel:
+        """Loads all of it.
 
         Args:
-          config: of its model.
           separator: the token that opens documents; default: what the directory names.
+          dtype: of the weights, as in `hf_import.load`.
         """
-        file = hf_import.tokenizer_file(self.folder)
-        if file is None:
-            return None
-        separator = separator or hf_import.separator(self.folder)
-        return Tokenizer.load(file, separator, config.vocab_size)
-
-    def ends(self) -> tuple[int, ...]:
-        """Ids that end a generated text."""
-        return hf_import.ends_of_text(self.folder)
+        backbone, experts, config = hf_import.load(self.folder, dtype)
+        file, tokenizer = hf_import.tokenizer_file(self.folder), None
+        if file is not None:
+            separator = separator or hf_import.separator(self.folder)
+            tokenizer = Tokenizer.load(file, separator, config.vocab_size)
+        ends = hf_import.ends_of_text(self.folder)
+        return HuggingFaceModel(backbone, experts, config, tokenizer, ends)
 
 
 WeightSource = Package | HuggingFace
