@@ -24,7 +24,7 @@ from flexolmo_jax.inference.cpu_weights import Unstacked, round_to_int8, unstack
 from flexolmo_jax.inference.likelihood import LogLikelihoods
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.experts import Experts
-from flexolmo_jax.modeling.transformer import Backbone, forward
+from flexolmo_jax.modeling.transformer import Backbone, forward, output_logits
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.parallel.mesh import BATCH, SERVING, TENSOR, specs_of
 
@@ -433,7 +433,7 @@ def load(
 def _logits(backbone, experts, tokens, allowed, config: ModelConfig, mesh) -> jax.Array:
     def local(backbone, experts, tokens, allowed):
         out = forward(backbone, (experts,), jnp.asarray(tokens), config, allowed=allowed)
-        return backbone.logits(out.hidden, config)
+        return output_logits(backbone, (experts,), out.hidden, out.weights, config)
 
     weights, rows = (backbone, experts), BATCH
     where = mesh and (*specs_of(weights, mesh), rows, rows)

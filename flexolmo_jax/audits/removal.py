@@ -18,6 +18,7 @@ from flexolmo_jax.audits.scoring import ROWS, padded, scores, tokenizer_of
 from flexolmo_jax.audits.statistics import Area
 from flexolmo_jax.federation.merge import merge, remove_expert
 from flexolmo_jax.federation.package import read_manifest
+from flexolmo_jax.federation.routing import Routing
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.privacy.canaries import Canaries
 
@@ -109,13 +110,9 @@ def _without(
     with tempfile.TemporaryDirectory(dir=beside, prefix=f".{path.absolute().name}.") as folder:
         never = Path(folder) / "never"
         anchor = path / manifest["anchor"]["path"]
-        active = manifest["active_experts"]
         separator = manifest["anchor"].get("separator")
-        memory = manifest.get("memory")
-        merge(
-            anchor, others, never, active_experts=active, separator=separator, allow_share=None,
-            memory=memory and (memory["decay"], memory["weight"]),
-        )  # fmt: skip
+        routing = Routing.of(manifest)._asdict()
+        merge(anchor, others, never, separator=separator, allow_share=None, **routing)
         never_had = load(never)
     with tempfile.TemporaryDirectory(dir=beside, prefix=f".{path.absolute().name}.") as folder:
         shutil.copytree(path, folder, dirs_exist_ok=True)

@@ -1,7 +1,14 @@
 """Configs: frozen dataclasses that check themselves; `configs/` holds presets."""
 
 from flexolmo_jax.config.files import CONFIGS, find_config, load_config
-from flexolmo_jax.config.model import COMPUTE, MEMORY, ModelConfig, check_memory
+from flexolmo_jax.config.model import (
+    COMPUTE,
+    EVIDENCE,
+    MEMORY,
+    ModelConfig,
+    check_evidence,
+    check_memory,
+)
 from flexolmo_jax.config.privacy import PrivacyConfig
 from flexolmo_jax.config.training import (
     AnchorTraining,
@@ -10,11 +17,13 @@ from flexolmo_jax.config.training import (
     OptimizerConfig,
     RouterTraining,
     Training,
+    check_rank,
 )
 
 __all__ = [
     "COMPUTE",
     "CONFIGS",
+    "EVIDENCE",
     "MEMORY",
     "AnchorTraining",
     "DataConfig",
@@ -24,7 +33,9 @@ __all__ = [
     "PrivacyConfig",
     "RouterTraining",
     "Training",
+    "check_evidence",
     "check_memory",
+    "check_rank",
     "find_config",
     "load_config",
 ]

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 # Fields that do not change the architecture, only how it is computed.
 COMPUTE = ("dtype", "expert_compute", "attention", "loss_chunk", "remat", "unroll")
 MEMORY = (0.8, 0.3)  # default decay and weight of a merged model's router memory
+EVIDENCE = (0.9, 0.5, 1.5)  # default decay, strength and shift of a merged model's evidence routing
 
 
 def require(ok: bool, message: str) -> None:
@@ -49,6 +50,9 @@ class ModelConfig:
     # (decay, weight) of earlier tokens in a merged model's routing (modeling/router.py); set when
     # merging, like active_experts.
     memory: tuple[float, float] | None = None
+    # (decay, strength, shift) of evidence routing (modeling/evidence.py), which takes the place of
+    # router rows; set when merging too.
+    evidence: tuple[float, float, float] | None = None
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
@@ -89,6 +93,9 @@ class ModelConfig:
         )
         if self.memory is not None:
             check_memory(*self.memory)
+        if self.evidence is not None:
+            check_evidence(*self.evidence)
+            require(self.memory is None, "memory is of router rows: with evidence, leave it out")
         for name in ("dtype", "expert_compute", "attention", "remat"):
             known, found = choices(self, name), getattr(self, name)
             require(found in known, f"{name} must be one of {', '.join(known)}, found {found!r}")
@@ -119,7 +126,7 @@ class ModelConfig:
         """The fields that two models must share to exchange experts, as JSON values."""
         values = dataclasses.asdict(self)
         values |= {"num_kv_heads": self.kv_heads, "head_width": self.head_size}
-        for name in (*COMPUTE, "num_experts", "active_experts", "memory", "max_length"):
+        for name in (*COMPUTE, "num_experts", "active_experts", "memory", "evidence", "max_length"):
             del values[name]
         return values
 
@@ -130,4 +137,13 @@ def check_memory(decay: float, weight: float) -> None:
         0 < decay < 1 and 0 < weight < float("inf"),
         f"memory must be a decay in (0, 1) and a weight above 0, found {decay} and {weight}; for a "
         "router without memory, pass memory=None, or --no-memory",
+    )
+
+
+def check_evidence(decay: float, strength: float, shift: float) -> None:
+    """Raises ValueError if the values are out of range."""
+    require(
+        0 < decay < 1 and 0 < strength < float("inf") and 0 <= shift < float("inf"),
+        "evidence must be a decay in (0, 1), a strength above 0 and a shift of 0 or more, found "
+        f"{decay}, {strength} and {shift}; to route by rows, pass evidence=None, or --no-evidence",
     )

@@ -152,6 +152,7 @@ class AnchorTraining(Training):
     tokenizer: str | None = None  # a tokenizer.json; None: train a BPE of model.vocab_size
     separator: str = "<|endoftext|>"  # end-of-document token; every document starts with it
     public_tokens: int = 65_536  # public text in the anchor package, for owners to fit rows
+    evidence_rank: int = 0  # of the public evidence head (modeling/evidence.py); 0: none
     domain_embedding: str | None = None  # as in ExpertTraining; sets the public router row
 
     def __post_init__(self):
@@ -161,10 +162,12 @@ class AnchorTraining(Training):
             f"data.length={self.data.length} is longer than model.max_length="
             f"{self.model.max_length}",
         )
-        require(
-            self.model.memory is None,
-            "model.memory is for merged models: set it with `flexolmo merge --memory`",
-        )
+        for name in ("memory", "evidence"):
+            require(
+                getattr(self.model, name) is None,
+                f"model.{name} is for merged models: set it with `flexolmo merge --{name}`",
+            )
+        check_rank("evidence_rank", self.evidence_rank, self.model)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,6 +201,8 @@ class ExpertTraining(Training):
     # less often.
     fit_prior: float = 0.3
     fit_ridge: float = 1e-3  # with "logistic": ridge penalty of the whitened rows
+    head_rank: int = 0  # of the expert's own delta of the output head; 0: none
+    evidence_rank: int = 0  # of its evidence head, for evidence routing; 0: none
 
     def __post_init__(self):
         super().__post_init__()
@@ -217,6 +222,16 @@ class ExpertTraining(Training):
             f"fit_tokens must be at least data.length={self.data.length}, found {self.fit_tokens}",
         )
         require(self.fit_ridge > 0, f"fit_ridge must be positive, found {self.fit_ridge}")
+        for name in ("head_rank", "evidence_rank"):
+            check_rank(name, getattr(self, name))
+
+
+def check_rank(name: str, rank: int, model: ModelConfig | None = None) -> None:
+    """Raises ValueError if a low-rank head cannot have this rank."""
+    require(rank >= 0, f"{name} must be 0 or more, found {rank}")
+    if model is not None:
+        largest = min(model.width, model.vocab_size)
+        require(rank <= largest, f"{name} must be at most {largest}, the width, found {rank}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from flexolmo_jax.config import DataConfig, ModelConfig
@@ -15,8 +16,8 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.evaluation.split import GROUP_FIELD, check_share
 from flexolmo_jax.model import FlexOlmo
-from flexolmo_jax.modeling.kernels.cross_entropy import cross_entropy
-from flexolmo_jax.modeling.transformer import forward
+from flexolmo_jax.modeling.kernels.cross_entropy import cross_entropy, nats_of_chunks
+from flexolmo_jax.modeling.transformer import forward, output_logits
 from flexolmo_jax.parallel import collectives, placement
 from flexolmo_jax.parallel.mesh import BATCH, specs_of
 
@@ -157,8 +158,17 @@ def _nats(backbone, experts, batch: Batch, allowed, separator, config: ModelConf
             backbone, (experts,), batch.tokens, config, segments=batch.segments, allowed=allowed
         )
         is_text = batch.weights * (batch.targets != separator)
-        head = backbone.head_matrix(config)
-        nats = cross_entropy(out.hidden, head, batch.targets, is_text, chunk=config.loss_chunk)[1]
+        if hasattr(experts, "head"):
+
+            def logits_of(hidden, weights):
+                weights = jnp.moveaxis(weights, -1, 0)
+                return output_logits(backbone, (experts,), hidden, weights, config)
+
+            inputs = (out.hidden, jnp.moveaxis(out.weights, 0, -1))
+            nats = nats_of_chunks(logits_of, inputs, batch.targets, is_text, config.loss_chunk)
+        else:
+            head, chunk = backbone.head_matrix(config), config.loss_chunk
+            nats = cross_entropy(out.hidden, head, batch.targets, is_text, chunk=chunk)[1]
         return collectives.psum_batch(nats)
 
     weights = (backbone, experts)

@@ -48,12 +48,20 @@ class LoadedAnchor(NamedTuple):
 
 
 def identity(config: ModelConfig, tokenizer: Tokenizer | None, described: dict[str, Any]) -> str:
-    """Digest of all that an expert depends on; the same in a package and in a Hugging Face form."""
+    """Digest of all that an expert depends on; the same in a package and in a Hugging Face form.
+
+    The public evidence head is not among it: no expert is trained against it, so it can be added to
+    an anchor that has experts.
+    """
     return canonical_digest(
         {
             "architecture": config.architecture(),
             "tokenizer": tokenizer and tokenizer.digest,
-            "tensors": {name: entry["sha256"] for name, entry in described.items()},
+            "tensors": {
+                name: entry["sha256"]
+                for name, entry in described.items()
+                if not name.startswith("public.evidence.")
+            },
         }
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flexolmo_jax.config import ModelConfig, check_memory
+from flexolmo_jax.config import ModelConfig, check_evidence, check_memory
 from flexolmo_jax.federation.names import PUBLIC, check_distinct, check_name
 
 FORMAT = 2
@@ -116,6 +116,9 @@ def check_fields(manifest: dict[str, Any], where: Path) -> None:
             memory = manifest.get("memory")
             if memory is not None:
                 check_memory(memory["decay"], memory["weight"])
+            evidence = manifest.get("evidence")
+            if evidence is not None:
+                check_evidence(evidence["decay"], evidence["strength"], evidence["shift"])
         elif kind == "anchor" and manifest["name"] != PUBLIC:
             raise ValueError(f"an anchor's name is {PUBLIC!r}, found {manifest['name']!r:.100}")
     except ValueError as error:
@@ -256,7 +259,7 @@ _MODEL: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("renormalize", "tie_embeddings"), lambda x: isinstance(x, bool)),
     **dict.fromkeys(("rope_theta", "norm_eps"), _is_positive),
     **dict.fromkeys(("dtype", "expert_compute", "attention", "remat"), _is_text),
-    "memory": lambda x: x is None,
+    **dict.fromkeys(("memory", "evidence"), lambda x: x is None),
 }
 
 
@@ -343,6 +346,19 @@ KINDS = {
         "memory": Field(
             "an object of numbers, decay and weight, or null",
             _or_none(lambda x: _has(x, {"decay": _is_positive, "weight": _is_positive})),
+            optional=True,
+        ),
+        "evidence": Field(
+            "an object of numbers, decay, strength and shift, or null",
+            _or_none(
+                lambda x: _has(
+                    x,
+                    {
+                        **dict.fromkeys(("decay", "strength"), _is_positive),
+                        "shift": lambda x: _is_positive(x) or x == 0,
+                    },
+                )
+            ),
             optional=True,
         ),
         "tensors": Field(_TENSORS, lambda x: _all(x, dict, _is_tensor), optional=True),

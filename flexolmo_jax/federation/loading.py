@@ -133,7 +133,7 @@ def _join(stacks: list[Any], padding: int) -> Any:
     """
 
     def joined(path, *leaves):
-        is_bias = leaf_name(path).endswith("bias")
+        is_bias = leaf_name(path) in ("bias", "router.bias")
         return Joined(leaves, padding, -np.inf if is_bias else 0.0)
 
     return jax.tree_util.tree_map_with_path(joined, *stacks)

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flexolmo_jax.config import MEMORY, check_memory
+from flexolmo_jax.config import MEMORY
 from flexolmo_jax.federation.anchor import LoadedAnchor, open_anchor
 from flexolmo_jax.federation.expert import check_made_for
-from flexolmo_jax.federation.merged import memory_of, open_merged
+from flexolmo_jax.federation.merged import open_merged
 from flexolmo_jax.federation.names import PUBLIC, check_distinct
 from flexolmo_jax.federation.package import (
     FORMAT,
@@ -24,6 +24,7 @@ from flexolmo_jax.federation.package import (
     write_manifest,
     write_package,
 )
+from flexolmo_jax.federation.routing import EvidenceChoice, Routing, choose_routing
 from flexolmo_jax.federation.shares import REFUSE, Shares, check_shares, measure_shares
 from flexolmo_jax.federation.source import open_source
 from flexolmo_jax.modeling.router import Router
@@ -42,6 +43,7 @@ def merge(
     *,
     active_experts: int | None = None,
     memory: tuple[float, float] | None = MEMORY,
+    evidence: EvidenceChoice = "auto",
     separator: str | None = None,
     allow_share: float | None = REFUSE,
 ) -> Shares | None:
@@ -54,6 +56,9 @@ def merge(
       active_experts: how many a token may use; None for all.
       memory: decay and weight of what the router remembers of a document's earlier tokens
         (`add_decayed_logits`); None for a router that looks at each token alone, as in the paper.
+        Not used with evidence routing.
+      evidence: decay, strength and shift of evidence routing (modeling/evidence.py); None for
+        router rows; "auto": evidence routing if the anchor and all packages have evidence heads.
       allow_share: the largest share of the anchor's public text that an expert may take in a
         layer, in (0, 1]; None does not route it.
       separator: the token that opens documents, for a Hugging Face directory that names none;
@@ -74,21 +79,17 @@ def merge(
       ('public', 'math', 'code')
     """
     check_new_folder(out, [anchor, *experts])
-    if active_experts is not None and active_experts < 1:
-        raise ValueError(f"active_experts must be at least 1, found {active_experts}")
-    if memory is not None:
-        check_memory(*memory)
     anchor, out = Path(anchor), Path(out).absolute()
     loaded, packages, separator = _open_all(anchor, experts, separator)
-    shares = _allowed_shares(loaded, packages, active_experts, memory, allow_share)
+    routing = choose_routing(loaded, packages, active_experts, memory, evidence)
+    shares = _allowed_shares(loaded, packages, routing, allow_share)
     manifest = {
         "format": FORMAT,
         "made_by": f"flexolmo_jax {__version__}",
         "kind": "merged",
         "anchor": _pinned(loaded, anchor, out, separator),
         "experts": [_entry(package, out) for package in packages],
-        "active_experts": active_experts,
-        "memory": memory and dict(zip(("decay", "weight"), memory, strict=True)),
+        **routing.fields(),
         "files": {},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -122,20 +123,17 @@ def _check_twice(packages: Sequence[Package]) -> None:
 def _allowed_shares(
     anchor: LoadedAnchor,
     packages: Sequence[Package],
-    active_experts: int | None,
-    memory: tuple[float, float] | None,
+    routing: Routing,
     allow: float | None,
 ) -> Shares | None:
     if allow is None or not packages:
         return None
     if not 0 < allow <= 1:
         raise ValueError(f"allow_share must be in (0, 1], found {allow}")
-    config = anchor.config.replace(
-        num_experts=len(packages) + 1, active_experts=active_experts, memory=memory
-    )
-    routers = [anchor.weights.public.router, *(package.weights.router for package in packages)]
+    config = anchor.config.replace(num_experts=len(packages) + 1, **routing._asdict())
+    experts = [anchor.weights.public, *(package.weights for package in packages)]
     names = [package.manifest["name"] for package in packages]
-    shares = measure_shares(anchor, routers, (PUBLIC, *names), config)
+    shares = measure_shares(anchor, experts, (PUBLIC, *names), config)
     if shares is not None:
         check_shares(shares, allow)
     return shares
@@ -221,8 +219,8 @@ def _add(model: Path, packages: Sequence[Path], allow_share: float | None) -> Ad
             f"{', '.join(map(str, packages))}: trained with the separator {named!r}, and {model} "
             f"has {own!r}; merge again with --separator {named!r}"
         )
-    active, memory = manifest["active_experts"], memory_of(manifest)
-    shares = _allowed_shares(anchor, whole, active, memory, allow_share)
+    routing = choose_routing(anchor, whole, *Routing.of(manifest))
+    shares = _allowed_shares(anchor, whole, routing, allow_share)
     entries = [*manifest["experts"], *(_entry(package, model.absolute()) for package in added)]
     place = model / manifest["anchor"]["path"]
     pinned = _pinned(anchor, place, model.absolute(), manifest["anchor"].get("separator"))

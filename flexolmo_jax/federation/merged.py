@@ -10,9 +10,10 @@ from flexolmo_jax.federation.anchor import LoadedAnchor, open_anchor
 from flexolmo_jax.federation.expert import check_made_for
 from flexolmo_jax.federation.names import PUBLIC
 from flexolmo_jax.federation.package import Package, check_packages, check_shapes
+from flexolmo_jax.federation.routing import Routing, choose_routing
 from flexolmo_jax.federation.shares import Shares, measure_shares
 from flexolmo_jax.federation.source import open_source
-from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.modeling.experts import Experts, with_parts, with_same_parts
 from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.storage.tensors import refill
 
@@ -44,9 +45,19 @@ class OpenedModel(NamedTuple):
     def config(self) -> ModelConfig:
         return self.anchor.config.replace(
             num_experts=len(self.names),
-            active_experts=self.manifest.get("active_experts"),
-            memory=memory_of(self.manifest),
+            **self.routing._asdict(),
         )
+
+    @property
+    def routing(self) -> Routing:
+        """As it was merged; of an expert beside its anchor, by evidence if both have heads for it."""
+        if self.merged is not None:
+            return Routing.of(self.merged.manifest)
+        return choose_routing(self.anchor, self.experts, None, None, "auto")
+
+    @property
+    def _own(self) -> list[Experts]:
+        return [self.anchor.weights.public, *(expert.weights for expert in self.experts)]
 
     @property
     def packages(self) -> list[Package]:
@@ -55,15 +66,17 @@ class OpenedModel(NamedTuple):
 
     @property
     def stacks(self) -> list[Experts]:
-        """The public expert and the owners', each a stack of one, in order."""
-        return [self.anchor.weights.public, *(expert.weights for expert in self.experts)]
+        """The public expert and the owners', each a stack of one, in order, with the same parts."""
+        if self.routing.evidence is None:
+            return with_same_parts([with_parts(stack, evidence=None) for stack in self._own])
+        return with_same_parts(self._own)
 
     @property
     def routers(self) -> list[Router]:
         """Rows and biases that make the router, end to end: the owners' own, or a tuned one."""
         if self.merged is not None and self.merged.weights:
             return [refill(Router(0, 0, 0), self.merged.weights)]
-        return [stack.router for stack in self.stacks]
+        return [stack.router for stack in self._own]
 
 
 def open_merged(package: Package, separator: str | None = None) -> OpenedModel:
@@ -112,13 +125,7 @@ def shares_of(opened: OpenedModel) -> Shares | None:
     """The share of public text that each expert of a merged model takes, as `merge` returns it."""
     if not opened.experts:
         return None
-    return measure_shares(opened.anchor, opened.routers, opened.names, opened.config)
-
-
-def memory_of(manifest: dict[str, Any]) -> tuple[float, float] | None:
-    """Decay and weight of a merged model's router memory; None for a router without."""
-    memory = manifest.get("memory")  # not in the manifests of older versions
-    return memory and (memory["decay"], memory["weight"])
+    return measure_shares(opened.anchor, opened.stacks, opened.names, opened.config, opened.routers)
 
 
 def open_part(model: Path, entry: dict[str, str]) -> Package:

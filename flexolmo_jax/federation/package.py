@@ -31,7 +31,7 @@ from flexolmo_jax.federation.package_files import (
     open_regular,
     tensor_of,
 )
-from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.modeling.experts import Experts, Ranks
 from flexolmo_jax.modeling.transformer import Anchor, init_anchor
 from flexolmo_jax.storage import on_disk, tensors
 from flexolmo_jax.storage.files import (
@@ -187,9 +187,14 @@ def _abstract(manifest: dict[str, Any], folder: Path, stored: dict[str, Any]) ->
         return {name: stored.get(name, jax.ShapeDtypeStruct((), "float32")) for name in names}
     config = fields.model_of(manifest, folder / MANIFEST)
 
+    is_anchor = manifest["kind"] == "anchor"
+    first = {name: stored.get(f"{'public.' * is_anchor}{name}.a") for name in Ranks._fields}
+    ranks = Ranks(
+        **{name: x.shape[-1] if x is not None and x.shape else 0 for name, x in first.items()}
+    )
+
     def init(key: jax.Array) -> Anchor | Experts:
-        is_anchor = manifest["kind"] == "anchor"
-        return init_anchor(config, key) if is_anchor else Experts(config, 1, key)
+        return init_anchor(config, key, ranks) if is_anchor else Experts(config, 1, key, ranks)
 
     try:
         return jax.eval_shape(init, jax.random.key(0))

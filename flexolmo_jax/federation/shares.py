@@ -1,11 +1,12 @@
-"""The share of public text that each expert takes by its router rows.
+"""The share of public text that each expert takes by its router rows, or by its evidence head.
 
 An owner's bias can only hold its expert back, but its rows may be of any length and direction: a
 row along the mean of all inputs takes nearly every token, and with it the text of other owners. So
 a merge routes some of the anchor's public text, which no owner's expert should take much of.
 
 Every layer's inputs are those of the anchor alone. So only the rows of an expert are needed, and
-the result does not depend on the other experts' feed-forward networks.
+the result does not depend on the other experts' feed-forward networks. Evidence routing needs the
+anchor's embedding and head only.
 """
 
 import functools
@@ -24,7 +25,9 @@ from flexolmo_jax.data.sources import Document
 from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.federation.anchor import LoadedAnchor
 from flexolmo_jax.modeling.attention import segment_positions
+from flexolmo_jax.modeling.experts import Experts, with_parts, with_same_parts
 from flexolmo_jax.modeling.router import Router, add_decayed_logits, route
+from flexolmo_jax.modeling.transformer import evidence_weights
 from flexolmo_jax.parallel import placement
 
 TOKENS = 4096  # of public text, routed
@@ -37,7 +40,7 @@ class Shares(NamedTuple):
 
     Attributes:
       names: of the experts, the public one first.
-      of_layers: float64 [L, E]; every row sums to 1.
+      of_layers: float64 [L, E]; every row sums to 1. [1, E] with evidence routing.
       tokens: how many were routed.
     """
 
@@ -59,16 +62,21 @@ class Shares(NamedTuple):
 
 
 def measure_shares(
-    anchor: LoadedAnchor, routers: Sequence[Any], names: Sequence[str], config: ModelConfig
+    anchor: LoadedAnchor,
+    experts: Sequence[Experts],
+    names: Sequence[str],
+    config: ModelConfig,
+    routers: Sequence[Any] | None = None,
 ) -> Shares | None:
     """Routes the first public text of an anchor.
 
     Args:
       anchor: its weights may be on disk; one layer is held at a time.
-      routers: of the public expert and of others, each of rows [L, e, D] and biases [L, e]; end to
-        end they are the experts.
+      experts: the public one and others; only what routes to them is used.
       names: of the experts, in that order.
-      config: of the merged model: active experts, and what its router remembers.
+      config: of the merged model: active experts, and how it routes.
+      routers: each of rows [L, e, D] and biases [L, e]; end to end they are those of all experts.
+        Default: the experts' own.
 
     Returns:
       None if the anchor came without public text, or without a tokenizer.
@@ -79,6 +87,41 @@ def measure_shares(
     batch = _public_batch(anchor)
     if batch is None:
         return None
+    if config.evidence is None:
+        of_layers = _shares_by_rows(anchor, routers or [x.router for x in experts], batch, config)
+    else:
+        of_layers = _shares_by_evidence(anchor, experts, batch, config)
+    if not np.isfinite(of_layers).all():
+        raise ValueError(
+            "the router rows or evidence heads of these experts give NaN on public text (they are "
+            f"too large): leave out one of {', '.join(names[1:])}"
+        )
+    of_layers /= of_layers.sum(axis=1, keepdims=True)
+    return Shares(tuple(names), of_layers, int(np.sum(np.asarray(batch.segments) > 0)))
+
+
+def _shares_by_evidence(
+    anchor: LoadedAnchor, experts: Sequence[Experts], batch: Batch, config: ModelConfig
+) -> np.ndarray:
+    """The sums of the weights, [1, E]: they are the same in all layers."""
+    backbone = with_parts(anchor.weights.backbone, layers=None)
+    stacks = tuple(with_parts(x, feed_forward=None, head=None) for x in with_same_parts(experts))
+    weigh = jax.jit(_sums_by_evidence, static_argnames="config")
+    loaded = placement.device_put((backbone, stacks), None)
+    return np.asarray(weigh(*loaded, batch.tokens, batch.segments, config=config), np.float64)[None]
+
+
+def _sums_by_evidence(backbone, stacks, tokens, segments, config: ModelConfig):
+    allowed = jnp.ones((len(tokens), config.num_experts), bool)
+    weights, _ = evidence_weights(backbone, stacks, tokens, segments, allowed, config)
+    assert weights is not None
+    return jnp.sum(jnp.where(segments > 0, weights, 0.0), axis=(1, 2))
+
+
+def _shares_by_rows(
+    anchor: LoadedAnchor, routers: Sequence[Any], batch: Batch, config: ModelConfig
+) -> np.ndarray:
+    """The sums of the weights in each layer, [L, E]."""
     alone = anchor.config.replace(remat="none", expert_compute="dense")
     weights = anchor.weights
     router = jax.tree.map(lambda *x: np.concatenate([np.asarray(part) for part in x], 1), *routers)
@@ -86,18 +129,11 @@ def measure_shares(
     x = embed[...][batch.tokens].astype(config.dtype)
     shares = []
     for number in range(config.num_layers):
-        parts = (weights.backbone.layers, weights.public, router)
+        parts = (weights.backbone.layers, weights.public.of_layers(), router)
         layer, public, own = jax.tree.map(functools.partial(_layer_of, number), parts)
         x, share = _step(x, batch.segments, layer, public, own, alone, config)
         shares.append(np.asarray(share, np.float64))
-    of_layers = np.stack(shares)
-    if not np.isfinite(of_layers).all():
-        raise ValueError(
-            "the router rows of these experts give NaN on public text (they are too large): leave "
-            f"out one of {', '.join(names[1:])}"
-        )
-    of_layers /= of_layers.sum(axis=1, keepdims=True)
-    return Shares(tuple(names), of_layers, int(np.sum(np.asarray(batch.segments) > 0)))
+    return np.stack(shares)
 
 
 def check_shares(shares: Shares, allow: float) -> None:
@@ -113,10 +149,9 @@ def check_shares(shares: Shares, allow: float) -> None:
     for number, name in enumerate(shares.names[1:], 1):
         own = shares.of_layers[:, number]
         layer, most = int(own.argmax()), float(own.max())
-        said = (
-            f"the expert {name!r} takes {most:.0%} of the anchor's public text in layer {layer} "
-            f"({own.mean():.0%} on average)"
-        )
+        said = f"the expert {name!r} takes {most:.0%} of the anchor's public text"
+        if len(own) > 1:  # with evidence routing all layers have the same weights
+            said += f" in layer {layer} ({own.mean():.0%} on average)"
         if most > allow:
             raise ValueError(
                 f"{said}, and would take other owners' text from them: expected at most "

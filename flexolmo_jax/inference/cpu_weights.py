@@ -53,7 +53,7 @@ def unstack(
     layers = tuple(
         (
             take(backbone.layers, index),
-            tuple(take(experts, (index, slice(e, e + 1))) for e in range(num_experts)),
+            tuple(take(experts.of_layers(), (index, slice(e, e + 1))) for e in range(num_experts)),
         )
         for index in range(num_layers)
     )

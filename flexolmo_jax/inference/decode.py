@@ -4,7 +4,7 @@ import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.inference.cpu_weights import Unstacked
 from flexolmo_jax.inference.sampling import Sampling, sample
-from flexolmo_jax.modeling.decode_state import DecodeState, KVCache
+from flexolmo_jax.modeling.decode_state import DecodeState, EvidenceState, KVCache
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.kernels.quantized import dot
-from flexolmo_jax.modeling.transformer import Backbone, forward_step
+from flexolmo_jax.modeling.transformer import Backbone, Output, add_heads, forward_step
 from flexolmo_jax.parallel import collectives, placement
 from flexolmo_jax.parallel.mesh import BATCH, specs_of
 
@@ -34,10 +34,15 @@ class Generation(NamedTuple):
     done: Bool[Array, " B"]
     cache: KVCache | tuple[KVCache, ...]
     router_state: Float[Array, "L E B"] | None  # float32, with config.memory
+    evidence: EvidenceState | None  # with config.evidence
     generated: Int[Array, "B capacity"]
 
 
-SPECS = Generation(P(), BATCH, BATCH, P(None, *BATCH), P(None, None, *BATCH), BATCH)  # type: ignore[arg-type]
+def _specs(config: ModelConfig) -> Any:
+    """How a `Generation` is sharded."""
+    evidence = EvidenceState(P(None, *BATCH), BATCH) if config.evidence else None  # type: ignore[arg-type]
+    cache, router_state = P(None, *BATCH), P(None, None, *BATCH)
+    return Generation(P(), BATCH, BATCH, cache, router_state, evidence, BATCH)  # type: ignore[arg-type]
 
 
 def check_memory(config: ModelConfig, batch: int, length: int, max_new_tokens: int) -> None:
@@ -161,11 +166,12 @@ def _is_text(padding: jax.Array, slots: int) -> jax.Array:
     return jnp.arange(slots) >= padding[:, None]
 
 
-def _next_logits(weights, hidden: jax.Array, config: ModelConfig) -> jax.Array:
-    """[B, D] -> float32 [B, V]."""
-    backbone, _, unstacked = weights
+def _next_logits(weights, out: Output, config: ModelConfig) -> jax.Array:
+    """The logits after the last token, float32 [B, V]."""
+    backbone, experts, unstacked = weights
     head = unstacked.head if unstacked else backbone.head_matrix(config)
-    return dot(hidden, head, jnp.float32)
+    hidden = out.hidden[:, -1]
+    return add_heads(dot(hidden, head, jnp.float32), (experts,), hidden, out.weights[:, :, -1])
 
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity", "mesh"))
@@ -173,7 +179,9 @@ def _prefill(weights, tokens, padding, allowed, done, *, config, capacity, mesh)
     """Reads left-padded prompts, int32 [B, P], into a cache with `capacity` slots more than P."""
     local = functools.partial(_prefill_local, config=config, capacity=capacity)
     specs = (specs_of(weights, mesh), BATCH, BATCH, BATCH, BATCH)
-    return placement.shard_map(local, mesh, specs, SPECS)(weights, tokens, padding, allowed, done)
+    return placement.shard_map(local, mesh, specs, _specs(config))(
+        weights, tokens, padding, allowed, done
+    )
 
 
 def _prefill_local(weights, tokens, padding, allowed, done, *, config, capacity) -> Generation:
@@ -182,14 +190,16 @@ def _prefill_local(weights, tokens, padding, allowed, done, *, config, capacity)
     cache = KVCache.empty(config, batch, length + capacity, jnp.dtype(config.dtype))
     segments = _is_text(padding, length).astype(jnp.int32)
     positions = jnp.maximum(jnp.arange(length) - padding[:, None], 0)
-    hidden, state = forward_step(
+    out, state = forward_step(
         backbone, (experts,), tokens,
         DecodeState(cache if unstacked is None else cache.unstacked(), 0, positions), config,
         segments=segments, allowed=allowed, layers=unstacked and unstacked.layers,
     )  # fmt: skip
     generated = jnp.zeros((batch, capacity), jnp.int32)
-    logits = _next_logits(weights, hidden[:, -1], config)
-    return Generation(jnp.int32(0), logits, done, state.cache, state.router_state, generated)
+    logits = _next_logits(weights, out, config)
+    return Generation(
+        jnp.int32(0), logits, done, state.cache, state.router_state, state.evidence, generated
+    )
 
 
 def _decode(weights, state, padding, allowed, key, stop, limit, *, config, sampling, mesh):
@@ -205,8 +215,9 @@ def _decode(weights, state, padding, allowed, key, stop, limit, *, config, sampl
       limit: int.
     """
     local = functools.partial(_decode_local, config=config, sampling=sampling)
-    specs = (specs_of(weights, mesh), SPECS, BATCH, BATCH, P(), P(), P())
-    return placement.shard_map(local, mesh, specs, SPECS)(
+    of_state = _specs(config)
+    specs = (specs_of(weights, mesh), of_state, BATCH, BATCH, P(), P(), P())
+    return placement.shard_map(local, mesh, specs, of_state)(
         weights, state, padding, allowed, key, stop, limit
     )
 
@@ -236,7 +247,7 @@ def _decode_local(
         return (state.step < limit) & (collectives.psum_batch(jnp.sum(~state.done)) > 0)
 
     def generate_token(state):
-        step, logits, done, cache, router_state, generated = state
+        step, logits, done, cache, router_state, evidence, generated = state
         token = sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
         token = jnp.where(done, stop[0], token)
         generated = jax.lax.dynamic_update_slice_in_dim(generated, token[:, None], step, axis=1)
@@ -244,14 +255,14 @@ def _decode_local(
         offset = length + step
         positions = (offset - padding)[:, None]
         visible = is_text & (jnp.arange(slots) <= offset)
-        hidden, decoded = forward_step(
+        out, decoded = forward_step(
             backbone, (experts,), new_tokens,
-            DecodeState(cache, offset, positions, visible, router_state), config,
+            DecodeState(cache, offset, positions, visible, router_state, evidence), config,
             allowed=allowed, layers=layers,
         )  # fmt: skip
         return Generation(
-            step + 1, _next_logits(weights, hidden[:, 0], config),
-            done | jnp.isin(token, stop), decoded.cache, decoded.router_state, generated,
+            step + 1, _next_logits(weights, out, config), done | jnp.isin(token, stop),
+            decoded.cache, decoded.router_state, decoded.evidence, generated,
         )  # fmt: skip
 
     return jax.lax.while_loop(is_unfinished, generate_token, state)

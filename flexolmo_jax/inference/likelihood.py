@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.inference.sampling import Sampling, candidates
 from flexolmo_jax.modeling.experts import Experts
-from flexolmo_jax.modeling.transformer import Backbone, forward
+from flexolmo_jax.modeling.transformer import Backbone, forward, output_logits
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.parallel.mesh import BATCH, specs_of
 
@@ -49,10 +49,12 @@ def log_likelihoods(
     """
 
     def local(backbone, experts, tokens, lengths, targets, allowed):
-        hidden = forward(backbone, (experts,), tokens, config, allowed=allowed).hidden
+        out = forward(backbone, (experts,), tokens, config, allowed=allowed)
         count = targets.shape[1]
         positions = jnp.maximum(lengths[:, None] + jnp.arange(-count, 0), 0)
-        hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)  # [B, C, D]
+        hidden = jnp.take_along_axis(out.hidden, positions[..., None], axis=1)  # [B, C, D]
+        weights = jnp.take_along_axis(out.weights, positions[None], axis=2)  # [E, B, C]
+        weights = jnp.moveaxis(weights, 0, -1)
         size = math.gcd(count, 1 << (max(1, CHUNK_POSITIONS // len(tokens)) - 1).bit_length())
 
         def split(x):  # [B, C, ...] -> [C / size, B, size, ...]
@@ -62,14 +64,15 @@ def log_likelihoods(
             return x.swapaxes(0, 1).reshape(targets.shape)
 
         def score(chunk):
-            hidden, targets = chunk
-            logits = backbone.logits(hidden, config)
+            hidden, weights, targets = chunk
+            weights = jnp.moveaxis(weights, -1, 0)
+            logits = output_logits(backbone, (experts,), hidden, weights, config)
             is_target = targets >= 0
             log_probabilities = _log_probabilities(logits, targets, sampling)
             is_greedy = jnp.argmax(logits, axis=-1, keepdims=True) == targets
             return jnp.where(is_target, log_probabilities, 0.0), is_greedy | ~is_target
 
-        scores = jax.lax.map(score, (split(hidden), split(targets)))
+        scores = jax.lax.map(score, (split(hidden), split(weights), split(targets)))
         return LogLikelihoods(*map(join, scores))
 
     weights = (backbone, experts)

@@ -56,6 +56,23 @@ class KVCache(NamedTuple):
         return KVCache(self.keys[layer_index], self.values[layer_index])
 
 
+class EvidenceState(NamedTuple):
+    """What evidence routing (evidence.py) knows of the tokens before.
+
+    Attributes:
+      sums: float32, the decayed sums of each expert's log-likelihood ratios.
+      last_tokens: -1 where there is none.
+    """
+
+    sums: Float[Array, "E B"]
+    last_tokens: Int[Array, " B"]
+
+    @classmethod
+    def empty(cls, num_experts: int, batch: int) -> "EvidenceState":
+        """Of no tokens."""
+        return cls(jnp.zeros((num_experts, batch)), jnp.full((batch,), -1, jnp.int32))
+
+
 class DecodeState(NamedTuple):
     """What a forward pass over the next tokens of a text needs to know of the tokens before them.
 
@@ -66,6 +83,7 @@ class DecodeState(NamedTuple):
       visible: the cache slots that the new token attends to (S = 1). None in the
         prefill: this call's tokens attend to each other.
       router_state: float32, as in `router.add_decayed_logits`; None: no earlier tokens.
+      evidence: with `config.evidence`; None: no earlier tokens.
     """
 
     cache: KVCache | tuple[KVCache, ...]
@@ -73,3 +91,4 @@ class DecodeState(NamedTuple):
     positions: Int[Array, "B S"]
     visible: Bool[Array, "B S_max"] | None = None
     router_state: Float[Array, "*L E B"] | None = None
+    evidence: EvidenceState | None = None

@@ -8,35 +8,49 @@ touches the first.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.modeling.heads import LowRankHead
 from flexolmo_jax.modeling.kernels.grouped_swiglu import grouped_swiglu
 from flexolmo_jax.modeling.kernels.swiglu import swiglu
 from flexolmo_jax.modeling.layers import Expert, normal
 from flexolmo_jax.modeling.router import Router, add_decayed_logits, route
 from flexolmo_jax.parallel import collectives
+from flexolmo_jax.storage.tensors import leaf_name
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 GATHER_MIN_TOKENS = 64  # with fewer, gathering an expert's tokens costs more than it saves
 GATHER_SIZES = 8  # the gathered tokens are padded to one of this many sizes
 
 
+class MoeOutput(NamedTuple):
+    out: Float[Array, "B S D"]
+    logits: Float[Array, "E B S"] | None  # the router's, before `add_decayed_logits`; float32
+    router_state: Float[Array, "E B"] | None  # the next one, with `config.memory`
+    weights: Float[Array, "E B S"]  # float32
+
+
 @jax.named_scope("experts")
 def moe(
     x: Float[Array, "B S D"],
-    stacks: tuple["Experts", ...],
+    stacks: "tuple[Experts | LayerExperts, ...]",
     allowed: Bool[Array, "B E"],
     config: ModelConfig,
     *,
     segments: Int[Array, "B S"] | None = None,
     router_state: Float[Array, "E B"] | None = None,
+    weights: Float[Array, "E B S"] | None = None,
     skip_unused: bool = False,
-) -> tuple[Float[Array, "B S D"], Float[Array, "E B S"], Float[Array, "E B"] | None]:
+) -> "MoeOutput":
     """The weighted sum of all experts of all stacks.
 
     `config.expert_compute` chooses the algorithm: "dense" applies every expert to every token and
@@ -44,24 +58,24 @@ def moe(
 
     Args:
       stacks: one or more stacks, without the layer axis; experts are numbered through them.
+      allowed: an expert that is not allowed gets weight exactly 0.
       config: the number of active experts, renormalization, and the router memory.
       segments, router_state: with `config.memory`, as in `add_decayed_logits`. Default: one
         document per sequence, and no earlier tokens.
+      weights: of the experts, if they are known (`evidence.py`); default: the router's.
       skip_unused: do not read the weights of experts that no token uses; for inference only.
-
-    Returns:
-      the sum; the router's logits before `add_decayed_logits`, in float32; and with
-      `config.memory` the next `router_state`, else None.
     """
-    logits = routing_logits = jnp.concatenate([stack.router(x) for stack in stacks])
-    if config.memory is not None:
-        segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
-        router_state = jnp.zeros_like(logits[..., 0]) if router_state is None else router_state
-        routing_logits, router_state = add_decayed_logits(
-            logits, segments, config.memory, router_state
-        )
-    active = config.active_experts or len(logits)
-    weights = route(routing_logits, allowed, active, config.renormalize)
+    logits = None
+    active = config.active_experts or allowed.shape[1]
+    if weights is None:
+        logits = routing_logits = jnp.concatenate([stack.router(x) for stack in stacks])
+        if config.memory is not None:
+            segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
+            router_state = jnp.zeros_like(logits[..., 0]) if router_state is None else router_state
+            routing_logits, router_state = add_decayed_logits(
+                logits, segments, config.memory, router_state
+            )
+        weights = route(routing_logits, allowed, active, config.renormalize)
     out, first = jnp.zeros_like(x), 0
     for stack in stacks:
         last = first + stack.router.bias.shape[0]
@@ -71,10 +85,10 @@ def moe(
             add = functools.partial(stack.feed_forward.add_dense, skip_unused=skip_unused)
         out = _where_sharded(stack, add)(out, x, weights[first:last])
         first = last
-    return out, logits, router_state
+    return MoeOutput(out, logits, router_state, weights)
 
 
-def _where_sharded(stack: "Experts", add: Callable) -> Callable:
+def _where_sharded(stack: "Experts | LayerExperts", add: Callable) -> Callable:
     """`add(total, x, weights)`, run by the devices that hold the stack's experts or shares of them.
 
     With expert parallelism each device receives all tokens and returns its experts' summand of
@@ -184,18 +198,111 @@ def _add_gathered(total, x, gate, up, down, weight):
     return jax.lax.switch(branch, branches, total.reshape(tokens.shape)).reshape(shape)
 
 
-class Experts(nnx.Module):
-    """A stack of experts: feed-forward networks and their router rows."""
+class Ranks(NamedTuple):
+    """Of the low-rank heads of an expert; 0 is none."""
 
-    def __init__(self, config: ModelConfig, num_experts: int, key: jax.Array):
+    head: int = 0
+    evidence: int = 0
+
+
+NO_HEADS = Ranks()
+
+
+class LayerExperts(NamedTuple):
+    """The parts of `Experts` that every layer has."""
+
+    feed_forward: FeedForward
+    router: Router
+
+
+class Experts(nnx.Module):
+    """A stack of experts: feed-forward networks and their router rows; perhaps low-rank heads.
+
+    `head` adds to the logits; `evidence` is a bigram model that the expert is routed by
+    (evidence.py).
+    """
+
+    head: LowRankHead
+    evidence: LowRankHead
+
+    def __init__(
+        self, config: ModelConfig, num_experts: int, key: jax.Array, ranks: Ranks = NO_HEADS
+    ):
         layers = config.num_layers
         self.feed_forward = FeedForward(layers, num_experts, config.width, config.ffn_width, key)
         self.router = Router(layers, num_experts, config.width)
+        self.set_heads(config, ranks, jax.random.fold_in(key, 1))
+
+    def set_heads(self, config: ModelConfig, ranks: Ranks, key: jax.Array) -> None:
+        """Gives each expert new heads of these ranks, which add nothing yet."""
+        num_experts = self.router.bias.shape[1]
+        sizes = num_experts, config.width, config.vocab_size
+        for name, rank, own_key in zip(Ranks._fields, ranks, jax.random.split(key), strict=True):
+            if rank:
+                setattr(self, name, LowRankHead(*sizes, rank, own_key))
+
+    @property
+    def ranks(self) -> Ranks:
+        heads = (getattr(self, name, None) for name in Ranks._fields)
+        return Ranks(*(head.rank if head else 0 for head in heads))
+
+    def of_layers(self) -> LayerExperts:
+        """What a scan over the layers slices."""
+        return LayerExperts(self.feed_forward, self.router)
+
+
+def with_parts(like: Module, **parts: nnx.Module | None) -> Module:
+    """A module with other parts; None leaves one out. `like` is not changed."""
+    changed = jax.tree.map(lambda leaf: leaf, like)
+    for name, part in parts.items():
+        if part is not None:
+            setattr(changed, name, part)
+        elif hasattr(changed, name):
+            delattr(changed, name)
+    return changed
+
+
+def with_same_parts(stacks: Sequence[Experts]) -> list[Experts]:
+    """The stacks with heads of the same ranks, so that they can be concatenated.
+
+    A missing head is one of zeros, which adds nothing; a head of lower rank gets zero columns.
+    Leaves may be on disk or on the host; only those that are padded are read.
+    """
+    ranks = Ranks(*map(max, zip(*(stack.ranks for stack in stacks), strict=True)))
+    return [_with_ranks(stack, ranks, like=stacks) for stack in stacks]
+
+
+def _with_ranks(stack: Experts, ranks: Ranks, like: Sequence[Experts]) -> Experts:
+    for name, rank in ranks._asdict().items():
+        if getattr(stack.ranks, name) != rank:
+            given = next(getattr(x, name) for x in like if getattr(x.ranks, name))
+            own = getattr(stack, name, None)
+            head = _padded_head(own, given, rank, stack.router.bias.shape[1])
+            stack = with_parts(stack, **{name: head})
+    return stack
+
+
+def _padded_head(
+    own: LowRankHead | None, like: LowRankHead, rank: int, num_experts: int
+) -> LowRankHead:
+    """A head of this rank that gives what `own` gives, nothing by default; `like` has the sizes."""
+    sizes = num_experts, like.a.shape[2], like.b.shape[-1], rank
+    head = jax.eval_shape(lambda key: LowRankHead(*sizes, key), jax.random.key(0))
+
+    def pad(path, x):
+        zeros = np.zeros(x.shape, np.float32)
+        if own is not None:
+            values = np.asarray(getattr(own, leaf_name(path))[...])
+            zeros[tuple(map(slice, values.shape))] = values
+        return zeros
+
+    return jax.tree_util.tree_map_with_path(pad, head)
 
 
 def join(*stacks: Experts) -> Experts:
     """Concatenates stacks along the expert axis, without training (paper, section 3.1)."""
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *stacks)
+    same = with_same_parts(stacks)
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *same)
 
 
 def select(stack: Experts, indices: list[int]) -> Experts:

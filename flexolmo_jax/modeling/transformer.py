@@ -1,7 +1,7 @@
 """The whole network: the shared backbone and stacks of experts; layers, forward passes, sizes."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.modeling import evidence
 from flexolmo_jax.modeling.attention import Attention, segment_positions
-from flexolmo_jax.modeling.decode_state import DecodeState, KVCache
-from flexolmo_jax.modeling.experts import Experts, moe
+from flexolmo_jax.modeling.decode_state import DecodeState, EvidenceState, KVCache
+from flexolmo_jax.modeling.experts import NO_HEADS, Experts, LayerExperts, Ranks, moe
 from flexolmo_jax.modeling.kernels.quantized import dot
 from flexolmo_jax.modeling.layers import RMSNorm, Shared, normal
+from flexolmo_jax.modeling.router import route
 from flexolmo_jax.parallel import collectives
 
 
@@ -45,7 +47,8 @@ REMAT = {  # what the backward pass keeps; never matrices all-gathered from othe
 class LayerOutput(NamedTuple):
     x: Float[Array, "B S D"]  # the residual stream
     experts_input: Float[Array, "B S D"]  # the residual stream between attention and experts
-    router_logits: Float[Array, "E B S"]  # float32
+    router_logits: Float[Array, "E B S"] | None  # float32; None if `weights` were given
+    weights: Float[Array, "E B S"]  # of the experts, float32
     cache: KVCache | None
     router_state: Float[Array, "E B"] | None  # float32, with config.memory
 
@@ -61,20 +64,21 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        experts: tuple[Experts, ...],
+        experts: tuple[LayerExperts, ...],
         positions: Int[Array, "B S"],
         segments: Int[Array, "B S"],
         allowed: Bool[Array, "B E"],
         config: ModelConfig,
         state: DecodeState | None = None,
         layer_index: Int[Array, ""] | None = None,
+        weights: Float[Array, "E B S"] | None = None,
         skip_unused: bool = False,
     ) -> LayerOutput:
         """x = x + norm(attention(x)); x = x + norm(experts(x)): norms on outputs, as in OLMo 2.
 
         Args:
           x: the residual stream.
-          experts, allowed, skip_unused: as in `moe`.
+          experts, allowed, weights, skip_unused: as in `moe`.
           positions, segments, layer_index: as in `Attention`.
           config: sizes, dtype, and routing.
           state: in decoding, with the `router_state` of this layer.
@@ -82,12 +86,13 @@ class Layer(nnx.Module):
         out, cache = self.attention(x, positions, segments, config, state, layer_index)
         x = x + self.attention_norm(checkpoint_name(out, OUTPUT), config.norm_eps)
         experts_input = x
-        out, router_logits, router_state = moe(
+        mixed = moe(
             x, experts, allowed, config,
-            segments=segments, router_state=state and state.router_state, skip_unused=skip_unused,
+            segments=segments, router_state=state and state.router_state, weights=weights,
+            skip_unused=skip_unused,
         )  # fmt: skip
-        x = x + self.experts_norm(checkpoint_name(out, OUTPUT), config.norm_eps)
-        return LayerOutput(x, experts_input, router_logits, cache, router_state)
+        x = x + self.experts_norm(checkpoint_name(mixed.out, OUTPUT), config.norm_eps)
+        return LayerOutput(x, experts_input, mixed.logits, mixed.weights, cache, mixed.router_state)
 
 
 class Backbone(nnx.Module):
@@ -122,26 +127,27 @@ class Anchor(NamedTuple):
 
 class Output(NamedTuple):
     hidden: Float[Array, "B S D"]  # after the last norm
-    router_logits: Float[Array, "L E B S"]  # float32
+    router_logits: Float[Array, "L E B S"] | None  # float32; None in evidence routing
+    weights: Float[Array, "E B S"]  # float32, of the last layer: the experts' heads have them too
 
 
-def init_anchor(config: ModelConfig, key: jax.Array) -> Anchor:
+def init_anchor(config: ModelConfig, key: jax.Array, ranks: Ranks = NO_HEADS) -> Anchor:
     """A randomly initialized anchor; `jax.eval_shape` gives its shapes without using memory."""
     kb, ke = jax.random.split(key)
-    return Anchor(Backbone(config, kb), Experts(config, 1, ke))
+    return Anchor(Backbone(config, kb), Experts(config, 1, ke, ranks))
 
 
-def abstract_model(config: ModelConfig) -> tuple[Backbone, Experts]:
+def abstract_model(config: ModelConfig, ranks: Ranks = NO_HEADS) -> tuple[Backbone, Experts]:
     """Shapes and dtypes of a model with `config.num_experts` experts; allocates nothing."""
 
     def build(key):
-        return Backbone(config, key), Experts(config, config.num_experts, key)
+        return Backbone(config, key), Experts(config, config.num_experts, key, ranks)
 
     return jax.eval_shape(build, jax.random.key(0))
 
 
 # For each layer its shared weights and its experts, each a stack of one; no leading axis L.
-Layers = tuple[tuple[Layer, tuple[Experts, ...]], ...]
+Layers = tuple[tuple[Layer, tuple[LayerExperts, ...]], ...]
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -173,8 +179,9 @@ def forward(
     segments = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
     inputs = (segment_positions(segments), segments, allowed, config)
     x = collectives.embedding_lookup(backbone.embed[...], tokens, config)
-    x, router_logits, _, _ = _scan_layers(backbone.layers, stacks, x, *inputs)
-    return Output(backbone.norm(x, config.norm_eps), router_logits)
+    weights, _ = evidence_weights(backbone, stacks, tokens, segments, allowed, config)
+    out = _scan_layers(backbone.layers, stacks, x, *inputs, weights=weights)
+    return Output(backbone.norm(out.x, config.norm_eps), out.router_logits, out.weights)
 
 
 def forward_step(
@@ -187,7 +194,7 @@ def forward_step(
     segments: Int[Array, "B S"] | None = None,
     allowed: Bool[Array, " E"] | Bool[Array, "B E"] | None = None,
     layers: Layers | None = None,
-) -> tuple[Float[Array, "B S D"], DecodeState]:
+) -> tuple[Output, DecodeState]:
     """Runs the network over the next tokens of texts: a prompt (prefill), or one token each.
 
     Args:
@@ -198,18 +205,110 @@ def forward_step(
         then `state.cache` is one for each layer, and unused experts are not read at all.
 
     Returns:
-      the hidden states after the last norm; and the state with a new cache and router state.
+      the output; and the state with a new cache and routing state.
     """
     allowed = _broadcast_allowed(allowed, tokens, stacks)
     segments = jnp.ones(tokens.shape, jnp.int32) if segments is None else segments
     inputs = (state.positions, segments, allowed, config)
     x = collectives.embedding_lookup(backbone.embed[...], tokens, config)
+    weights, of_evidence = evidence_weights(
+        backbone, stacks, tokens, segments, allowed, config, state.evidence
+    )
     if layers is None:
-        x, _, cache, router_state = _scan_layers(backbone.layers, stacks, x, *inputs, state)
+        out = _scan_layers(backbone.layers, stacks, x, *inputs, state, weights)
     else:
-        x, cache, router_state = _loop_layers(layers, x, *inputs, state)
-    state = state._replace(cache=cache, router_state=router_state)
-    return backbone.norm(x, config.norm_eps), state
+        out = _loop_layers(layers, x, *inputs, state, weights)
+    state = state._replace(cache=out.cache, router_state=out.router_state, evidence=of_evidence)
+    return Output(backbone.norm(out.x, config.norm_eps), out.router_logits, out.weights), state
+
+
+def evidence_weights(
+    backbone: Backbone,
+    stacks: tuple[Experts, ...],
+    tokens: Int[Array, "B S"],
+    segments: Int[Array, "B S"],
+    allowed: Bool[Array, "B E"],
+    config: ModelConfig,
+    state: EvidenceState | None = None,
+) -> tuple[Float[Array, "E B S"] | None, EvidenceState | None]:
+    """The weights of evidence routing (evidence.py), and its next state; None without it.
+
+    Args:
+      state: of the tokens before; None: there are none.
+      other arguments: as in `forward`; each stack has the part `evidence`.
+    """
+    if config.evidence is None:
+        return None, None
+    if state is None:
+        state = EvidenceState.empty(allowed.shape[1], len(tokens))
+    previous = jnp.concatenate([state.last_tokens[:, None], tokens[:, :-1]], axis=1)
+    embedded = collectives.embedding_lookup(backbone.embed[...], jnp.maximum(previous, 0), config)
+    hidden = backbone.norm(embedded, config.norm_eps)
+    matrix = backbone.head_matrix(config)
+    scores = jnp.concatenate(
+        [
+            evidence.log_probabilities(stack.evidence, hidden, matrix, tokens, config.loss_chunk)
+            for stack in stacks
+        ]
+    )
+    ratios = jnp.where(evidence.follows(segments, previous), scores - scores[:1], 0.0)
+    logits, sums = evidence.evidence_logits(ratios, segments, config.evidence, state.sums)
+    active = config.active_experts or len(logits)
+    weights = route(logits, allowed, active, config.renormalize)
+    return weights, EvidenceState(sums, tokens[:, -1])
+
+
+def output_logits(
+    backbone: Backbone,
+    stacks: tuple[Experts, ...],
+    hidden: Float[Array, "*T D"],
+    weights: Float[Array, "E ..."],
+    config: ModelConfig,
+) -> Float[Array, "*T V"]:
+    """The model's logits, float32: of the backbone's head, and of the experts' own.
+
+    Args:
+      hidden, weights: of any positions of an `Output`.
+    """
+    return add_heads(backbone.logits(hidden, config), stacks, hidden, weights)
+
+
+def head_columns(
+    backbone: Backbone, stacks: tuple[Experts, ...], out: Output, config: ModelConfig
+) -> tuple[Float[Array, "B S W"], Float[Array, "W V"]]:
+    """Hidden states and a head whose matmul gives the model's logits, for the loss.
+
+    Equal to `output_logits` up to rounding; but an expert whose weight is 0 may not be NaN.
+    """
+    columns, rows, first = [out.hidden], [backbone.head_matrix(config)], 0
+    for stack in stacks:
+        last = first + stack.router.bias.shape[1]
+        if hasattr(stack, "head"):
+            more, own = stack.head.columns(out.hidden, out.weights[first:last])
+            columns.append(more)
+            rows.append(own)
+        first = last
+    if len(rows) == 1:
+        return columns[0], rows[0]
+    return jnp.concatenate(columns, axis=-1), jnp.concatenate(
+        [x.astype(out.hidden.dtype) for x in rows]
+    )
+
+
+def add_heads(
+    logits: Float[Array, "*T V"],
+    stacks: tuple[Experts, ...],
+    hidden: Float[Array, "*T D"],
+    weights: Float[Array, "E ..."],
+) -> Float[Array, "*T V"]:
+    """Adds what the experts' own heads say to the logits of the backbone's head."""
+    first = 0
+    for stack in stacks:
+        last = first + stack.router.bias.shape[1]
+        if hasattr(stack, "head"):
+            logits = stack.head.add(logits, hidden, weights[first:last])
+        first = last
+    return logits
 
 
 def _broadcast_allowed(
@@ -222,8 +321,18 @@ def _broadcast_allowed(
     return jnp.broadcast_to(allowed, (len(tokens), num_experts))
 
 
-def _scan_layers(layers, stacks, x, positions, segments, allowed, config, state=None):
-    """Runs stacked layers; returns x, router logits, and the stacked cache and router state."""
+class _LayersOutput(NamedTuple):
+    x: jax.Array
+    router_logits: jax.Array | None  # stacked
+    weights: jax.Array  # of the last layer
+    cache: Any
+    router_state: jax.Array | None  # stacked
+
+
+def _scan_layers(
+    layers, stacks, x, positions, segments, allowed, config, state=None, weights=None
+) -> _LayersOutput:
+    """Runs stacked layers."""
 
     def layer_step(carry, slices):
         x, cache = carry
@@ -231,28 +340,33 @@ def _scan_layers(layers, stacks, x, positions, segments, allowed, config, state=
         layer = collectives.all_gather_module(layer, config)
         stacks = tuple(collectives.all_gather_experts(stack, config) for stack in stacks)
         of_layer = state and state._replace(cache=cache, router_state=router_state)
-        out = layer(x, stacks, positions, segments, allowed, config, of_layer, layer_index)
-        return (out.x, out.cache), (out.router_logits, out.router_state)
+        out = layer(x, stacks, positions, segments, allowed, config, of_layer, layer_index, weights)
+        return (out.x, out.cache), (out.router_logits, out.router_state, out.weights)
 
     if config.remat != "none" or collectives.inside_shard_map():
         layer_step = jax.checkpoint(layer_step, policy=REMAT[config.remat])
     cache, router_state = (state.cache, state.router_state) if state else (None, None)
     layer_indices = None if state is None else jnp.arange(config.num_layers)
-    (x, cache), (router_logits, router_state) = jax.lax.scan(
+    stacks = tuple(stack.of_layers() for stack in stacks)
+    (x, cache), (router_logits, router_state, of_layers) = jax.lax.scan(
         layer_step, (x, cache), (layers, stacks, layer_indices, router_state), unroll=config.unroll
     )
-    return x, router_logits, cache, router_state
+    last = of_layers[-1] if weights is None else weights
+    return _LayersOutput(x, router_logits, last, cache, router_state)
 
 
-def _loop_layers(layers, x, positions, segments, allowed, config, state):
-    """Runs layers one by one; returns x, the cache of each layer, and the stacked router state."""
+def _loop_layers(layers, x, positions, segments, allowed, config, state, weights) -> _LayersOutput:
+    """Runs layers one by one; the caches are one for each."""
     caches, router_states = [], []
     for index, (layer, experts) in enumerate(layers):
         before = None if state.router_state is None else state.router_state[index]
         of_layer = state._replace(cache=state.cache[index], router_state=before)
-        out = layer(x, experts, positions, segments, allowed, config, of_layer, skip_unused=True)
+        out = layer(
+            x, experts, positions, segments, allowed, config, of_layer,
+            weights=weights, skip_unused=True,
+        )  # fmt: skip
         x = out.x
         caches.append(out.cache)
         router_states.append(out.router_state)
     router_state = None if config.memory is None else jnp.stack(router_states)
-    return x, tuple(caches), router_state
+    return _LayersOutput(x, None, out.weights, tuple(caches), router_state)

@@ -129,6 +129,7 @@ def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> StageProgram:
         cache,
         model.memory
         and abstract((model.num_layers, num_experts, batch), jnp.float32, None, None, axes),
+        None,
         abstract((batch, decode.BUCKET), jnp.int32, axes),
     )
     arguments = (

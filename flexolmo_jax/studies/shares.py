@@ -64,7 +64,7 @@ def largest_shares(
     """
     config = anchor.config.replace(num_experts=len(names) + 1, memory=memory)
     own = [anchor.weights.public.router, *(routers[name] for name in names)]
-    shares = measure_shares(anchor, own, ("public", *names), config)
+    shares = measure_shares(anchor, [], ("public", *names), config, own)
     if shares is None:
         raise ValueError("the demo's anchor has no public text to route; run the demo again")
     return shares.of_layers[:, 1:].max(axis=0)

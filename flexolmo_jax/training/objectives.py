@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from flexolmo_jax.config import ExpertTraining, ModelConfig, RouterTraining, Training
 from flexolmo_jax.data.batches import Batch
-from flexolmo_jax.modeling.experts import Experts, FeedForward
+from flexolmo_jax.modeling.experts import Experts, FeedForward, with_parts
+from flexolmo_jax.modeling.heads import LowRankHead
 from flexolmo_jax.modeling.kernels.cross_entropy import cross_entropy
 from flexolmo_jax.modeling.router import Router
-from flexolmo_jax.modeling.transformer import Anchor, Backbone, forward
+from flexolmo_jax.modeling.transformer import Anchor, Backbone, forward, head_columns
 from flexolmo_jax.parallel import collectives
 from flexolmo_jax.storage import tensors
 
@@ -58,14 +59,14 @@ def expert_parts(
     model = config.computing(model)
     if config.gating == "fixed":
         frozen = (anchor, anchor.public.router)
-        return StageParts(ExpertAloneLoss(model, config.output_z_loss), expert.feed_forward, frozen)
+        return StageParts(ExpertAloneLoss(model, config.output_z_loss), OwnParts.of(expert), frozen)
     loss = ExpertPairLoss(model.replace(num_experts=2), config.output_z_loss, config.router_z_loss)
     return StageParts(loss, expert, anchor)
 
 
 def trained_expert(config: ExpertTraining, expert: Experts, trained: Any) -> Experts:
     """The expert after stage 2: `expert` with what `expert_parts` made trainable replaced."""
-    return with_parts(expert, trained, expert.router) if config.gating == "fixed" else trained
+    return trained.expert(expert, expert.router) if config.gating == "fixed" else trained
 
 
 def router_parts(
@@ -103,22 +104,52 @@ def language_model_loss(
       the value to minimise, and {"loss": cross-entropy in nats}; float32 scalars.
     """
     out = forward(backbone, stacks, batch.tokens, config, segments=batch.segments)
-    hidden, targets, weights = map(
-        collectives.split_positions, (out.hidden, batch.targets, batch.weights)
-    )
-    sums = cross_entropy(
-        hidden,
-        backbone.head_matrix(config),
-        targets,
-        weights,
-        z_loss=output_z_loss,
-        chunk=config.loss_chunk,
-    )
-    total, nats = collectives.reduce_from_tensor_parallel(sums)
-    if router_z_loss:
+    hidden, matrix = head_columns(backbone, stacks, out, config)
+    total, nats = _cross_entropy(hidden, matrix, batch, config, output_z_loss)
+    if router_z_loss and out.router_logits is not None:
         z = jax.nn.logsumexp(out.router_logits, axis=1)  # [L, B, S]
         total += router_z_loss * jnp.sum(jnp.mean(z**2, axis=0) * batch.weights)
     return total, {"loss": nats}
+
+
+def evidence_loss(
+    backbone: Backbone, evidence: LowRankHead, batch: Batch, config: ModelConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy of a bigram model (modeling/evidence.py): it trains beside the network.
+
+    Nothing flows into the backbone, so the two losses add up without touching each other's weights.
+
+    Args:
+      backbone: the weights below; frozen here.
+      evidence: the head to train, of one expert.
+      batch, config: as in `language_model_loss`.
+    """
+    embed, matrix = jax.lax.stop_gradient((backbone.embed[...], backbone.head_matrix(config)))
+    embedded = collectives.embedding_lookup(embed, batch.tokens, config)
+    hidden = jax.lax.stop_gradient(backbone.norm(embedded, config.norm_eps))
+    columns, rows = evidence.columns(hidden)
+    hidden = jnp.concatenate([hidden, columns], axis=-1)
+    matrix = jnp.concatenate([matrix.astype(hidden.dtype), rows])
+    total, nats = _cross_entropy(hidden, matrix, batch, config, 0.0)
+    return total, {"evidence_loss": nats}
+
+
+def _cross_entropy(hidden, matrix, batch: Batch, config: ModelConfig, z_loss: float):
+    hidden, targets, weights = map(
+        collectives.split_positions, (hidden, batch.targets, batch.weights)
+    )
+    sums = cross_entropy(hidden, matrix, targets, weights, z_loss=z_loss, chunk=config.loss_chunk)
+    return collectives.reduce_from_tensor_parallel(sums)
+
+
+def _with_evidence(found, backbone: Backbone, part: Any, batch: Batch, config: ModelConfig):
+    """A loss and its metrics, and those of the evidence head of `part` if it has one."""
+    if getattr(part, "evidence", None) is None:
+        return found
+    (total, metrics), (more, of_evidence) = (
+        found, evidence_loss(backbone, part.evidence, batch, config)
+    )  # fmt: skip
+    return total + more, {**metrics, **of_evidence}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,24 +160,26 @@ class AnchorLoss:
     output_z_loss: float
 
     def __call__(self, anchor: Anchor, frozen: None, batch: Batch):
-        return language_model_loss(
+        found = language_model_loss(
             anchor.backbone, (anchor.public,), batch, self.config, self.output_z_loss
         )
+        return _with_evidence(found, anchor.backbone, anchor.public, batch, self.config)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertAloneLoss:
-    """Stage 2, gate fixed to 1: the owner's feed-forward network replaces the public one."""
+    """Stage 2, gate fixed to 1: the owner's expert replaces the public one."""
 
     config: ModelConfig
     output_z_loss: float
 
-    def __call__(self, feed_forward: FeedForward, frozen: tuple[Anchor, Router], batch: Batch):
+    def __call__(self, own: "OwnParts", frozen: tuple[Anchor, Router], batch: Batch):
         anchor, router = frozen
-        expert = with_parts(anchor.public, feed_forward, router)
-        return language_model_loss(
+        expert = own.expert(anchor.public, router)
+        found = language_model_loss(
             anchor.backbone, (expert,), batch, self.config, self.output_z_loss
         )
+        return _with_evidence(found, anchor.backbone, own, batch, self.config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +191,7 @@ class ExpertPairLoss:
     router_z_loss: float
 
     def __call__(self, expert: Experts, anchor: Anchor, batch: Batch):
-        return language_model_loss(
+        found = language_model_loss(
             anchor.backbone,
             (anchor.public, expert),
             batch,
@@ -166,6 +199,7 @@ class ExpertPairLoss:
             self.output_z_loss,
             self.router_z_loss,
         )
+        return _with_evidence(found, anchor.backbone, expert, batch, self.config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +212,7 @@ class RouterLoss:
 
     def __call__(self, rows: "RouterRows", frozen: tuple[Backbone, Experts], batch: Batch):
         backbone, experts = frozen
-        merged = with_parts(experts, experts.feed_forward, rows.router(experts.router))
+        merged = with_parts(experts, router=rows.router(experts.router))
         return language_model_loss(
             backbone, (merged,), batch, self.config, self.output_z_loss, self.router_z_loss
         )
@@ -199,6 +233,24 @@ class JointLoss:
         )
 
 
+class OwnParts(NamedTuple):
+    """What stage 2 trains with a fixed gate: all of an expert but its router rows."""
+
+    feed_forward: FeedForward
+    head: LowRankHead | None
+    evidence: LowRankHead | None
+
+    @classmethod
+    def of(cls, expert: Experts) -> "OwnParts":
+        """The parts that an expert has."""
+        parts = (getattr(expert, name, None) for name in ("head", "evidence"))
+        return cls(expert.feed_forward, *parts)
+
+    def expert(self, like: Experts, router: Router) -> Experts:
+        """A stack of these parts and the given router; `like` is not changed."""
+        return with_parts(like, router=router, **self._asdict())
+
+
 class RouterRows(NamedTuple):
     """What stage 3 trains. The public expert's bias is 0 by definition, so it is left out."""
 
@@ -214,9 +266,3 @@ class RouterRows(NamedTuple):
         """A router of these rows and biases, and a bias of 0 for the public expert."""
         bias = jnp.pad(self.bias, ((0, 0), (1, 0)))
         return tensors.refill(like, {"row": self.row, "bias": bias})
-
-
-def with_parts(like: Experts, feed_forward: FeedForward, router: Router) -> Experts:
-    """A stack of the given feed-forward networks and router; `like` is not changed."""
-    parts = tensors.named({"feed_forward": feed_forward, "router": router})
-    return tensors.refill(like, parts)

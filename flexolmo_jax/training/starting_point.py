@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flexolmo_jax.config import DataConfig, ExpertTraining, ModelConfig, Training
+from flexolmo_jax.config import DataConfig, ExpertTraining, ModelConfig, Training, check_rank
 from flexolmo_jax.data.sources import bytes_of, fingerprint
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
+from flexolmo_jax.modeling.experts import Experts, Ranks, with_parts
 from flexolmo_jax.privacy.canaries import Canaries
 from flexolmo_jax.storage.outputs import check_room
 from flexolmo_jax.training.run import describe_run, package_facts
@@ -19,6 +20,26 @@ from flexolmo_jax.training.run import describe_run, package_facts
 def in_float32(tree: Any) -> Any:
     """A float32 copy: weights are trained, and expert packages written, in float32."""
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32), tree)
+
+
+def initial_expert(config: ExpertTraining, anchor: LoadedAnchor) -> Experts:
+    """The public expert, with new heads of the config's ranks; its weights may be on disk.
+
+    An evidence head begins as the public one if that has the same rank, so that it learns only what
+    the owner's text has more of.
+
+    Raises:
+      ValueError: a rank is above the anchor's width.
+    """
+    ranks = Ranks(config.head_rank, config.evidence_rank)
+    for name, rank in ranks._asdict().items():
+        check_rank(f"{name}_rank", rank, anchor.config)
+    public = anchor.weights.public
+    expert = with_parts(public, head=None, evidence=None)
+    expert.set_heads(anchor.config, ranks, jax.random.key(config.seed))
+    if ranks.evidence and ranks.evidence == public.ranks.evidence:
+        expert = with_parts(expert, evidence=public.evidence)
+    return expert
 
 
 def anchor_to_train_beside(

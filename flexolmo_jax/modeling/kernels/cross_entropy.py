@@ -5,6 +5,7 @@ loss, while a chunk's logits are in memory, so that they are neither kept nor re
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,32 @@ def cross_entropy(
     chunk = min(chunk, hidden.shape[1])
     total, nats = _sums(hidden, head.astype(hidden.dtype), targets, weights, z_loss, chunk)
     return total, jax.lax.stop_gradient(nats)
+
+
+def nats_of_chunks(
+    logits_of: Callable[..., Float[Array, "B C V"]],
+    inputs: tuple[Float[Array, "B S ..."], ...],
+    targets: Int[Array, "B S"],
+    weights: Float[Array, "B S"],
+    chunk: int = 128,
+) -> Float[Array, ""]:
+    """The second sum of `cross_entropy`, where the logits are no single matmul.
+
+    Args:
+      logits_of: takes `chunk` positions of each of the `inputs`.
+      targets, weights, chunk: as in `cross_entropy`.
+    """
+    chunk = min(chunk, targets.shape[1])
+
+    def step(total, chunk):
+        inputs, targets, weights = chunk
+        logits = logits_of(*inputs)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        nats = jax.nn.logsumexp(logits, axis=-1) - chosen
+        return total + jnp.sum(jnp.where(weights > 0, weights * nats, 0.0)), None
+
+    chunks = jax.tree.map(lambda x: _split(x, chunk), (inputs, targets, weights))
+    return jax.lax.scan(step, jnp.zeros(()), chunks)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

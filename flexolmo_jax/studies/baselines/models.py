@@ -17,14 +17,13 @@ from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anch
 from flexolmo_jax.federation.expert import read_expert, write_expert
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.model import FlexOlmo, load
-from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.modeling.experts import Experts, with_parts
 from flexolmo_jax.modeling.flops import expert_alone_step_flops, forward_flops
 from flexolmo_jax.modeling.transformer import Anchor
 from flexolmo_jax.storage.locks import private_folder
 from flexolmo_jax.studies.baselines.config import StudyConfig
 from flexolmo_jax.studies.engine.commands import PACKAGE, RUN
 from flexolmo_jax.studies.engine.stages import discard
-from flexolmo_jax.training.objectives import with_parts
 from flexolmo_jax.training.public_data import public_batch
 from flexolmo_jax.training.router_fit.inputs import whitened_by
 from flexolmo_jax.training.stages.expert import fit_rows
@@ -96,7 +95,7 @@ def write_btx(anchor: Path, dense: Mapping[str, Path], folder: Path) -> None:
     together = read_anchor(folder / "anchor")
     router = public.weights.public.router
     for name, model in models.items():
-        expert = with_parts(model.weights.public, model.weights.public.feed_forward, router)
+        expert = with_parts(model.weights.public, router=router)
         _write_package(folder, name, expert, together)
 
 

@@ -14,6 +14,7 @@ from flexolmo_jax.data.sources import Document, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.window_store import prepare
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anchor
+from flexolmo_jax.modeling.experts import Ranks, with_parts
 from flexolmo_jax.modeling.transformer import Anchor, init_anchor
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.runtime.processes import on_main_process, one_process_at_a_time
@@ -76,7 +77,8 @@ def train_anchor(
     mesh = mesh_of(config)
     wanted = describe_run(config, data, **({"start": given.identity} if given else {}))
     check_run(run, wanted, resume, config, out)
-    initial = functools.partial(init_anchor, config.model, jax.random.key(config.seed))
+    ranks = Ranks(evidence=config.evidence_rank)
+    initial = functools.partial(init_anchor, config.model, jax.random.key(config.seed), ranks)
     check_room_for(config, data, out, run, jax.eval_shape(initial))
     tokenizer = one_process_at_a_time(lambda: _tokenizer(config, data, run))
     _check_model(config, tokenizer, given)
@@ -85,13 +87,24 @@ def train_anchor(
     # Read before the training, although needed after it, so that errors in it show now.
     public_text, row = _public_text_and_row(config, data, tokenizer)
     record_run(run, wanted)
-    weights = placement.init_sharded(initial, mesh) if given is None else given.weights
+    weights = _initial_weights(initial, mesh, given, ranks)
     loss, trainable, frozen = anchor_parts(config, config.model, weights)
     weights = train(StandardSteps("anchor", config, loss, source), trainable, frozen, run)
     if row is not None:
         weights = _with_public_row(weights, row)
     facts = package_facts(config, domain_embedding=source_name(config.domain_embedding))
     on_main_process(lambda: write_anchor(out, weights, config.model, tokenizer, public_text, facts))
+
+
+def _initial_weights(initial, mesh, given: LoadedAnchor | None, ranks: Ranks) -> Anchor:
+    """New weights, or those of a given anchor; with a new evidence head if that has another."""
+    if given is None:
+        return placement.init_sharded(initial, mesh)
+    backbone, public = given.weights
+    if public.ranks != ranks:
+        public = with_parts(public, head=None, evidence=None)
+        public.set_heads(given.config, ranks, jax.random.key(0))
+    return Anchor(backbone, public)
 
 
 def _public_text_and_row(

@@ -30,6 +30,7 @@ from flexolmo_jax.training.starting_point import (
     describe_expert_run,
     expert_facts,
     in_float32,
+    initial_expert,
 )
 
 
@@ -99,7 +100,7 @@ def train_expert(
         config, loaded, name=name, data=data, public=public, canaries=canaries, separator=separator
     )
     check_run(run, wanted, resume, config, out)
-    start = loaded.weights.public
+    start = initial_expert(config, loaded)
     parts = expert_parts(config, loaded.config, loaded.weights, start)
     check_room_for(config, data, out, run, parts.trainable, packaged=start)
     source, drawn = _own_windows(config, data, run, tokenizer, canaries)

@@ -1,0 +1,71 @@
+"""How a merged model routes: chosen when it is merged, kept in its manifest."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from flexolmo_jax.config import EVIDENCE, check_evidence, check_memory
+from flexolmo_jax.federation.anchor import LoadedAnchor
+from flexolmo_jax.federation.package import Package
+
+EvidenceChoice = tuple[float, float, float] | Literal["auto"] | None
+_EVIDENCE = ("decay", "strength", "shift")
+
+
+class Routing(NamedTuple):
+    """The fields of `ModelConfig` of these names."""
+
+    active_experts: int | None = None
+    memory: tuple[float, float] | None = None
+    evidence: tuple[float, float, float] | None = None
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> "Routing":
+        """Of a merged model's manifest."""
+        memory, evidence = manifest.get("memory"), manifest.get("evidence")  # not in older ones
+        return cls(
+            manifest.get("active_experts"),
+            memory and (memory["decay"], memory["weight"]),
+            evidence and tuple(evidence[name] for name in _EVIDENCE),
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        memory, evidence = self.memory, self.evidence
+        return {
+            "active_experts": self.active_experts,
+            "memory": memory and dict(zip(("decay", "weight"), memory, strict=True)),
+            **({"evidence": dict(zip(_EVIDENCE, evidence, strict=True))} if evidence else {}),
+        }
+
+
+def choose_routing(
+    anchor: LoadedAnchor,
+    packages: Sequence[Package],
+    active_experts: int | None,
+    memory: tuple[float, float] | None,
+    evidence: EvidenceChoice,
+) -> Routing:
+    """The routing of a merge; arguments as in `merge`.
+
+    Raises:
+      ValueError: a value is out of range; evidence routing is asked for, and somebody has no
+        evidence head.
+    """
+    if active_experts is not None and active_experts < 1:
+        raise ValueError(f"active_experts must be at least 1, found {active_experts}")
+    if memory is not None:
+        check_memory(*memory)
+    missing = [] if anchor.weights.public.ranks.evidence else ["the anchor"]
+    missing += [str(package.folder) for package in packages if not package.weights.ranks.evidence]
+    if evidence == "auto":
+        evidence = EVIDENCE if packages and not missing else None
+    if evidence is None:
+        return Routing(active_experts, memory)
+    check_evidence(*evidence)
+    if missing:
+        raise ValueError(
+            "evidence routing needs an evidence head of the anchor and of every expert, and there "
+            f"is none in {', '.join(missing)}; train with evidence_rank, or merge with "
+            "--no-evidence"
+        )
+    return Routing(active_experts, None, evidence)

@@ -1,0 +1,89 @@
+"""Low-rank heads: what each expert adds to the logits of the backbone's output head.
+
+A feed-forward network behind frozen attention and a frozen head cannot raise or lower a token for
+all contexts at once; a low-rank delta of the head can. It is not in the paper.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from flexolmo_jax.modeling.layers import Expert, normal
+from flexolmo_jax.parallel import collectives
+
+
+class LowRankHead(nnx.Module):
+    """x A + c, with A = a b of rank R, for each expert of a stack.
+
+    Leading axes are [1, E]: a head is one per model, and merging concatenates the second axis, as
+    of every part of an expert.
+    """
+
+    def __init__(self, num_experts: int, width: int, vocab_size: int, rank: int, key: jax.Array):
+        lead = (1, num_experts)
+        self.a = Expert(normal(key, *lead, width, rank, std=rank**-0.5))  # [1, E, D, R]
+        self.b = Expert(jnp.zeros((*lead, rank, vocab_size)))  # [1, E, R, V]
+        self.bias = Expert(jnp.zeros((*lead, vocab_size)))  # [1, E, V]
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-1]
+
+    def experts(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """a, b and bias with the leading axis E, to be scanned over."""
+        return self.a[...][0], self.b[...][0], self.bias[...][0]
+
+    @jax.named_scope("heads")
+    def add(
+        self,
+        logits: Float[Array, "*T V"],
+        hidden: Float[Array, "*T D"],
+        weights: Float[Array, "E ..."],
+    ) -> Float[Array, "*T V"]:
+        """logits + sum over e of weights[e] * delta_e(hidden), expert by expert, in float32.
+
+        The order is fixed, and an expert whose weight is 0 adds nothing, even if its own weights
+        are NaN; so masking an expert equals leaving it out of the stack, bit for bit.
+        """
+
+        def step(total, expert):
+            *own, weight = expert
+            weight = weight[..., None]
+            return total + jnp.where(weight > 0, weight * delta(hidden, *own), 0.0), None
+
+        return jax.lax.scan(step, logits, (*self.experts(), weights))[0]
+
+    def columns(
+        self, hidden: Float[Array, "B S D"], weights: Float[Array, "E B S"] | None = None
+    ) -> tuple[Float[Array, "B S W"], Float[Array, "W V"]]:
+        """The sum in `add` as one matmul, for losses that hold no [B, S, V]; equal up to rounding.
+
+        W = E (R + 1): [w_e h a_e, w_e] times [b_e; c_e], to stand beside the hidden states and the
+        backbone's head.
+
+        Args:
+          hidden: after the last norm.
+          weights: default: 1 for every expert.
+        """
+        a, b, bias = (x.astype(hidden.dtype) for x in self.experts())
+        b, bias = collectives.copy_to_tensor_parallel((b, bias))
+        if weights is None:
+            weights = jnp.ones((len(a), *hidden.shape[:2]))
+        weights = jnp.moveaxis(weights, 0, -1).astype(hidden.dtype)  # [B, S, E]
+        low = jnp.einsum("bsd,edr->bser", hidden, a) * weights[..., None]
+        low = low.reshape(*hidden.shape[:2], -1)
+        rows = jnp.concatenate([b.reshape(-1, b.shape[-1]), bias])
+        return jnp.concatenate([low, weights], axis=-1), rows
+
+
+def delta(
+    hidden: Float[Array, "*T D"],
+    a: Float[Array, "D R"],
+    b: Float[Array, "R V"],
+    bias: Float[Array, " V"],
+) -> Float[Array, "*T V"]:
+    """What one expert adds to the logits, in float32."""
+    low = (hidden @ a.astype(hidden.dtype)).astype(hidden.dtype)
+    out = jnp.matmul(low, b.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return out + bias.astype(jnp.float32)
