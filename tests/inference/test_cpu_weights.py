@@ -26,11 +26,11 @@ def logits(model, weights, tokens, allowed):
         batch, length = tokens.shape
         cache = KVCache.empty(model.config, batch, length, jnp.float32).unstacked()
         positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        hidden, _ = forward_step(
+        out, _ = forward_step(
             model.backbone, (model.experts,), tokens, DecodeState(cache, 0, positions),
             model.config, allowed=allowed, layers=weights.layers,
         )  # fmt: skip
-        return weights.head.matmul(hidden)
+        return weights.head.matmul(out.hidden)
 
     return run(weights)
 

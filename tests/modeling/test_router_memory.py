@@ -145,11 +145,11 @@ def test_a_layer_routes_by_what_is_remembered(model):
     layer = jax.tree.map(lambda leaf: leaf[0], model.experts)
     x = jax.random.normal(jax.random.key(1), (2, 7, config.width))
     allowed = jnp.ones((2, 4), bool)
-    out, logits, past = moe(x, (layer,), allowed, config)
+    out, logits, past, _ = moe(x, (layer,), allowed, config)
     routing, after = add_decayed_logits(logits, jnp.ones((2, 7), int), STRONG, jnp.zeros((4, 2)))
     np.testing.assert_allclose(past, after, atol=1e-6)
     plain = config.replace(memory=None)
-    expected, without, nothing = moe(x, (layer,), allowed, plain)
+    expected, without, nothing, _ = moe(x, (layer,), allowed, plain)
     np.testing.assert_array_equal(logits, without)
     assert nothing is None and not np.allclose(out, expected)
     # By hand: the same mixture with the remembered logits put in the place of the rows' own.

@@ -153,7 +153,7 @@ def test_the_mixture_is_its_definition(active, renormalize):
     # Equal logits: still exactly A experts, the first ones.
     layer.router.row[...] = jnp.zeros_like(layer.router.row[...])
     layer.router.bias[...] = jnp.zeros_like(layer.router.bias[...])
-    found, router_logits, _ = apply(x, (layer,), allowed)
+    found, router_logits, *_ = apply(x, (layer,), allowed)
     expected = naive_mixture(layer, x, allowed, active, renormalize)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     weights = route(router_logits, allowed, active, renormalize)
