@@ -1,6 +1,6 @@
 """Several devices against one: losses, gradients, logits, generation; and what the program moves.
 
-Run by tests/test_parallel.py in a process of its own, which has eight virtual devices.
+Run by test_eight_devices.py in a process of its own, which has eight virtual devices.
 """
 
 import functools
