@@ -17,7 +17,7 @@ from flexolmo_jax.parallel.mesh import matrix_name
 from flexolmo_jax.storage.tensors import leaf_name
 
 MOMENTUM = 0.95
-STEPS = 5  # of Newton-Schulz
+ITERATIONS = 5  # of Newton-Schulz
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPS = 1e-8
 RMS = 0.2  # of an update at rate 1, about that of AdamW (Liu et al., 2025, arXiv:2502.16982)
@@ -138,9 +138,8 @@ def _of_stack(x: jax.Array, axes: Axes, cut: dict[int, tuple[str, ...]]) -> jax.
     rows = math.prod(whole.shape[1 : 1 + axes.columns - axes.rows])
     matrices = whole.reshape(len(whole), rows, -1)
     out = newton_schulz(matrices) * (RMS * max(matrices.shape[1:]) ** 0.5)
-    return collectives.from_whole_matrices(out.reshape(whole.shape), cut)[: len(shards)].reshape(
-        x.shape
-    )
+    shards = collectives.from_whole_matrices(out.reshape(whole.shape), cut)[: len(shards)]
+    return shards.reshape(x.shape)
 
 
 def newton_schulz(x: jax.Array) -> jax.Array:
@@ -153,7 +152,7 @@ def newton_schulz(x: jax.Array) -> jax.Array:
     x = x if wide else x.mT
     x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + EPS)
     first, third, fifth = COEFFICIENTS
-    for _ in range(STEPS):
+    for _ in range(ITERATIONS):
         square = x @ x.mT
         x = first * x + (third * square + fifth * square @ square) @ x
     return x if wide else x.mT
