@@ -29,10 +29,10 @@ audit: $(VENV)/privacy.installed
 	$(BIN)/flexolmo audit twin
 
 test: $(VENV)/$(EXTRAS).installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-subset: $(VENV)/$(EXTRAS).installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(SUBSET)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(SUBSET)
 
 # What pip installs from a wheel, used from another folder: an anchor, a private expert, their merge.
 test-wheel: $(VENV)/tests.installed

@@ -55,6 +55,26 @@ CONFIGS = {
 }
 
 
+SLOWEST_FIRST = (
+    "parallel",
+    "test_selftest",
+    "test_notebook",
+    "test_chaos",
+    "test_study",
+    "planning",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take minutes come first, so that no worker ends with one of them alone."""
+
+    def rank(item):
+        names = (item.path.stem, item.path.parent.name)
+        return next((i for i, x in enumerate(SLOWEST_FIRST) if x in names), len(SLOWEST_FIRST))
+
+    items.sort(key=rank)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_a_file():
     """Each compiled program holds memory maps, of which Linux gives a process 65530 in all."""

@@ -59,6 +59,27 @@ DATA = {"batch_size": 2, "length": 8}
         (fo.OptimizerConfig, {"learning_rate": 1, "eps": 0}, "eps must be positive and finite"),
         (fo.OptimizerConfig, {"learning_rate": 1, "warmup_steps": -1}, "warmup_steps must be 0 or"),
         (fo.OptimizerConfig, {"learning_rate": 1, "weight_decay": -1}, "weight_decay must be 0 or"),
+        (fo.OptimizerConfig, {"learning_rate": 1, "name": "sgd"}, "name must be 'adamw' or 'muon'"),
+        (
+            fo.OptimizerConfig,
+            {"learning_rate": 1, "adamw_learning_rate": 0.1},
+            "adamw_learning_rate=0.1 with name='adamw': .* leave adamw_learning_rate out",
+        ),
+        (
+            fo.OptimizerConfig,
+            {"learning_rate": 1, "name": "muon", "adamw_learning_rate": 2},
+            "adamw_learning_rate must be positive, and at most 1, found 2",
+        ),
+        (
+            fo.OptimizerConfig,
+            {"learning_rate": 0.1, "name": "muon", "adamw_learning_rate": 1, "weight_decay": 2},
+            "below 1 / learning_rate",
+        ),
+        (
+            fo.RouterTraining,
+            {"optimizer": fo.OptimizerConfig(learning_rate=1, name="muon")},
+            "optimizer.name='muon' is for matrices, and this stage trains router rows",
+        ),
         (fo.ExpertTraining, {"seed": -1}, "seed must be 0 or more, found -1"),
         (fo.ExpertTraining, {"output_z_loss": -1}, "output_z_loss must be 0 or more"),
         (fo.ExpertTraining, {"steps": 0}, "steps must be positive, found 0"),

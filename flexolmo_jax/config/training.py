@@ -8,12 +8,17 @@ from flexolmo_jax.config.model import ModelConfig, choices, require
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to 0 (the reference's recipe).
+    """AdamW with linear warm-up and cosine decay to 0 (the reference's recipe), or Muon.
+
+    With `name="muon"`, the matrices of attention and feed-forward networks are trained by Muon, at
+    `learning_rate`, and all else by AdamW, at `adamw_learning_rate`; b1, b2 and eps are AdamW's.
 
     Examples:
       >>> import flexolmo_jax as fo
       >>> fo.OptimizerConfig(learning_rate=3e-3, warmup_steps=30).weight_decay
       0.0
+      >>> fo.OptimizerConfig(name="muon", learning_rate=1e-2, adamw_learning_rate=4e-3).name
+      'muon'
     """
 
     learning_rate: float
@@ -23,8 +28,15 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0  # on matrices only
     clip_norm: float = 1.0
+    name: Literal["adamw", "muon"] = "adamw"
+    adamw_learning_rate: float | None = None  # with "muon"; None: learning_rate
 
     def __post_init__(self):
+        known = choices(self, "name")
+        require(
+            self.name in known,
+            f"name must be {' or '.join(map(repr, known))}, found {self.name!r}",
+        )
         require(
             self.learning_rate > 0, f"learning_rate must be positive, found {self.learning_rate}"
         )
@@ -42,8 +54,18 @@ class OptimizerConfig:
         for name in ("eps", "clip_norm"):
             found = getattr(self, name)
             require(0 < found < float("inf"), f"{name} must be positive and finite, found {found}")
+        other = self.adamw_learning_rate
         require(
-            0 <= self.weight_decay < 1 / self.learning_rate,
+            other is None or self.name == "muon",
+            f"adamw_learning_rate={other} with name={self.name!r}: learning_rate is the rate of "
+            "all weights; leave adamw_learning_rate out",
+        )
+        require(
+            other is None or 0 < other <= 1,
+            f"adamw_learning_rate must be positive, and at most 1, found {other}",
+        )
+        require(
+            0 <= self.weight_decay < 1 / max(self.learning_rate, other or 0),
             "weight_decay must be 0 or more, and below 1 / learning_rate (there, one step would "
             f"set every weight to 0), found {self.weight_decay}",
         )
@@ -251,6 +273,13 @@ class RouterTraining(Training):
 
     router_z_loss: float = 0.001
     active_experts: int | None = None  # None: as in the merged model
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.optimizer.name != "muon",
+            "optimizer.name='muon' is for matrices, and this stage trains router rows; use 'adamw'",
+        )
 
     def computing(self, model: ModelConfig) -> ModelConfig:
         """As in `Training`, with this stage's number of active experts."""

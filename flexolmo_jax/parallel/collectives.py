@@ -5,9 +5,11 @@ code that a single device runs: outside of a shard_map these functions do nothin
 program communicates where this file says, and nowhere else.
 """
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from flexolmo_jax.config import ModelConfig
@@ -124,6 +126,30 @@ def dispatch_to_experts(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, ja
 def combine_from_experts(out: jax.Array) -> jax.Array:
     """Expert parallelism, back: the sum of all experts' outputs, for this device's sequences."""
     return jax.lax.psum_scatter(out, EXPERT, tiled=True)
+
+
+def to_whole_matrices(x: jax.Array, cut: dict[int, tuple[str, ...]]) -> jax.Array:
+    """Matrices of which every device holds a shard -> the whole matrices of this device's share.
+
+    Args:
+      x: [M, ...], this device's shards of M matrices.
+      cut: the axes of the mesh over which each axis of `x` is sharded, by its number.
+
+    Returns:
+      [M', ...]: M is padded with zeros until the devices can divide it.
+    """
+    devices = math.prod(jax.lax.axis_size(axes) for axes in cut.values())
+    x = jnp.pad(x, ((0, -len(x) % devices), *((0, 0),) * (x.ndim - 1)))
+    for axis, axes in cut.items():
+        x = jax.lax.all_to_all(x, axes, split_axis=0, concat_axis=axis, tiled=True)
+    return x
+
+
+def from_whole_matrices(x: jax.Array, cut: dict[int, tuple[str, ...]]) -> jax.Array:
+    """The inverse of `to_whole_matrices`, with the padding at the end."""
+    for axis, axes in reversed(cut.items()):
+        x = jax.lax.all_to_all(x, axes, split_axis=axis, concat_axis=0, tiled=True)
+    return x
 
 
 # Tensor parallelism. Devices along `tensor` hold the same activations; each computes a summand of a

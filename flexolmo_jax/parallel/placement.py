@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flexolmo_jax.parallel.mesh import AXES, BATCH, num_shards, shardings
@@ -99,7 +99,9 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(fetch, tree)
 
 
-def shard_map(f: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable:
+def shard_map(
+    f: Callable, mesh: Mesh | AbstractMesh | None, in_specs: Any, out_specs: Any
+) -> Callable:
     """`jax.shard_map` of f; f itself without a mesh. Inside, use `collectives`."""
     if mesh is None:
         return f

@@ -48,6 +48,7 @@ def make_certificate(
     rows_clip: float | None,
     other_runs: Sequence[Mechanism],
     library: str,
+    optimizer: str = "adamw",
 ) -> dict[str, Any]:
     """The certificate, as JSON values.
 
@@ -59,6 +60,7 @@ def make_certificate(
       rows_clip: the norm that a unit is clipped to in the release for router rows; None without it.
       other_runs: the other runs in the ledger; all protect the same unit.
       library: name and version of the package that clips, adds noise and samples.
+      optimizer: its name in the config; a function of the noised sums, which costs nothing.
     """
     own = epsilon([mechanism], delta)
     all_runs = epsilon([mechanism, *other_runs], delta) if other_runs else own
@@ -71,7 +73,7 @@ def make_certificate(
         "units": mechanism.units,
         "adjacency": ADJACENCY,
         "mechanism": "DP-SGD: Gaussian noise on sums of clipped gradients, one for each unit; then "
-        "AdamW. " + ROWS[mechanism.rows_noise_multiplier is not None],
+        f"{OPTIMIZERS[optimizer]}. {ROWS[mechanism.rows_noise_multiplier is not None]}",
         "sampling": "Poisson; batches above the largest are cut at random",
         "mean_batch": mechanism.mean_batch,
         "largest_batch": mechanism.largest_batch,
@@ -89,6 +91,7 @@ def make_certificate(
     }
 
 
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon and AdamW"}
 ROWS = {
     False: "Router rows are trained in the same way.",
     True: "Router rows: one sum over all units of clipped vectors, with Gaussian noise.",

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-STATE = 3 * 4  # bytes of a checkpoint for each trained weight: float32, with AdamW's two moments
 WINDOWS = 0.5  # bytes of windows for each byte of text, at least
 NO_FILES = ("corpus:", "tfds:")  # sources that are not paths
 
@@ -134,14 +133,14 @@ def check_training(
         )
 
 
-def check_room(out: Path, run: Path, *, text: int, trained: int, packaged: int, saves: int) -> None:
+def check_room(out: Path, run: Path, *, text: int, state: int, packaged: int, saves: int) -> None:
     """Checks that the disk has room for what a training writes: a lower estimate.
 
     Args:
       out, run: where the package and the run go.
       text: bytes of the source, whose windows are written into `run`; 0 where it is unknown.
-      trained: how many weights are trained.
-      packaged: how many are written into packages, float32.
+      state: bytes of a checkpoint.
+      packaged: how many weights are written into packages, float32.
       saves: how many checkpoints the training writes; two are kept.
 
     Raises:
@@ -149,7 +148,7 @@ def check_room(out: Path, run: Path, *, text: int, trained: int, packaged: int, 
     """
     parts = {
         "windows": (run, int(WINDOWS * text)),
-        "checkpoints": (run, STATE * trained * min(saves, 2)),
+        "checkpoints": (run, state * min(saves, 2)),
         "package": (out, 4 * packaged),
     }
     existing = _bytes_of_folder(run)  # of a run that is resumed

@@ -1,12 +1,18 @@
-"""AdamW with linear warm-up and cosine decay."""
+"""AdamW, or Muon for matrices and AdamW for the rest, with linear warm-up and cosine decay."""
+
+import dataclasses
+from typing import Any
 
 import jax
 import optax
 
 from flexolmo_jax.config import OptimizerConfig
 from flexolmo_jax.storage.tensors import leaf_name
+from flexolmo_jax.training.muon import kinds, scale_by_muon
 
 NO_WEIGHT_DECAY = ("scale", "bias", "embed")  # norms, router biases, embeddings (as OLMo 2)
+# Of the rate of whole matrices: both factors of a product move in a step, and each moves it.
+LOW_RANK_RATE = 0.5
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -20,21 +26,51 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer of every stage: gradient clipping, then AdamW."""
+    """The optimizer of every stage: gradient clipping, then AdamW, or Muon beside AdamW.
 
-    def decays(tree):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: not leaf_name(path).endswith(NO_WEIGHT_DECAY), tree
+    Raises:
+      ValueError: with Muon, `init` and `update` of a leaf that is not known (`muon.kinds`).
+    """
+    if config.name == "adamw":
+        update = _adamw(config, steps)
+    else:
+        factors = _at_rate(config, LOW_RANK_RATE * config.learning_rate)
+        others = _at_rate(config, config.adamw_learning_rate or config.learning_rate)
+        update = optax.partition(
+            {
+                "full": _muon(config, steps),
+                "low_rank": _muon(factors, steps),
+                "other": _adamw(others, steps),
+            },
+            kinds,
         )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
+
+def _at_rate(config: OptimizerConfig, learning_rate: float) -> OptimizerConfig:
+    return dataclasses.replace(config, learning_rate=learning_rate)
+
+
+def _adamw(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    return optax.adamw(
+        make_schedule(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=_decays,
+    )
+
+
+def _muon(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            make_schedule(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decays,
-        ),
+        scale_by_muon(),
+        optax.add_decayed_weights(config.weight_decay, _decays),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
+    )
+
+
+def _decays(tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not leaf_name(path).endswith(NO_WEIGHT_DECAY), tree
     )

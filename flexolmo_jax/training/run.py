@@ -32,6 +32,8 @@ RESUMABLE_FIELDS = (
     "licence", "contact", "log_every", "checkpoint_every", "expert_parallel", "tensor_parallel",
     "microbatches", "remat", "expert_compute",
 )  # fmt: skip
+# Values of fields that did not exist when an older version started a run.
+BEFORE_THE_FIELD = {"optimizer.name": "adamw"}
 FIELDS_IN_MANIFEST = ("name", "anchor", "licence", "contact")
 
 P = ParamSpec("P")
@@ -118,7 +120,7 @@ def _check_same(folder: Path, wanted: dict[str, Any], started: dict[str, Any]) -
             f"{folder}: an older version of flexolmo_jax started this run; finish it with that "
             "version, or start a new run in another --run"
         )
-    before, now = _flat(started), _flat(wanted)
+    before, now = BEFORE_THE_FIELD | _flat(started), _flat(wanted)
     for name in sorted(before.keys() | now.keys()):
         if name == "source_at" or before.get(name) == now.get(name):
             continue

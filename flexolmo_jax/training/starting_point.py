@@ -14,6 +14,7 @@ from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
 from flexolmo_jax.modeling.experts import Experts, Ranks, with_parts
 from flexolmo_jax.privacy.canaries import Canaries
 from flexolmo_jax.storage.outputs import check_room
+from flexolmo_jax.training.optimizer import make_optimizer
 from flexolmo_jax.training.run import describe_run, package_facts
 
 
@@ -85,8 +86,10 @@ def check_room_for(
     def count(tree: Any) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), trained)
+    state = jax.eval_shape(make_optimizer(config.optimizer, config.steps).init, weights)
     check_room(
-        out, run, text=bytes_of(data), trained=count(trained),
+        out, run, text=bytes_of(data), state=4 * count((weights, state)),
         packaged=count(trained if packaged is None else packaged),
         saves=-(-config.steps // config.checkpoint_every),
     )  # fmt: skip

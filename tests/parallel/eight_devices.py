@@ -1,6 +1,6 @@
 """Several devices against one: losses, gradients, logits, generation; and what the program moves.
 
-Run by tests/test_parallel.py in a process of its own, which has eight virtual devices.
+Run by test_eight_devices.py in a process of its own, which has eight virtual devices.
 """
 
 import functools
@@ -14,13 +14,13 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from flexolmo_jax.config import ModelConfig  # noqa: E402
+from flexolmo_jax.config import ModelConfig, OptimizerConfig  # noqa: E402
 from flexolmo_jax.data.batches import Batch  # noqa: E402
 from flexolmo_jax.model import FlexOlmo  # noqa: E402
 from flexolmo_jax.modeling.experts import pad_experts, select  # noqa: E402
 from flexolmo_jax.modeling.transformer import Anchor, abstract_model  # noqa: E402
 from flexolmo_jax.parallel import placement  # noqa: E402
-from flexolmo_jax.parallel.mesh import make_mesh, num_shards  # noqa: E402
+from flexolmo_jax.parallel.mesh import make_mesh, num_shards, shardings  # noqa: E402
 from flexolmo_jax.privacy.accounting import Mechanism  # noqa: E402
 from flexolmo_jax.privacy.mechanism import Clipping  # noqa: E402
 from flexolmo_jax.storage import tensors  # noqa: E402
@@ -32,6 +32,7 @@ from flexolmo_jax.training.objectives import (  # noqa: E402
     RouterLoss,
     RouterRows,
 )
+from flexolmo_jax.training.optimizer import make_optimizer  # noqa: E402
 from flexolmo_jax.training.private.steps import private_step  # noqa: E402
 from flexolmo_jax.training.step import train_step  # noqa: E402
 
@@ -232,6 +233,70 @@ def test_the_compiled_step_moves_one_layers_matrices_at_a_time(training_mesh, na
     assert held < everything / 6  # an eighth, and the small ones
 
 
+# Muon orthogonalizes whole matrices, of which every device holds a shard.
+MUON = make_optimizer(OptimizerConfig(name="muon", learning_rate=1e-2, weight_decay=0.1), 9)
+
+
+def low_rank_head():
+    """As a low-rank head has them: replicated."""
+    draw = np.random.default_rng(4).standard_normal
+    return {name: jnp.asarray(draw(shape, np.float32))
+            for name, shape in {"a": (1, 8, 32, 6), "b": (1, 8, 6, 96)}.items()}  # fmt: skip
+
+
+def test_muon_updates_a_mixture_as_one_device_does(training_mesh):
+    """Eight experts, so that the axis `expert` shards them; three layers, which nothing divides."""
+    mesh = training_mesh
+    start = (*weights(CONFIG.replace(num_layers=3, num_experts=8)), low_rank_head())
+    grads = [jax.tree.map(lambda x, k=k: jnp.sin(k * x * 100), start) for k in (1, 2)]
+
+    def updates(mesh):
+        with placement.use_mesh(mesh):
+            placed = placement.device_put(start, mesh)
+            state, found = jax.jit(MUON.init)(placed), None
+            for grad in placement.device_put(grads, mesh):
+                found, state = jax.jit(MUON.update)(grad, state, placed)
+        return found, state
+
+    (expected, kept), (found, held) = updates(None), updates(mesh)
+    cut = tensors.named(shardings((found, held), mesh))
+    for name, leaf in tensors.named((found, held)).items():
+        assert leaf.sharding.is_equivalent_to(cut[name], leaf.ndim), name
+    assert_close(placement.to_host(found), jax.device_get(expected))
+    assert_close(placement.to_host(held), jax.device_get(kept))
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_step_with_muon_is_that_of_one_device(training_mesh, microbatches):
+    mesh = training_mesh
+    loss, trainable, frozen = stage("anchor", CONFIG)
+
+    def step(mesh, microbatches=1):
+        start, rest = placement.device_put(jax.tree.map(jnp.copy, (trainable, frozen)), mesh)
+        batch = placement.put_batch(some_batch(), mesh)
+        with placement.use_mesh(mesh):
+            state = jax.jit(MUON.init)(start)
+            lowered = train_step.lower(
+                loss, MUON, start, state, rest, batch, mesh=mesh, microbatches=microbatches
+            )
+            compiled = lowered.compile()
+            moved, _, told = compiled(start, state, rest, batch)
+        return compiled, placement.to_host((moved, told))
+
+    program, (found, told) = step(mesh, microbatches)
+    _, (expected, said) = step(None)
+    change, moved = (
+        jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), after, trainable)
+        for after in (found, expected)
+    )
+    for name, one in tensors.named(moved).items():
+        np.testing.assert_allclose(
+            tensors.named(change)[name], one, atol=2e-3 * np.abs(one).max(), err_msg=name
+        )
+    np.testing.assert_allclose(told["loss"], said["loss"], rtol=1e-5)
+    assert {kind for *_, kind in COLLECTIVE.findall(program.as_text())} <= EXPECTED
+
+
 def test_an_optimizer_step_keeps_everything_in_its_place(mesh):
     loss, trainable, frozen = stage("pair", CONFIG)
     optimizer = optax.adamw(1e-3)
@@ -255,15 +320,18 @@ def test_an_optimizer_step_keeps_everything_in_its_place(mesh):
     assert_close(placement.to_host(trainable), jax.device_get(expected))
 
 
+PRIVATE_ADAMW = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+
+
 @pytest.mark.parametrize("name", ["alone", "pair"])
-def test_a_private_step_is_that_of_one_device(name):
+@pytest.mark.parametrize("optimizer", [PRIVATE_ADAMW, MUON], ids=["adamw", "muon"])
+def test_a_private_step_is_that_of_one_device(name, optimizer):
     """Clipped unit by unit on each device, summed, and the noise added once."""
     mesh = make_mesh()
     loss, trainable, frozen = stage(name, CONFIG)
     flat = some_batch(rows=48, length=12)
     units = jax.tree.map(lambda x: x.reshape(24, 2, 12), flat)  # the last ones are padding
     clip, run = Clipping(0.05, 1), Mechanism(100, 8, 24, 5, noise_multiplier=0.3)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
 
     def steps(mesh):
         start = jax.tree.map(jnp.copy, trainable)

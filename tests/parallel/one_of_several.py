@@ -1,4 +1,4 @@
-"""One of several processes that load a merged model together; run by tests/test_parallel.py.
+"""One of several processes that load a merged model together; run by test_processes.py.
 
 python one_of_several.py MODEL OUT COORDINATOR PROCESSES PROCESS
 """

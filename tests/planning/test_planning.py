@@ -391,6 +391,30 @@ def test_every_stage_is_planned_and_costs_the_same_with_every_version_of_jax(
     assert found["hbm_bytes"] == pytest.approx(expected.bytes, rel=0.1)
 
 
+def test_a_step_with_muon_holds_one_moment_less_and_counts_its_products(flexolmo, tmp_path):
+    file = tmp_path / "expert.py"
+    file.write_text(
+        "from flexolmo_jax.config import *\n"
+        "model = ModelConfig(vocab_size=2048, width=512, num_layers=4, num_heads=4,"
+        " ffn_width=1024, dtype='bfloat16')\n"
+        "config = ExpertTraining(data=DataConfig(batch_size=8, length=512), steps=9,"
+        " optimizer=OptimizerConfig(learning_rate=1e-3))\n"
+    )
+    adamw, muon = (
+        planned(flexolmo, file, "--topology", "v5e:2x2", "--optimizer.name", name)
+        for name in ("adamw", "muon")
+    )
+    matrices, small, wide = 3 * 4, 512, 1024  # gate, up and down of four layers
+    moment = 4 * matrices * small * wide / 4  # bytes of float32, on each of four devices
+    assert adamw["arguments"] - muon["arguments"] == pytest.approx(moment, rel=0.01)
+    iteration = 2 * (2 * small**2 * wide + small**3)  # x x', its square, and their sum times x
+    more = muon["compiled_flops"] - adamw["compiled_flops"]
+    assert more == pytest.approx(5 * iteration * matrices / 4, rel=0.02)
+    moved = muon["collectives"]["all-to-all"] - adamw["collectives"].get("all-to-all", 0)
+    assert moved == pytest.approx(2 * moment, rel=0.02)  # there and back
+    assert muon["needed_flops"] == adamw["needed_flops"]
+
+
 @pytest.mark.parametrize("kind", CHIPS)
 def test_every_kind_that_is_offered_can_be_planned(flexolmo, tmp_path, kind):
     file = tmp_path / "tiny.py"

@@ -179,6 +179,17 @@ def test_a_group_is_protected_as_one(world, tmp_path, flexolmo):
     assert said["unit"] == "group:group" and said["units"] == len(groups) < 45
 
 
+def test_muon_pays_what_adamw_pays(private, world, tmp_path, flexolmo):
+    """An optimizer is a function of the noised sums."""
+    muon = ("--optimizer.name", "muon", "--optimizer.learning-rate", 0.01)
+    code, _, error = flexolmo(*training(world, tmp_path, "--dp-epsilon", 4, *muon))
+    assert code == 0, error
+    said, like = (read_manifest(folder / "out")["privacy"] for folder in (tmp_path, private))
+    assert "then Muon and AdamW. Router rows: one sum" in said["mechanism"]
+    assert {**said, "mechanism": like["mechanism"]} == like
+    assert flexolmo("privacy", "verify", tmp_path / "out")[0] == 0
+
+
 # Killing a real process.
 
 

@@ -141,7 +141,7 @@ def test_nothing_of_a_training_lies_in_another_part_of_it(place):
 
 def test_too_little_room_is_refused_with_numbers(place, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    sizes = {"text": 0, "trained": 10**9, "packaged": 10**9, "saves": 5}
+    sizes = {"text": 0, "state": 12 * 10**9, "packaged": 10**9, "saves": 5}
     monkeypatch.setattr(outputs.shutil, "disk_usage", lambda _: usage(10**12, 0, 20 * 10**9))
     where = (place / "out", place / "out.run")
     with pytest.raises(ValueError, match="28 GB more are needed .*package 4 GB.*20 GB are free"):

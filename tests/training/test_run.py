@@ -137,3 +137,17 @@ def test_a_run_of_an_older_version_is_refused_with_the_reason(world, tmp_path, o
     (tmp_path / "config.json").write_text(json.dumps(wanted | old))
     with pytest.raises(ValueError, match="an older version of flexolmo_jax started this run"):
         check_run(tmp_path, wanted, True, config)
+
+
+def test_a_run_from_before_there_was_a_choice_of_optimizers_is_the_same_run(world, tmp_path):
+    config = world.config("alone")
+    facts = {"source": fingerprint(world.texts["math"]), "source_at": ""}
+    wanted = describe_run(config, **facts)
+    old = json.loads(json.dumps(wanted))
+    del old["optimizer"]["name"], old["optimizer"]["adamw_learning_rate"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    check_run(tmp_path, wanted, True, config)
+    optimizer = dataclasses.replace(config.optimizer, name="muon")
+    muon = dataclasses.replace(config, optimizer=optimizer)
+    with pytest.raises(ValueError, match=r"another optimizer\.name: it was adamw, now muon"):
+        check_run(tmp_path, describe_run(muon, **facts), True, muon)

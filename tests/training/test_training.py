@@ -286,6 +286,23 @@ def test_a_run_that_was_stopped_resumes_bit_for_bit(
     assert without_speed(run) == without_speed(straight)
 
 
+@pytest.mark.parametrize("stage", ["anchor", "pair"])
+def test_a_run_with_muon_resumes_bit_for_bit(world, tmp_path, monkeypatch, stage):
+    optimizer = fo.OptimizerConfig(name="muon", learning_rate=1e-2, adamw_learning_rate=3e-3)
+    config = world.config(stage, optimizer=optimizer)
+    again(world, stage, tmp_path / "straight", tmp_path / "straight.run", config=config)
+    with monkeypatch.context() as patch:
+        stopping(patch, 5, terminate)
+        with pytest.raises(Interrupted):
+            again(world, stage, tmp_path / "out", tmp_path / "run", config=config)
+    again(world, stage, tmp_path / "out", tmp_path / "run", config=config, resume=True)
+    assert digests(tmp_path / "out") == digests(tmp_path / "straight")
+    assert without_speed(tmp_path / "run") == without_speed(tmp_path / "straight.run")
+    assert digests(tmp_path / "out") != digests(
+        world.anchor if stage == "anchor" else world.experts["code"]
+    )
+
+
 def test_the_anchor_is_the_same_to_the_bit_when_trained_again(world, tmp_path):
     again(world, "anchor", tmp_path / "out", tmp_path / "run")
     theirs, ours = read_manifest(world.anchor), read_manifest(tmp_path / "out")

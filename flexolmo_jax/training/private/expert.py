@@ -128,7 +128,7 @@ def train_private_expert(
         other_runs = [other.counted for other in book.finish(entry.id)[:-1]]
         certificate = make_certificate(
             privacy, entry.planned, delta, window_tokens=config.data.length, rows_clip=rows_clip,
-            other_runs=other_runs, library=mechanism.version(),
+            other_runs=other_runs, library=mechanism.version(), optimizer=config.optimizer.name,
         )  # fmt: skip
         facts = expert_facts(
             config, drawn, separator, privacy=certificate,

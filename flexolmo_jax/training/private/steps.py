@@ -1,4 +1,4 @@
-"""Differentially private steps for the training loop: DP-SGD (Abadi et al., 2016) with AdamW.
+"""Differentially private steps for the training loop: DP-SGD (Abadi et al., 2016).
 
 Each step draws units by Poisson sampling, clips the gradient of each unit, sums, adds Gaussian
 noise, and passes the sum over the mean batch size, a constant, to the optimizer. The ledger records

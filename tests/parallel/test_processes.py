@@ -1,4 +1,4 @@
-"""Tests that need several devices or several processes, in processes of their own."""
+"""Several processes that train one expert, or load one model, together."""
 
 import json
 import os
@@ -18,23 +18,11 @@ from flexolmo_jax.federation.expert import read_expert
 from flexolmo_jax.model import load
 from flexolmo_jax.storage import tensors
 
-PARALLEL = Path(__file__).parent / "parallel"
-
-
-def test_eight_devices_compute_what_one_does():
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-         "-c", "/dev/null", str(PARALLEL / "eight_devices.py")],
-        capture_output=True, text=True, cwd=PARALLEL.parent.parent,
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},  # compiles sooner
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
-
-
-# Several processes, which meet at a port of this machine.
+PARALLEL = Path(__file__).parent
 
 
 def a_free_port() -> int:
+    """Where the processes meet."""
     with socket.socket() as one:
         one.bind(("localhost", 0))
         return one.getsockname()[1]
