@@ -1,11 +1,12 @@
 """`flexolmo merge`: joins an anchor and expert packages into a merged model."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexolmo_jax.commands.parser import Commands
 from flexolmo_jax.commands.shared_arguments import add_allow_share, add_separator
-from flexolmo_jax.config import MEMORY
+from flexolmo_jax.config import EVIDENCE, MEMORY
 from flexolmo_jax.runtime.console import show_table, tell
 
 if TYPE_CHECKING:
@@ -41,18 +42,38 @@ def add_to(commands: Commands) -> None:
         dest="memory",
         help="route each token on its own, as in the paper and in Hugging Face's gate",
     )
+    evidence = parser.add_mutually_exclusive_group()
+    evidence.add_argument(
+        "--evidence",
+        type=float,
+        nargs=3,
+        metavar=("DECAY", "STRENGTH", "SHIFT"),
+        default=(),  # argparse would read a text as a number
+        help="route by what each expert's evidence head says of the tokens read, instead of by "
+        f"router rows (default: {' '.join(map(str, EVIDENCE))} if everybody has such a head)",
+    )
+    evidence.add_argument(
+        "--no-evidence",
+        action="store_const",
+        const=None,
+        dest="evidence",
+        help="route by router rows, whatever heads there are",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import merge
+    from flexolmo_jax.federation.package import read_manifest
+    from flexolmo_jax.federation.routing import Routing
 
-    memory = args.memory and tuple(args.memory)
+    evidence = "auto" if args.evidence == () else args.evidence and tuple(args.evidence)
     shares = merge(
-        args.anchor, args.experts, args.out, active_experts=args.active, memory=memory,
+        args.anchor, args.experts, args.out, active_experts=args.active,
+        memory=args.memory and tuple(args.memory), evidence=evidence,
         separator=args.separator, allow_share=args.allow_share,
     )  # fmt: skip
-    router = f"router memory {memory[0]:g} {memory[1]:g}" if memory else "no router memory"
-    tell(f"wrote {args.out}: public + {len(args.experts)} experts, {router}")
+    routing = Routing.of(read_manifest(Path(args.out)))
+    tell(f"wrote {args.out}: public + {len(args.experts)} experts, {routing.described()}")
     show_shares(shares)
 
 

@@ -50,7 +50,7 @@ class OpenedModel(NamedTuple):
 
     @property
     def routing(self) -> Routing:
-        """As it was merged; of an expert beside its anchor, by evidence if both have heads for it."""
+        """As it was merged; of an expert beside its anchor, by evidence if both have heads."""
         if self.merged is not None:
             return Routing.of(self.merged.manifest)
         return choose_routing(self.anchor, self.experts, None, None, "auto")

@@ -28,6 +28,14 @@ class Routing(NamedTuple):
             evidence and tuple(evidence[name] for name in _EVIDENCE),
         )
 
+    def described(self) -> str:
+        """In words, for people."""
+        if self.evidence:
+            return "evidence routing " + " ".join(f"{x:g}" for x in self.evidence)
+        if self.memory:
+            return f"router memory {self.memory[0]:g} {self.memory[1]:g}"
+        return "no router memory"
+
     def fields(self) -> dict[str, Any]:
         """As the manifest has it."""
         memory, evidence = self.memory, self.evidence

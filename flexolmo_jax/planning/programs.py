@@ -13,7 +13,7 @@ from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.inference import decode
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.decode_state import KVCache
-from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.modeling.experts import Experts, Ranks
 from flexolmo_jax.modeling.transformer import Anchor, abstract_model, init_anchor
 from flexolmo_jax.parallel import collectives, placement
 from flexolmo_jax.parallel.mesh import AXES, BATCH, EXPERT, SERVING, shardings, specs
@@ -26,6 +26,7 @@ from flexolmo_jax.training.objectives import (
     router_parts,
 )
 from flexolmo_jax.training.optimizer import make_optimizer
+from flexolmo_jax.training.starting_point import initial_expert
 from flexolmo_jax.training.step import train_step
 
 STAGES = ("anchor", "expert", "router", "forward", "decode")
@@ -86,9 +87,11 @@ def _stage_parts(config: Training, model: ModelConfig, mesh: Mesh) -> StageParts
         rows = jax.eval_shape(RouterRows.of, experts.router)
         return router_parts(config, model, backbone, experts, rows)
     model = model.replace(num_experts=1)
-    anchor: Anchor = jax.eval_shape(lambda key: init_anchor(model, key), jax.random.key(0))
+    ranks = Ranks(evidence=getattr(config, "evidence_rank", 0))
+    anchor: Anchor = jax.eval_shape(lambda key: init_anchor(model, key, ranks), jax.random.key(0))
     if isinstance(config, ExpertTraining):
-        return expert_parts(config, model, anchor, anchor.public)
+        start = jax.eval_shape(lambda x: initial_expert(config, model, x), anchor.public)
+        return expert_parts(config, model, anchor, start)
     return anchor_parts(config, model, anchor)
 
 

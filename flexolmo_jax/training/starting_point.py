@@ -23,21 +23,26 @@ def in_float32(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32), tree)
 
 
-def initial_expert(config: ExpertTraining, anchor: LoadedAnchor) -> Experts:
-    """The public expert, with new heads of the config's ranks; its weights may be on disk.
+def initial_expert(config: ExpertTraining, model: ModelConfig, public: Experts) -> Experts:
+    """The public expert, with new heads of the config's ranks.
 
     An evidence head begins as the public one if that has the same rank, so that it learns only what
-    the owner's text has more of.
+    the owner's text has more of. All owners draw the same initial heads, so that no package tells
+    its owner's seed.
+
+    Args:
+      config: the stage's config.
+      model: of the anchor.
+      public: the anchor's expert, in memory or on disk.
 
     Raises:
       ValueError: a rank is above the anchor's width.
     """
     ranks = Ranks(config.head_rank, config.evidence_rank)
     for name, rank in ranks._asdict().items():
-        check_rank(f"{name}_rank", rank, anchor.config)
-    public = anchor.weights.public
+        check_rank(f"{name}_rank", rank, model)
     expert = with_parts(public, head=None, evidence=None)
-    expert.set_heads(anchor.config, ranks, jax.random.key(config.seed))
+    expert.set_heads(model, ranks, jax.random.key(0))
     if ranks.evidence and ranks.evidence == public.ranks.evidence:
         expert = with_parts(expert, evidence=public.evidence)
     return expert

@@ -17,7 +17,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 from flexolmo_jax.config import ModelConfig, OptimizerConfig  # noqa: E402
 from flexolmo_jax.data.batches import Batch  # noqa: E402
 from flexolmo_jax.model import FlexOlmo  # noqa: E402
-from flexolmo_jax.modeling.experts import pad_experts, select  # noqa: E402
+from flexolmo_jax.modeling.experts import Ranks, pad_experts, select  # noqa: E402
 from flexolmo_jax.modeling.transformer import Anchor, abstract_model  # noqa: E402
 from flexolmo_jax.parallel import placement  # noqa: E402
 from flexolmo_jax.parallel.mesh import make_mesh, num_shards, shardings  # noqa: E402
@@ -29,6 +29,7 @@ from flexolmo_jax.training.objectives import (  # noqa: E402
     AnchorLoss,
     ExpertAloneLoss,
     ExpertPairLoss,
+    OwnParts,
     RouterLoss,
     RouterRows,
 )
@@ -39,6 +40,7 @@ from flexolmo_jax.training.step import train_step  # noqa: E402
 CONFIG = ModelConfig(
     vocab_size=96, width=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_width=48, num_experts=7
 )
+RANKS = Ranks(head=3, evidence=5)
 SHAPES = {"8x1": 1, "4x2": 2, "2x4": 4, "1x8": 8}  # data x expert
 OF_TRAINING = {name: (size, 1) for name, size in SHAPES.items()}
 OF_TRAINING |= {"4x1x2": (1, 2), "2x2x2": (2, 2)}  # x tensor
@@ -69,7 +71,7 @@ def weights(config):
             1 + drawn if "norm" in name else -abs(drawn) if "bias" in name else drawn
         )
 
-    return jax.tree_util.tree_map_with_path(draw, abstract_model(config))
+    return jax.tree_util.tree_map_with_path(draw, abstract_model(config, RANKS))
 
 
 def some_batch(rows=16, length=24):
@@ -90,7 +92,7 @@ def stage(name, config, multiple=1):
     if name == "anchor":
         return AnchorLoss(pair, 1e-4), anchor, None
     if name == "alone":
-        return ExpertAloneLoss(pair, 1e-4), own.feed_forward, (anchor, own.router)
+        return ExpertAloneLoss(pair, 1e-4), OwnParts.of(own), (anchor, own.router)
     if name == "pair":
         return ExpertPairLoss(pair, 1e-4, 1e-3), own, anchor
     filled = pad_experts(experts, multiple)
@@ -148,7 +150,11 @@ def test_so_they_are_recomputed_grouped_and_in_microbatches(name, shape):
     assert_close(found, alone(name, config))
 
 
-MIXTURES = {"all": {"memory": (0.8, 0.3)}, "three": {"active_experts": 3}}
+MIXTURES = {
+    "all": {"memory": (0.8, 0.3)},
+    "three": {"active_experts": 3},
+    "evidence": {"evidence": (0.9, 0.5, 0.1), "active_experts": 3},
+}
 
 
 @pytest.fixture(scope="module", params=MIXTURES)

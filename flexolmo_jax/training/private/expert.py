@@ -49,6 +49,7 @@ from flexolmo_jax.training.starting_point import (
     describe_expert_run,
     expert_facts,
     in_float32,
+    initial_expert,
 )
 
 MAX_MEANINGFUL_EPSILON = 20  # above, an observation may become a billion times as likely
@@ -96,7 +97,7 @@ def train_private_expert(
         texts, tokenizer, length=config.data.length, max_windows=privacy.windows,
         tokens=config.fit_tokens,
     ) if config.gating == "fixed" else None  # fmt: skip
-    expert = in_float32(loaded.weights.public)
+    expert = in_float32(initial_expert(config, loaded.config, loaded.weights.public))
     wanted = describe_expert_run(
         config, loaded, name=name, data=data, public=public, canaries=canaries,
         separator=separator, **_described(privacy),

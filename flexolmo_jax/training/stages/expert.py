@@ -100,7 +100,7 @@ def train_expert(
         config, loaded, name=name, data=data, public=public, canaries=canaries, separator=separator
     )
     check_run(run, wanted, resume, config, out)
-    start = initial_expert(config, loaded)
+    start = initial_expert(config, loaded.config, loaded.weights.public)
     parts = expert_parts(config, loaded.config, loaded.weights, start)
     check_room_for(config, data, out, run, parts.trainable, packaged=start)
     source, drawn = _own_windows(config, data, run, tokenizer, canaries)

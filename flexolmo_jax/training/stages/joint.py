@@ -14,7 +14,7 @@ from flexolmo_jax.data.window_store import prepare
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anchor
 from flexolmo_jax.federation.expert import write_expert
 from flexolmo_jax.federation.merge import merge
-from flexolmo_jax.modeling.experts import Experts, join, select
+from flexolmo_jax.modeling.experts import Experts, join, select, with_parts
 from flexolmo_jax.modeling.transformer import Anchor
 from flexolmo_jax.training.loop import StandardSteps, mesh_of, train
 from flexolmo_jax.training.objectives import JointLoss
@@ -58,7 +58,8 @@ def train_jointly(
     source, _ = prepare(data, config.data, tokenizer, run / "data")
     record_run(run, wanted)
     weights = in_float32(loaded.weights)
-    experts = _upcycled(weights.public, config.model.num_experts, config.seed)
+    public = with_parts(weights.public, head=None, evidence=None)
+    experts = _upcycled(public, config.model.num_experts, config.seed)
     loss = JointLoss(config.computing(config.model), config.output_z_loss, ROUTER_Z_LOSS)
     steps = StandardSteps("unrestricted", config, loss, source)
     trained = train(steps, (weights.backbone, experts), None, run)

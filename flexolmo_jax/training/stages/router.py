@@ -64,6 +64,11 @@ def train_router(
             f"{model}: has no expert beside the public one, so there is nothing to route and no "
             "router to tune; add one with `flexolmo experts add`"
         )
+    if manifest.get("evidence"):
+        raise ValueError(
+            f"{model}: is routed by evidence, so its router rows are not used; merge it again with "
+            "--no-evidence to tune them"
+        )
     loaded = load_model(model, mesh=mesh)
     if loaded.tokenizer is None:
         raise ValueError(f"{model}: there is no tokenizer.json with its anchor")

@@ -1,0 +1,118 @@
+"""Experts with heads of their own, from training to a merged model and out of it again."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from flexolmo_jax.audits.removal import audit_removal
+from flexolmo_jax.config import EVIDENCE
+from flexolmo_jax.evaluation.bits_per_byte import bits_per_byte
+from flexolmo_jax.federation.anchor import read_anchor
+from flexolmo_jax.federation.merge import add_expert, merge, remove_expert
+from flexolmo_jax.federation.package import read_manifest
+from flexolmo_jax.model import load
+from flexolmo_jax.training.stages.anchor import train_anchor
+from flexolmo_jax.training.stages.expert import train_expert
+
+pytestmark = pytest.mark.usefixtures("quick")
+TOKENS = np.arange(60).reshape(3, 20)
+
+
+@pytest.fixture(scope="module")
+def owners(world, tmp_path_factory):
+    """A folder of an anchor with a public evidence head, and of three experts: one has no heads."""
+    folder = tmp_path_factory.mktemp("heads")
+    data = {name: str(path) for name, path in world.texts.items()}
+    anchor = folder / "anchor"
+    train_anchor(
+        world.config("anchor", evidence_rank=4), data=data["public"], out=anchor,
+        run=folder / "anchor.run",
+    )  # fmt: skip
+    ranks = {"math": (6, 4), "code": (2, 3), "plain": (0, 0)}
+    for name, (head, evidence) in ranks.items():
+        train_expert(
+            world.config("alone", head_rank=head, evidence_rank=evidence), anchor=anchor,
+            data=data.get(name, data["math"]), name=name, out=folder / name,
+            run=folder / f"{name}.run",
+        )  # fmt: skip
+    merge(anchor, [folder / "math", folder / "code"], folder / "merged")
+    return folder
+
+
+@pytest.fixture
+def merged(owners, tmp_path):
+    """A merged model of the test's own."""
+    shutil.copytree(owners, tmp_path / "heads", ignore=shutil.ignore_patterns("*.run"))
+    return tmp_path / "heads" / "merged"
+
+
+def test_heads_are_trained_packed_and_routed_by(owners, world):
+    model = load(owners / "merged")
+    assert model.config.evidence == EVIDENCE and model.config.memory is None
+    assert model.experts.ranks == (6, 4)
+    for part in (model.experts.head, model.experts.evidence):
+        assert [float(np.abs(x).max()) > 0 for x in np.asarray(part.b[0])][1:] == [True, True]
+    assert not np.asarray(model.experts.head.b[0, 0]).any()  # the public expert has none
+    assert not np.asarray(model.experts.head.b[0, 2, 2:]).any()  # the rank is 2: zero columns
+    rows = [json.loads(line) for line in (owners / "math.run/metrics.jsonl").open()]
+    assert rows[-1]["evidence_loss"] < rows[0]["evidence_loss"]
+    score = bits_per_byte(model, str(world.texts["math"]), heldout=0.1)
+    without = bits_per_byte(model, str(world.texts["math"]), heldout=0.1, without=["math", "code"])
+    anchor = bits_per_byte(load(owners / "anchor"), str(world.texts["math"]), heldout=0.1)
+    assert without == anchor and score.bits_per_byte != anchor.bits_per_byte
+    assert len(model.generate(["The"], 8)[0]) > 0
+
+
+def test_the_public_head_is_no_part_of_the_anchors_identity(owners, world):
+    assert read_anchor(owners / "anchor").identity == read_anchor(world.anchor).identity
+
+
+def test_a_removed_expert_is_one_that_was_never_merged_bit_for_bit(owners, merged):
+    merge(owners / "anchor", [owners / "code"], merged.parent / "smaller")
+    expected = load(merged.parent / "smaller").logits(TOKENS)
+    off = load(merged).logits(TOKENS, without=["math"])
+    np.testing.assert_array_equal(off, expected)
+    remove_expert(merged, "math")
+    np.testing.assert_array_equal(load(merged).logits(TOKENS), expected)
+    add_expert(merged, merged.parent / "math")
+    assert load(merged).expert_names == ("public", "code", "math")
+
+
+def test_the_audit_of_removal_covers_the_heads(merged):
+    assert audit_removal(merged, "math", None, TOKENS).nothing_is_left
+
+
+def test_experts_with_and_without_heads_merge_by_rows(owners, tmp_path):
+    merge(owners / "anchor", [owners / "plain", owners / "math"], tmp_path / "mixed")
+    model = load(tmp_path / "mixed")
+    assert model.config.evidence is None and model.config.memory is not None
+    assert model.experts.ranks == (6, 0)
+    assert not np.asarray(model.experts.head.b[0, 1]).any()
+
+
+def test_what_cannot_be_routed_by_evidence_is_said(owners, merged, refused, tmp_path):
+    words = ("merge", "--anchor", owners / "anchor", "--expert", owners / "plain", "--out")
+    error = refused(*words, tmp_path / "out", "--evidence", "0.9", "0.5", "1")
+    assert "there is none in " in error and "plain" in error and not (tmp_path / "out").exists()
+    assert "shift of 0 or more" in refused(
+        *words, tmp_path / "out", "--evidence", "0.9", "0.5", "-1"
+    )
+    error = refused("experts", "add", merged, merged.parent / "plain")
+    assert "evidence head" in error
+    error = refused(
+        "train", "router", "router", "--model", merged, "--data", "corpus:public", "--out",
+        tmp_path / "tuned",
+    )  # fmt: skip
+    assert "routed by evidence" in error
+
+
+def test_inspect_shows_the_routing_and_the_shares(merged, flexolmo):
+    code, printed, _ = flexolmo("inspect", merged)
+    assert code == 0 and "decay 0.9, strength 0.5, shift 1.5" in printed
+    code, printed, _ = flexolmo("inspect", merged, "--json")
+    (public, math, coding) = json.loads(printed)["shares"]
+    assert len(math["layers"]) == 1
+    assert abs(sum(x["mean"] for x in (public, math, coding)) - 1) < 1e-3
+    assert read_manifest(merged)["memory"] is None
