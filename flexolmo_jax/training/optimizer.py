@@ -44,7 +44,31 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             },
             kinds,
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    return optax.chain(_clip_by_norms(config.clip_norm), update)
+
+
+def _clip_by_norms(max_norm: float) -> optax.GradientTransformation:
+    """Clips the global norm of an evidence head's gradient, and that of everything else.
+
+    The head has a loss of its own (`objectives.evidence_loss`), so it changes nothing in how the
+    other weights are trained.
+    """
+    clip = optax.clip_by_global_norm(max_norm)
+
+    def update(grads, state, params=None):
+        del params
+        leaves, structure = jax.tree_util.tree_flatten_with_path(grads)
+        is_evidence = ["evidence" in leaf_name(path).split(".") for path, _ in leaves]
+        clipped = [leaf for _, leaf in leaves]
+        for own in (True, False):
+            places = [i for i, x in enumerate(is_evidence) if x is own]
+            if places:
+                updates, _ = clip.update([clipped[i] for i in places], state)
+                for place, leaf in zip(places, updates, strict=True):
+                    clipped[place] = leaf
+        return jax.tree_util.tree_unflatten(structure, clipped), state
+
+    return optax.GradientTransformation(clip.init, update)
 
 
 def _at_rate(config: OptimizerConfig, learning_rate: float) -> OptimizerConfig:

@@ -9,10 +9,11 @@ import pytest
 from flexolmo_jax.audits.removal import audit_removal
 from flexolmo_jax.config import EVIDENCE
 from flexolmo_jax.evaluation.bits_per_byte import bits_per_byte
-from flexolmo_jax.federation.anchor import read_anchor
+from flexolmo_jax.federation.anchor import read_anchor, write_anchor
 from flexolmo_jax.federation.merge import add_expert, merge, remove_expert
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.model import load
+from flexolmo_jax.modeling.experts import NO_HEADS, with_parts
 from flexolmo_jax.training.stages.anchor import train_anchor
 from flexolmo_jax.training.stages.expert import train_expert
 
@@ -65,8 +66,13 @@ def test_heads_are_trained_packed_and_routed_by(owners, world):
     assert len(model.generate(["The"], 8)[0]) > 0
 
 
-def test_the_public_head_is_no_part_of_the_anchors_identity(owners, world):
-    assert read_anchor(owners / "anchor").identity == read_anchor(world.anchor).identity
+def test_the_public_head_is_no_part_of_the_anchors_identity(owners, tmp_path):
+    anchor = read_anchor(owners / "anchor")
+    bare = anchor.weights._replace(public=with_parts(anchor.weights.public, evidence=None))
+    facts = {"licence": "CC0-1.0"}
+    write_anchor(tmp_path / "bare", bare, anchor.config, anchor.tokenizer, [], facts)
+    assert read_anchor(tmp_path / "bare").identity == anchor.identity
+    assert read_anchor(tmp_path / "bare").weights.public.ranks == NO_HEADS
 
 
 def test_a_removed_expert_is_one_that_was_never_merged_bit_for_bit(owners, merged):
