@@ -12,6 +12,7 @@ _MODULES = {
     "ExpertTraining": "config",
     "ModelConfig": "config",
     "OptimizerConfig": "config",
+    "EvidenceTraining": "config",
     "RouterTraining": "config",
     "load_config": "config",
     "bits_per_byte": "evaluation.bits_per_byte",
@@ -23,6 +24,7 @@ _MODULES = {
     "make_mesh": "parallel.mesh",
     "train_anchor": "training.stages.anchor",
     "train_expert": "training.stages.expert",
+    "train_evidence": "training.stages.evidence",
     "train_router": "training.stages.router",
 }
 __all__ = ["__version__", *_MODULES]  # noqa: PLE0604

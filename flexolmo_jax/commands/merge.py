@@ -10,6 +10,7 @@ from flexolmo_jax.config import EVIDENCE, MEMORY
 from flexolmo_jax.runtime.console import show_table, tell
 
 if TYPE_CHECKING:
+    from flexolmo_jax.federation.routing import EvidenceChoice
     from flexolmo_jax.federation.shares import Shares
 
 
@@ -66,7 +67,9 @@ def run(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.package import read_manifest
     from flexolmo_jax.federation.routing import Routing
 
-    evidence = "auto" if args.evidence == () else args.evidence and tuple(args.evidence)
+    evidence: EvidenceChoice = (
+        "auto" if args.evidence == () else args.evidence and tuple(args.evidence)
+    )
     shares = merge(
         args.anchor, args.experts, args.out, active_experts=args.active,
         memory=args.memory and tuple(args.memory), evidence=evidence,

@@ -54,6 +54,13 @@ def add_to(commands: Commands) -> None:
     _add_privacy(parser)
 
     parser = stages.add(
+        "evidence", evidence, "a public evidence head for an anchor without one", trains=True
+    )
+    _add_shared(parser)
+    parser.add_argument("--anchor", required=True, metavar="DIR", help="the anchor")
+    add_separator(parser)
+
+    parser = stages.add(
         "router", router, "stage 3, optional: a merged model's router rows, on proxies", trains=True
     )
     _add_shared(parser)
@@ -131,6 +138,16 @@ def expert(args: argparse.Namespace) -> None:
         _train_private_expert(args, config, privacy, options)
     models = {"anchor": (anchor, None), f"with {args.name}": (places["out"], anchor)}
     _show_scores(places, models, config, args.separator)
+
+
+def evidence(args: argparse.Namespace) -> None:
+    from flexolmo_jax.config import EvidenceTraining
+    from flexolmo_jax.training.stages.evidence import train_evidence
+
+    config = read_config(args, EvidenceTraining)
+    places = _places(args, config, args.anchor)
+    train_evidence(config, anchor=Path(args.anchor), separator=args.separator, **places)
+    tell(f"wrote {args.out}: the anchor with a public evidence head")
 
 
 def router(args: argparse.Namespace) -> None:

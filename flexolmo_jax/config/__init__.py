@@ -13,6 +13,7 @@ from flexolmo_jax.config.privacy import PrivacyConfig
 from flexolmo_jax.config.training import (
     AnchorTraining,
     DataConfig,
+    EvidenceTraining,
     ExpertTraining,
     OptimizerConfig,
     RouterTraining,
@@ -27,6 +28,7 @@ __all__ = [
     "MEMORY",
     "AnchorTraining",
     "DataConfig",
+    "EvidenceTraining",
     "ExpertTraining",
     "ModelConfig",
     "OptimizerConfig",

@@ -257,6 +257,30 @@ def check_rank(name: str, rank: int, model: ModelConfig | None = None) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EvidenceTraining(Training):
+    """A public evidence head for an anchor that exists (modeling/evidence.py).
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> config = fo.EvidenceTraining(
+      ...     data=fo.DataConfig(batch_size=4, length=32),
+      ...     optimizer=fo.OptimizerConfig(learning_rate=1e-2),
+      ...     steps=100,
+      ... )
+      >>> config.evidence_rank
+      64
+    """
+
+    evidence_rank: int = 64  # R
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.evidence_rank > 0, f"evidence_rank must be positive, found {self.evidence_rank}"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterTraining(Training):
     """Stage 3, optional: tunes only the merged model's router rows, on proxies.
 

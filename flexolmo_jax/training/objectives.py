@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flexolmo_jax.config import ExpertTraining, ModelConfig, RouterTraining, Training
+from flexolmo_jax.config import (
+    EvidenceTraining,
+    ExpertTraining,
+    ModelConfig,
+    RouterTraining,
+    Training,
+)
 from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.modeling.experts import Experts, FeedForward, with_parts
 from flexolmo_jax.modeling.heads import LowRankHead
@@ -67,6 +73,21 @@ def expert_parts(
 def trained_expert(config: ExpertTraining, expert: Experts, trained: Any) -> Experts:
     """The expert after stage 2: `expert` with what `expert_parts` made trainable replaced."""
     return trained.expert(expert, expert.router) if config.gating == "fixed" else trained
+
+
+def evidence_parts(
+    config: EvidenceTraining, model: ModelConfig, backbone: Backbone, head: LowRankHead
+) -> StageParts:
+    """A public evidence head for an anchor that exists.
+
+    Args:
+      config: the stage's config.
+      model: of the anchor.
+      backbone: the frozen weights; its layers are not needed.
+      head: the initial head, of one expert.
+    """
+    below = with_parts(backbone, layers=None)
+    return StageParts(EvidenceLoss(config.computing(model)), head, below)
 
 
 def router_parts(
@@ -200,6 +221,17 @@ class ExpertPairLoss:
             self.router_z_loss,
         )
         return _with_evidence(found, anchor.backbone, expert, batch, self.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvidenceLoss:
+    """Of a public evidence head alone."""
+
+    config: ModelConfig
+
+    def __call__(self, head: LowRankHead, backbone: Backbone, batch: Batch):
+        total, metrics = evidence_loss(backbone, head, batch, self.config)
+        return total, {"loss": metrics["evidence_loss"]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ RESUMABLE_FIELDS = (
     "microbatches", "remat", "expert_compute",
 )  # fmt: skip
 # Values of fields that did not exist when an older version started a run.
-BEFORE_THE_FIELD = {"optimizer.name": "adamw"}
+BEFORE_THE_FIELD = {"optimizer.name": "adamw", "head_rank": 0, "evidence_rank": 0}
 FIELDS_IN_MANIFEST = ("name", "anchor", "licence", "contact")
 
 P = ParamSpec("P")
@@ -120,7 +120,8 @@ def _check_same(folder: Path, wanted: dict[str, Any], started: dict[str, Any]) -
             f"{folder}: an older version of flexolmo_jax started this run; finish it with that "
             "version, or start a new run in another --run"
         )
-    before, now = BEFORE_THE_FIELD | _flat(started), _flat(wanted)
+    before, now = _flat(started), _flat(wanted)
+    before = {name: x for name, x in BEFORE_THE_FIELD.items() if name in now} | before
     for name in sorted(before.keys() | now.keys()):
         if name == "source_at" or before.get(name) == now.get(name):
             continue

@@ -75,6 +75,21 @@ def test_the_public_head_is_no_part_of_the_anchors_identity(owners, tmp_path):
     assert read_anchor(tmp_path / "bare").weights.public.ranks == NO_HEADS
 
 
+def test_an_anchor_that_exists_gets_a_public_head(world, flexolmo, tmp_path):
+    out = tmp_path / "anchor"
+    code, printed, error = flexolmo(
+        "train", "evidence", "demo_evidence", "--data", world.texts["public"], "--anchor",
+        world.anchor, "--out", out, "--steps", "30", "--evidence-rank", "4", "--data.length", "32",
+    )  # fmt: skip
+    assert code == 0, error
+    before, after = read_anchor(world.anchor), read_anchor(out)
+    assert after.identity == before.identity and after.weights.public.ranks == (0, 4)
+    assert np.abs(after.weights.public.evidence.b[...]).max() > 0
+    np.testing.assert_array_equal(load(out).logits(TOKENS), load(world.anchor).logits(TOKENS))
+    rows = [json.loads(line) for line in (tmp_path / "anchor.run/metrics.jsonl").open()]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
 def test_a_removed_expert_is_one_that_was_never_merged_bit_for_bit(owners, merged):
     merge(owners / "anchor", [owners / "code"], merged.parent / "smaller")
     expected = load(merged.parent / "smaller").logits(TOKENS)

@@ -1,0 +1,104 @@
+"""A public evidence head for an anchor that exists: ours, or a Hugging Face directory."""
+
+from pathlib import Path
+
+import jax
+
+from flexolmo_jax.config import EvidenceTraining, check_rank
+from flexolmo_jax.data.window_store import prepare
+from flexolmo_jax.federation.anchor import LoadedAnchor, write_anchor
+from flexolmo_jax.modeling.experts import Ranks, with_parts
+from flexolmo_jax.modeling.transformer import Anchor
+from flexolmo_jax.runtime.processes import on_main_process
+from flexolmo_jax.training.loop import StandardSteps, mesh_of, train
+from flexolmo_jax.training.objectives import evidence_parts
+from flexolmo_jax.training.run import (
+    alone_in_its_run,
+    check_run,
+    describe_run,
+    package_facts,
+    record_run,
+)
+from flexolmo_jax.training.starting_point import (
+    anchor_to_train_beside,
+    check_room_for,
+    in_float32,
+)
+
+# What the manifest of an anchor says of its training; it stays as it is.
+FACTS = ("licence", "contact", "tokens_seen", "heldout", "domain_embedding")
+
+
+@alone_in_its_run
+def train_evidence(
+    config: EvidenceTraining,
+    *,
+    anchor: Path,
+    data: str,
+    out: Path,
+    run: Path,
+    resume: bool = False,
+    separator: str | None = None,
+) -> None:
+    """Trains a public evidence head (modeling/evidence.py), and writes the anchor with it.
+
+    The anchor's identity does not change, so experts that were trained beside it stay valid.
+
+    Args:
+      config: the stage's config.
+      anchor: an anchor package, or a Hugging Face directory of an OLMo 2 model.
+      data: the public text, as `read_documents` takes it.
+      out: the anchor package with the head; must not exist.
+      run: folder of the run: windows, checkpoints, metrics, plot.
+      resume: continue from the newest checkpoint in `run`.
+      separator: as in `train_expert`.
+
+    Raises:
+      ValueError: an argument or a file is wrong; the message says what to do.
+      FloatingPointError, Interrupted: as `train` says.
+      AlreadyDone: the package exists.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> from pathlib import Path
+      >>> config = fo.EvidenceTraining(
+      ...     data=fo.DataConfig(batch_size=4, length=32),
+      ...     optimizer=fo.OptimizerConfig(learning_rate=3e-3),
+      ...     steps=2,
+      ...     evidence_rank=8,
+      ... )
+      >>> fo.train_evidence(
+      ...     config, anchor=Path("anchor"), data="public.jsonl", out=Path("with_evidence"),
+      ...     run=Path("with_evidence.run"),
+      ... )
+      >>> fo.load("with_evidence").expert_names
+      ('public',)
+    """
+    loaded, tokenizer = anchor_to_train_beside(anchor, config.data, separator)
+    check_rank("evidence_rank", config.evidence_rank, loaded.config)
+    mesh_of(config)  # raises if the batch cannot be divided among the devices
+    wanted = describe_run(config, data, anchor=loaded.identity)
+    check_run(run, wanted, resume, config, out)
+    public = with_parts(loaded.weights.public, evidence=None)
+    public.set_heads(loaded.config, Ranks(evidence=config.evidence_rank), jax.random.key(0))
+    check_room_for(config, data, out, run, public.evidence, packaged=loaded.weights)
+    source, report = prepare(data, config.data, tokenizer, run / "data")
+    report.tell()
+    record_run(run, wanted)
+    head = in_float32(public.evidence)
+    loss, trainable, frozen = evidence_parts(config, loaded.config, loaded.weights.backbone, head)
+    trained = train(StandardSteps("evidence", config, loss, source), trainable, frozen, run)
+
+    def finish() -> None:
+        weights = Anchor(loaded.weights.backbone, with_parts(public, evidence=trained))
+        text, facts = loaded.public_text, _facts(config, loaded)
+        write_anchor(out, weights, loaded.config, tokenizer, text, facts)
+
+    on_main_process(finish)
+
+
+def _facts(config: EvidenceTraining, anchor: LoadedAnchor) -> dict[str, object]:
+    if anchor.package is None:
+        return package_facts(config)
+    manifest = anchor.package.manifest
+    return {name: manifest[name] for name in FACTS if name in manifest}
