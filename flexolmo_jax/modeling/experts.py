@@ -24,7 +24,7 @@ from flexolmo_jax.modeling.kernels.swiglu import swiglu
 from flexolmo_jax.modeling.layers import Expert, normal
 from flexolmo_jax.modeling.router import Router, add_decayed_logits, route
 from flexolmo_jax.parallel import collectives
-from flexolmo_jax.storage.tensors import leaf_name
+from flexolmo_jax.storage.tensors import leaf_name, named
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -289,10 +289,12 @@ def _padded_head(
     sizes = num_experts, like.a.shape[2], like.b.shape[-1], rank
     head = jax.eval_shape(lambda key: LowRankHead(*sizes, key), jax.random.key(0))
 
+    given = {} if own is None else named(own)
+
     def pad(path, x):
         zeros = np.zeros(x.shape, np.float32)
-        if own is not None:
-            values = np.asarray(getattr(own, leaf_name(path))[...])
+        if given:
+            values = np.asarray(given[leaf_name(path)])
             zeros[tuple(map(slice, values.shape))] = values
         return zeros
 

@@ -123,7 +123,7 @@ def test_what_cannot_be_routed_by_evidence_is_said(owners, merged, refused, tmp_
     error = refused("experts", "add", merged, merged.parent / "plain")
     assert "evidence head" in error
     error = refused(
-        "train", "router", "router", "--model", merged, "--data", "corpus:public", "--out",
+        "train", "router", "demo_router", "--model", merged, "--data", "corpus:public", "--out",
         tmp_path / "tuned",
     )  # fmt: skip
     assert "routed by evidence" in error
