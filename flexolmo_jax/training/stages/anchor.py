@@ -50,7 +50,7 @@ def train_anchor(
       out: the anchor package; must not exist.
       run: folder of the run: windows, checkpoints, metrics, plot.
       resume: continue from the newest checkpoint in `run`.
-      start: an anchor package of the same sizes and tokenizer whose weights are the initial ones.
+      start: an anchor package (same sizes and tokenizer) to start from; default: random weights.
 
     Raises:
       ValueError: an argument or a file is wrong; the message says what to do.
