@@ -1,0 +1,266 @@
+"""Where evidence routing breaks: heads that want more, short prompts, changes of subject, growth.
+
+    flexolmo study evidence flexolmo_demo OUT
+
+DEMO is the folder that `flexolmo demo` wrote. Everything is measured on held-out documents of its
+five domains. One owner's evidence head is changed or exchanged, and the table says what share of
+the text its expert takes then, and what the text costs. OUT keeps the heads that are trained for
+this, and the report; the tables are those of docs/routing.md.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexolmo_jax.config import EVIDENCE, EvidenceTraining, ExpertTraining, ModelConfig, load_config
+from flexolmo_jax.data.sources import read_documents
+from flexolmo_jax.data.windows import tokenized, windows
+from flexolmo_jax.evaluation.bits_per_byte import heldout_documents
+from flexolmo_jax.evaluation.split import GROUP_FIELD
+from flexolmo_jax.federation.anchor import read_anchor
+from flexolmo_jax.model import FlexOlmo, load
+from flexolmo_jax.modeling.experts import join, select, with_parts
+from flexolmo_jax.modeling.heads import LowRankHead
+from flexolmo_jax.modeling.transformer import forward
+from flexolmo_jax.storage.files import replace_file
+from flexolmo_jax.studies.baselines.datasets import Sequences, token_sizes
+from flexolmo_jax.studies.baselines.scores import bits_per_byte, token_nats
+from flexolmo_jax.studies.demo import OWNERS
+from flexolmo_jax.studies.engine.commands import run_command
+from flexolmo_jax.studies.engine.report import machine, table, write_json
+
+CHANGED = "creative"  # the owner whose evidence head is changed
+OTHER = "math"  # the owner on whose text the changed head is trained
+CONFIDENT = 3.0  # times the logits of an over-confident head
+SHIFTS = (0.0, 0.75, 1.5, 3.0)
+DECAYS = (0.8, 0.9, 0.95, 0.98)
+PARTS = 8  # that each owner's text is split into
+LENGTH = 128  # tokens of a window: what the demo's models were made for
+WINDOWS = 48  # of each domain
+EDGES = (0, 8, 16, 32, 64)  # of tokens, from the start of a document or a change
+DOMAINS = ("public", *OWNERS)
+PUBLIC_LONGER = "public"  # a head trained twice as long on public text as the anchor's own
+Rows = list[dict[str, Any]]
+Texts = dict[str, Sequences]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `flexolmo study evidence`."""
+    parser.add_argument("demo", type=Path, help="the folder of a demo")
+    parser.add_argument("out", type=Path, help="for the heads that are trained, and the report")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains the heads that are missing, measures, prints the tables, writes OUT/report.json."""
+    heads = trained_heads(args.demo, args.out)
+    merged, anchor = load(args.demo / "merged"), load(args.demo / "anchor")
+    texts = heldout_texts(merged)
+    tables = {
+        "attacks": attacks(merged, heads, texts),
+        "starts": starts(anchor, merged, texts),
+        "changes": changes(anchor, merged, texts),
+        "growth": growth(anchor, merged, heads, texts),
+    }
+    write_json(args.out / "report.json", {"machine": machine(), **tables})
+    for name, rows in tables.items():
+        cells = [[_shown(value) for value in row.values()] for row in rows]
+        print("\n".join(["", f"{name}:", "", *table(list(rows[0]), cells)]))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def trained_heads(demo: Path, out: Path) -> dict[str, LowRankHead]:
+    """Evidence heads beside the demo's anchor, by the text that they were trained on.
+
+    PUBLIC_LONGER, OTHER, and "OWNER-K": one of PARTS shares of an owner's documents.
+    """
+    steps = load_config("demo_evidence", EvidenceTraining).steps
+    wanted = {PUBLIC_LONGER: ("corpus:public", 2 * steps), OTHER: (f"corpus:{OTHER}", steps)}
+    for owner in OWNERS:
+        for name, file in _split(owner, out / "texts").items():
+            wanted[name] = (str(file), steps // 2)
+    found = {}
+    for name, (data, count) in wanted.items():
+        package = out / "heads" / name
+        if not package.exists():
+            words = ["train", "evidence", "demo_evidence", "--data", data, "--steps", str(count)]
+            words += ["--anchor", str(demo / "anchor"), "--out", str(package)]
+            words += ["--run", str(out / "runs" / name)]
+            run_command(words, compiled=out / "compiled", quiet=True)
+        head = read_anchor(package).weights.public.evidence
+        found[name] = jax.tree.map(jnp.asarray, head)
+    return found
+
+
+def _split(owner: str, folder: Path) -> dict[str, Path]:
+    """Files of PARTS shares of an owner's documents, groups kept together, in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {f"{owner}-{number}": folder / f"{owner}-{number}.jsonl" for number in range(PARTS)}
+    shares: list[list[str]] = [[] for _ in files]
+    numbers: dict[str, int] = {}
+    for document in read_documents(f"corpus:{owner}"):
+        number = numbers.setdefault(document.group, len(numbers))
+        group = document.group.removeprefix("group:")
+        row = {"text": document.text, GROUP_FIELD: group if group != document.text else None}
+        shares[number % PARTS].append(json.dumps(row, ensure_ascii=False))
+    for file, rows in zip(files.values(), shares, strict=True):
+        replace_file(file, "\n".join(rows) + "\n")
+    return files
+
+
+def heldout_texts(model: FlexOlmo) -> Texts:
+    """Windows of held-out documents of every domain, each of one document."""
+    data, tokenizer = load_config("demo_expert", ExpertTraining).data, model.tokenizer
+    assert tokenizer is not None
+    sizes, texts = token_sizes(tokenizer), {}
+    for domain in DOMAINS:
+        documents = heldout_documents(f"corpus:{domain}", data)
+        cut: list[np.ndarray] = []
+        for ids in tokenized(documents, tokenizer):
+            whole = (w for w in windows([ids], LENGTH, tokenizer.separator) if w.segments.all())
+            cut += [window.tokens for window in itertools.islice(whole, 4)]
+        tokens = np.stack(cut[:WINDOWS])
+        texts[domain] = Sequences(tokens, sizes[tokens[:, 1:]], np.arange(len(tokens)))
+    return texts
+
+
+def attacks(merged: FlexOlmo, heads: dict[str, LowRankHead], texts: Texts) -> Rows:
+    """What one owner's changed evidence head takes and costs, for several shifts."""
+    honest = _head_of(merged, CHANGED)
+    confident = jax.tree.map(jnp.array, honest)
+    confident.b[...] *= CONFIDENT
+    confident.bias[...] *= CONFIDENT
+    kinds = {
+        f"honest ({CHANGED})": honest,
+        "trained longer on public text": heads[PUBLIC_LONGER],
+        f"{CONFIDENT:g} times as confident": confident,
+        f"trained on {OTHER}": heads[OTHER],
+    }
+    rows = []
+    for kind, head in kinds.items():
+        changed = _with_head(merged, CHANGED, head)
+        for shift in SHIFTS:
+            model = _routed(changed, EVIDENCE[0], EVIDENCE[1], shift)
+            nats = {domain: token_nats(model, texts[domain]) for domain in DOMAINS}
+            rows.append(
+                {
+                    "evidence head": kind,
+                    "shift": f"{shift:g}",
+                    **{f"share of {x}": _shares(model, texts[x])[CHANGED] for x in DOMAINS},
+                    **{f"bits, {x}": _bits(nats[x], texts[x]) for x in DOMAINS},
+                }
+            )
+    return rows
+
+
+def starts(anchor: FlexOlmo, merged: FlexOlmo, texts: Texts) -> Rows:
+    """Bits per byte by the tokens read before, mean over the owners' domains."""
+    return _by_position(anchor, {"merged": merged}, [texts[x] for x in OWNERS], 0)
+
+
+def changes(anchor: FlexOlmo, merged: FlexOlmo, texts: Texts) -> Rows:
+    """The same after a change from one owner's text to another's, for several decays."""
+    half, pairs = LENGTH // 2, list(itertools.permutations(OWNERS, 2))
+    spliced = []
+    for number, (first, second) in enumerate(pairs):
+        before, after = texts[first].tokens, texts[second].tokens
+        rows = [(number + k) % min(len(before), len(after)) for k in range(0, WINDOWS, 4)]
+        spliced.append(np.concatenate([before[rows, :half], after[rows, : half + 1]], axis=1))
+    assert merged.tokenizer is not None
+    sizes, tokens = token_sizes(merged.tokenizer), np.concatenate(spliced)
+    mixed = Sequences(tokens, sizes[tokens[:, 1:]], np.arange(len(tokens)))
+    models = {f"decay {x:g}": _routed(merged, x, *EVIDENCE[1:]) for x in DECAYS}
+    return _by_position(anchor, models, [mixed], half)
+
+
+def _by_position(
+    anchor: FlexOlmo, models: dict[str, FlexOlmo], texts: list[Sequences], start: int
+) -> Rows:
+    costs = {
+        name: [token_nats(model, one) for one in texts]
+        for name, model in {"anchor": anchor, **models}.items()
+    }
+    rows = []
+    for first, last in itertools.pairwise((*EDGES, LENGTH - start)):
+        if first < last:
+            span = slice(start + first, start + last)
+            of_span = {
+                name: float(
+                    np.mean(
+                        [
+                            bits_per_byte(nats[:, span], one.sizes[:, span])
+                            for nats, one in zip(own, texts, strict=True)
+                        ]
+                    )
+                )
+                for name, own in costs.items()
+            }
+            rows.append({"tokens": f"{first + 1} to {last}", **of_span})
+    return rows
+
+
+def growth(anchor: FlexOlmo, merged: FlexOlmo, heads: dict[str, LowRankHead], texts: Texts) -> Rows:
+    """Bits per byte with one to four owners, and with each of the four split in PARTS.
+
+    An owner's parts have its network, and evidence heads of their own from shares of its text.
+    """
+    rows = [{"owners": "0", **{x: _bits(token_nats(anchor, texts[x]), texts[x]) for x in DOMAINS}}]
+    for count in range(1, len(OWNERS) + 1):
+        without = OWNERS[count:]
+        own = {x: _bits(token_nats(merged, texts[x], without=without), texts[x]) for x in DOMAINS}
+        rows.append({"owners": f"{count}: {', '.join(OWNERS[:count])}", **own})
+    stacks, names = [select(merged.experts, [0])], ["public"]
+    for owner in OWNERS:
+        network = select(merged.experts, [merged.expert_names.index(owner)])
+        for number in range(PARTS):
+            name = f"{owner}-{number}"
+            stacks.append(with_parts(network, evidence=heads[name]))
+            names.append(name)
+    config = merged.config.replace(num_experts=len(names))
+    split = FlexOlmo(merged.backbone, join(*stacks), config, tuple(names), merged.tokenizer)
+    own = {x: _bits(token_nats(split, texts[x]), texts[x]) for x in DOMAINS}
+    rows.append({"owners": f"{len(names) - 1}: each in {PARTS} parts", **own})
+    return rows
+
+
+def _bits(nats: np.ndarray, text: Sequences) -> float:
+    return bits_per_byte(nats, text.sizes)
+
+
+def _head_of(model: FlexOlmo, owner: str) -> LowRankHead:
+    return select(model.experts, [model.expert_names.index(owner)]).evidence
+
+
+def _with_head(model: FlexOlmo, owner: str, head: LowRankHead) -> FlexOlmo:
+    """A model in which an owner's evidence head is another one."""
+    stacks = [select(model.experts, [number]) for number in range(len(model.expert_names))]
+    number = model.expert_names.index(owner)
+    stacks[number] = with_parts(stacks[number], evidence=head)
+    return FlexOlmo(
+        model.backbone, join(*stacks), model.config, model.expert_names, model.tokenizer
+    )
+
+
+def _routed(model: FlexOlmo, decay: float, strength: float, shift: float) -> FlexOlmo:
+    config = model.config.replace(evidence=(decay, strength, shift))
+    return FlexOlmo(model.backbone, model.experts, config, model.expert_names, model.tokenizer)
+
+
+def _shares(model: FlexOlmo, text: Sequences) -> dict[str, float]:
+    """Mean weight of each expert over the tokens of a text."""
+    weights = _weights(model.backbone, model.experts, text.tokens[:, :-1], model.config)
+    return dict(zip(model.expert_names, np.asarray(weights, np.float64).tolist(), strict=True))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _weights(backbone, experts, tokens, config: ModelConfig) -> jax.Array:
+    return jnp.mean(forward(backbone, (experts,), tokens, config).weights, axis=(1, 2))
