@@ -193,7 +193,8 @@ def _prefill_local(weights, tokens, padding, allowed, done, *, config, capacity)
     out, state = forward_step(
         backbone, (experts,), tokens,
         DecodeState(cache if unstacked is None else cache.unstacked(), 0, positions), config,
-        segments=segments, allowed=allowed, layers=unstacked and unstacked.layers,
+        segments=segments, allowed=allowed,
+        layers=unstacked and unstacked.layers, head=unstacked and unstacked.head,
     )  # fmt: skip
     generated = jnp.zeros((batch, capacity), jnp.int32)
     logits = _next_logits(weights, out, config)
@@ -258,7 +259,7 @@ def _decode_local(
         out, decoded = forward_step(
             backbone, (experts,), new_tokens,
             DecodeState(cache, offset, positions, visible, router_state, evidence), config,
-            allowed=allowed, layers=layers,
+            allowed=allowed, layers=layers, head=unstacked and unstacked.head,
         )  # fmt: skip
         return Generation(
             step + 1, _next_logits(weights, out, config), done | jnp.isin(token, stop),

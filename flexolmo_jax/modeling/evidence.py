@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.modeling.heads import LowRankHead, delta
-from flexolmo_jax.modeling.kernels.quantized import dot
+from flexolmo_jax.modeling.kernels.quantized import Quantized, dot
 from flexolmo_jax.modeling.router import add_decayed_logits
 
 
@@ -61,7 +61,7 @@ def follows(segments: Int[Array, "B S"], previous: Int[Array, "B S"]) -> Bool[Ar
 def log_probabilities(
     heads: LowRankHead,
     hidden: Float[Array, "B S D"],
-    matrix: Float[Array, "D V"],
+    matrix: jax.Array | Quantized,
     targets: Int[Array, "B S"],
     chunk: int,
 ) -> Float[Array, "E B S"]:
@@ -72,7 +72,7 @@ def log_probabilities(
     Args:
       heads: of all experts.
       hidden: the normed embeddings of the tokens before the targets.
-      matrix: the backbone's output head.
+      matrix: the backbone's output head, [D, V].
       targets: the tokens to score.
       chunk: positions of each sequence.
     """

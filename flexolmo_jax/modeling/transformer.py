@@ -14,7 +14,7 @@ from flexolmo_jax.modeling import evidence
 from flexolmo_jax.modeling.attention import Attention, segment_positions
 from flexolmo_jax.modeling.decode_state import DecodeState, EvidenceState, KVCache
 from flexolmo_jax.modeling.experts import NO_HEADS, Experts, LayerExperts, Ranks, moe
-from flexolmo_jax.modeling.kernels.quantized import dot
+from flexolmo_jax.modeling.kernels.quantized import Quantized, dot
 from flexolmo_jax.modeling.layers import RMSNorm, Shared, normal
 from flexolmo_jax.modeling.router import route
 from flexolmo_jax.parallel import collectives
@@ -194,6 +194,7 @@ def forward_step(
     segments: Int[Array, "B S"] | None = None,
     allowed: Bool[Array, " E"] | Bool[Array, "B E"] | None = None,
     layers: Layers | None = None,
+    head: jax.Array | Quantized | None = None,
 ) -> tuple[Output, DecodeState]:
     """Runs the network over the next tokens of texts: a prompt (prefill), or one token each.
 
@@ -203,6 +204,7 @@ def forward_step(
       segments: 0 is padding, in a prefill. Default: none of the tokens is padding.
       layers: read instead of the stacks (inference/cpu_weights.py), in a loop instead of a scan;
         then `state.cache` is one for each layer, and unused experts are not read at all.
+      head: read instead of the backbone's, [D, V].
 
     Returns:
       the output; and the state with a new cache and routing state.
@@ -212,7 +214,7 @@ def forward_step(
     inputs = (state.positions, segments, allowed, config)
     x = collectives.embedding_lookup(backbone.embed[...], tokens, config)
     weights, of_evidence = evidence_weights(
-        backbone, stacks, tokens, segments, allowed, config, state.evidence
+        backbone, stacks, tokens, segments, allowed, config, state.evidence, head
     )
     if layers is None:
         out = _scan_layers(backbone.layers, stacks, x, *inputs, state, weights)
@@ -230,11 +232,13 @@ def evidence_weights(
     allowed: Bool[Array, "B E"],
     config: ModelConfig,
     state: EvidenceState | None = None,
+    head: jax.Array | Quantized | None = None,
 ) -> tuple[Float[Array, "E B S"] | None, EvidenceState | None]:
     """The weights of evidence routing (evidence.py), and its next state; None without it.
 
     Args:
       state: of the tokens before; None: there are none.
+      head: as in `forward_step`.
       other arguments: as in `forward`; each stack has the part `evidence`.
     """
     if config.evidence is None:
@@ -244,7 +248,7 @@ def evidence_weights(
     previous = jnp.concatenate([state.last_tokens[:, None], tokens[:, :-1]], axis=1)
     embedded = collectives.embedding_lookup(backbone.embed[...], jnp.maximum(previous, 0), config)
     hidden = backbone.norm(embedded, config.norm_eps)
-    matrix = backbone.head_matrix(config)
+    matrix = backbone.head_matrix(config) if head is None else head
     scores = jnp.concatenate(
         [
             evidence.log_probabilities(stack.evidence, hidden, matrix, tokens, config.loss_chunk)
