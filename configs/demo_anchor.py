@@ -16,7 +16,14 @@ config = AnchorTraining(
         unroll=4,
     ),
     data=DataConfig(batch_size=8, length=128, heldout=0.1),
-    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=30, weight_decay=0.1),
-    steps=800,
-    checkpoint_every=400,
+    optimizer=OptimizerConfig(
+        name="muon",
+        learning_rate=2e-2,
+        adamw_learning_rate=6e-3,
+        warmup_steps=30,
+        weight_decay=0.1,
+    ),
+    steps=600,
+    checkpoint_every=300,
+    evidence_rank=64,
 )

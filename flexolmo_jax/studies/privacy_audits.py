@@ -122,7 +122,8 @@ class AuditPlan:
         def work(folder: Path) -> None:
             discard(folder / MERGED)  # of an interrupted run
             anchor, *experts = (stage.folder / PACKAGE for stage in needs)
-            merge(anchor, experts, folder / MERGED)
+            # By rows, which are tuned below.
+            merge(anchor, experts, folder / MERGED, evidence=None)
 
         return Stage(f"merged/{title.replace(' ', '_')}", self.root, None, needs, work)
 
