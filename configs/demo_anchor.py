@@ -23,7 +23,7 @@ config = AnchorTraining(
         warmup_steps=30,
         weight_decay=0.1,
     ),
-    steps=600,
-    checkpoint_every=300,
+    steps=500,
+    checkpoint_every=250,
     evidence_rank=64,
 )

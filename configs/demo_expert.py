@@ -9,10 +9,10 @@ from flexolmo_jax.config import DataConfig, ExpertTraining, OptimizerConfig
 config = ExpertTraining(
     data=DataConfig(batch_size=8, length=128, heldout=0.1),
     optimizer=OptimizerConfig(
-        name="muon", learning_rate=1e-2, adamw_learning_rate=3e-3, warmup_steps=10
+        name="muon", learning_rate=1.5e-2, adamw_learning_rate=3e-3, warmup_steps=10
     ),
-    steps=200,
-    checkpoint_every=200,
+    steps=250,
+    checkpoint_every=250,
     head_rank=64,
     evidence_rank=64,
 )
