@@ -272,6 +272,7 @@ class EvidenceTraining(Training):
     """
 
     evidence_rank: int = 64  # R
+    public_tokens: int = 65_536  # public text in the package, if the anchor brings none
 
     def __post_init__(self):
         super().__post_init__()

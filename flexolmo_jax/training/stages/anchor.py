@@ -1,16 +1,14 @@
 """Stage 1: the public model, trained on public text by whoever hosts it."""
 
 import functools
-import itertools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexolmo_jax.config import AnchorTraining, DataConfig
+from flexolmo_jax.config import AnchorTraining
 from flexolmo_jax.data.domain_embedding import domain_embedding, source_name
-from flexolmo_jax.data.sources import Document, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.window_store import prepare
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anchor
@@ -21,6 +19,11 @@ from flexolmo_jax.runtime.processes import on_main_process, one_process_at_a_tim
 from flexolmo_jax.storage.files import replace_file
 from flexolmo_jax.training.loop import StandardSteps, mesh_of, train
 from flexolmo_jax.training.objectives import anchor_parts
+from flexolmo_jax.training.public_sample import (
+    public_sample,
+    shuffled_training_documents,
+    training_documents,
+)
 from flexolmo_jax.training.run import (
     RUN_FILE,
     alone_in_its_run,
@@ -111,8 +114,8 @@ def _public_text_and_row(
     config: AnchorTraining, data: str, tokenizer: Tokenizer
 ) -> tuple[list[str], np.ndarray | None]:
     """The public text for the package, and the public router row [D] if the config asks for one."""
-    documents = _shuffled_training_documents(data, config.data)
-    sample, row = _sample(documents, tokenizer, config.public_tokens), None
+    documents = shuffled_training_documents(data, config.data)
+    sample, row = public_sample(documents, tokenizer, config.public_tokens), None
     if config.domain_embedding:
         texts = [d.text for d in documents]
         row = domain_embedding(config.domain_embedding, texts, config.model.width)
@@ -146,38 +149,12 @@ def _tokenizer(config: AnchorTraining, data: str, run: Path) -> Tokenizer:
     file = run / "tokenizer.json"
     if file.exists() and (run / RUN_FILE).exists():  # else: of a run that never started
         return Tokenizer.load(file, config.separator)
-    documents = _training_documents(data, config.data)
+    documents = training_documents(data, config.data)
     texts = (d.text for d in documents)
     tokenizer = Tokenizer.train(texts, config.model.vocab_size, config.separator)
     run.mkdir(parents=True, exist_ok=True)
     replace_file(file, tokenizer.json)
     return tokenizer
-
-
-def _training_documents(data: str, config: DataConfig):
-    documents = read_documents(data, text_field=config.text_field, group_field=config.group_field)
-    return (d for d in documents if not is_heldout(d, config.heldout))
-
-
-def _shuffled_training_documents(data: str, config: DataConfig) -> list[Document]:
-    """The first 10,000 documents at most, in random order."""
-    documents = list(itertools.islice(_training_documents(data, config), 10_000))
-    return [documents[i] for i in np.random.default_rng(0).permutation(len(documents))]
-
-
-def _sample(documents: list[Document], tokenizer: Tokenizer, tokens: int) -> list[str]:
-    """The first documents, up to `tokens` tokens in all.
-
-    Long documents are truncated to 2,000 bytes, so that the sample covers more of them.
-    """
-    texts: list[str] = []
-    for document in documents:
-        if tokens <= 0:
-            break
-        text = document.text.encode()[:2000].decode(errors="ignore")
-        texts.append(text)
-        tokens -= len(tokenizer.encode_documents([text])[0])
-    return texts
 
 
 def _with_public_row(weights: Anchor, row: np.ndarray) -> Anchor:

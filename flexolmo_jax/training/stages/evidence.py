@@ -12,6 +12,7 @@ from flexolmo_jax.modeling.transformer import Anchor
 from flexolmo_jax.runtime.processes import on_main_process
 from flexolmo_jax.training.loop import StandardSteps, mesh_of, train
 from flexolmo_jax.training.objectives import evidence_parts
+from flexolmo_jax.training.public_sample import public_sample, shuffled_training_documents
 from flexolmo_jax.training.run import (
     alone_in_its_run,
     check_run,
@@ -84,6 +85,10 @@ def train_evidence(
     check_room_for(config, data, out, run, public.evidence, packaged=loaded.weights)
     source, report = prepare(data, config.data, tokenizer, run / "data")
     report.tell()
+    public_text = loaded.public_text
+    if not public_text:  # of a Hugging Face directory, or an anchor that was packaged without
+        documents = shuffled_training_documents(data, config.data)
+        public_text = public_sample(documents, tokenizer, config.public_tokens)
     record_run(run, wanted)
     head = in_float32(public.evidence)
     loss, trainable, frozen = evidence_parts(config, loaded.config, loaded.weights.backbone, head)
@@ -91,8 +96,8 @@ def train_evidence(
 
     def finish() -> None:
         weights = Anchor(loaded.weights.backbone, with_parts(public, evidence=trained))
-        text, facts = loaded.public_text, _facts(config, loaded)
-        write_anchor(out, weights, loaded.config, tokenizer, text, facts)
+        facts = _facts(config, loaded)
+        write_anchor(out, weights, loaded.config, tokenizer, public_text, facts)
 
     on_main_process(finish)
 
