@@ -99,9 +99,9 @@ def promises(reports: Sequence[Report]) -> list[tuple[str, float, bool]]:
         if domain != owner
     )
     return [
-        ("merged against the anchor, every owner's domain: -1% or better", each, each <= -0.01),
-        ("merged against the anchor, their mean: -5% or better", mean, mean <= -0.05),
-        ("public text: not more than +2%", public, public <= 0.02),
+        ("merged against the anchor, every owner's domain: -6% or better", each, each <= -0.06),
+        ("merged against the anchor, their mean: -15% or better", mean, mean <= -0.15),
+        ("public text: no worse", public, public <= 0),
         ("a domain switched off, against the anchor: -3% or worse", removed, removed >= -0.03),
         ("the other domains, against merged: not more than +2%", others, others <= 0.02),
     ]
