@@ -12,6 +12,7 @@ import argparse
 import functools
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,9 @@ CONFIDENT = 3.0  # times the logits of an over-confident head
 SHIFTS = (0.0, 0.75, 1.5, 3.0)
 DECAYS = (0.8, 0.9, 0.95, 0.98)
 PARTS = 8  # that each owner's text is split into
-LENGTH = 128  # tokens of a window: what the demo's models were made for
+LENGTH = 128  # tokens of a window, at most: what the demo's models were made for
 WINDOWS = 48  # of each domain
 EDGES = (0, 8, 16, 32, 64)  # of tokens, from the start of a document or a change
-DOMAINS = ("public", *OWNERS)
 PUBLIC_LONGER = "public"  # a head trained twice as long on public text as the anchor's own
 Rows = list[dict[str, Any]]
 Texts = dict[str, Sequences]
@@ -122,11 +122,12 @@ def heldout_texts(model: FlexOlmo) -> Texts:
     data, tokenizer = load_config("demo_expert", ExpertTraining).data, model.tokenizer
     assert tokenizer is not None
     sizes, texts = token_sizes(tokenizer), {}
-    for domain in DOMAINS:
+    for domain in ("public", *OWNERS):
         documents = heldout_documents(f"corpus:{domain}", data)
         cut: list[np.ndarray] = []
+        length = min(LENGTH, model.config.max_length)
         for ids in tokenized(documents, tokenizer):
-            whole = (w for w in windows([ids], LENGTH, tokenizer.separator) if w.segments.all())
+            whole = (w for w in windows([ids], length, tokenizer.separator) if w.segments.all())
             cut += [window.tokens for window in itertools.islice(whole, 4)]
         tokens = np.stack(cut[:WINDOWS])
         texts[domain] = Sequences(tokens, sizes[tokens[:, 1:]], np.arange(len(tokens)))
@@ -150,15 +151,9 @@ def attacks(merged: FlexOlmo, heads: dict[str, LowRankHead], texts: Texts) -> Ro
         changed = _with_head(merged, CHANGED, head)
         for shift in SHIFTS:
             model = _routed(changed, EVIDENCE[0], EVIDENCE[1], shift)
-            nats = {domain: token_nats(model, texts[domain]) for domain in DOMAINS}
-            rows.append(
-                {
-                    "evidence head": kind,
-                    "shift": f"{shift:g}",
-                    **{f"share of {x}": _shares(model, texts[x])[CHANGED] for x in DOMAINS},
-                    **{f"bits, {x}": _bits(nats[x], texts[x]) for x in DOMAINS},
-                }
-            )
+            taken = {f"share of {x}": _shares(model, text)[CHANGED] for x, text in texts.items()}
+            cost = {f"bits, {x}": _bits(model, text) for x, text in texts.items()}
+            rows.append({"evidence head": kind, "shift": f"{shift:g}", **taken, **cost})
     return rows
 
 
@@ -169,7 +164,7 @@ def starts(anchor: FlexOlmo, merged: FlexOlmo, texts: Texts) -> Rows:
 
 def changes(anchor: FlexOlmo, merged: FlexOlmo, texts: Texts) -> Rows:
     """The same after a change from one owner's text to another's, for several decays."""
-    half, pairs = LENGTH // 2, list(itertools.permutations(OWNERS, 2))
+    half, pairs = texts["public"].sizes.shape[1] // 2, list(itertools.permutations(OWNERS, 2))
     spliced = []
     for number, (first, second) in enumerate(pairs):
         before, after = texts[first].tokens, texts[second].tokens
@@ -189,22 +184,19 @@ def _by_position(
         name: [token_nats(model, one) for one in texts]
         for name, model in {"anchor": anchor, **models}.items()
     }
-    rows = []
-    for first, last in itertools.pairwise((*EDGES, LENGTH - start)):
-        if first < last:
-            span = slice(start + first, start + last)
-            of_span = {
-                name: float(
-                    np.mean(
-                        [
-                            bits_per_byte(nats[:, span], one.sizes[:, span])
-                            for nats, one in zip(own, texts, strict=True)
-                        ]
-                    )
-                )
-                for name, own in costs.items()
-            }
-            rows.append({"tokens": f"{first + 1} to {last}", **of_span})
+    length, rows = texts[0].sizes.shape[1] - start, []
+    for first, last in itertools.pairwise((*(edge for edge in EDGES if edge < length), length)):
+        span = slice(start + first, start + last)
+        of_span = {
+            name: np.mean(
+                [
+                    bits_per_byte(nats[:, span], one.sizes[:, span])
+                    for nats, one in zip(own, texts, strict=True)
+                ]
+            ).item()
+            for name, own in costs.items()
+        }
+        rows.append({"tokens": f"{first + 1} to {last}", **of_span})
     return rows
 
 
@@ -213,10 +205,10 @@ def growth(anchor: FlexOlmo, merged: FlexOlmo, heads: dict[str, LowRankHead], te
 
     An owner's parts have its network, and evidence heads of their own from shares of its text.
     """
-    rows = [{"owners": "0", **{x: _bits(token_nats(anchor, texts[x]), texts[x]) for x in DOMAINS}}]
+    rows = [{"owners": "0", **{x: _bits(anchor, text) for x, text in texts.items()}}]
     for count in range(1, len(OWNERS) + 1):
         without = OWNERS[count:]
-        own = {x: _bits(token_nats(merged, texts[x], without=without), texts[x]) for x in DOMAINS}
+        own = {x: _bits(merged, text, without) for x, text in texts.items()}
         rows.append({"owners": f"{count}: {', '.join(OWNERS[:count])}", **own})
     stacks, names = [select(merged.experts, [0])], ["public"]
     for owner in OWNERS:
@@ -227,13 +219,13 @@ def growth(anchor: FlexOlmo, merged: FlexOlmo, heads: dict[str, LowRankHead], te
             names.append(name)
     config = merged.config.replace(num_experts=len(names))
     split = FlexOlmo(merged.backbone, join(*stacks), config, tuple(names), merged.tokenizer)
-    own = {x: _bits(token_nats(split, texts[x]), texts[x]) for x in DOMAINS}
+    own = {x: _bits(split, text) for x, text in texts.items()}
     rows.append({"owners": f"{len(names) - 1}: each in {PARTS} parts", **own})
     return rows
 
 
-def _bits(nats: np.ndarray, text: Sequences) -> float:
-    return bits_per_byte(nats, text.sizes)
+def _bits(model: FlexOlmo, text: Sequences, without: Sequence[str] = ()) -> float:
+    return bits_per_byte(token_nats(model, text, without=without), text.sizes)
 
 
 def _head_of(model: FlexOlmo, owner: str) -> LowRankHead:

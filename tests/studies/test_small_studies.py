@@ -4,12 +4,20 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.sources import Document
+from flexolmo_jax.federation.anchor import read_anchor, write_anchor
+from flexolmo_jax.federation.expert import write_expert
+from flexolmo_jax.federation.merge import merge
+from flexolmo_jax.modeling.experts import Ranks, with_parts
 from flexolmo_jax.studies import (
     demo,
+    evidence,
     loading,
     privacy_accounting,
     rounding,
@@ -93,6 +101,46 @@ def test_longer_rows_take_a_larger_share(world, study, make_expert, tmp_path, mo
     assert [row[0] for row in rows[2:6]] == ["| 1", "| 2", "| 1", "| 2"]
     without = {row[0]: float(row[2].rstrip("% |")) for row in rows[-3:]}
     assert without["| row along the mean input"] > without["| honest"]
+
+
+def test_evidence_heads_are_attacked_split_and_read_by_position(
+    world, study, tmp_path, monkeypatch
+):
+    ranks, demo_folder = Ranks(head=2, evidence=4), tmp_path / "demo"
+    anchor = read_anchor(world.anchor)
+
+    def with_heads(seed):
+        random = np.random.default_rng(seed)
+        expert = jax.tree.map(jnp.asarray, anchor.weights.public)
+        expert.set_heads(anchor.config, ranks, jax.random.key(0))
+        return jax.tree.map(lambda x: x + 0.1 * random.standard_normal(x.shape, np.float32), expert)
+
+    def write(path, seed):
+        public = with_parts(anchor.weights.public, evidence=with_heads(seed).evidence)
+        weights = anchor.weights._replace(public=public)
+        write_anchor(path, weights, anchor.config, anchor.tokenizer, ["One, two."], {})
+
+    write(demo_folder / "anchor", 0)
+    for seed, name in enumerate(("code", "math"), 1):
+        write_expert(demo_folder / "experts" / name, with_heads(seed), name, anchor, {})
+    merge(
+        demo_folder / "anchor", sorted((demo_folder / "experts").iterdir()), demo_folder / "merged"
+    )
+    monkeypatch.setattr(
+        evidence, "run_command", lambda words, **_: write(Path(words[words.index("--out") + 1]), 7)
+    )
+    for name, value in {"OWNERS": ("code", "math"), "CHANGED": "code", "SHIFTS": (0.0, 50.0),
+                        "PARTS": 2, "LENGTH": 24, "WINDOWS": 4}.items():  # fmt: skip
+        monkeypatch.setattr(evidence, name, value)
+    printed = study("evidence", demo_folder, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    shares = {(row["evidence head"], row["shift"]): row for row in report["attacks"]}
+    assert len(shares) == 8 and len(report["growth"]) == 4
+    for (_, shift), row in shares.items():  # the public expert's is all that is left
+        assert (row["share of math"] < 1e-6) == (shift == "50")
+    assert [row["tokens"] for row in report["starts"]] == ["1 to 8", "9 to 16", "17 to 24"]
+    assert [row["tokens"] for row in report["changes"]] == ["1 to 8", "9 to 12"]
+    assert "growth:" in printed and "4: each in 2 parts" in printed
 
 
 def test_a_model_is_loaded_over_two_devices(tmp_path):
