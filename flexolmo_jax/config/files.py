@@ -63,7 +63,7 @@ def load_config(path: str | Path, kind: type, folder: Path | None = None) -> Any
       >>> import flexolmo_jax as fo
       >>> config = fo.load_config("demo_anchor", fo.AnchorTraining)
       >>> config.model.width, config.steps
-      (128, 800)
+      (128, 500)
     """
     file = find_config(path, folder)
     try:

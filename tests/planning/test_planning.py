@@ -14,7 +14,7 @@ from flexolmo_jax.modeling.transformer import init_anchor
 from flexolmo_jax.planning.chips import CHIPS, chip_of
 from flexolmo_jax.planning.costs import Cost, cost
 from flexolmo_jax.planning.hlo import read
-from flexolmo_jax.training.objectives import AnchorLoss, ExpertAloneLoss, ExpertPairLoss
+from flexolmo_jax.training.objectives import AnchorLoss, ExpertAloneLoss, ExpertPairLoss, OwnParts
 
 CONFIG = ModelConfig(
     vocab_size=512, width=64, num_layers=4, num_heads=4, ffn_width=160, attention="blocked"
@@ -33,7 +33,8 @@ def compiled(config, stage):
     loss, trainable, frozen = {
         "anchor": (AnchorLoss(config, 0.0), anchor, None),
         "alone": (
-            ExpertAloneLoss(config, 0.0), anchor.public.feed_forward, (anchor, anchor.public.router)
+            ExpertAloneLoss(config, 0.0), OwnParts.of(anchor.public),
+            (anchor, anchor.public.router),
         ),
         "pair": (ExpertPairLoss(config.replace(num_experts=2), 0.0, 0.0), anchor.public, anchor),
     }[stage]  # fmt: skip

@@ -32,6 +32,7 @@ from flexolmo_jax.training.objectives import (
     AnchorLoss,
     ExpertAloneLoss,
     ExpertPairLoss,
+    OwnParts,
     RouterLoss,
     RouterRows,
 )
@@ -62,7 +63,7 @@ class Stage:
             self.trainable, self.frozen = jax.tree.map(jnp.copy, weights), None
         elif name == "alone":
             self.loss = ExpertAloneLoss(config, 1e-5)
-            self.trainable, self.frozen = own.feed_forward, (weights, weights.public.router)
+            self.trainable, self.frozen = OwnParts.of(own), (weights, weights.public.router)
         elif name == "pair":
             self.loss = ExpertPairLoss(pair, 1e-5, 1e-3)
             self.trainable, self.frozen = own, weights
