@@ -21,6 +21,7 @@ from flexolmo_jax.privacy.mechanism import Clipping, clipped_gradients, with_noi
 from flexolmo_jax.storage import tensors
 from flexolmo_jax.training.objectives import expert_parts
 from flexolmo_jax.training.private.steps import private_step
+from flexolmo_jax.training.stages.anchor import train_anchor
 from flexolmo_jax.training.starting_point import initial_expert
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -135,13 +136,17 @@ def test_every_weight_of_every_part_gets_the_same_noise(stage):
 
 @pytest.fixture(scope="module")
 def private(world, tmp_path_factory):
-    """The folder of an owner whose private expert has both heads."""
+    """The folder of an owner whose private expert has both heads, as its anchor has one."""
     folder = tmp_path_factory.mktemp("parts")
+    train_anchor(
+        world.config("anchor", evidence_rank=4), data=str(world.texts["public"]),
+        out=folder / "anchor", run=folder / "anchor.run",
+    )  # fmt: skip
     shutil.copy(world.texts["math"], folder / "math.jsonl")
     words = [
         *world.expert_words(folder / "out", data=folder / "math.jsonl", run=folder / "run"),
-        "--dp-epsilon", 4, "--dp-windows", 2, "--dp-microbatch-size", 4, "--head-rank", 6,
-        "--evidence-rank", 4,
+        "--anchor", folder / "anchor", "--dp-epsilon", 4, "--dp-windows", 2,
+        "--dp-microbatch-size", 4, "--head-rank", 6, "--evidence-rank", 4,
     ]  # fmt: skip
     assert main([str(word) for word in words]) == 0
     return folder
@@ -159,11 +164,12 @@ def test_the_certificate_lists_the_parts_and_the_ledger_has_one_run(private, fle
 
 
 def test_no_weight_of_a_head_leaves_without_noise(private, world):
-    anchor = read_anchor(world.anchor)
+    anchor = read_anchor(private / "anchor")
     config = world.config("alone", **HEADS)
     start = tensors.named(initial_expert(config, anchor.config, anchor.weights.public))
     trained = tensors.named(read_expert(private / "out", anchor))
     assert trained.keys() == start.keys()
+    assert np.asarray(start["evidence.b"]).any()  # it began as the public one
     for name, value in trained.items():
         if not name.startswith("router"):  # its rows are fitted to a release of their own
             assert not np.any(np.asarray(value) == np.asarray(start[name])), name
