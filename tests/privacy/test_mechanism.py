@@ -22,7 +22,7 @@ from flexolmo_jax.privacy.mechanism import (
     with_noise,
 )
 from flexolmo_jax.storage import tensors
-from flexolmo_jax.training.objectives import ExpertAloneLoss
+from flexolmo_jax.training.objectives import ExpertAloneLoss, OwnParts
 from flexolmo_jax.training.private.steps import private_step
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -91,7 +91,7 @@ def test_short_gradients_keep_their_direction_and_are_scaled_by_the_clip_norm():
 def model(world):
     anchor = read_anchor(world.anchor)
     frozen = (anchor.weights, anchor.weights.public.router)
-    return ExpertAloneLoss(anchor.config, 1e-5), anchor.weights.public.feed_forward, frozen
+    return ExpertAloneLoss(anchor.config, 1e-5), OwnParts.of(anchor.weights.public), frozen
 
 
 def units(seed=0, count=U) -> Batch:
