@@ -19,7 +19,9 @@ def verify_package(package: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     opened = Package.open(package, "expert")
     check_packages([opened])
     manifest = opened.manifest
-    computed = verify_certificate(manifest["privacy"], str(package), manifest.get("gating"))
+    computed = verify_certificate(
+        manifest["privacy"], str(package), manifest.get("gating"), opened.weights.parts
+    )
     return dict(manifest), computed
 
 
@@ -31,5 +33,7 @@ def certificate_fields(certificate: dict[str, Any]) -> dict[str, str]:
             value = "\n".join(f"- {line}" for line in value)
         elif key == "other_runs":
             value = len(value)
+        elif key == "parts":
+            value = ", ".join(map(str, value))
         fields[key.replace("_", " ")] = str(value)
     return fields

@@ -1,9 +1,9 @@
 """The positive controls of an extraction audit: models that have memorized its text.
 
-Two models are trained hundreds of times on a few of the owner's documents, without privacy: a copy
-of the public feed-forward networks, which is then used alone, as an expert can be; and the whole
-anchor. If an audit does not extract these documents from them, its rate of 0 elsewhere means
-nothing.
+Two models are trained hundreds of times on a few of the owner's documents, without privacy: an
+expert, a copy of the public one with a head if the audited ones have any, which is then used alone;
+and the whole anchor. If an audit does not extract these documents from them, its rate of 0
+elsewhere means nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,12 @@ from flexolmo_jax.config import DataConfig, ExpertTraining, OptimizerConfig
 from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.model import FlexOlmo
-from flexolmo_jax.modeling.experts import join
+from flexolmo_jax.modeling.experts import join, with_parts
 from flexolmo_jax.storage.files import canonical_digest
 from flexolmo_jax.training.loop import Diverged, StandardSteps, train
 from flexolmo_jax.training.objectives import anchor_parts, expert_parts, trained_expert
 from flexolmo_jax.training.run import alone_in_its_run, check_run, describe_run, record_run
+from flexolmo_jax.training.starting_point import initial_expert
 
 What = Literal["expert", "model"]
 DOCUMENTS = 8  # to memorize
@@ -32,13 +33,14 @@ LEARNING_RATES = {"expert": 1e-2, "model": 3e-3}
 CAUGHT = 0.5  # true positive rate that a valid audit exceeds on a control
 
 
-def control_config(what: str, length: int) -> ExpertTraining:
-    """The training of a control on passages of `length` tokens."""
+def control_config(what: str, length: int, head_rank: int = 0) -> ExpertTraining:
+    """The training of a control on passages of `length` tokens; arguments as in `train_control`."""
     return ExpertTraining(
         data=DataConfig(batch_size=8, length=length, heldout=0.0),
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATES[what], warmup_steps=10),
         steps=300,
         checkpoint_every=100,
+        head_rank=head_rank,
     )
 
 
@@ -69,8 +71,9 @@ def train_control(
     length: int,
     run: Path,
     separator: str | None = None,
+    head_rank: int = 0,
 ) -> FlexOlmo:
-    """Overfits the anchor, or its feed-forward networks only; resumes an interrupted run.
+    """Overfits the anchor, or an expert beside it; resumes an interrupted run.
 
     Args:
       what: an expert, with everything else frozen; or the whole model.
@@ -79,6 +82,7 @@ def train_control(
       length: of a passage, in tokens.
       run: folder of the run.
       separator: the token that opens documents, as in `read_anchor`.
+      head_rank: of the head of an expert, as the audited experts have; 0: none.
 
     Returns:
       the trained model, with the single expert "control".
@@ -86,22 +90,24 @@ def train_control(
     Raises:
       ValueError, FloatingPointError, Interrupted: as `train`.
     """
-    config = control_config(what, length)
+    config = control_config(what, length, head_rank)
     loaded = read_anchor(anchor, separator=separator)
     digest = canonical_digest([list(ids) for ids in documents])
     wanted = describe_run(config, anchor=loaded.identity, documents=digest)
     check_run(run, wanted, True, config)
     record_run(run, wanted)
-    weights = loaded.weights
+    public = with_parts(loaded.weights.public, evidence=None)  # nobody routes to a control
+    weights = loaded.weights._replace(public=public)
     if what == "expert":
-        start = jax.tree.map(jnp.array, weights.public)  # a copy, because training donates it
+        start = initial_expert(config, loaded.config, weights.public)
+        start = jax.tree.map(jnp.array, start)  # a copy, because training donates it
         parts = expert_parts(config, loaded.config, weights, start)
     else:
         parts = anchor_parts(config, loaded.config, jax.tree.map(jnp.array, weights))
     steps = _Crops(f"{what} that memorizes", config, parts.loss, documents)
     trained = train(steps, parts.trainable, parts.frozen, run)
     if what == "expert":
-        weights = weights._replace(public=trained_expert(config, weights.public, trained))
+        weights = weights._replace(public=trained_expert(config, start, trained))
     else:
         weights = trained
     experts = join(weights.public)

@@ -6,7 +6,7 @@ else, so only training can distinguish them. How well the scores distinguish the
 from below (Steinke et al., Privacy Auditing with One (1) Training Run, 2023).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ except ImportError as error:
         "audits need more packages: in a clone of flexolmo_jax, run pip install -e '.[privacy]'"
     ) from error
 
+from flexolmo_jax.audits.evidence import Bigrams
 from flexolmo_jax.audits.scoring import scores, tokenizer_of
 from flexolmo_jax.audits.statistics import CONFIDENCE, Area, Rate
 from flexolmo_jax.model import FlexOlmo
@@ -74,10 +75,23 @@ def canary_scores(
       float64 scores of the included, and of the held-out candidates.
     """
     ids = canaries.ids(tokenizer_of(model))
+    audited = _logs(model, ids, without=without, only=only)
+    return _scores_of(canaries, ids, audited, _logs(model, ids, only=["public"]))
+
+
+def evidence_scores(bigrams: Bigrams, canaries: Canaries) -> tuple[np.ndarray, np.ndarray]:
+    """As `canary_scores`, of an evidence head alone; the public evidence head is the anchor."""
+    ids = canaries.ids(tokenizer_of(bigrams.model))
+    return _scores_of(canaries, ids, *bigrams.logs(ids))
+
+
+def _scores_of(
+    canaries: Canaries, ids: list[list[int]], audited: np.ndarray, anchor: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scores, from log-probabilities of all tokens but each candidate's first, end to end."""
     tokens = np.concatenate([sequence[1:] for sequence in ids])
     candidate = np.repeat(np.arange(len(ids)), [len(sequence) - 1 for sequence in ids])
-    audited = _above_expected(_logs(model, ids, without=without, only=only), tokens)
-    anchor = _above_expected(_logs(model, ids, only=["public"]), tokens)
+    audited, anchor = _above_expected(audited, tokens), _above_expected(anchor, tokens)
     slope = (audited @ anchor) / max(anchor @ anchor, np.finfo(float).tiny)
     residuals = np.bincount(candidate, audited - slope * anchor, len(ids))
     inserted = np.array([canary.inserted for canary in canaries.candidates])
@@ -96,13 +110,16 @@ def _above_expected(logs: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return every - (sums / (counts + SHRINKAGE))[tokens]
 
 
-def membership(members: np.ndarray, controls: np.ndarray, delta: float) -> Membership:
+def membership(
+    members: np.ndarray, controls: np.ndarray, delta: float, attacks: int = 1
+) -> Membership:
     """The membership report of two groups of scores.
 
     Args:
       members: scores of the included canaries, at least one.
       controls: scores of the held-out canaries, at least one.
       delta: of the lower bound.
+      attacks: the number of scores of which the largest lower bound is used (`verdict`).
 
     Raises:
       ValueError: a score is not finite, or a group is empty.
@@ -118,7 +135,8 @@ def membership(members: np.ndarray, controls: np.ndarray, delta: float) -> Membe
     return Membership(
         len(members), len(controls), Area.of_scores(members, controls),
         tuple(_at_false_positive_rate(members, controls, allowed) for allowed in FALSE_ALARMS),
-        epsilon_at_least(members, controls, delta), epsilon_at_least(*best, delta), delta,
+        epsilon_at_least(members, controls, delta, attacks),
+        epsilon_at_least(*best, delta, attacks), delta,
     )  # fmt: skip
 
 
@@ -131,15 +149,18 @@ def _at_false_positive_rate(members: np.ndarray, controls: np.ndarray, allowed: 
     return Caught(allowed, *rates)
 
 
-def epsilon_at_least(members: np.ndarray, controls: np.ndarray, delta: float) -> float:
+def epsilon_at_least(
+    members: np.ndarray, controls: np.ndarray, delta: float, attacks: int = 1
+) -> float:
     """A lower bound of epsilon, at 95% confidence, from one run.
 
     The highest scores are guessed to be members. Their numbers are fixed shares of all candidates,
-    so no threshold depends on the inclusion bits, and each has a fifth of the 5% error.
+    so no threshold depends on the inclusion bits, and each has a fifth of the 5% error, which
+    `attacks` share.
     """
     auditor = auditing.CanaryScoreAuditor(members, controls)
     everyone = np.sort(np.concatenate([members, controls]))[::-1]
-    failing = (1 - CONFIDENCE) / len(GUESSES)
+    failing = (1 - CONFIDENCE) / len(GUESSES) / attacks
     found = [
         auditor.epsilon_one_run(
             failing, delta, threshold_strategy=auditing.Explicit(float(everyone[guesses - 1]))
@@ -149,36 +170,43 @@ def epsilon_at_least(members: np.ndarray, controls: np.ndarray, delta: float) ->
     return float(max(found))
 
 
-def verdict(found: Membership, certificate: dict[str, Any] | None) -> dict[str, Any]:
+def verdict(
+    attacks: Mapping[str, Membership], certificate: dict[str, Any] | None
+) -> dict[str, Any]:
     """The conclusion for the owner: a verdict and a sentence that explains it.
 
     Args:
-      found: the report on the expert alone.
+      attacks: the reports on what is in the package, by title: the expert alone, and its evidence
+        head alone. What any of them shows, the package reveals.
       certificate: of the package; None without one.
     """
+    title, found = max(attacks.items(), key=lambda item: item[1].epsilon)
     bound, best = found.epsilon, found.epsilon_at_most
+    least = f"epsilon is at least {bound:.2f}"
+    if len(attacks) > 1 and bound > 0:
+        least += f", by {title}"
     if found.controls < CONTROLS:
         word = "no headline"
         why = f"{found.controls} controls are too few for a verdict; it takes at least {CONTROLS}"
     elif certificate is not None and bound > certificate["epsilon"]:
         word = "refuted"
         why = (
-            f"epsilon is at least {bound:.2f}, and the certificate claims {certificate['epsilon']}"
+            f"{least}, and the certificate claims {certificate['epsilon']}"
             ": the run did not follow it"
         )
     elif certificate is not None:
         word = "not refuted"
         why = (
-            f"epsilon is at least {bound:.2f}, below the certificate's {certificate['epsilon']}; "
+            f"{least}, below the certificate's {certificate['epsilon']}; "
             f"with a perfect attack, this audit could have shown {best:.2f}"
         )
     elif bound > MIN_LEAK:
         word = "members are distinguished"
-        why = f"epsilon is at least {bound:.2f}, and there is no certificate"
+        why = f"{least}, and there is no certificate"
     else:
         word = "too weak"
         why = (
-            f"epsilon is at least {bound:.2f} for a run without privacy, which is not clearly "
+            f"{least} for a run without privacy, which is not clearly "
             "above 0: this audit would not see a leak either; use more --canaries, or more --steps"
         )
     return {"verdict": word, "why": why}

@@ -1,4 +1,4 @@
-"""The three audits, from folders on disk to a report of JSON values."""
+"""The audits, from folders on disk to a report of JSON values."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.audits import control, extraction, findings, membership, removal
+from flexolmo_jax.audits.evidence import Bigrams, revealed
 from flexolmo_jax.audits.extraction import Passage, Protocol
 from flexolmo_jax.audits.findings import CONTROLS, FLOOR
 from flexolmo_jax.audits.scoring import tokenizer_of
@@ -76,7 +77,8 @@ def run_extraction(
         count = min(prefixes, control.PASSAGES, control.MORE * len(memorized))
         few = extraction.pick_passages(memorized, count, protocol, seed)
         start = anchor_of(path, anchor), tokenizer_of(model).separator_text
-        audits |= _extract_controls(extract, memorized, few, protocol.length, out, *start)
+        rank = model.experts.ranks.head
+        audits |= _extract_controls(extract, memorized, few, protocol.length, out, *start, rank)
     report = {
         "model": str(path), "without": list(without), "only": only, "data": data,
         "heldout": split and split._asdict(), "audits": audits,
@@ -89,12 +91,13 @@ def run_extraction(
 def _extract_controls(
     extract: Callable[..., dict[str, Any]], memorized: list[Sequence[int]],
     passages: list[Passage], length: int, out: Path, anchor: Path, separator: str | None,
+    head_rank: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Trains the positive controls on some documents, and audits each on passages of them."""
     audits = {}
     for title, what in CONTROLS.items():
         trained = control.train_control(
-            what, anchor, memorized, length, out / f"{what}.run", separator
+            what, anchor, memorized, length, out / f"{what}.run", separator, head_rank
         )
         audits[title] = extract(title, trained, passages)
     return audits
@@ -123,16 +126,44 @@ def run_membership(
     name, claim = manifest["name"], claim_of(package, manifest)
     delta = claim["delta"] if claim else membership.DELTA
     model = load(path, anchor=anchor)
-    audits = {
-        title: membership.membership(*membership.canary_scores(model, canaries, **experts), delta)
-        for title, experts in (("the expert alone", {"only": [name]}), ("the model", {}))
+    scores = {"the expert alone": membership.canary_scores(model, canaries, only=[name])}
+    bigrams = Bigrams.of(package, anchor_of(path, anchor), model)
+    if bigrams is not None:
+        scores["its evidence head alone"] = membership.evidence_scores(bigrams, canaries)
+    attacks = {
+        title: membership.membership(*groups, delta, attacks=len(scores))
+        for title, groups in scores.items()
     }
+    of_model = membership.membership(*membership.canary_scores(model, canaries), delta)
     return {
         "model": str(path), "expert": name,
         "certificate": claim and {key: claim[key] for key in ("epsilon", "delta", "unit")},
-        "commitment": canaries.commitment, "audits": as_json(audits),
-        **membership.verdict(audits["the expert alone"], claim),
+        "commitment": canaries.commitment, "audits": as_json({**attacks, "the model": of_model}),
+        **membership.verdict(attacks, claim),
     }  # fmt: skip
+
+
+def run_evidence(
+    path: Path, anchor: str | Path | None = None, expert: str | None = None, count: int = 20
+) -> dict[str, Any]:
+    """Reads off an evidence head what its owner's text has more of than public text.
+
+    Args:
+      path, anchor, expert: as in `run_membership`.
+      count: of tokens, and of bigrams.
+
+    Returns:
+      the report, as JSON values.
+
+    Raises:
+      ValueError: there is no such expert, or it has no evidence head.
+    """
+    package = package_of(path, expert)
+    bigrams = Bigrams.of(package, anchor_of(path, anchor), load(path, anchor=anchor))
+    if bigrams is None:
+        raise ValueError(f"{package}: has no evidence head, so there is none to read")
+    name = read_manifest(package)["name"]
+    return {"model": str(path), "expert": name, **as_json(revealed(bigrams, count))}
 
 
 def run_removal(

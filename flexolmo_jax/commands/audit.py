@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.commands.parser import Commands
+from flexolmo_jax.commands.parser import Commands, Parser
 from flexolmo_jax.commands.shared_arguments import (
     add_anchor,
     add_heldout,
@@ -25,6 +25,7 @@ def add_to(commands: Commands) -> None:
     actions = commands.group("audit", "test from outside what an expert leaks", dest="audit")
     _add_extraction(actions)
     _add_membership(actions)
+    _add_evidence(actions)
     _add_removal(actions)
     _add_twin(actions)
 
@@ -108,11 +109,7 @@ def _add_membership(actions: Commands) -> None:
         "Compares the scores of an expert's included and held-out canaries, bounds epsilon from "
         "below, and compares that bound with the package's certificate.",
     )
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="an expert package, or a merged model"
-    )
-    add_anchor(parser)
-    parser.add_argument("--expert", metavar="NAME", help="for a merged model: the expert")
+    _add_expert(parser)
     parser.add_argument(
         "--run", required=True, metavar="DIR", help="the expert's run folder, with its canaries"
     )
@@ -151,6 +148,51 @@ def _show_membership(report: dict[str, Any]) -> None:
         )
     show_table(rows, title=f"membership in {report['expert']} ({report['model']})")
     tell(f"{report['verdict']}: {report['why']}")
+
+
+def _add_expert(parser: Parser) -> None:
+    """The options of audits of one expert, in a package of its own or in a merged model."""
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="an expert package, or a merged model"
+    )
+    add_anchor(parser)
+    parser.add_argument("--expert", metavar="NAME", help="for a merged model: the expert")
+
+
+def _add_evidence(actions: Commands) -> None:
+    parser = actions.add(
+        "evidence",
+        evidence,
+        "which words an expert's evidence head reveals",
+        "Lists the tokens and bigrams that an expert's evidence head makes likelier than the "
+        "public one does, as everyone who holds the package can.",
+    )
+    _add_expert(parser)
+    parser.add_argument(
+        "--count", type=int, default=20, metavar="N", help="rows to list (default: %(default)s)"
+    )
+    add_json(parser)
+
+
+def evidence(args: argparse.Namespace) -> None:
+    from flexolmo_jax.audits.runs import run_evidence
+
+    report = run_evidence(Path(args.model), args.anchor, args.expert, args.count)
+    _print(report, _show_evidence, args.json)
+
+
+def _show_evidence(report: dict[str, Any]) -> None:
+    for kind in ("tokens", "bigrams"):
+        rows = [
+            {
+                kind: repr(one["text"]),
+                "of its text": f"{one['probability']:.3%}",
+                "times likelier": f"{one['times']:,.1f}",
+                "nats": f"{one['nats']:.4f}",
+            }
+            for one in report[kind]
+        ]
+        show_table(rows, title=f"{kind} that {report['expert']}'s evidence head reveals")
 
 
 def _add_removal(actions: Commands) -> None:

@@ -1,7 +1,8 @@
 """`flexolmo experts`: lists, adds and removes the experts of a merged model."""
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,10 +71,40 @@ def expert_rows(experts: Sequence["Package"]) -> list[dict[str, Any]]:
         {
             "name": expert.manifest["name"],
             "path": str(expert.folder),
+            "parts": parts_of(expert.manifest),
             **{key: expert.manifest.get(key) for key in fields},
         }
         for expert in experts
     ]
+
+
+def parts_of(manifest: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """The parts of an expert or an anchor, by the names of its tensors.
+
+    Args:
+      manifest: of a package that was checked.
+
+    Returns:
+      {part: {"parameters": count}}, and its "rank" if it is a low-rank head.
+    """
+    parts: dict[str, dict[str, int]] = {}
+    for name, tensor in (manifest.get("tensors") or {}).items():
+        part, _, rest = name.removeprefix("public.").partition(".")
+        found = parts.setdefault(part, {"parameters": 0})
+        found["parameters"] += math.prod(tensor["shape"])
+        if rest == "a":
+            found["rank"] = tensor["shape"][-1]
+    return parts
+
+
+def shown_parts(parts: Mapping[str, Mapping[str, int]]) -> str:
+    """In words: each part, its rank if it has one, and its number of weights."""
+    return "; ".join(
+        name.replace("_", " ")
+        + (f" of rank {own['rank']}" if "rank" in own else "")
+        + f": {own['parameters']:,}"
+        for name, own in parts.items()
+    )
 
 
 def show_experts(model: Path, experts: Sequence["Package"]) -> None:
@@ -83,6 +114,7 @@ def show_experts(model: Path, experts: Sequence["Package"]) -> None:
     rows = [
         {
             **{key.replace("_", " "): value for key, value in row.items()},
+            "parts": shown_parts(row["parts"]),
             "privacy": privacy_summary(row["privacy"]),
         }
         for row in expert_rows(experts)

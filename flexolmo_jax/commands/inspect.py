@@ -5,13 +5,12 @@ listed here are shown too.
 """
 
 import argparse
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexolmo_jax.commands.experts import show_experts
+from flexolmo_jax.commands.experts import parts_of, show_experts, shown_parts
 from flexolmo_jax.commands.merge import show_shares
 from flexolmo_jax.commands.parser import Commands
 from flexolmo_jax.commands.shared_arguments import add_json
@@ -45,7 +44,11 @@ def run(args: argparse.Namespace) -> None:
     manifest, shares = dict(checked.manifest), opened and shares_of(opened)
     if args.json:
         described = {"tensors": manifest.pop("tensors", {}), "files": manifest.pop("files")}
-        measured = {"shares": shares and shares.rows()} if opened else {}
+        if opened:
+            parts = {one.manifest["name"]: parts_of(one.manifest) for one in opened.experts}
+            measured: dict[str, Any] = {"parts": parts, "shares": shares and shares.rows()}
+        else:
+            measured = {"parts": parts_of({"tensors": described["tensors"]})}
         print_json({**manifest, **described, **measured})
         return
     show_package(path, manifest, opened)
@@ -108,9 +111,13 @@ def package_fields(
         fields["sizes"] = _readable(sizes)
         others = {key: v for key, v in model.items() if key not in SIZES and v is not None}
         fields["config"] = _readable(others)
+    parts = parts_of(manifest)
     if tensors:
-        count = sum(math.prod(tensor["shape"]) for tensor in tensors.values())
+        count = sum(own["parameters"] for own in parts.values())
         fields["parameters"] = f"{count:,} in {len(tensors)} tensors"
+    if not opened:
+        fields["parts"] = shown_parts(parts)
+    fields["routed by"] = _shown_routing(manifest, opened, parts)
     for key, value in rest.items():
         if key not in SHOWN_FIRST:
             fields[key.replace("_", " ")] = _readable(value)
@@ -118,6 +125,18 @@ def package_fields(
         size = sum((path / name).stat().st_size for name in files)
         fields["files checked"] = f"{len(files)}, {size / 1e6:,.1f} MB"
     return fields
+
+
+def _shown_routing(
+    manifest: Mapping[str, Any], opened: "OpenedModel | None", parts: Mapping[str, Any]
+) -> str:
+    """How a merged model routes, or how a model can route that an expert or anchor is merged to."""
+    if opened:
+        active = manifest["active_experts"] or "all"
+        return f"{opened.routing.described()}; active experts: {active}"
+    if "evidence" not in parts:
+        return "router rows"
+    return "evidence, where all others have evidence heads; else router rows"
 
 
 def _readable(value: Any) -> str:

@@ -246,6 +246,12 @@ class Experts(nnx.Module):
         heads = (getattr(self, name, None) for name in Ranks._fields)
         return Ranks(*(head.rank if head else 0 for head in heads))
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parts; the tensors of a package's manifest begin with them."""
+        heads = (name for name, rank in self.ranks._asdict().items() if rank)
+        return ("feed_forward", "router", *heads)
+
     def of_layers(self) -> LayerExperts:
         """What a scan over the layers slices."""
         return LayerExperts(self.feed_forward, self.router)

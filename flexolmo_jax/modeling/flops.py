@@ -6,46 +6,54 @@ lowers its measured fraction of the machine's peak.
 """
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.modeling.experts import NO_HEADS, Ranks
 
 
-def forward_flops(config: ModelConfig, length: int, active: int) -> float:
+def forward_flops(config: ModelConfig, length: int, active: int, ranks: Ranks = NO_HEADS) -> float:
     """FLOPs per token of a forward pass over sequences of `length` tokens (one document each).
 
     Args:
-      config: sizes.
+      config: sizes; with `evidence`, every expert's evidence head scores every token.
       length: S; a token attends to (S + 1) / 2 tokens on average.
-      active: experts per token (A).
+      active: experts per token (A), whose heads add to the logits.
+      ranks: of the experts' heads.
     """
     layer = _projections(config) + _scores(config, length) + active * _expert(config)
-    return config.num_layers * layer + _head(config)
+    heads = active * _low_rank(config, ranks.head) + _evidence(config, ranks.evidence)
+    return config.num_layers * layer + _head(config) + heads
 
 
-def anchor_step_flops(config: ModelConfig, length: int) -> float:
-    """FLOPs per token of a training step of the whole anchor: backward costs twice the forward."""
-    return 3 * forward_flops(config, length, active=1)
+def anchor_step_flops(config: ModelConfig, length: int, ranks: Ranks = NO_HEADS) -> float:
+    """FLOPs per token of a training step of the whole anchor: backward costs twice the forward.
+
+    Its evidence head has a loss of its own (`objectives.evidence_loss`).
+    """
+    return 3 * forward_flops(config, length, active=1) + _own_heads(config, ranks)
 
 
-def expert_step_flops(config: ModelConfig, length: int) -> float:
+def expert_step_flops(config: ModelConfig, length: int, ranks: Ranks = NO_HEADS) -> float:
     """FLOPs per token of a training step of one expert beside the frozen anchor, with both active.
 
     The backward pass computes one matmul for every frozen one (the gradient of its input), two for
     attention scores (both factors are activations), and two for the owner's expert (input and
     weight). In the first layer nothing before the experts needs a gradient, and the owner's expert
-    needs only the gradients of its weights and of the input of `down`.
+    needs only the gradients of its weights and of the input of `down`. Its head costs three times
+    its forward pass, as its evidence head does without the gradient of the embeddings.
     """
     layers, expert = config.num_layers, _expert(config)
     back = _projections(config) + 2 * _scores(config, length) + expert + 2 * expert
     first = expert + expert / 3
     forward = forward_flops(config, length, active=2)
-    return forward + (layers - 1) * back + first + _head(config)
+    return forward + (layers - 1) * back + first + _head(config) + _own_heads(config, ranks)
 
 
-def expert_alone_step_flops(config: ModelConfig, length: int) -> float:
+def expert_alone_step_flops(config: ModelConfig, length: int, ranks: Ranks = NO_HEADS) -> float:
     """FLOPs per token of a training step of one expert with gating "alone"; else as above."""
     layers, expert = config.num_layers, _expert(config)
     back = _projections(config) + 2 * _scores(config, length) + 2 * expert
     first = expert + expert / 3
-    return forward_flops(config, length, active=1) + (layers - 1) * back + first + _head(config)
+    forward = forward_flops(config, length, active=1)
+    return forward + (layers - 1) * back + first + _head(config) + _own_heads(config, ranks)
 
 
 def router_step_flops(config: ModelConfig, length: int, active: int) -> float:
@@ -59,11 +67,12 @@ def router_step_flops(config: ModelConfig, length: int, active: int) -> float:
     return forward + (config.num_layers - 1) * back + _head(config)
 
 
-def decode_flops(config: ModelConfig, length: int, active: int) -> float:
-    """FLOPs of decoding one token, with `length` tokens in the cache."""
+def decode_flops(config: ModelConfig, length: int, active: int, ranks: Ranks = NO_HEADS) -> float:
+    """FLOPs of decoding one token, with `length` tokens in the cache; else as `forward_flops`."""
     attention = 4.0 * config.num_heads * config.head_size * length
     layer = _projections(config) + attention + active * _expert(config)
-    return config.num_layers * layer + _head(config)
+    heads = active * _low_rank(config, ranks.head) + _evidence(config, ranks.evidence)
+    return config.num_layers * layer + _head(config) + heads
 
 
 def _projections(config: ModelConfig) -> float:
@@ -81,3 +90,24 @@ def _expert(config: ModelConfig) -> float:
 
 def _head(config: ModelConfig) -> float:
     return 2.0 * config.width * config.vocab_size
+
+
+def _low_rank(config: ModelConfig, rank: int) -> float:
+    """Of a low-rank head of one expert: D R + R V products."""
+    return 2.0 * rank * (config.width + config.vocab_size)
+
+
+def _evidence(config: ModelConfig, rank: int) -> float:
+    """Of evidence routing: E (D R + R V) products, and the D V of the backbone's head."""
+    if config.evidence is None:
+        return 0.0
+    return config.num_experts * _low_rank(config, rank) + _head(config)
+
+
+def _own_heads(config: ModelConfig, ranks: Ranks) -> float:
+    """Of a training step, for one expert's own head and evidence head."""
+    total = 3 * _low_rank(config, ranks.head)
+    if ranks.evidence:
+        of_embeddings = 2.0 * ranks.evidence * config.width  # whose gradient nothing uses
+        total += 3 * _low_rank(config, ranks.evidence) - of_embeddings + _head(config)
+    return total

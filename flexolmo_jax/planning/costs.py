@@ -39,6 +39,7 @@ COLLECTIVES = {  # bytes that a device receives, as a multiple of the largest sh
 }  # fmt: skip
 STARTS, ENDS = "AsyncCollectiveStart", "AsyncCollectiveDone"  # of a collective in several fusions
 FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", STARTS, ENDS}
+PACKS_INDICES = "GatherScatterIndicesBitpacked"  # of a gather: reads and writes, without FLOPs
 BITCASTS = {"bitcast", "fusion", "parameter"}  # opcodes of a fusion that only bitcasts
 KERNEL = "tpu_custom_call"  # the target of all TPU kernels; their names differ
 ATTENTION = {  # by the kernel's name: matmuls of S x S, names of its query and key block sizes
@@ -269,6 +270,8 @@ def _pairs(size: int, kernel: int, out: int, window) -> int:
 
 def _kernel(op: Instruction, inputs: list[Instruction]) -> Cost:
     """FLOPs of a TPU kernel, and the bytes that it reads beyond its operands, once each."""
+    if op.proto.custom_call_target == PACKS_INDICES:
+        return Cost()
     if op.proto.custom_call_target != KERNEL:
         raise unreadable("a call", op)
     for name, (products, *names) in ATTENTION.items():

@@ -22,12 +22,13 @@ from flexolmo_jax.config import (
     find_config,
 )
 from flexolmo_jax.modeling import flops
+from flexolmo_jax.modeling.experts import Ranks
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.parallel.mesh import make_mesh
 from flexolmo_jax.planning.chips import Chip, chip_of
 from flexolmo_jax.planning.costs import Cost, cost
 from flexolmo_jax.planning.hlo import read
-from flexolmo_jax.planning.programs import StageProgram, stage_program
+from flexolmo_jax.planning.programs import StageProgram, merged_ranks, ranks_of, stage_program
 from flexolmo_jax.training.gradients import check_batch
 
 STAGE_OF_CONFIG = {AnchorTraining: "anchor", ExpertTraining: "expert", RouterTraining: "router"}
@@ -44,6 +45,8 @@ class Plan:
     compile_seconds: float
     fits: bool
     because: str  # the reason if it does not fit
+    head_rank: int = 0  # of each expert's own head; 0: none
+    evidence_rank: int = 0
     arguments: float = 0  # bytes held from step to step: weights, optimizer, batch
     temporaries: float = 0
     output: float = 0  # without what reuses the memory of an argument
@@ -97,6 +100,10 @@ class Plan:
         rows = [("verdict", self.verdict), ("compiled in", f"{self.compile_seconds:.0f} s")]
         if self.devices > self.chips:
             rows.append(("devices", f"{self.devices} on {self.chips} chips"))
+        heads = {"head": self.head_rank, "evidence head": self.evidence_rank}
+        if any(heads.values()):
+            shown = [f"{name} of rank {rank}" for name, rank in heads.items() if rank]
+            rows.append(("each expert has", ", ".join(shown)))
         if not self.peak:
             return rows
         moved = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in self.collectives.items())
@@ -129,8 +136,13 @@ def stage_of(config: Training, wanted: str | None) -> str:
       wanted: a stage, or None for the config's own.
 
     Raises:
-      ValueError: `wanted` trains another stage.
+      ValueError: `wanted` trains another stage; the config trains an evidence head alone.
     """
+    if type(config) not in STAGE_OF_CONFIG:
+        raise ValueError(
+            f"expected a config of one of the stages {', '.join(STAGE_OF_CONFIG.values())}, found "
+            f"{type(config).__name__}; plan an anchor or an expert with evidence_rank instead"
+        )
     own = STAGE_OF_CONFIG[type(config)]
     if wanted in STAGE_OF_CONFIG.values() and wanted != own:
         raise ValueError(f"the config is of stage {own}: plan that stage, forward or decode")
@@ -165,7 +177,8 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
       topology: as in `chip_of`.
 
     Raises:
-      ValueError: the topology is unknown; libtpu is missing; the chips do not divide the sizes.
+      ValueError: the topology is unknown; libtpu is missing; the chips do not divide the sizes; the
+        config has no ranks for a model that is routed by evidence.
     """
     chip, chips = chip_of(topology)
     count = chips * chip.devices
@@ -175,9 +188,10 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
     devices = _devices(topology, chip, count)
     mesh = make_mesh(config.expert_parallel, devices, config.tensor_parallel)
     check_batch(config, mesh, "chips" if count == chips else "devices (two a chip)")
+    ranks = ranks_of(config) if stage in STAGE_OF_CONFIG.values() else merged_ranks(config, model)
     known: dict[str, Any] = {
         "stage": stage, "topology": topology, "chips": chips, "devices": count,
-        "memory": chip.memory,
+        "memory": chip.memory, "head_rank": ranks.head, "evidence_rank": ranks.evidence,
     }  # fmt: skip
     started = time.monotonic()
     program = stage_program(config, model, stage, mesh)
@@ -203,7 +217,7 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
         temporaries=memory.temp_size_in_bytes,
         output=output,
         peak=peak,
-        needed_flops=_needed_flops(config, model, stage) * tokens / count,
+        needed_flops=_needed_flops(config, model, stage, ranks) * tokens / count,
         compiled_flops=spent.flops,
         hbm_bytes=spent.bytes,
         collectives=dict(spent.collectives),
@@ -270,18 +284,18 @@ def _reason(error: Exception) -> str:
     return sentence[0] if sentence else message.splitlines()[0]
 
 
-def _needed_flops(config: Training, model: ModelConfig, stage: str) -> float:
+def _needed_flops(config: Training, model: ModelConfig, stage: str, ranks: Ranks) -> float:
     """FLOPs per token."""
     length, active = config.data.length, model.active_experts or model.num_experts
     if stage == "anchor":
-        return flops.anchor_step_flops(model, length)
+        return flops.anchor_step_flops(model, length, ranks)
     if stage == "expert":
         assert isinstance(config, ExpertTraining)
         if config.gating == "fixed":
-            return flops.expert_alone_step_flops(model, length)
-        return flops.expert_step_flops(model, length)
+            return flops.expert_alone_step_flops(model, length, ranks)
+        return flops.expert_step_flops(model, length, ranks)
     if stage == "router":
         return flops.router_step_flops(model, length, active)
     if stage == "forward":
-        return flops.forward_flops(model, length, active)
-    return flops.decode_flops(model, length, active)
+        return flops.forward_flops(model, length, active, ranks)
+    return flops.decode_flops(model, length, active, ranks)

@@ -12,7 +12,7 @@ from flexolmo_jax.config import ExpertTraining, ModelConfig, RouterTraining, Tra
 from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.inference import decode
 from flexolmo_jax.inference.sampling import Sampling
-from flexolmo_jax.modeling.decode_state import KVCache
+from flexolmo_jax.modeling.decode_state import EvidenceState, KVCache
 from flexolmo_jax.modeling.experts import Experts, Ranks
 from flexolmo_jax.modeling.transformer import Anchor, abstract_model, init_anchor
 from flexolmo_jax.parallel import collectives, placement
@@ -52,6 +52,9 @@ def stage_program(config: Training, model: ModelConfig, stage: str, mesh: Mesh) 
       model: as the config computes it.
       stage: one of STAGES.
       mesh: of the topology's devices.
+
+    Raises:
+      ValueError: the model is routed by evidence, and the config has no rank of evidence heads.
     """
     if stage == "decode":
         return _decode(config, model, mesh)
@@ -60,7 +63,7 @@ def stage_program(config: Training, model: ModelConfig, stage: str, mesh: Mesh) 
     shapes: tuple[Any, ...] = (*(rows(jnp.int32) for _ in range(3)), rows(jnp.float32))
     batch = Batch(*shapes)
     if stage == "forward":
-        backbone, experts = _sharded(_merged_weights(model, mesh), mesh)
+        backbone, experts = _sharded(_merged_weights(config, model, mesh), mesh)
         run = jax.jit(functools.partial(_forward, loss=RouterLoss(model, 0.0, 0.0), mesh=mesh))
         return StageProgram(run, (backbone, experts, batch), {})
     loss, trainable, frozen = _stage_parts(config, model, mesh)
@@ -83,11 +86,11 @@ def _forward(backbone, experts, batch: Batch, *, loss: RouterLoss, mesh: Mesh):
 def _stage_parts(config: Training, model: ModelConfig, mesh: Mesh) -> StageParts:
     """The parts of a config's own stage, with shapes in place of weights."""
     if isinstance(config, RouterTraining):
-        backbone, experts = _merged_weights(model, mesh)
+        backbone, experts = _merged_weights(config, model, mesh)
         rows = jax.eval_shape(RouterRows.of, experts.router)
         return router_parts(config, model, backbone, experts, rows)
-    model = model.replace(num_experts=1)
-    ranks = Ranks(evidence=getattr(config, "evidence_rank", 0))
+    model = model.replace(num_experts=1, evidence=None)  # nothing is routed in training
+    ranks = Ranks(evidence=ranks_of(config).evidence)
     anchor: Anchor = jax.eval_shape(lambda key: init_anchor(model, key, ranks), jax.random.key(0))
     if isinstance(config, ExpertTraining):
         start = jax.eval_shape(lambda x: initial_expert(config, model, x), anchor.public)
@@ -95,11 +98,33 @@ def _stage_parts(config: Training, model: ModelConfig, mesh: Mesh) -> StageParts
     return anchor_parts(config, model, anchor)
 
 
-def _merged_weights(model: ModelConfig, mesh: Mesh) -> tuple[Any, Experts]:
+def ranks_of(config: Training) -> Ranks:
+    """The ranks of the heads that a config trains; none for router rows."""
+    return Ranks(*(getattr(config, f"{name}_rank", 0) for name in Ranks._fields))
+
+
+def merged_ranks(config: Training, model: ModelConfig) -> Ranks:
+    """The ranks of a merged model's heads: evidence heads are loaded where they route.
+
+    Raises:
+      ValueError: the model is routed by evidence, and the config has no rank of evidence heads.
+    """
+    ranks = ranks_of(config)
+    if model.evidence is None:
+        return ranks._replace(evidence=0)
+    if not ranks.evidence:
+        raise ValueError(
+            "the model is routed by evidence: expected a config of an expert with evidence_rank, "
+            f"found {type(config).__name__} with none"
+        )
+    return ranks
+
+
+def _merged_weights(config: Training, model: ModelConfig, mesh: Mesh) -> tuple[Any, Experts]:
     """Shapes of the merged model, padded with padding experts to a multiple of the mesh axis."""
     multiple = mesh.shape[EXPERT]
     padded = -(-model.num_experts // multiple) * multiple
-    return abstract_model(model.replace(num_experts=padded))
+    return abstract_model(model.replace(num_experts=padded), merged_ranks(config, model))
 
 
 def _sharded(tree: Any, mesh: Mesh, over: tuple[str, ...] = AXES) -> Any:
@@ -118,7 +143,7 @@ def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> StageProgram:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     weights = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), _merged_weights(model, mesh)
+        lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), _merged_weights(config, model, mesh)
     )
     weights = _sharded(weights, mesh, SERVING)
     num_experts = weights[1].router.bias.shape[1]
@@ -132,7 +157,11 @@ def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> StageProgram:
         cache,
         model.memory
         and abstract((model.num_layers, num_experts, batch), jnp.float32, None, None, axes),
-        None,
+        model.evidence
+        and EvidenceState(
+            abstract((num_experts, batch), jnp.float32, None, axes),
+            abstract((batch,), jnp.int32, axes),
+        ),
         abstract((batch, decode.BUCKET), jnp.int32, axes),
     )
     arguments = (

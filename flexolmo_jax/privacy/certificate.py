@@ -35,6 +35,8 @@ OUTSIDE = (
     "attacks on the last bits of floating-point noise, or on the generator, are not covered",
     "how long training took is not covered",
 )
+# Of every expert; a certificate without `parts` is older than heads, and covers these.
+FIRST_PARTS = ("feed_forward", "router")
 ROUNDING = 1e-6  # of epsilon: another machine may round differently
 MAX_OVERCLAIM = 1.01  # ratio of claimed to recomputed epsilon; newer accountants are tighter
 
@@ -48,6 +50,7 @@ def make_certificate(
     rows_clip: float | None,
     other_runs: Sequence[Mechanism],
     library: str,
+    parts: Sequence[str] = FIRST_PARTS,
     optimizer: str = "adamw",
 ) -> dict[str, Any]:
     """The certificate, as JSON values.
@@ -60,6 +63,7 @@ def make_certificate(
       rows_clip: the norm that a unit is clipped to in the release for router rows; None without it.
       other_runs: the other runs in the ledger; all protect the same unit.
       library: name and version of the package that clips, adds noise and samples.
+      parts: of the expert (`Experts.parts`); one gradient of all of them is clipped and noised.
       optimizer: its name in the config; a function of the noised sums, which costs nothing.
     """
     own = epsilon([mechanism], delta)
@@ -78,6 +82,7 @@ def make_certificate(
         "mean_batch": mechanism.mean_batch,
         "largest_batch": mechanism.largest_batch,
         "steps": mechanism.steps,
+        "parts": list(parts),
         "clip_norm": privacy.clip,
         "noise_multiplier": mechanism.noise_multiplier,
         "rows_clip_norm": rows_clip,
@@ -98,7 +103,9 @@ ROWS = {
 }
 
 
-def verify_certificate(certificate: Any, where: str, gating: str | None = None) -> dict[str, Any]:
+def verify_certificate(
+    certificate: Any, where: str, gating: str | None = None, parts: Sequence[str] = FIRST_PARTS
+) -> dict[str, Any]:
     """Recomputes a certificate's epsilons with both accountants.
 
     Each accountant proves an upper bound, so a claim holds if it is not below the smaller bound.
@@ -108,14 +115,15 @@ def verify_certificate(certificate: Any, where: str, gating: str | None = None) 
       where: prefix of messages.
       gating: of the same manifest: with "fixed", router rows were fitted to a release, which the
         certificate must count; None if unknown.
+      parts: of the same package's expert, all of which the certificate must cover.
 
     Returns:
       {"epsilon": {"stated", "pld", "renyi"}, "epsilon_of_all_runs": the same, "delta": ...}; None
       for an accountant without a bound, such as Renyi's if batches may be truncated.
 
     Raises:
-      ValueError: there is no certificate, a field is missing or impossible, it claims less than its
-        own numbers cost, or they exceed the accountants' limits.
+      ValueError: there is no certificate, a field is missing or impossible, it does not cover a
+        part, it claims less than its own numbers cost, or they exceed the accountants' limits.
     """
     if not isinstance(certificate, dict):
         raise ValueError(f"{where}: nothing to verify, its privacy certificate is: {certificate}")
@@ -128,6 +136,7 @@ def verify_certificate(certificate: Any, where: str, gating: str | None = None) 
         mechanism = _mechanism_of(certificate)
         others = _other_runs(certificate)
         _check_rows(certificate, gating)
+        _check_parts(certificate, parts)
         found = _epsilons(mechanism, others, numbers["delta"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         why = error if isinstance(error, ValueError) else repr(error)
@@ -234,6 +243,17 @@ def _check_rows(certificate: dict[str, Any], gating: str | None) -> None:
             f"rows_noise_multiplier is {noise}, and its expert was trained with gating "
             f"{gating!r}, where router rows are fitted to "
             + ("a release of their own" if gating == "fixed" else "none")
+        )
+
+
+def _check_parts(certificate: dict[str, Any], parts: Sequence[str]) -> None:
+    covered = certificate.get("parts", list(FIRST_PARTS))
+    if not isinstance(covered, list) or not all(isinstance(name, str) for name in covered):
+        raise ValueError(f"parts must be a list of names, found {covered!r:.60}")
+    others = [name for name in parts if name not in covered]
+    if others:
+        raise ValueError(
+            f"it covers {', '.join(covered)}, and its expert also has {', '.join(others)}"
         )
 
 

@@ -94,7 +94,7 @@ VERDICTS = {
 @pytest.mark.parametrize("name", VERDICTS)
 def test_verdicts(name):
     found, statement, word = VERDICTS[name]
-    assert verdict(found, statement)["verdict"] == word
+    assert verdict({"the expert alone": found}, statement)["verdict"] == word
 
 
 def test_what_cannot_be_compared_is_refused():

@@ -16,7 +16,7 @@ COMMANDS = [
     ("merge",), ("experts",), ("experts", "list"), ("experts", "add"), ("experts", "remove"),
     ("inspect",), ("evaluate",), ("generate",), ("data",), ("data", "fetch"), ("data", "flexmix"),
     ("data", "tasks"), ("data", "proxies"), ("study",), ("audit",), ("audit", "extraction"),
-    ("audit", "membership"), ("audit", "removal"), ("audit", "twin"),
+    ("audit", "membership"), ("audit", "evidence"), ("audit", "removal"), ("audit", "twin"),
 ]  # fmt: skip
 
 

@@ -129,6 +129,42 @@ def test_what_cannot_be_routed_by_evidence_is_said(owners, merged, refused, tmp_
     assert "routed by evidence" in error
 
 
+def test_inspect_lists_the_parts_their_ranks_and_how_it_routes(merged, flexolmo):
+    width, vocabulary, layers = 32, 512, 2
+    rows = {"math": (6, 4), "code": (2, 3)}
+    expected = {
+        name: {
+            "feed_forward": {"parameters": 3 * layers * width * 48},
+            "router": {"parameters": layers * (width + 1)},
+            **{
+                part: {"parameters": rank * (width + vocabulary) + vocabulary, "rank": rank}
+                for part, rank in zip(("head", "evidence"), ranks, strict=True)
+            },
+        }
+        for name, ranks in rows.items()
+    }
+    found = json.loads(flexolmo("inspect", merged, "--json")[1])
+    assert found["parts"] == expected
+    listed = json.loads(flexolmo("experts", "list", merged, "--json")[1])
+    assert {row["name"]: row["parts"] for row in listed} == expected
+    printed = shown(flexolmo("inspect", merged)[1])
+    assert "evidence routing 0.9 0.5 1.5; active experts: all" in printed
+    math = merged.parent / "math"
+    assert json.loads(flexolmo("inspect", math, "--json")[1])["parts"] == expected["math"]
+    of_anchor = json.loads(flexolmo("inspect", merged.parent / "anchor", "--json")[1])["parts"]
+    assert of_anchor["evidence"]["rank"] == 4 and of_anchor["backbone"]["parameters"] > 10_000
+    printed = shown(flexolmo("inspect", math)[1])
+    assert "head of rank 6: 3,776" in printed and "evidence of rank 4: 2,688" in printed
+    assert "evidence, where all others have evidence heads; else router rows" in printed
+    printed = shown(flexolmo("inspect", merged.parent / "plain")[1])
+    assert "routed by router rows" in printed and "of rank" not in printed
+
+
+def shown(table: str) -> str:
+    """The text of a table, without its lines and the breaks within cells."""
+    return " ".join(table.translate({ord(line): " " for line in "│┃┏┓┗┛━┳┻┡╇┩└┘─┴┌┐┬├┤┼"}).split())
+
+
 def test_inspect_shows_the_routing_and_the_shares(merged, flexolmo):
     code, printed, _ = flexolmo("inspect", merged)
     assert code == 0 and "decay 0.9, strength 0.5, shift 1.5" in printed

@@ -4,7 +4,14 @@ import jax
 import pytest
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.modeling.flops import anchor_step_flops, expert_step_flops, forward_flops
+from flexolmo_jax.modeling.experts import Ranks
+from flexolmo_jax.modeling.flops import (
+    anchor_step_flops,
+    decode_flops,
+    expert_alone_step_flops,
+    expert_step_flops,
+    forward_flops,
+)
 from flexolmo_jax.modeling.transformer import abstract_model
 
 CONFIG = ModelConfig(
@@ -42,3 +49,34 @@ def test_an_experts_step_needs_no_gradient_of_frozen_weights():
     own = 2 * share * 2 * expert + 2 * (1 - share) * expert * (1 + 1 / 3)
     expected = forward_flops(CONFIG, LENGTH, 2) + back + own
     assert expert_step_flops(CONFIG, LENGTH) == pytest.approx(expected)
+
+
+RANKS = Ranks(head=6, evidence=4)
+
+
+def of_heads():
+    """Weights of one expert's head and evidence head, without biases, and of the backbone's."""
+    backbone, experts = abstract_model(CONFIG, RANKS)
+    head, evidence = (sum((x.a.size, x.b.size)) for x in (experts.head, experts.evidence))
+    return head, evidence, backbone.head.size
+
+
+@pytest.mark.parametrize("flops", [forward_flops, decode_flops])
+def test_heads_count_for_active_experts_and_evidence_heads_for_all(flops):
+    head, evidence, public = of_heads()
+    plain = flops(CONFIG, LENGTH, 2)
+    assert flops(CONFIG, LENGTH, 2, RANKS) - plain == 2 * 2 * head  # nothing is routed by evidence
+    routed = CONFIG.replace(num_experts=5, evidence=(0.9, 0.5, 1.0))
+    expected = 2 * 2 * head + 2 * (5 * evidence + public)
+    assert flops(routed, LENGTH, 2, RANKS) - plain == expected
+
+
+def test_a_step_trains_both_heads_of_one_expert():
+    head, evidence, public = of_heads()
+    no_gradient = 2 * RANKS.evidence * CONFIG.width  # of the frozen embeddings
+    expected = 3 * 2 * head + 3 * 2 * evidence - no_gradient + 2 * public
+    for flops in (expert_step_flops, expert_alone_step_flops):
+        assert flops(CONFIG, LENGTH, RANKS) - flops(CONFIG, LENGTH) == expected
+    of_anchor = Ranks(evidence=4)
+    more = anchor_step_flops(CONFIG, LENGTH, of_anchor) - anchor_step_flops(CONFIG, LENGTH)
+    assert more == expected - 3 * 2 * head

@@ -1,5 +1,6 @@
 """`flexolmo plan`: what is read off a compiled program, and real programs for TPUs."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,10 +11,12 @@ from jaxlib._hlo import hlo_module_from_text
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.modeling import flops
+from flexolmo_jax.modeling.experts import Ranks
 from flexolmo_jax.modeling.transformer import init_anchor
 from flexolmo_jax.planning.chips import CHIPS, chip_of
 from flexolmo_jax.planning.costs import Cost, cost
 from flexolmo_jax.planning.hlo import read
+from flexolmo_jax.planning.plan import Plan
 from flexolmo_jax.training.objectives import AnchorLoss, ExpertAloneLoss, ExpertPairLoss, OwnParts
 
 CONFIG = ModelConfig(
@@ -310,6 +313,20 @@ def test_compiled_flops_are_the_needed_ones_and_little_more(stage):
     assert needed <= found <= 1.05 * needed
 
 
+def test_a_step_that_trains_heads_computes_what_is_needed_for_them():
+    """And a little more: a frozen head's gradient, in one product with that of a head beside it."""
+    config = CONFIG.replace(width=256, ffn_width=1024, loss_chunk=LENGTH)
+    ranks = Ranks(head=32, evidence=16)
+    anchor = jax.eval_shape(lambda key: init_anchor(config, key, ranks), jax.random.key(0))
+    loss, frozen = ExpertAloneLoss(config, 0.0), (anchor, anchor.public.router)
+    run = jax.jit(lambda *a: jax.grad(lambda *b: loss(*b)[0])(*a))
+    made = run.lower(OwnParts.of(anchor.public), frozen, batch()).compile()
+    needed = flops.expert_alone_step_flops(config, LENGTH, ranks) * ROWS * LENGTH
+    needed += spared(config, "alone")
+    found = cost(program(made)).flops
+    assert needed <= found <= 1.1 * needed
+
+
 def test_topologies():
     assert chip_of("v5p:4x4x4")[1] == 64
     assert chip_of("v5e:16x16")[0].memory == 16 * 2**30
@@ -390,6 +407,49 @@ def test_every_stage_is_planned_and_costs_the_same_with_every_version_of_jax(
     assert found["compiled_flops"] == pytest.approx(expected.flops, rel=0.01)
     assert found["collectives"] == pytest.approx(expected.collectives, rel=0.01)
     assert found["hbm_bytes"] == pytest.approx(expected.bytes, rel=0.1)
+
+
+@pytest.fixture
+def with_heads(tmp_path):
+    """A config of experts with heads, and the model that they are merged to."""
+    file = tmp_path / "heads.py"
+    file.write_text(
+        "from flexolmo_jax.config import *\n"
+        "model = ModelConfig(vocab_size=2048, width=512, num_layers=3, num_heads=4,"
+        " ffn_width=1024, num_experts=6, active_experts=2, evidence=(0.9, 0.5, 1.5),"
+        " dtype='bfloat16')\n"
+        "config = ExpertTraining(data=DataConfig(batch_size=8, length=512), steps=9,"
+        " optimizer=OptimizerConfig(learning_rate=1e-3), head_rank=128, evidence_rank=64)\n"
+    )
+    return file
+
+
+@pytest.mark.parametrize("stage", ["expert", "forward", "decode"])
+def test_heads_are_planned(flexolmo, with_heads, stage):
+    words = with_heads, "--topology", "v5e:2x2", "--stage", stage
+    found = planned(flexolmo, *words)
+    assert found["fits"] and (found["head_rank"], found["evidence_rank"]) == (128, 64)
+    assert found["compiled_flops"] >= 0.9 * found["needed_flops"]
+    plain = planned(flexolmo, *words, "--head-rank", 0)
+    assert plain["head_rank"] == 0 and plain["needed_flops"] < found["needed_flops"]
+    assert plain["compiled_flops"] < found["compiled_flops"]
+    assert plain["arguments"] < found["arguments"]
+
+
+def test_a_plan_says_which_heads_it_has():
+    known = {"stage": "decode", "topology": "v5e:2x2", "chips": 4, "devices": 4, "because": ""}
+    plain = Plan(compile_seconds=1, fits=True, **known)
+    assert "each expert has" not in dict(plain.rows())
+    both = dataclasses.replace(plain, head_rank=128, evidence_rank=64)
+    assert dict(both.rows())["each expert has"] == "head of rank 128, evidence head of rank 64"
+
+
+def test_a_model_routed_by_evidence_needs_the_rank_of_its_heads(refused, with_heads, small):
+    words = "--topology", "v5e:2x2", "--stage", "forward"
+    said = refused("plan", with_heads, *words, "--evidence-rank", 0)
+    assert "expected a config of an expert with evidence_rank, found ExpertTraining" in said
+    said = refused("plan", "demo_evidence", *words)
+    assert "expected a config of one of the stages anchor, expert, router" in said
 
 
 def test_a_step_with_muon_holds_one_moment_less_and_counts_its_products(flexolmo, tmp_path):

@@ -1,8 +1,8 @@
 """Stage 2 with differential privacy: an expert whose package carries a certificate.
 
 Everything that is computed from the owner's text passes through `privacy/mechanism.py`: the
-gradient of every step, and one sum that the router rows are fitted to. The certificate names what
-does not.
+gradient of every step, of all parts of the expert together, and one sum that the router rows are
+fitted to. The certificate names what does not.
 """
 
 import dataclasses
@@ -129,7 +129,8 @@ def train_private_expert(
         other_runs = [other.counted for other in book.finish(entry.id)[:-1]]
         certificate = make_certificate(
             privacy, entry.planned, delta, window_tokens=config.data.length, rows_clip=rows_clip,
-            other_runs=other_runs, library=mechanism.version(), optimizer=config.optimizer.name,
+            other_runs=other_runs, library=mechanism.version(), parts=expert.parts,
+            optimizer=config.optimizer.name,
         )  # fmt: skip
         facts = expert_facts(
             config, drawn, separator, privacy=certificate,

@@ -56,7 +56,7 @@ def inputs_of_layers(batch: Batch, anchor: Anchor, config: ModelConfig, statisti
         return out.x, statistic(out.experts_input.astype(jnp.float32))
 
     x = anchor.backbone.embed[...][batch.tokens].astype(config.dtype)
-    return jax.lax.scan(step, x, (anchor.backbone.layers, anchor.public))[1]
+    return jax.lax.scan(step, x, (anchor.backbone.layers, anchor.public.of_layers()))[1]
 
 
 def of_the_anchor(config: ModelConfig) -> ModelConfig:
