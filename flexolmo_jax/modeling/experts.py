@@ -22,6 +22,7 @@ from flexolmo_jax.modeling.heads import LowRankHead
 from flexolmo_jax.modeling.kernels.grouped_swiglu import grouped_swiglu
 from flexolmo_jax.modeling.kernels.swiglu import swiglu
 from flexolmo_jax.modeling.layers import Expert, normal
+from flexolmo_jax.modeling.low_rank import FeedForwardRanks, LowRankFeedForward, materialize
 from flexolmo_jax.modeling.router import Router, add_decayed_logits, route
 from flexolmo_jax.parallel import collectives
 from flexolmo_jax.storage.tensors import leaf_name, named
@@ -121,6 +122,11 @@ class FeedForward(nnx.Module):
         self.up = Expert(normal(ku, *lead, width, hidden))  # [L, E, D, F]
         self.down = Expert(normal(kd, *lead, hidden, width))  # [L, E, F, D]
 
+    @property
+    def experts_here(self) -> int:
+        """How many experts of a layer this device holds."""
+        return self.gate.shape[0]
+
     def add_dense(
         self,
         total: Float[Array, "B S D"] | None,
@@ -211,25 +217,35 @@ NO_HEADS = Ranks()
 class LayerExperts(NamedTuple):
     """The parts of `Experts` that every layer has."""
 
-    feed_forward: FeedForward
+    feed_forward: FeedForward | LowRankFeedForward
     router: Router
 
 
 class Experts(nnx.Module):
     """A stack of experts: feed-forward networks and their router rows; perhaps low-rank heads.
 
+    `feed_forward` is full, or, with `deltas`, what is added to the public expert's (low_rank.py).
     `head` adds to the logits; `evidence` is a bigram model that the expert is routed by
     (evidence.py).
     """
 
+    feed_forward: FeedForward | LowRankFeedForward
     head: LowRankHead
     evidence: LowRankHead
 
     def __init__(
-        self, config: ModelConfig, num_experts: int, key: jax.Array, ranks: Ranks = NO_HEADS
+        self,
+        config: ModelConfig,
+        num_experts: int,
+        key: jax.Array,
+        ranks: Ranks = NO_HEADS,
+        deltas: FeedForwardRanks | None = None,
     ):
         layers = config.num_layers
-        self.feed_forward = FeedForward(layers, num_experts, config.width, config.ffn_width, key)
+        sizes = layers, num_experts, config.width, config.ffn_width
+        self.feed_forward = (
+            FeedForward(*sizes, key) if deltas is None else LowRankFeedForward(*sizes, deltas, key)
+        )
         self.router = Router(layers, num_experts, config.width)
         self.set_heads(config, ranks, jax.random.fold_in(key, 1))
 
@@ -262,12 +278,28 @@ def with_parts(like: Module, **parts: nnx.Module | None) -> Module:
     return changed
 
 
-def with_same_parts(stacks: Sequence[Experts]) -> list[Experts]:
-    """The stacks with heads of the same ranks, so that they can be concatenated.
+def with_base(stack: Experts, public: Experts) -> Experts:
+    """The stack as the network computes it: low-rank experts get what they are deltas of."""
+    if isinstance(stack.feed_forward, FeedForward):
+        return stack
+    return with_parts(stack, feed_forward=with_parts(stack.feed_forward, base=public.feed_forward))
 
-    A missing head is one of zeros, which adds nothing; a head of lower rank gets zero columns.
-    Leaves may be on disk or on the host; only those that are padded are read.
+
+def with_full_feed_forward(stack: Experts, public: Experts) -> Experts:
+    """A stack of one with a full feed-forward network, as `materialize` makes it."""
+    if isinstance(stack.feed_forward, FeedForward):
+        return stack
+    return with_parts(stack, feed_forward=materialize(public.feed_forward, stack.feed_forward))
+
+
+def with_same_parts(stacks: Sequence[Experts]) -> list[Experts]:
+    """The stacks with the same parts, so that they can be concatenated.
+
+    A missing head is one of zeros, which adds nothing; a head of lower rank gets zero columns. A
+    low-rank feed-forward network becomes a full one, beside that of the first stack, the public
+    one. Leaves may be on disk or on the host; only heads that are padded are read.
     """
+    stacks = [with_full_feed_forward(stack, stacks[0]) for stack in stacks]
     ranks = Ranks(*map(max, zip(*(stack.ranks for stack in stacks), strict=True)))
     return [_with_ranks(stack, ranks, like=stacks) for stack in stacks]
 
