@@ -159,3 +159,37 @@ def test_a_changed_factor_is_found(world, packages, refused, tmp_path):
     assert "(tensor feed_forward.down.b): changed after" in refused("inspect", copy)
     shutil.rmtree(file.parents[4])
     assert "feed_forward.down.b" in refused("inspect", copy)
+
+
+def test_an_expert_can_be_trained_low_rank_from_the_start(world, packages, flexolmo, tmp_path):
+    fits, out = world.config("alone"), tmp_path / "small"
+    code, _, error = flexolmo(
+        *world.expert_words(out, "--rank", "3", "--head-rank", "2", name="small")
+    )
+    assert code == 0, error
+    tensors = read_manifest(out)["tensors"]
+    width, hidden = 32, 48
+    for name, (rows, columns) in {
+        "gate": (width, hidden), "up": (width, hidden), "down": (hidden, width),
+    }.items():  # fmt: skip
+        assert tensors[f"feed_forward.{name}.a"]["shape"] == [2, 1, rows, 3]
+        assert tensors[f"feed_forward.{name}.b"]["shape"] == [2, 1, 3, columns]
+    anchor = read_anchor(world.anchor)
+    trained, public = (
+        named(x.feed_forward) for x in (read_expert(out, anchor), anchor.weights.public)
+    )
+    for name, leaf in trained.items():
+        assert np.linalg.matrix_rank(np.asarray(leaf - public[name])[0, 0], tol=1e-5) == 3
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "small.run/metrics.jsonl").open()]
+    assert len(losses) == fits.steps and losses[-1] < losses[0]
+    names = {**packages, "small": out}
+    found = merged_logits(world, names, ["small", "math"], tmp_path / "both", without=["small"])
+    never = merged_logits(world, names, ["math"], tmp_path / "one")
+    np.testing.assert_array_equal(found, never)
+
+
+def test_a_low_rank_training_that_cannot_be_is_refused(world, refused, tmp_path):
+    words = world.expert_words(tmp_path / "out")
+    assert "ffn_rank must be at most 32" in refused(*words, "--rank", "33")
+    assert "ffn_rank must be 0 or more, found -1" in refused(*words, "--rank", "-1")
+    assert not (tmp_path / "out").exists()
