@@ -22,7 +22,13 @@ from flexolmo_jax.modeling.heads import LowRankHead
 from flexolmo_jax.modeling.kernels.grouped_swiglu import grouped_swiglu
 from flexolmo_jax.modeling.kernels.swiglu import swiglu
 from flexolmo_jax.modeling.layers import Expert, normal
-from flexolmo_jax.modeling.low_rank import FeedForwardRanks, LowRankFeedForward, materialize
+from flexolmo_jax.modeling.low_rank import (
+    FeedForwardRanks,
+    LowRankFeedForward,
+    LowRankGroups,
+    MixedFeedForward,
+    materialize,
+)
 from flexolmo_jax.modeling.router import Router, add_decayed_logits, route
 from flexolmo_jax.parallel import collectives
 from flexolmo_jax.storage.tensors import leaf_name, named
@@ -80,10 +86,12 @@ def moe(
     out, first = jnp.zeros_like(x), 0
     for stack in stacks:
         last = first + stack.router.bias.shape[0]
+        network = stack.feed_forward
+        assert not isinstance(network, LowRankFeedForward), "with_base has to come first"
         if config.expert_compute == "grouped":
-            add = functools.partial(stack.feed_forward.add_grouped, active=active)
+            add = functools.partial(network.add_grouped, active=active)
         else:
-            add = functools.partial(stack.feed_forward.add_dense, skip_unused=skip_unused)
+            add = functools.partial(network.add_dense, skip_unused=skip_unused)
         out = _where_sharded(stack, add)(out, x, weights[first:last])
         first = last
     return MoeOutput(out, logits, router_state, weights)
@@ -217,8 +225,20 @@ NO_HEADS = Ranks()
 class LayerExperts(NamedTuple):
     """The parts of `Experts` that every layer has."""
 
-    feed_forward: FeedForward | LowRankFeedForward
+    feed_forward: FeedForward | LowRankGroups | MixedFeedForward
     router: Router
+
+    def kinds(self) -> "tuple[LayerExperts, LayerExperts | None]":
+        """Of all layers: the full experts, and the low-rank ones, if there are any."""
+        mixed = self.feed_forward
+        if not isinstance(mixed, MixedFeedForward):
+            return self, None
+        count = mixed.full.gate.shape[1]
+        first, rest = (
+            jax.tree.map(lambda leaf, own=own: leaf[:, own], self.router)
+            for own in (slice(count), slice(count, None))
+        )
+        return LayerExperts(mixed.full, first), LayerExperts(mixed.low_rank, rest)
 
 
 class Experts(nnx.Module):
@@ -229,7 +249,7 @@ class Experts(nnx.Module):
     (evidence.py).
     """
 
-    feed_forward: FeedForward | LowRankFeedForward
+    feed_forward: FeedForward | LowRankFeedForward | LowRankGroups | MixedFeedForward
     head: LowRankHead
     evidence: LowRankHead
 
@@ -262,8 +282,15 @@ class Experts(nnx.Module):
         heads = (getattr(self, name, None) for name in Ranks._fields)
         return Ranks(*(head.rank if head else 0 for head in heads))
 
+    @property
+    def deltas(self) -> FeedForwardRanks | None:
+        """The ranks of low-rank experts, as packages hold them; None of others."""
+        own = self.feed_forward
+        return own.ranks if isinstance(own, LowRankFeedForward) else None
+
     def of_layers(self) -> LayerExperts:
         """What a scan over the layers slices."""
+        assert not isinstance(self.feed_forward, LowRankFeedForward), "with_base has to come first"
         return LayerExperts(self.feed_forward, self.router)
 
 
@@ -280,26 +307,29 @@ def with_parts(like: Module, **parts: nnx.Module | None) -> Module:
 
 def with_base(stack: Experts, public: Experts) -> Experts:
     """The stack as the network computes it: low-rank experts get what they are deltas of."""
-    if isinstance(stack.feed_forward, FeedForward):
+    if not isinstance(stack.feed_forward, LowRankFeedForward):
         return stack
-    return with_parts(stack, feed_forward=with_parts(stack.feed_forward, base=public.feed_forward))
+    groups = LowRankGroups([stack.feed_forward], public.feed_forward)
+    return with_parts(stack, feed_forward=groups)
 
 
 def with_full_feed_forward(stack: Experts, public: Experts) -> Experts:
     """A stack of one with a full feed-forward network, as `materialize` makes it."""
-    if isinstance(stack.feed_forward, FeedForward):
+    if not isinstance(stack.feed_forward, LowRankFeedForward):
         return stack
     return with_parts(stack, feed_forward=materialize(public.feed_forward, stack.feed_forward))
 
 
-def with_same_parts(stacks: Sequence[Experts]) -> list[Experts]:
+def with_same_parts(stacks: Sequence[Experts], keep_low_rank: bool = False) -> list[Experts]:
     """The stacks with the same parts, so that they can be concatenated.
 
     A missing head is one of zeros, which adds nothing; a head of lower rank gets zero columns. A
     low-rank feed-forward network becomes a full one, beside that of the first stack, the public
-    one. Leaves may be on disk or on the host; only heads that are padded are read.
+    one, unless it is kept. Leaves may be on disk or on the host; only heads that are padded are
+    read.
     """
-    stacks = [with_full_feed_forward(stack, stacks[0]) for stack in stacks]
+    if not keep_low_rank:
+        stacks = [with_full_feed_forward(stack, stacks[0]) for stack in stacks]
     ranks = Ranks(*map(max, zip(*(stack.ranks for stack in stacks), strict=True)))
     return [_with_ranks(stack, ranks, like=stacks) for stack in stacks]
 

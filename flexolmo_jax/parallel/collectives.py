@@ -213,7 +213,7 @@ def local_heads(scale: jax.Array, heads: int) -> jax.Array:
 
 def local_hidden_units(x: jax.Array, size: int, axis: int) -> jax.Array:
     """This device's `size` of the hidden units of all devices, along an axis of x."""
-    if x.shape[axis] == size:
+    if not is_tensor_parallel():
         return x
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(TENSOR) * size, size, axis)
 

@@ -276,6 +276,7 @@ class OwnParts(NamedTuple):
     @classmethod
     def of(cls, expert: Experts) -> "OwnParts":
         """The parts that an expert has."""
+        assert isinstance(expert.feed_forward, FeedForward | LowRankFeedForward)
         parts = (getattr(expert, name, None) for name in ("head", "evidence"))
         return cls(expert.feed_forward, *parts)
 

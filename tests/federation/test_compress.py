@@ -1,9 +1,11 @@
 """Compressed packages: as near as their rank allows, and in every command what a full one is."""
 
+import dataclasses
 import itertools
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.compress import compress
 from flexolmo_jax.federation.expert import read_expert
 from flexolmo_jax.federation.package import read_manifest
+from flexolmo_jax.modeling.experts import join
 from flexolmo_jax.storage.tensors import named
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -93,17 +96,45 @@ def test_it_is_loaded_scored_and_generated_with_like_a_full_one(world, packages,
     text = str(world.texts["math"])
     assert bits_per_byte(model, text, heldout=0.1).bits_per_byte > 0
     prompt = TOKENS[0].tolist()
-    (generated,) = model.generate([prompt], 6)
-    for length in range(len(generated)):
-        logits = model.logits([prompt + generated[:length]])
-        assert int(np.argmax(logits[0, -1])) == generated[length]
+    for dtype in (None, "int8"):
+        chosen = fo.load(tmp_path / "merged", dtype=dtype)
+        for without in ([], ["five"], ["five", "most"]):
+            (generated,) = chosen.generate([prompt], 4, without=without)
+            for length in range(len(generated)):
+                logits = chosen.logits([prompt + generated[:length]], without=without)
+                assert int(np.argmax(logits[0, -1])) == generated[length]
     fo.remove_expert(tmp_path / "merged", "five")
     fo.add_expert(tmp_path / "merged", packages["five"], allow_share=None)
-    assert fo.load(tmp_path / "merged").expert_names == ("public", "math", "most", "five")
+    assert fo.load(tmp_path / "merged").expert_names == ("public", "math", "five", "most")
     alone = fo.load(packages["five"], anchor=world.anchor)
     assert alone.logits(TOKENS, only=["five"]).shape == (3, 20, 512)
     half = fo.load(tmp_path / "merged", dtype="bfloat16")
-    assert half.experts.feed_forward.up.dtype == "bfloat16"
+    assert half.experts.feed_forward.low_rank.groups[0].up.a.dtype == "bfloat16"
+
+
+def test_in_memory_it_is_low_rank_and_computes_what_full_experts_would(world, packages, tmp_path):
+    names = list(packages)
+    found = merged_logits(world, packages, names, tmp_path / "merged")
+    model = fo.load(tmp_path / "merged")
+    own = model.experts.feed_forward
+    assert own.full.gate.shape[1] == 2
+    assert [group.gate.a.shape[1] for group in own.low_rank.groups] == [1, 1]
+    anchor = read_anchor(world.anchor)
+    public, *full = [anchor.weights.public, *(read_expert(packages[n], anchor) for n in names)]
+    obvious = dataclasses.replace(model, experts=join(public, *full))
+    np.testing.assert_allclose(found, obvious.logits(TOKENS), atol=1e-4)
+    mesh = fo.make_mesh(devices=jax.devices()[:1])
+    sharded = fo.load(tmp_path / "merged", mesh=mesh)
+    assert named(sharded.experts).keys() == named(obvious.experts).keys()
+    np.testing.assert_allclose(sharded.logits(TOKENS), obvious.logits(TOKENS), atol=1e-4)
+
+
+def test_low_rank_experts_come_after_full_ones_by_rank(world, packages, tmp_path):
+    names = ["most", "five", "math"]
+    fo.merge(world.anchor, [packages[n] for n in names], tmp_path / "merged", allow_share=None)
+    assert fo.load(tmp_path / "merged").expert_names == ("public", "math", "five", "most")
+    other = merged_logits(world, packages, ["math", "five", "most"], tmp_path / "other")
+    np.testing.assert_array_equal(fo.load(tmp_path / "merged").logits(TOKENS), other)
 
 
 def test_a_compressed_package_can_be_compressed_again(world, packages, tmp_path):
