@@ -21,7 +21,7 @@ from flexolmo_jax.modeling.low_rank import FeedForwardRanks, LowRankFeedForward,
 from flexolmo_jax.storage.outputs import check_new_folder
 from flexolmo_jax.storage.tensors import named, refill
 
-WRITTEN_ANEW = ("format", "made_by", "tensors", "files", "digest")
+REPLACED = ("format", "made_by", "tensors", "files", "digest")
 
 
 class Compressed(NamedTuple):
@@ -78,7 +78,7 @@ def compress(
     }
     ranks = {name: [len(x.b) for x in layers] for name, layers in factors.items()}
     compressed = with_parts(opened.weights, feed_forward=_padded(factors, ranks, loaded))
-    manifest = {k: v for k, v in opened.manifest.items() if k not in WRITTEN_ANEW}
+    manifest = {k: v for k, v in opened.manifest.items() if k not in REPLACED}
     chosen = {"rank": rank} if rank is not None else {"energy": energy}
     manifest["compressed"] = {"from": opened.digest, **chosen}
     write_package(out, manifest, compressed)

@@ -17,7 +17,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 from flexolmo_jax.config import ModelConfig, OptimizerConfig  # noqa: E402
 from flexolmo_jax.data.batches import Batch  # noqa: E402
 from flexolmo_jax.model import FlexOlmo  # noqa: E402
-from flexolmo_jax.modeling.experts import Ranks, pad_experts, select  # noqa: E402
+from flexolmo_jax.modeling.experts import Experts, Ranks, pad_experts, select  # noqa: E402
+from flexolmo_jax.modeling.low_rank import FeedForwardRanks  # noqa: E402
 from flexolmo_jax.modeling.transformer import Anchor, abstract_model  # noqa: E402
 from flexolmo_jax.parallel import placement  # noqa: E402
 from flexolmo_jax.parallel.mesh import make_mesh, num_shards, shardings  # noqa: E402
@@ -62,6 +63,17 @@ def training_mesh(request):
 
 def weights(config):
     """A backbone and a stack, with nothing left at 0 or 1."""
+    return drawn(abstract_model(config, RANKS))
+
+
+def low_rank_expert(config):
+    ranks = FeedForwardRanks(gate=3, up=2, down=4)
+    return drawn(
+        jax.eval_shape(lambda key: Experts(config, 1, key, RANKS, ranks), jax.random.key(0))
+    )
+
+
+def drawn(shapes):
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -71,7 +83,7 @@ def weights(config):
             1 + drawn if "norm" in name else -abs(drawn) if "bias" in name else drawn
         )
 
-    return jax.tree_util.tree_map_with_path(draw, abstract_model(config, RANKS))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def some_batch(rows=16, length=24):
@@ -87,7 +99,8 @@ def stage(name, config, multiple=1):
     """A loss, what it trains, and what is frozen."""
     backbone, experts = weights(config)
     anchor = Anchor(backbone, select(experts, [0]))
-    own = select(experts, [1])
+    name, _, size = name.partition(" ")
+    own = low_rank_expert(config) if size else select(experts, [1])
     pair = config.replace(num_experts=2, active_experts=None)
     if name == "anchor":
         return AnchorLoss(pair, 1e-4), anchor, None
@@ -133,7 +146,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [*STAGES, "alone low_rank", "pair low_rank"])
 def test_losses_and_gradients_are_those_of_one_device(training_mesh, name):
     found = run_gradients(*stage(name, CONFIG, training_mesh.shape["expert"]), mesh=training_mesh)
     assert_close(found, alone(name, CONFIG))
