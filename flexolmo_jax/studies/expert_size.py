@@ -3,8 +3,8 @@
     flexolmo study expert-size flexolmo_demo OUT
 
 DEMO is the folder that `flexolmo demo` wrote. The packages of three of its owners are compressed to
-several ranks and energies, and others are trained low-rank from the start; each owner's three are
-scored alone, merged, and timed.
+several ranks and energies, and with --train-ranks others are trained low-rank from the start. Every
+form is scored alone and merged, and its decoding is timed.
 """
 
 import argparse
@@ -28,7 +28,6 @@ from flexolmo_jax.studies.engine.report import add_page_argument, machine, table
 OWNERS = ("math", "code", "creative")
 RANKS = (1, 4, 16, 64)
 ENERGIES = (0.9,)
-TRAINED_RANKS = (16,)
 TITLE_FULL = "full"
 PROMPT, NEW = 16, 96  # tokens
 REPEATS = 3  # of the timed generation; the fastest counts
@@ -57,6 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `flexolmo study expert-size`."""
     parser.add_argument("demo", type=Path, help="the folder of a demo")
     parser.add_argument("out", type=Path, help="folder of the packages; those in it are kept")
+    parser.add_argument(
+        "--train-ranks", type=int, nargs="*", default=[], metavar="R",
+        help="also train experts of these ranks from the start; a minute or more for each owner",
+    )  # fmt: skip
     add_page_argument(parser, "expert_size.md")
 
 
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     anchor = load(args.demo / "anchor")
     scores = {name: score(anchor, text).bits_per_byte for name, text in texts.items()}
     rows = {}
-    for title, make in forms(args.demo, args.out).items():
+    for title, make in forms(args.demo, args.out, args.train_ranks).items():
         packages = {name: args.out / title.replace(" ", "_") / name for name in OWNERS}
         for name, package in packages.items():
             if not package.exists():
@@ -77,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     write_page(args.page, make_page(scores, rows))
 
 
-def forms(demo: Path, out: Path) -> dict[str, Make]:
+def forms(demo: Path, out: Path, train_ranks: Sequence[int]) -> dict[str, Make]:
     """How the package of an owner is made in each form, by the form's title."""
     experts, anchor = demo / "experts", demo / "anchor"
 
@@ -102,7 +105,7 @@ def forms(demo: Path, out: Path) -> dict[str, Make]:
         TITLE_FULL: link,
         **{f"rank {rank}": compressed(rank=rank) for rank in RANKS},
         **{f"energy {energy}": compressed(energy=energy) for energy in ENERGIES},
-        **{f"trained at rank {rank}": trained(rank) for rank in TRAINED_RANKS},
+        **{f"trained at rank {rank}": trained(rank) for rank in train_ranks},
     }
 
 

@@ -149,10 +149,9 @@ def test_the_page_of_expert_sizes_says_what_each_form_keeps_and_costs(world, tmp
     monkeypatch.setattr(expert_size, "OWNERS", ("math", "code"))
     monkeypatch.setattr(expert_size, "RANKS", (2,))
     monkeypatch.setattr(expert_size, "ENERGIES", ())
-    monkeypatch.setattr(expert_size, "TRAINED_RANKS", ())
     monkeypatch.setattr(expert_size, "tokens_per_second", lambda _: 1234.0)
     texts = {name: [Document("One, two, three.", "")] for name in ("math", "code", "public")}
-    forms = expert_size.forms(world.root, tmp_path)
+    forms = expert_size.forms(world.root, tmp_path, [])
     rows = {}
     for title, make in forms.items():
         packages = {name: tmp_path / title / name for name in ("math", "code")}
