@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from flexolmo_jax.commands import (
     audit,
+    compress,
     data,
     demo,
     evaluate,
@@ -41,7 +42,8 @@ from flexolmo_jax.runtime.startup import (
 )
 
 COMMANDS = (  # in the order of --help
-    demo, train, plan, merge, experts, privacy, audit, inspect, evaluate, study, generate, data,
+    demo, train, compress, plan, merge, experts, privacy, audit, inspect, evaluate, study, generate,
+    data,
 )  # fmt: skip
 INTERRUPTED = 130
 EXIT_CODES = (

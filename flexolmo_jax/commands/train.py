@@ -1,6 +1,7 @@
 """`flexolmo train`: trains an anchor, an expert, or a router, and scores it on held-out text."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,13 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("--name", required=True, help="the expert's name")
     parser.add_argument(
         "--public", metavar="SOURCE", help="public text for the router rows (default: the anchor's)"
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="train deltas of this rank to the public feed-forward matrices, and write them as the "
+        "package (default: the config's ffn_rank; 0 is a full expert)",
     )
     add_separator(parser)
     _add_privacy(parser)
@@ -126,6 +134,8 @@ def expert(args: argparse.Namespace) -> None:
     from flexolmo_jax.training.stages.expert import train_expert
 
     config = read_config(args, ExpertTraining)
+    if args.rank is not None:
+        config = dataclasses.replace(config, ffn_rank=args.rank)
     places = _places(args, config, args.anchor, args.public, ledger=args.dp_ledger)
     anchor = Path(args.anchor)
     options = {"anchor": anchor, "name": args.name, "public": args.public, **places}

@@ -225,6 +225,7 @@ class ExpertTraining(Training):
     fit_ridge: float = 1e-3  # with "logistic": ridge penalty of the whitened rows
     head_rank: int = 0  # of the expert's own delta of the output head; 0: none
     evidence_rank: int = 0  # of its evidence head, for evidence routing; 0: none
+    ffn_rank: int = 0  # of its deltas of the public feed-forward matrices; 0: a full network
 
     def __post_init__(self):
         super().__post_init__()
@@ -244,15 +245,15 @@ class ExpertTraining(Training):
             f"fit_tokens must be at least data.length={self.data.length}, found {self.fit_tokens}",
         )
         require(self.fit_ridge > 0, f"fit_ridge must be positive, found {self.fit_ridge}")
-        for name in ("head_rank", "evidence_rank"):
+        for name in ("head_rank", "evidence_rank", "ffn_rank"):
             check_rank(name, getattr(self, name))
 
 
 def check_rank(name: str, rank: int, model: ModelConfig | None = None) -> None:
-    """Raises ValueError if a low-rank head cannot have this rank."""
+    """Raises ValueError if a low-rank head or matrix cannot have this rank."""
     require(rank >= 0, f"{name} must be 0 or more, found {rank}")
     if model is not None:
-        largest = min(model.width, model.vocab_size)
+        largest = min(model.width, model.ffn_width if name == "ffn_rank" else model.vocab_size)
         require(rank <= largest, f"{name} must be at most {largest}, the width, found {rank}")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from flexolmo_jax.federation.anchor import LoadedAnchor
 from flexolmo_jax.federation.names import check_name
 from flexolmo_jax.federation.package import NO_PRIVACY, Package, check_packages, write_package
-from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.modeling.experts import Experts, with_full_feed_forward
 from flexolmo_jax.parallel import placement
 
 
@@ -37,13 +37,16 @@ def write_expert(
 def read_expert(path: Path, anchor: LoadedAnchor) -> Experts:
     """Reads an expert package in full, if it was made for this anchor.
 
+    A low-rank expert is read as the full one that it stands for.
+
     Raises:
       ValueError: it is missing or damaged, or made for another config, tokenizer or anchor.
     """
     package = Package.open(path, "expert")
     check_made_for(package, anchor)
     check_packages([package])
-    return placement.device_put(package.weights, None)
+    public = anchor.weights.public
+    return placement.device_put(with_full_feed_forward(package.weights, public), None)
 
 
 def check_made_for(package: Package, anchor: LoadedAnchor) -> None:

@@ -252,6 +252,13 @@ def _is_tensor(value: Any) -> bool:
     )
 
 
+def _is_compressed(value: Any) -> bool:
+    return any(
+        _has(value, {"from": _is_digest, **chosen})
+        for chosen in ({"rank": _is_size}, {"energy": _is_positive})
+    )
+
+
 _MODEL: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("vocab_size", "width", "num_layers", "num_heads", "ffn_width"), _is_size),
     **dict.fromkeys(("num_experts", "max_length", "loss_chunk", "unroll"), _is_size),
@@ -320,6 +327,9 @@ KINDS = {
         "model": Field("an object", lambda x: isinstance(x, dict)),
         "tokenizer": Field("a sha256 in hexadecimal digits, or null", _or_none(_is_digest)),
         "privacy": Field("text or an object", lambda x: isinstance(x, str | dict)),
+        "compressed": Field(
+            "an object of from, a sha256, and a rank or an energy", _is_compressed, optional=True
+        ),
         "tensors": Field(_TENSORS, lambda x: _all(x, dict, _is_tensor)),
     },
     "merged": {

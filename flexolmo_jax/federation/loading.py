@@ -5,6 +5,7 @@ their arrays become one stack of experts, each device reading its own part of ev
 """
 
 import concurrent.futures
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from flexolmo_jax.federation.merged import OpenedModel, open_merged
 from flexolmo_jax.federation.names import PUBLIC
 from flexolmo_jax.federation.package import MANIFEST, Package, check_packages, read_manifest
 from flexolmo_jax.federation.source import HuggingFace, WeightSource, open_source
-from flexolmo_jax.modeling.experts import Experts, pad_experts
+from flexolmo_jax.modeling.experts import Experts, pad_experts, with_parts
+from flexolmo_jax.modeling.low_rank import LowRankGroups, MixedFeedForward
 from flexolmo_jax.modeling.transformer import Backbone
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.parallel.mesh import AXES, EXPERT
@@ -117,13 +119,28 @@ def _place(
     opened: OpenedModel, dtype: str | None, mesh: Mesh | None, over: tuple[str, ...]
 ) -> LoadedModel:
     anchor = opened.anchor
-    padding = 0 if mesh is None else -len(opened.stacks) % mesh.shape[EXPERT]
-    experts = _join(opened.stacks, padding)
+    # Devices of a mesh share the matrices of full experts, so low-rank ones become full there.
+    stacks = opened.stacks(keep_low_rank=mesh is None)
+    padding = 0 if mesh is None else -len(stacks) % mesh.shape[EXPERT]
+    experts = _join_experts(stacks, padding)
     experts.router = _join(opened.routers, padding)
     backbone, experts = placement.device_put((anchor.weights.backbone, experts), mesh, over, dtype)
     return LoadedModel(
         backbone, experts, opened.config, opened.names, anchor.tokenizer, anchor.ends
     )
+
+
+def _join_experts(stacks: list[Experts], padding: int) -> Experts:
+    """As `_join`; full experts, and low-rank ones of each rank, are stacks of their own."""
+    kinds = [
+        _join([x.feed_forward for x in own], padding if ranks is None else 0)
+        for ranks, own in itertools.groupby(stacks, lambda x: x.deltas)
+    ]
+    full, *low_rank = kinds
+    rest = _join([with_parts(x, feed_forward=None) for x in stacks], padding)
+    if not low_rank:
+        return with_parts(rest, feed_forward=full)
+    return with_parts(rest, feed_forward=MixedFeedForward(full, LowRankGroups(low_rank)))
 
 
 def _join(stacks: list[Any], padding: int) -> Any:

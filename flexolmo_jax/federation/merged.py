@@ -23,7 +23,8 @@ class OpenedModel(NamedTuple):
 
     Attributes:
       anchor: its weights in their files, if it is a package.
-      experts: their packages, in order.
+      experts: their packages: full ones, then low-rank ones by their ranks, since in memory each
+        kind is a stack of its own; else in the order of the manifest.
       merged: the merged model's own package; None for an anchor alone or with one expert, which
         nobody merged.
     """
@@ -64,12 +65,15 @@ class OpenedModel(NamedTuple):
         own = [] if self.merged is None else [self.merged]
         return [*own, *self.anchor.packages, *self.experts]
 
-    @property
-    def stacks(self) -> list[Experts]:
-        """The public expert and the owners', each a stack of one, in order, with the same parts."""
+    def stacks(self, keep_low_rank: bool = False) -> list[Experts]:
+        """The public expert and the owners', each a stack of one, in order, with the same parts.
+
+        Low-rank feed-forward networks become full ones, unless they are kept (`with_same_parts`).
+        """
+        own = self._own
         if self.routing.evidence is None:
-            return with_same_parts([with_parts(stack, evidence=None) for stack in self._own])
-        return with_same_parts(self._own)
+            own = [with_parts(stack, evidence=None) for stack in own]
+        return with_same_parts(own, keep_low_rank)
 
     @property
     def routers(self) -> list[Router]:
@@ -96,6 +100,7 @@ def open_merged(package: Package, separator: str | None = None) -> OpenedModel:
     experts = [open_part(model, entry) for entry in package.manifest["experts"]]
     for expert in experts:
         check_made_for(expert, anchor)
+    experts.sort(key=lambda expert: expert.weights.deltas or ())
     if package.weights:
         sizes = anchor.config.num_layers, len(experts) + 1, anchor.config.width
         check_shapes(model, jax.eval_shape(lambda: Router(*sizes)), package.weights)
@@ -125,7 +130,9 @@ def shares_of(opened: OpenedModel) -> Shares | None:
     """The share of public text that each expert of a merged model takes, as `merge` returns it."""
     if not opened.experts:
         return None
-    return measure_shares(opened.anchor, opened.stacks, opened.names, opened.config, opened.routers)
+    return measure_shares(
+        opened.anchor, opened.stacks(), opened.names, opened.config, opened.routers
+    )
 
 
 def open_part(model: Path, entry: dict[str, str]) -> Package:

@@ -32,6 +32,7 @@ from flexolmo_jax.federation.package_files import (
     tensor_of,
 )
 from flexolmo_jax.modeling.experts import Experts, Ranks
+from flexolmo_jax.modeling.low_rank import FeedForwardRanks
 from flexolmo_jax.modeling.transformer import Anchor, init_anchor
 from flexolmo_jax.storage import on_disk, tensors
 from flexolmo_jax.storage.files import (
@@ -188,18 +189,32 @@ def _abstract(manifest: dict[str, Any], folder: Path, stored: dict[str, Any]) ->
     config = fields.model_of(manifest, folder / MANIFEST)
 
     is_anchor = manifest["kind"] == "anchor"
-    first = {name: stored.get(f"{'public.' * is_anchor}{name}.a") for name in Ranks._fields}
-    ranks = Ranks(
-        **{name: x.shape[-1] if x is not None and x.shape else 0 for name, x in first.items()}
-    )
+    heads = (f"{'public.' * is_anchor}{name}.a" for name in Ranks._fields)
+    ranks = Ranks(*(_last_size(stored.get(name)) for name in heads))
+
+    deltas = None if is_anchor else _deltas(stored)
 
     def init(key: jax.Array) -> Anchor | Experts:
-        return init_anchor(config, key, ranks) if is_anchor else Experts(config, 1, key, ranks)
+        if is_anchor:
+            return init_anchor(config, key, ranks)
+        return Experts(config, 1, key, ranks, deltas)
 
     try:
         return jax.eval_shape(init, jax.random.key(0))
     except (TypeError, ValueError, OverflowError) as error:  # of sizes that no array can have
         raise ValueError(f"{folder}: not the config of a model ({error})") from error
+
+
+def _deltas(stored: dict[str, Any]) -> FeedForwardRanks | None:
+    """The ranks of a low-rank expert; None for a full one."""
+    names = [f"feed_forward.{name}.a" for name in FeedForwardRanks._fields]
+    if not any(name in stored for name in names):
+        return None
+    return FeedForwardRanks(*(_last_size(stored.get(name)) for name in names))
+
+
+def _last_size(stored: Any) -> int:
+    return stored.shape[-1] if stored is not None and stored.shape else 0
 
 
 def check_shapes(folder: Path, expected: Any, stored: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.modeling.experts import Experts, LayerExperts
 from flexolmo_jax.modeling.kernels.quantized import Quantized, quantize, round_matrix
 from flexolmo_jax.modeling.transformer import Backbone, Layers
 from flexolmo_jax.storage.tensors import leaf_name
@@ -20,7 +20,10 @@ PROJECTIONS = tuple(f"attention.{name}" for name in "qkvo")
 
 
 class Unstacked(NamedTuple):
-    """A copy of the weights, layer by layer and expert by expert; matrices are `Quantized`."""
+    """A copy of the weights, layer by layer and expert by expert; matrices are `Quantized`.
+
+    Low-rank experts stay together, in one stack after the others.
+    """
 
     layers: Layers
     head: jax.Array | Quantized  # [D, V]
@@ -49,13 +52,17 @@ def unstack(
 
         return jax.tree_util.tree_map_with_path(take_leaf, tree)
 
-    num_layers, num_experts = experts.router.bias.shape
+    full, low_rank = experts.of_layers().kinds()
+
+    def stacks_of(index):
+        own = [take(full, (index, slice(e, e + 1))) for e in range(full.router.bias.shape[1])]
+        if low_rank is not None:  # one stack, which shares the public expert's matrices
+            groups, router = take(low_rank, index)
+            own.append(LayerExperts(groups.with_base(own[0].feed_forward), router))
+        return tuple(own)
+
     layers = tuple(
-        (
-            take(backbone.layers, index),
-            tuple(take(experts.of_layers(), (index, slice(e, e + 1))) for e in range(num_experts)),
-        )
-        for index in range(num_layers)
+        (take(backbone.layers, index), stacks_of(index)) for index in range(config.num_layers)
     )
     return Unstacked(layers, convert(backbone.head_matrix(config)))
 

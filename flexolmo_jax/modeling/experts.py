@@ -22,6 +22,13 @@ from flexolmo_jax.modeling.heads import LowRankHead
 from flexolmo_jax.modeling.kernels.grouped_swiglu import grouped_swiglu
 from flexolmo_jax.modeling.kernels.swiglu import swiglu
 from flexolmo_jax.modeling.layers import Expert, normal
+from flexolmo_jax.modeling.low_rank import (
+    FeedForwardRanks,
+    LowRankFeedForward,
+    LowRankGroups,
+    MixedFeedForward,
+    materialize,
+)
 from flexolmo_jax.modeling.router import Router, add_decayed_logits, route
 from flexolmo_jax.parallel import collectives
 from flexolmo_jax.storage.tensors import leaf_name, named
@@ -79,10 +86,12 @@ def moe(
     out, first = jnp.zeros_like(x), 0
     for stack in stacks:
         last = first + stack.router.bias.shape[0]
+        network = stack.feed_forward
+        assert not isinstance(network, LowRankFeedForward), "with_base has to come first"
         if config.expert_compute == "grouped":
-            add = functools.partial(stack.feed_forward.add_grouped, active=active)
+            add = functools.partial(network.add_grouped, active=active)
         else:
-            add = functools.partial(stack.feed_forward.add_dense, skip_unused=skip_unused)
+            add = functools.partial(network.add_dense, skip_unused=skip_unused)
         out = _where_sharded(stack, add)(out, x, weights[first:last])
         first = last
     return MoeOutput(out, logits, router_state, weights)
@@ -120,6 +129,11 @@ class FeedForward(nnx.Module):
         self.gate = Expert(normal(kg, *lead, width, hidden))  # [L, E, D, F]
         self.up = Expert(normal(ku, *lead, width, hidden))  # [L, E, D, F]
         self.down = Expert(normal(kd, *lead, hidden, width))  # [L, E, F, D]
+
+    @property
+    def experts_here(self) -> int:
+        """How many experts of a layer this device holds."""
+        return self.gate.shape[0]
 
     def add_dense(
         self,
@@ -211,25 +225,47 @@ NO_HEADS = Ranks()
 class LayerExperts(NamedTuple):
     """The parts of `Experts` that every layer has."""
 
-    feed_forward: FeedForward
+    feed_forward: FeedForward | LowRankGroups | MixedFeedForward
     router: Router
+
+    def kinds(self) -> "tuple[LayerExperts, LayerExperts | None]":
+        """Of all layers: the full experts, and the low-rank ones, if there are any."""
+        mixed = self.feed_forward
+        if not isinstance(mixed, MixedFeedForward):
+            return self, None
+        count = mixed.full.gate.shape[1]
+        first, rest = (
+            jax.tree.map(lambda leaf, own=own: leaf[:, own], self.router)
+            for own in (slice(count), slice(count, None))
+        )
+        return LayerExperts(mixed.full, first), LayerExperts(mixed.low_rank, rest)
 
 
 class Experts(nnx.Module):
     """A stack of experts: feed-forward networks and their router rows; perhaps low-rank heads.
 
+    `feed_forward` is full, or, with `deltas`, what is added to the public expert's (low_rank.py).
     `head` adds to the logits; `evidence` is a bigram model that the expert is routed by
     (evidence.py).
     """
 
+    feed_forward: FeedForward | LowRankFeedForward | LowRankGroups | MixedFeedForward
     head: LowRankHead
     evidence: LowRankHead
 
     def __init__(
-        self, config: ModelConfig, num_experts: int, key: jax.Array, ranks: Ranks = NO_HEADS
+        self,
+        config: ModelConfig,
+        num_experts: int,
+        key: jax.Array,
+        ranks: Ranks = NO_HEADS,
+        deltas: FeedForwardRanks | None = None,
     ):
         layers = config.num_layers
-        self.feed_forward = FeedForward(layers, num_experts, config.width, config.ffn_width, key)
+        sizes = layers, num_experts, config.width, config.ffn_width
+        self.feed_forward = (
+            FeedForward(*sizes, key) if deltas is None else LowRankFeedForward(*sizes, deltas, key)
+        )
         self.router = Router(layers, num_experts, config.width)
         self.set_heads(config, ranks, jax.random.fold_in(key, 1))
 
@@ -252,8 +288,15 @@ class Experts(nnx.Module):
         heads = (name for name, rank in self.ranks._asdict().items() if rank)
         return ("feed_forward", "router", *heads)
 
+    @property
+    def deltas(self) -> FeedForwardRanks | None:
+        """The ranks of low-rank experts, as packages hold them; None of others."""
+        own = self.feed_forward
+        return own.ranks if isinstance(own, LowRankFeedForward) else None
+
     def of_layers(self) -> LayerExperts:
         """What a scan over the layers slices."""
+        assert not isinstance(self.feed_forward, LowRankFeedForward), "with_base has to come first"
         return LayerExperts(self.feed_forward, self.router)
 
 
@@ -268,12 +311,31 @@ def with_parts(like: Module, **parts: nnx.Module | None) -> Module:
     return changed
 
 
-def with_same_parts(stacks: Sequence[Experts]) -> list[Experts]:
-    """The stacks with heads of the same ranks, so that they can be concatenated.
+def with_base(stack: Experts, public: Experts) -> Experts:
+    """The stack as the network computes it: low-rank experts get what they are deltas of."""
+    if not isinstance(stack.feed_forward, LowRankFeedForward):
+        return stack
+    groups = LowRankGroups([stack.feed_forward], public.feed_forward)
+    return with_parts(stack, feed_forward=groups)
 
-    A missing head is one of zeros, which adds nothing; a head of lower rank gets zero columns.
-    Leaves may be on disk or on the host; only those that are padded are read.
+
+def with_full_feed_forward(stack: Experts, public: Experts) -> Experts:
+    """A stack of one with a full feed-forward network, as `materialize` makes it."""
+    if not isinstance(stack.feed_forward, LowRankFeedForward):
+        return stack
+    return with_parts(stack, feed_forward=materialize(public.feed_forward, stack.feed_forward))
+
+
+def with_same_parts(stacks: Sequence[Experts], keep_low_rank: bool = False) -> list[Experts]:
+    """The stacks with the same parts, so that they can be concatenated.
+
+    A missing head is one of zeros, which adds nothing; a head of lower rank gets zero columns. A
+    low-rank feed-forward network becomes a full one, beside that of the first stack, the public
+    one, unless it is kept. Leaves may be on disk or on the host; only heads that are padded are
+    read.
     """
+    if not keep_low_rank:
+        stacks = [with_full_feed_forward(stack, stacks[0]) for stack in stacks]
     ranks = Ranks(*map(max, zip(*(stack.ranks for stack in stacks), strict=True)))
     return [_with_ranks(stack, ranks, like=stacks) for stack in stacks]
 

@@ -5,8 +5,11 @@ later tokens, no expert that a token is not routed to. Whatever a program comput
 lowers its measured fraction of the machine's peak.
 """
 
+from collections.abc import Sequence
+
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.experts import NO_HEADS, Ranks
+from flexolmo_jax.modeling.low_rank import FeedForwardRanks
 
 
 def forward_flops(config: ModelConfig, length: int, active: int, ranks: Ranks = NO_HEADS) -> float:
@@ -21,6 +24,17 @@ def forward_flops(config: ModelConfig, length: int, active: int, ranks: Ranks = 
     layer = _projections(config) + _scores(config, length) + active * _expert(config)
     heads = active * _low_rank(config, ranks.head) + _evidence(config, ranks.evidence)
     return config.num_layers * layer + _head(config) + heads
+
+
+def low_rank_flops(config: ModelConfig, ranks: Sequence[FeedForwardRanks]) -> float:
+    """FLOPs per token of a forward pass of low-rank experts (low_rank.py), all of them computed.
+
+    They need the base's three products once for all of them, and the products with their factors.
+    """
+    if not ranks:
+        return 0.0
+    factors = sum(2.0 * (config.width + config.ffn_width) * sum(own) for own in ranks)
+    return config.num_layers * (_expert(config) + factors)
 
 
 def anchor_step_flops(config: ModelConfig, length: int, ranks: Ranks = NO_HEADS) -> float:

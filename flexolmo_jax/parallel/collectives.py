@@ -101,7 +101,7 @@ def is_expert_parallel(stack: Any) -> bool:
     Args:
       stack: `Experts` of one layer, whose router rows are replicated.
     """
-    return inside_shard_map() and stack.feed_forward.gate.shape[0] < stack.router.bias.shape[0]
+    return inside_shard_map() and stack.feed_forward.experts_here < stack.router.bias.shape[0]
 
 
 def embedding_lookup(embed: jax.Array, tokens: jax.Array, config: ModelConfig) -> jax.Array:
@@ -209,6 +209,13 @@ def local_heads(scale: jax.Array, heads: int) -> jax.Array:
     """This device's `heads` rows of the scales of all heads [N, H]."""
     first = jax.lax.axis_index(TENSOR) * heads
     return jax.lax.dynamic_slice_in_dim(copy_to_tensor_parallel(scale), first, heads)
+
+
+def local_hidden_units(x: jax.Array, size: int, axis: int) -> jax.Array:
+    """This device's `size` of the hidden units of all devices, along an axis of x."""
+    if not is_tensor_parallel():
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(TENSOR) * size, size, axis)
 
 
 def pmean_tensor(x: jax.Array) -> jax.Array:

@@ -190,6 +190,39 @@ class Joined:
         return out
 
 
+@dataclasses.dataclass(frozen=True)
+class WithDelta:
+    """base + a b, of arrays [L, E, I, O], [L, E, I, R] and [L, E, R, O]; read in slices.
+
+    Computed in float32 when a slice is read, so that memory never holds more than that slice.
+    """
+
+    base: Any  # OnDisk, or of NumPy or JAX, as are a and b
+    a: Any
+    b: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
+        layers, experts, rows, columns = part
+        out = np.array(self.base[part], np.float32)
+        a = np.asarray(self.a[layers, experts, rows, :], np.float32)
+        b = np.asarray(self.b[layers, experts, :, columns], np.float32)
+        for index in np.ndindex(out.shape[:2]):  # one matrix at a time: no second array of its size
+            out[index] += a[index] @ b[index]
+        return out
+
+
 def _ranges(part: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[range, ...]:
     return tuple(range(*axis.indices(size)) for axis, size in zip(part, shape, strict=True))
 

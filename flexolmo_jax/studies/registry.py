@@ -7,6 +7,7 @@ This table imports none of them, so that `flexolmo --help` stays quick.
 STUDIES: dict[str, str] = {
     "demo-seeds": "flexolmo_jax.studies.demo_seeds",
     "evidence": "flexolmo_jax.studies.evidence",
+    "expert-size": "flexolmo_jax.studies.expert_size",
     "expert-training": "flexolmo_jax.studies.expert_training",
     "loading": "flexolmo_jax.studies.loading",
     "privacy-accounting": "flexolmo_jax.studies.privacy_accounting",

@@ -19,9 +19,10 @@ from flexolmo_jax.config import (
     Training,
 )
 from flexolmo_jax.data.batches import Batch
-from flexolmo_jax.modeling.experts import Experts, FeedForward, with_parts
+from flexolmo_jax.modeling.experts import Experts, FeedForward, with_base, with_parts
 from flexolmo_jax.modeling.heads import LowRankHead
 from flexolmo_jax.modeling.kernels.cross_entropy import cross_entropy
+from flexolmo_jax.modeling.low_rank import LowRankFeedForward
 from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.modeling.transformer import Anchor, Backbone, forward, head_columns
 from flexolmo_jax.parallel import collectives
@@ -196,7 +197,7 @@ class ExpertAloneLoss:
 
     def __call__(self, own: "OwnParts", frozen: tuple[Anchor, Router], batch: Batch):
         anchor, router = frozen
-        expert = own.expert(anchor.public, router)
+        expert = with_base(own.expert(anchor.public, router), anchor.public)
         found = language_model_loss(
             anchor.backbone, (expert,), batch, self.config, self.output_z_loss
         )
@@ -214,7 +215,7 @@ class ExpertPairLoss:
     def __call__(self, expert: Experts, anchor: Anchor, batch: Batch):
         found = language_model_loss(
             anchor.backbone,
-            (anchor.public, expert),
+            (anchor.public, with_base(expert, anchor.public)),
             batch,
             self.config,
             self.output_z_loss,
@@ -268,13 +269,14 @@ class JointLoss:
 class OwnParts(NamedTuple):
     """What stage 2 trains with a fixed gate: all of an expert but its router rows."""
 
-    feed_forward: FeedForward
+    feed_forward: FeedForward | LowRankFeedForward
     head: LowRankHead | None
     evidence: LowRankHead | None
 
     @classmethod
     def of(cls, expert: Experts) -> "OwnParts":
         """The parts that an expert has."""
+        assert isinstance(expert.feed_forward, FeedForward | LowRankFeedForward)
         parts = (getattr(expert, name, None) for name in ("head", "evidence"))
         return cls(expert.feed_forward, *parts)
 

@@ -33,7 +33,7 @@ RESUMABLE_FIELDS = (
     "microbatches", "remat", "expert_compute",
 )  # fmt: skip
 # Values of fields that did not exist when an older version started a run.
-BEFORE_THE_FIELD = {"optimizer.name": "adamw", "head_rank": 0, "evidence_rank": 0}
+BEFORE_THE_FIELD = {"optimizer.name": "adamw", "head_rank": 0, "evidence_rank": 0, "ffn_rank": 0}
 FIELDS_IN_MANIFEST = ("name", "anchor", "licence", "contact")
 
 P = ParamSpec("P")

@@ -12,6 +12,7 @@ from flexolmo_jax.data.sources import bytes_of, fingerprint
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor
 from flexolmo_jax.modeling.experts import Experts, Ranks, with_parts
+from flexolmo_jax.modeling.low_rank import FeedForwardRanks, LowRankFeedForward
 from flexolmo_jax.privacy.canaries import Canaries
 from flexolmo_jax.storage.outputs import check_room
 from flexolmo_jax.training.optimizer import make_optimizer
@@ -24,7 +25,7 @@ def in_float32(tree: Any) -> Any:
 
 
 def initial_expert(config: ExpertTraining, model: ModelConfig, public: Experts) -> Experts:
-    """The public expert, with new heads of the config's ranks.
+    """The public expert, with new heads, and perhaps low-rank deltas, of the config's ranks.
 
     An evidence head begins as the public one if that has the same rank, so that it learns only what
     the owner's text has more of. All owners draw the same initial heads, so that no package tells
@@ -45,6 +46,12 @@ def initial_expert(config: ExpertTraining, model: ModelConfig, public: Experts) 
     expert.set_heads(model, ranks, jax.random.key(0))
     if ranks.evidence and ranks.evidence == public.ranks.evidence:
         expert = with_parts(expert, evidence=public.evidence)
+    if config.ffn_rank:
+        check_rank("ffn_rank", config.ffn_rank, model)
+        sizes = model.num_layers, 1, model.width, model.ffn_width
+        own_ranks = FeedForwardRanks(*[config.ffn_rank] * 3)
+        deltas = LowRankFeedForward(*sizes, own_ranks, jax.random.key(1))
+        expert = with_parts(expert, feed_forward=deltas)
     return expert
 
 

@@ -4,14 +4,16 @@ import jax
 import pytest
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.modeling.experts import Ranks
+from flexolmo_jax.modeling.experts import Experts, Ranks
 from flexolmo_jax.modeling.flops import (
     anchor_step_flops,
     decode_flops,
     expert_alone_step_flops,
     expert_step_flops,
     forward_flops,
+    low_rank_flops,
 )
+from flexolmo_jax.modeling.low_rank import FeedForwardRanks
 from flexolmo_jax.modeling.transformer import abstract_model
 
 CONFIG = ModelConfig(
@@ -80,3 +82,15 @@ def test_a_step_trains_both_heads_of_one_expert():
     of_anchor = Ranks(evidence=4)
     more = anchor_step_flops(CONFIG, LENGTH, of_anchor) - anchor_step_flops(CONFIG, LENGTH)
     assert more == expected - 3 * 2 * head
+
+
+def test_low_rank_experts_are_two_for_each_weight_and_the_base_once():
+    _, base, _ = sizes(CONFIG)
+    ranks = [FeedForwardRanks(2, 3, 4), FeedForwardRanks(1, 1, 1)]
+    own = 0
+    for each in ranks:
+        init = lambda key, each=each: Experts(CONFIG, 1, key, deltas=each)  # noqa: E731
+        expert = jax.eval_shape(init, jax.random.key(0))
+        own += sum(leaf.size for leaf in jax.tree.leaves(expert.feed_forward))
+    assert low_rank_flops(CONFIG, ranks) == 2 * (base + own)
+    assert low_rank_flops(CONFIG, []) == 0

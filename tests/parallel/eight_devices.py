@@ -17,7 +17,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 from flexolmo_jax.config import ModelConfig, OptimizerConfig  # noqa: E402
 from flexolmo_jax.data.batches import Batch  # noqa: E402
 from flexolmo_jax.model import FlexOlmo  # noqa: E402
-from flexolmo_jax.modeling.experts import NO_HEADS, Ranks, pad_experts, select  # noqa: E402
+from flexolmo_jax.modeling.experts import NO_HEADS, Experts, Ranks, pad_experts, select  # noqa: E402
+from flexolmo_jax.modeling.low_rank import FeedForwardRanks  # noqa: E402
 from flexolmo_jax.modeling.transformer import Anchor, abstract_model  # noqa: E402
 from flexolmo_jax.parallel import placement  # noqa: E402
 from flexolmo_jax.parallel.mesh import make_mesh, num_shards, shardings  # noqa: E402
@@ -62,6 +63,19 @@ def training_mesh(request):
 
 def weights(config, ranks=NO_HEADS):
     """A backbone and a stack, with nothing left at 0 or 1."""
+    return drawn(abstract_model(config, ranks))
+
+
+def low_rank_expert(config):
+    ranks = FeedForwardRanks(gate=3, up=2, down=4)
+    return drawn(
+        jax.eval_shape(
+            lambda key: Experts(config, 1, key, RANKS["alone"], ranks), jax.random.key(0)
+        )
+    )
+
+
+def drawn(shapes):
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -71,7 +85,7 @@ def weights(config, ranks=NO_HEADS):
             1 + drawn if "norm" in name else -abs(drawn) if "bias" in name else drawn
         )
 
-    return jax.tree_util.tree_map_with_path(draw, abstract_model(config, ranks))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def some_batch(rows=16, length=24):
@@ -85,9 +99,10 @@ def some_batch(rows=16, length=24):
 
 def stage(name, config, multiple=1):
     """A loss, what it trains, and what is frozen."""
+    name, _, size = name.partition(" ")
     backbone, experts = weights(config, RANKS.get(name, NO_HEADS))
     anchor = Anchor(backbone, select(experts, [0]))
-    own = select(experts, [1])
+    own = low_rank_expert(config) if size else select(experts, [1])
     pair = config.replace(num_experts=2, active_experts=None)
     if name == "anchor":
         return AnchorLoss(pair, 1e-4), anchor, None
@@ -133,7 +148,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [*STAGES, "alone low_rank"])
 def test_losses_and_gradients_are_those_of_one_device(training_mesh, name):
     found = run_gradients(*stage(name, CONFIG, training_mesh.shape["expert"]), mesh=training_mesh)
     assert_close(found, alone(name, CONFIG))

@@ -18,6 +18,7 @@ from flexolmo_jax.modeling.experts import Ranks, with_parts
 from flexolmo_jax.studies import (
     demo,
     evidence,
+    expert_size,
     loading,
     privacy_accounting,
     rounding,
@@ -190,3 +191,25 @@ def test_the_best_recipe_of_each_kind_is_bold():
     assert "| expert | Muon | 0.01 | **3.200 (-0.800)** |" in page
     assert "| expert | AdamW | 0.001 | 3.500 (-0.500) |" in page
     assert "what the best dense model gains: math 80%." in page
+
+
+def test_the_page_of_expert_sizes_says_what_each_form_keeps_and_costs(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(expert_size, "OWNERS", ("math", "code"))
+    monkeypatch.setattr(expert_size, "RANKS", (2,))
+    monkeypatch.setattr(expert_size, "ENERGIES", ())
+    monkeypatch.setattr(expert_size, "tokens_per_second", lambda _: 1234.0)
+    texts = {name: [Document("One, two, three.", "")] for name in ("math", "code", "public")}
+    forms = expert_size.forms(world.root, tmp_path, [])
+    rows = {}
+    for title, make in forms.items():
+        packages = {name: tmp_path / title / name for name in ("math", "code")}
+        for name, package in packages.items():
+            package.parent.mkdir(exist_ok=True)
+            make(name, package)
+        rows[title] = expert_size.measure(world.anchor, packages, texts)
+    assert list(rows) == ["full", "rank 2"]
+    assert rows["rank 2"].megabytes < 0.2 * rows["full"].megabytes
+    assert rows["rank 2"].megaflops < rows["full"].megaflops
+    anchor = {name: 1 + bits for name, bits in rows["full"].alone.items()}
+    page = "\n".join(expert_size.make_page(anchor, rows))
+    assert "(100%)" in page and "| 1,234 |" in page and "rank 2" in page

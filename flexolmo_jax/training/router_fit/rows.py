@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.modeling.attention import segment_positions
-from flexolmo_jax.modeling.experts import Experts, moe
+from flexolmo_jax.modeling.experts import Experts, moe, with_base
 from flexolmo_jax.modeling.transformer import Anchor
 
 SHRINKAGE = 1e-2  # of covariances towards a multiple of the identity
@@ -67,10 +67,11 @@ def fit_router(
         return x + layer.experts_norm(out, pair.norm_eps)
 
     x = anchor.backbone.embed[...][tokens].astype(config.dtype)
+    computed = with_base(expert, anchor.public)
     rows, biases = [], []
     for layer_index in range(config.num_layers):
         layer, public_slice, own_slice = jax.tree.map(
-            lambda leaf, i=layer_index: leaf[i], (anchor.backbone.layers, anchor.public, expert)
+            lambda leaf, i=layer_index: leaf[i], (anchor.backbone.layers, anchor.public, computed)
         )
         x = experts_input(x, layer)
         inputs = np.asarray(x, np.float64).reshape(-1, config.width)[real]

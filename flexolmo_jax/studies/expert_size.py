@@ -1,0 +1,200 @@
+"""What a smaller expert costs: bits per byte, bytes, FLOPs and speed over the rank of its deltas.
+
+    flexolmo study expert-size flexolmo_demo OUT
+
+DEMO is the folder that `flexolmo demo` wrote. The packages of three of its owners are compressed to
+several ranks and energies, and with --train-ranks others are trained low-rank from the start. Every
+form is scored alone and merged, and its decoding is timed.
+"""
+
+import argparse
+import datetime
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flexolmo_jax.config import ExpertTraining, load_config
+from flexolmo_jax.evaluation.bits_per_byte import heldout_documents, score
+from flexolmo_jax.federation.compress import compress
+from flexolmo_jax.federation.merge import merge
+from flexolmo_jax.federation.package import Package
+from flexolmo_jax.model import FlexOlmo, load
+from flexolmo_jax.modeling.flops import forward_flops, low_rank_flops
+from flexolmo_jax.storage.tensors import named
+from flexolmo_jax.studies.engine.commands import run_command
+from flexolmo_jax.studies.engine.report import add_page_argument, machine, table, write_page
+
+OWNERS = ("math", "code", "creative")
+RANKS = (1, 4, 16, 64)
+ENERGIES = (0.9,)
+TITLE_FULL = "full"
+PROMPT, NEW = 16, 96  # tokens
+REPEATS = 3  # of the timed generation; the fastest counts
+Make = Callable[[str, Path], None]
+
+
+class Row(NamedTuple):
+    """One form of all three experts.
+
+    Attributes:
+      alone: bits per byte of each owner's text by its own expert, at weight 1.
+      merged: bits per byte of each owner's and of public text by the merged model.
+      megabytes: of a package, the mean of the three.
+      megaflops: per token of the merged model's forward pass, all experts active.
+      tokens_per_second: of decoding one sequence with the merged model.
+    """
+
+    alone: dict[str, float]
+    merged: dict[str, float]
+    megabytes: float
+    megaflops: float
+    tokens_per_second: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `flexolmo study expert-size`."""
+    parser.add_argument("demo", type=Path, help="the folder of a demo")
+    parser.add_argument("out", type=Path, help="folder of the packages; those in it are kept")
+    parser.add_argument(
+        "--train-ranks", type=int, nargs="*", default=[], metavar="R",
+        help="also train experts of these ranks from the start; a minute or more for each owner",
+    )  # fmt: skip
+    add_page_argument(parser, "expert_size.md")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Makes what OUT lacks, scores everything, and writes the page."""
+    data = load_config("demo_expert", ExpertTraining).data
+    texts = {name: heldout_documents(f"corpus:{name}", data) for name in (*OWNERS, "public")}
+    anchor = load(args.demo / "anchor")
+    scores = {name: score(anchor, text).bits_per_byte for name, text in texts.items()}
+    rows = {}
+    for title, make in forms(args.demo, args.out, args.train_ranks).items():
+        packages = {name: args.out / title.replace(" ", "_") / name for name in OWNERS}
+        for name, package in packages.items():
+            if not package.exists():
+                package.parent.mkdir(parents=True, exist_ok=True)
+                make(name, package)
+        rows[title] = measure(args.demo / "anchor", packages, texts)
+    write_page(args.page, make_page(scores, rows))
+
+
+def forms(demo: Path, out: Path, train_ranks: Sequence[int]) -> dict[str, Make]:
+    """How the package of an owner is made in each form, by the form's title."""
+    experts, anchor = demo / "experts", demo / "anchor"
+
+    def link(name: str, package: Path) -> None:
+        package.symlink_to((experts / name).absolute(), target_is_directory=True)
+
+    def compressed(**size: Any) -> Make:
+        def write(name: str, package: Path) -> None:
+            compress(experts / name, package, anchor=anchor, **size)
+
+        return write
+
+    def trained(rank: int) -> Make:
+        def train(name: str, package: Path) -> None:
+            words = ["train", "expert", "demo_expert", "--rank", str(rank), "--name", name]
+            words += ["--data", f"corpus:{name}", "--anchor", str(anchor), "--out", str(package)]
+            run_command(words, compiled=out / "compiled", quiet=True)
+
+        return train
+
+    return {
+        TITLE_FULL: link,
+        **{f"rank {rank}": compressed(rank=rank) for rank in RANKS},
+        **{f"energy {energy}": compressed(energy=energy) for energy in ENERGIES},
+        **{f"trained at rank {rank}": trained(rank) for rank in train_ranks},
+    }
+
+
+def measure(anchor: Path, packages: Mapping[str, Path], texts: Mapping[str, Sequence[Any]]) -> Row:
+    """Scores the experts alone and merged, and times decoding.
+
+    Args:
+      anchor: theirs.
+      packages: of each owner.
+      texts: held-out documents of each owner, and public ones.
+    """
+    alone = {
+        name: score(load(path, anchor=anchor), texts[name], only=[name]).bits_per_byte
+        for name, path in packages.items()
+    }
+    folder = next(iter(packages.values())).parent / "merged"
+    if not folder.exists():
+        merge(anchor, list(packages.values()), folder, allow_share=None)
+    model = load(folder)
+    merged = {name: score(model, text).bits_per_byte for name, text in texts.items()}
+    opened = [Package.open(path, "expert") for path in packages.values()]
+    weights = sum(_bytes(package) for package in opened) / len(opened)
+    ranks = [package.weights.deltas for package in opened]
+    length = model.config.max_length
+    full = 1 + ranks.count(None)
+    flops = forward_flops(model.config, length, full)
+    flops += low_rank_flops(model.config, [own for own in ranks if own is not None])
+    return Row(alone, merged, weights / 1e6, flops / 1e6, tokens_per_second(model))
+
+
+def _bytes(package: Package) -> int:
+    return sum(leaf.nbytes for leaf in named(package.weights).values())
+
+
+def tokens_per_second(model: FlexOlmo) -> float:
+    """The speed of decoding one sequence, compiling aside."""
+    prompt = [list(range(5, 5 + PROMPT))]
+    rates = []
+    for _ in range(1 + REPEATS):  # the first compiles
+        started = time.perf_counter()
+        ids = model.generate(prompt, NEW)
+        rates.append(len(ids[0]) / (time.perf_counter() - started))
+    return max(rates)
+
+
+def make_page(anchor: Mapping[str, float], rows: Mapping[str, Row]) -> list[str]:
+    """The page.
+
+    Args:
+      anchor: its scores.
+      rows: of each form.
+    """
+    full = rows[TITLE_FULL]
+
+    def kept(row: Row, name: str) -> str:
+        share = (anchor[name] - row.alone[name]) / (anchor[name] - full.alone[name])
+        return f"{row.alone[name]:.3f} ({share:.0%})"
+
+    alone = [["anchor", *(f"{anchor[name]:.3f}" for name in OWNERS)]]
+    alone += [[title, *(kept(row, name) for name in OWNERS)] for title, row in rows.items()]
+    costs = [
+        [
+            title, *(f"{bits:.3f}" for bits in row.merged.values()), f"{row.megabytes:.2f}",
+            f"{row.megaflops:.2f}", f"{row.tokens_per_second:,.0f}",
+        ]
+        for title, row in rows.items()
+    ]  # fmt: skip
+    return [
+        "# Experts of any size",
+        "",
+        f"`flexolmo study expert-size flexolmo_demo OUT`, {datetime.date.today()}, {machine()}. "
+        "`flexolmo compress` makes an expert's feed-forward part a low-rank delta to the public "
+        "expert's, by a truncated SVD of each of its matrices; `flexolmo train expert --rank` "
+        "trains such deltas from the start. The anchor, the full experts and the held-out "
+        "documents are those of `flexolmo demo`: matrices of 128 by 384, so that a delta has rank "
+        "128 at most, and is as large as the matrix from rank 96 on. Larger networks have other "
+        "curves.",
+        "",
+        "Each expert alone, at weight 1: bits per byte of its owner's text, and in brackets how "
+        "much it keeps of what the full expert gains over the anchor.",
+        "",
+        *table(["form", *OWNERS], alone),
+        "",
+        f"The three merged: bits per byte of each text; the weights of a package; FLOPs a token "
+        f"of a forward pass with all four experts active; and decoding of one sequence, {NEW} "
+        f"tokens after {PROMPT}, the fastest of {REPEATS}, on a machine that does other work too.",
+        "",
+        *table(["form", *full.merged, "MB a package", "MFLOP a token", "tokens/s"], costs),
+        "",
+        "Low-rank experts need the public gate, up and down products once more, for all of them "
+        "together, and 6 r (D + F) FLOPs each for rank r.",
+    ]
