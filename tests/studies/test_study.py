@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,12 +14,17 @@ from flexolmo_jax.data.sources import read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.model import load
+from flexolmo_jax.modeling.experts import with_parts
 from flexolmo_jax.modeling.transformer import forward
 from flexolmo_jax.studies.baselines import datasets, models, scores
 from flexolmo_jax.studies.baselines.config import StudyConfig
+from flexolmo_jax.studies.baselines.evidence_stages import NEAR, cautious
+from flexolmo_jax.studies.baselines.rates import choose_rates
 from flexolmo_jax.studies.baselines.results import AFTER, Results
 from flexolmo_jax.studies.baselines.seed_stages import plan_seed
 from flexolmo_jax.studies.baselines.shared_stages import plan_shared
+from flexolmo_jax.studies.engine.commands import PACKAGE
+from flexolmo_jax.studies.engine.stages import run_stages
 from flexolmo_jax.studies.expert_training import Recipe, Trial
 from flexolmo_jax.training.public_data import public_batch
 
@@ -35,8 +41,11 @@ config = StudyConfig(
     anchor=AnchorTraining(model=model, data=data, optimizer=optimizer, steps=8, public_tokens=2048),
     expert=ExpertTraining(data=data, optimizer=optimizer, steps=4, fit_tokens=1024),
     router=RouterTraining(data=data, optimizer=optimizer, steps=2),
-    dense_learning_rate=1e-3,
-    unrestricted_learning_rate=1e-3,
+    dense_rates=((1e-3, 1e-3), (3e-3, 3e-3)),
+    unrestricted_rates=((1e-3, 1e-3),),
+    rate_owners=("code",),
+    head_rank=4,
+    evidence_rank=4,
     unrestricted_flops=(1.0,),
     tune_sequences=4,
     test_sequences=16,
@@ -47,6 +56,9 @@ config = StudyConfig(
     memories=((0.8, 0.3),),
     active=(1,),
     decays=(0.9,),
+    evidence_decays=(0.9,),
+    evidence_strengths=(0.5, 1.0),
+    evidence_shifts=(0.75, 1.5),
     soup_temperatures=(0.1,),
 )
 """
@@ -78,6 +90,12 @@ def config_file(texts, tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(config_file) -> StudyConfig:
     return load_config(config_file, StudyConfig)
+
+
+@pytest.fixture(scope="module")
+def chosen(config) -> StudyConfig:
+    """With one rate of each kind, as a seed is planned."""
+    return config.with_rates("dense", config.dense_rates[:1])
 
 
 # Texts and sequences
@@ -202,6 +220,19 @@ def test_a_bias_is_folded_into_the_row(world, make_expert, tmp_path, quick):
     assert np.abs(after - before).mean() < 0.5 * np.abs(bare - before).mean()
 
 
+def test_a_low_rank_head_is_the_nearest_matrix_of_its_rank():
+    random = np.random.default_rng(0)
+    product = (random.normal(size=(16, 3)) @ random.normal(size=(3, 40))).astype(np.float32)
+    head = models.low_rank(jax.numpy.asarray(product), 3)
+    hidden = random.normal(size=(5, 16)).astype(np.float32)
+    found = head.add(np.zeros((5, 40), np.float32), hidden, np.ones((1, 5), np.float32))
+    np.testing.assert_allclose(found, hidden @ product, rtol=1e-4, atol=1e-4)
+    lower = models.low_rank(jax.numpy.asarray(product), 2)
+    error = product - np.asarray(lower.a[...][0, 0] @ lower.b[...][0, 0])
+    third = np.linalg.svd(product, compute_uv=False)[2]
+    assert np.linalg.norm(error) == pytest.approx(third, rel=1e-3)
+
+
 # The plan
 
 
@@ -217,8 +248,9 @@ def changed(config, root, **changes):
     return {name for name in after if after[name] != before.get(name)}
 
 
-def test_a_changed_value_touches_only_what_depends_on_it(config, tmp_path):
-    found = changed(config, tmp_path, dense_learning_rate=5e-3)
+def test_a_changed_value_touches_only_what_depends_on_it(chosen, tmp_path):
+    config = chosen
+    found = changed(config, tmp_path, dense_rates=((5e-3, 5e-3),))
     assert {"seed0/dense/math", "seed0/btx", "seed0/scores/soup_uniform"} <= found
     assert not {"seed0/anchor", "seed0/expert/math", "seed0/scores/flexolmo_topall"} & found
     found = changed(config, tmp_path, decays=(0.5,))
@@ -226,16 +258,20 @@ def test_a_changed_value_touches_only_what_depends_on_it(config, tmp_path):
     found = changed(config, tmp_path, active=(1, 2))
     assert {"seed0/choice/flexolmo", "seed0/scores/paper_top2"} <= found
     assert not any(name.startswith(("seed0/expert", "seed0/paper/")) for name in found)
+    found = changed(config, tmp_path, evidence_shifts=(2.0,))
+    assert {"seed0/choice/evidence", "seed0/scores/evidence_top1"} <= found
+    assert not any(name.startswith(("seed0/headed", "seed0/scores/headed_")) for name in found)
 
 
-def test_another_owner_leaves_the_others_trainings_alone(config, texts, tmp_path):
-    first = dataclasses.replace(config, texts="corpus")
+def test_another_owner_leaves_the_others_trainings_alone(chosen, texts, tmp_path):
+    first = dataclasses.replace(chosen, texts="corpus")
     found = changed(first, tmp_path, owners=("math", "code", "creative"))
     assert {"seed0/expert/creative", "sequences", "pool", "prompts"} <= found
     assert not {"seed0/anchor", "seed0/expert/math", "seed0/dense/code", "texts/math"} & found
 
 
-def test_names_of_stages_differ(config, tmp_path):
+def test_names_of_stages_differ(chosen, tmp_path):
+    config = chosen
     shared = plan_shared(config, tmp_path)
     names = [s.name for s in [*shared.stages, *plan_seed(config, shared, 0).stages]]
     assert len(set(names)) == len(names)
@@ -281,15 +317,80 @@ def test_the_report_holds_every_method_and_both_seeds(studied, config):
         "btx_best", "paper_top1", "paper_topall", "paper_tuned", "paper_plain", "flexolmo",
         "flexolmo_tuned", "flexolmo_uncoordinated", "flexolmo_without_bias",
         "flexolmo_bias_folded", "unrestricted_1x", "without.math", "oracle",
+        "evidence", "evidence_top1", "evidence_without.math", "headed_alone.code", "headed.code",
+        "headed_rows", "btx_evidence", "btm_headed_decay_top2", "told_headed", "best_token",
     } <= bits.keys()  # fmt: skip
     for column in (*config.domains, "mixed", AFTER):
         value = bits["flexolmo"][column]
         assert value["low"] <= value["mean"] <= value["high"] and len(value["seeds"]) == 2
         assert value["seeds"][0] == first["bits_per_byte"]["flexolmo"][column]["seeds"][0]
-    for figure in ("methods", "removal", "routing", "owners", "top_k"):
+    for figure in ("methods", "removal", "removal_evidence", "routing", "owners", "top_k"):
         assert (out / f"{figure}.png").stat().st_size > 5000
+    assert (out / "routing_evidence.png").stat().st_size > 5000
     page = (out / "report.md").read_text()
-    assert "FlexOlmo, routed as chosen" in page and "| without math |" in page
+    assert "FlexOlmo, routed as chosen" in page and page.count("| without math |") == 2
+    assert "experts with heads, routed by evidence" in page
+    costs = report["costs"]
+    assert costs["flexolmo"]["flops"] < costs["evidence"]["flops"]
+    assert costs["btm_decay_top2"]["parameters"] == 3 * costs["anchor"]["parameters"]
+
+
+def test_rates_are_chosen_on_the_tuning_split_and_the_chosen_are_not_trained_again(studied, config):
+    out, first = studied
+    choice = first["rates"]["dense"]
+    assert [one["rates"] for one in choice["tried"]] == [[1e-3, 1e-3], [3e-3, 3e-3]]
+    best = min(choice["tried"], key=lambda one: one["tune"])
+    assert choice["chosen"] == best["rates"] and set(first["rates"]) == {"dense"}
+    assert first["config"]["dense_rates"] == [best["rates"]]
+    trained = [json.loads(file.read_text()) for file in out.glob("seed0/dense/*/done.json")]
+    assert sorted(one["name"] for one in trained) == [
+        "seed0/dense/code", "seed0/dense/code", "seed0/dense/math"
+    ]  # fmt: skip
+    tuned = {
+        one["made_from"]["training"]["optimizer"]["learning_rate"]: file
+        for file, one in zip(out.glob("seed0/dense/*/package"), trained, strict=True)
+        if one["name"] == "seed0/dense/code"
+    }
+    shared = plan_shared(config, out)
+    sequences = datasets.read_sequences(shared.sequences.folder / "sequences.npz")["tune.code"]
+    for one in choice["tried"]:
+        nats = scores.token_nats(load(tuned[one["rates"][0]]), sequences)
+        assert one["tune"] == pytest.approx(scores.bits_per_byte(nats, sequences.sizes))
+
+
+def test_a_heads_anchor_is_the_anchor_that_has_none(studied, config, chosen, tmp_path):
+    """One anchor serves all methods: an evidence head changes nothing else in it."""
+    out, _ = studied
+    with_head = read_anchor(
+        plan_seed(chosen, plan_shared(config, out), 0).stages[0].folder / PACKAGE
+    )
+    plain = dataclasses.replace(chosen, head_rank=0, evidence_rank=0)
+    shared = plan_shared(plain, out)
+    stage = plan_seed(plain, shared, 0).stages[0]
+    run_stages([stage])
+    without = read_anchor(stage.folder / PACKAGE)
+    public = with_parts(with_head.weights.public, evidence=None)
+    found, expected = (with_head.weights.backbone, public), without.weights
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_largest_shift_near_the_best_is_chosen():
+    options = [{"active": 1, "evidence": [0.9, 0.5, shift]} for shift in (0.5, 1.0, 2.0)]
+    tried = [{**o, "tune": tune} for o, tune in zip(options, (2.0, 2.0 + NEAR, 2.1), strict=True)]
+    assert cautious(tried, options) == options[1]
+
+
+def test_heads_need_both_ranks_and_adamw_one_rate(config):
+    with pytest.raises(ValueError, match="must both be 0 or both above 0"):
+        dataclasses.replace(config, head_rank=0)
+    with pytest.raises(ValueError, match="dense_rates: AdamW has one rate for all weights"):
+        dataclasses.replace(config, dense_rates=((1e-3, 2e-3),))
+    with pytest.raises(ValueError, match="rate_owners must be some of the owners, found"):
+        dataclasses.replace(config, rate_owners=("news",))
+    with pytest.raises(ValueError, match="set head_rank of the study"):
+        expert = dataclasses.replace(config.expert, head_rank=4)
+        dataclasses.replace(config, expert=expert)
 
 
 def test_switching_off_the_only_other_leaves_the_owners_pair(studied):
@@ -303,6 +404,7 @@ def test_switching_off_the_only_other_leaves_the_owners_pair(studied):
 def test_results_are_those_of_the_scores(studied, config):
     out, _ = studied
     shared = plan_shared(config, out)
+    config = choose_rates(config, shared).config
     plan = plan_seed(config, shared, 0)
     results = Results(config, shared, {0: plan})
     found = scores.load_scores(plan.scored["anchor"].folder / "scores.npz")["heldout.code"]
@@ -313,6 +415,11 @@ def test_results_are_those_of_the_scores(studied, config):
     assert one.mean == pytest.approx(expected - results.value("dense.code", "code").mean)
     both = results.value("anchor", "code", "math").mean
     assert both == pytest.approx((expected + results.value("anchor", "math").mean) / 2)
+    told = results.value("told_headed", "code", minus="headed_alone.code")
+    assert told.seeds == (0.0,)
+    assert (
+        results.value("best_token", "code").mean < results.value("headed_alone.code", "code").mean
+    )
 
 
 def test_experts_are_trained_with_another_optimizer_from_a_studys_anchor(studied, config, tmp_path):
@@ -342,7 +449,7 @@ def test_a_wrong_study_is_refused(refused, studied, config_file, tmp_path):
     )
     new = ("--out", tmp_path / "new")
     assert "owners must be at least two" in refused("study", config_file, *new, "--owners", "math")
-    assert "ci, full" in refused("study", "nothing", *new)
+    assert "ci, full, paper" in refused("study", "nothing", *new)
     (tmp_path / "texts").mkdir()
     missing = refused("study", config_file, *new, "--texts", tmp_path / "texts")
     assert "public/train.jsonl: missing" in missing and "--texts FOLDER" in missing
@@ -355,6 +462,7 @@ def test_a_wrong_study_is_refused(refused, studied, config_file, tmp_path):
 
 
 def test_the_presets_are_studies():
-    for name in ("ci", "full"):
+    for name in ("ci", "full", "paper"):
         config = load_config(name, StudyConfig, CONFIGS / "study")
         assert models.unrestricted_steps(config, 2.0) > config.expert.steps
+        assert config.has_heads == (name != "paper")
