@@ -115,7 +115,7 @@ AGAINST = {  # what evidence routing is compared with
     "headed_rows": "the same experts, routed by rows",
     "prompt_routing": "prompt routing",
     "btx_best": "BTX",
-    "btx_evidence": "BTX with heads, routed by evidence",
+    "btx_evidence": "BTX + heads, routed by evidence",
     "unrestricted_1x": "unrestricted training, 1x FLOPs",
     "unrestricted_2x": "unrestricted training, 2x FLOPs",
     "btm_running_top2": "BTM (top-2), running posterior",

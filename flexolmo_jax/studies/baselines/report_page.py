@@ -101,10 +101,11 @@ def _comparison(results: Results, report: dict[str, Any]) -> list[str]:
 def _evidence(results: Results) -> list[str]:
     """Experts with heads, owner by owner."""
     return [
-        "## Experts with heads, routed by evidence",
+        "## FlexOlmo + heads, routed by evidence",
         "",
-        "*alone* is the expert answering every token, *pair* the anchor and this expert, *merged* "
-        "all of them. What an expert with a head of its own gains alone of what a dense fine-tune "
+        "Each expert has a low-rank head of its own, and one to be routed by (docs/study.md). "
+        "*Alone* is the expert answering every token, *pair* the anchor and this expert, *merged* "
+        "all of them. What such an expert gains alone of what a dense fine-tune "
         "does: " + gains(results, "headed_alone") + ".",
         "",
         *headed_table(results),

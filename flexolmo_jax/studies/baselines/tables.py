@@ -71,17 +71,17 @@ def titles(config: StudyConfig) -> dict[str, str]:
 
 def _headed_titles() -> dict[str, str]:
     return {
-        "headed_rows": "experts with heads, routed by rows",
-        "evidence": "experts with heads, routed by evidence",
-        "btx_evidence": "BTX with heads, routed by evidence",
-        "btm_headed_running_top2": "the same as whole models, BTM top-2, running posterior",
-        "btm_headed_decay_top2": "the same as whole models, BTM top-2, decayed posterior",
+        "headed_rows": "FlexOlmo + heads, routed by rows",
+        "evidence": "FlexOlmo + heads, routed by evidence",
+        "btx_evidence": "BTX + heads, routed by evidence",
+        "btm_headed_running_top2": "FlexOlmo + heads, as whole models, BTM top-2, running",
+        "btm_headed_decay_top2": "FlexOlmo + heads, as whole models, BTM top-2, decayed",
     }
 
 
 def _headed_oracles() -> dict[str, str]:
     return {
-        "told_headed": "told the domain: its expert with heads alone",
+        "told_headed": "told the domain: its expert with a head, alone",
         "best_token": "told the token: the best of these experts and the anchor",
     }
 
@@ -112,7 +112,7 @@ def top_k(results: Results) -> tuple[list[str], dict[str, list[tuple[float, floa
 
 def top_k_families(config: StudyConfig) -> dict[str, str]:
     """Titles of the methods that are compared with several numbers of active experts."""
-    evidence = {"evidence": "experts with heads, by evidence"} if config.has_heads else {}
+    evidence = {"evidence": "FlexOlmo + heads, by evidence"} if config.has_heads else {}
     return {
         "flexolmo": "FlexOlmo, routed as chosen", "paper": "FlexOlmo, paper's form", **evidence
     }  # fmt: skip
@@ -231,8 +231,8 @@ def costs_table(costs: Mapping[str, Mapping[str, float]]) -> list[str]:
         "anchor": "public anchor, dense, soups", "prompt_routing": "prompt routing",
         "btm_decay_top2": "BTM", "btx_best": "BTX", "paper_topall": "FlexOlmo, paper's form",
         "flexolmo": "FlexOlmo, routed as chosen",
-        "headed_rows": "experts with heads, routed by rows",
-        "evidence": "experts with heads, routed by evidence",
+        "headed_rows": "FlexOlmo + heads, routed by rows",
+        "evidence": "FlexOlmo + heads, routed by evidence",
     }  # fmt: skip
     rows = []
     for name, cost in costs.items():
@@ -291,7 +291,11 @@ def choices_table(results: Results) -> list[str]:
     """What was chosen on the tuning split, by seed."""
     rows = []
     for seed, choices in results.choices.items():
-        families = {"flexolmo": "FlexOlmo", "btx": "BTX", "headed_rows": "with heads, by rows"}
+        families = {
+            "flexolmo": "FlexOlmo",
+            "btx": "BTX",
+            "headed_rows": "FlexOlmo + heads, by rows",
+        }
         for family, title in families.items():
             if family not in choices:
                 continue
@@ -300,7 +304,7 @@ def choices_table(results: Results) -> list[str]:
             text = f"{choice['router']} rows, memory {memory}, top-{choice['active'] or 'all'}"
             rows.append([title, str(seed), text])
         families = {
-            "evidence": "with heads, by evidence", "btx_evidence": "BTX with heads, by evidence"
+            "evidence": "FlexOlmo + heads, by evidence", "btx_evidence": "BTX + heads, by evidence"
         }  # fmt: skip
         for family, title in families.items():
             if family in choices:
@@ -309,7 +313,7 @@ def choices_table(results: Results) -> list[str]:
                 text += f", top-{choice['active'] or 'all'}"
                 rows.append([title, str(seed), text])
         rows.append(["weighted soup", str(seed), f"temperature {choices['soup']['temperature']:g}"])
-        for family, title in (("btm", "BTM"), ("btm_headed", "with heads, BTM")):
+        for family, title in (("btm", "BTM"), ("btm_headed", "FlexOlmo + heads, BTM")):
             rows += [
                 [f"{title} top-{k}", str(seed), f"decay {choices[f'{family}_top{k}']['decay']:g}"]
                 for k in (1, 2)
