@@ -3,11 +3,9 @@
     flexolmo data fetch FETCHED && flexolmo data flexmix FETCHED flexmix
     flexolmo study configs/study/full.py --out DIR --seeds 0 1 2 --texts flexmix
 
-About 50 minutes a seed on one core (docs/results/study_full). Seeds may be run on different days,
-or side by side: start the second one with --resume when the first has begun to train.
-
-The learning rates of experts and dense models were chosen on the tuning split
-(docs/expert_training.md).
+Seeds may be run on different days, or side by side: start the second one with --resume when the
+first has begun to train. Every method is trained with Muon; learning rates are chosen on the tuning
+split, once for all seeds. `paper.py` is the same without heads, with AdamW.
 """
 
 from flexolmo_jax.config import (
@@ -21,6 +19,7 @@ from flexolmo_jax.config import (
 from flexolmo_jax.studies.baselines.config import StudyConfig
 
 data = DataConfig(batch_size=8, length=128, heldout=0.0)  # the texts are split already
+rates = ((1e-2, 1.5e-3), (1e-2, 4e-3), (2e-2, 4e-3))  # of matrices, and of all else
 
 config = StudyConfig(
     texts="flexmix",
@@ -36,13 +35,15 @@ config = StudyConfig(
             unroll=4,
         ),
         data=data,
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, weight_decay=0.1),
+        optimizer=OptimizerConfig(
+            name="muon", learning_rate=1e-2, warmup_steps=50, weight_decay=0.1
+        ),
         steps=2700,
         checkpoint_every=900,
     ),
     expert=ExpertTraining(
         data=data,
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=10),
+        optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=10),
         steps=200,
     ),
     router=RouterTraining(
@@ -52,6 +53,12 @@ config = StudyConfig(
         active_experts=4,
         expert_compute="grouped",
     ),
-    dense_learning_rate=3e-3,
-    unrestricted_learning_rate=3e-3,
+    anchor_rates=rates[1:],
+    expert_rates=rates[1:],  # all that such an expert trains is matrices
+    headed_rates=rates,
+    dense_rates=rates,
+    unrestricted_rates=rates,
+    rate_owners=("math", "news"),
+    head_rank=64,
+    evidence_rank=64,
 )

@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import datetime
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,13 @@ from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.studies.baselines.config import StudyConfig
 from flexolmo_jax.studies.baselines.datasets import TOKENIZER, read_sequences
 from flexolmo_jax.studies.baselines.models import trained
+from flexolmo_jax.studies.baselines.rates import choose_rates
 from flexolmo_jax.studies.baselines.scores import bits_per_byte, token_nats
 from flexolmo_jax.studies.baselines.seed_stages import plan_seed
 from flexolmo_jax.studies.baselines.shared_stages import SEQUENCES, WINDOWS, plan_shared
 from flexolmo_jax.studies.engine.commands import PACKAGE
 from flexolmo_jax.studies.engine.report import add_page_argument, machine, table, write_page
+from flexolmo_jax.studies.engine.stages import Stage
 from flexolmo_jax.training.stages.anchor import train_anchor
 from flexolmo_jax.training.stages.expert import train_expert
 
@@ -47,7 +49,7 @@ RECIPES = (
     *(Recipe("dense", "Muon", rate) for rate in (3e-3, 1e-2)),
 )
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "AdamW": {"name": "adamw"},
+    "AdamW": {"name": "adamw", "adamw_learning_rate": None},
     "Muon": {"name": "muon", "adamw_learning_rate": 1.5e-3},
 }
 Bits = Mapping[str, float]  # bits per byte by owner
@@ -66,13 +68,17 @@ class Trial:
     """
 
     def __init__(self, config: StudyConfig, study: Path, out: Path):
-        self.config, self.out = config, out
-        self.shared = plan_shared(config, study.absolute())
-        self.anchor = plan_seed(config, self.shared, 0).stages[0].folder / PACKAGE
-        if not self.anchor.exists():
-            raise ValueError(
-                f"{study}: no anchor of seed 0 for --texts {config.texts}; run the study first"
-            )
+        def must_be_done(stages: Sequence[Stage]) -> None:
+            if not all(stage.is_done for stage in stages):
+                raise ValueError(
+                    f"{study}: no anchor of seed 0 for --texts {config.texts}; run the study first"
+                )
+
+        self.out, self.shared = out, plan_shared(config, study.absolute())
+        self.config = choose_rates(config, self.shared, must_be_done).config
+        anchor = plan_seed(self.config, self.shared, 0).stages[0]
+        must_be_done([anchor])
+        self.anchor = anchor.folder / PACKAGE
         self.sequences = read_sequences(self.shared.sequences.folder / SEQUENCES)
 
     def train(self, recipe: Recipe, owner: str) -> FlexOlmo:

@@ -27,6 +27,7 @@ from flexolmo_jax.studies.engine.report import (
 )
 
 OURS, PAPER = "flexolmo", "paper_topall"
+EVIDENCE = "evidence"  # experts with heads, routed by evidence
 MARGIN = 0.002  # bits per byte; smaller differences count as none
 
 
@@ -108,6 +109,20 @@ BEYOND = (  # what the paper does not measure; on the owners' domains or on mixe
                      "What a gate without biases costs, as Hugging Face's.")),
 )  # fmt: skip
 
+AGAINST = {  # what evidence routing is compared with
+    "anchor": "public anchor",
+    OURS: "merged, routed by rows (above)",
+    "headed_rows": "the same experts, routed by rows",
+    "prompt_routing": "prompt routing",
+    "btx_best": "BTX",
+    "btx_evidence": "BTX + heads, routed by evidence",
+    "unrestricted_1x": "unrestricted training, 1x FLOPs",
+    "unrestricted_2x": "unrestricted training, 2x FLOPs",
+    "btm_running_top2": "BTM (top-2), running posterior",
+    "btm_decay_top2": "BTM (top-2), decayed evidence",
+    "btm_headed_decay_top2": "the same experts as whole models, BTM, decayed",
+}
+
 
 class Report:
     """The report of the full study, and task scores of two of its models.
@@ -148,15 +163,24 @@ class Report:
         row = self.row(claim, self.owners if where == "owners" else [where])
         return [claim.what, where, *row, claim.why]
 
-    def removal(self) -> list[list[str]]:
-        """The table of owners that are switched off, one by one."""
+    def removal(self, without: str, merged: str) -> list[list[str]]:
+        """The table of owners that are switched off, one by one.
+
+        Args:
+          without: begins the names of the methods that lack an owner.
+          merged: the method that has all of them.
+        """
         rows = []
         for owner in self.owners:
-            changes = {c: self.change(owner, c) for c in (*self.owners, "public")}
+            lacking = f"{without}.{owner}"
+            changes = {
+                c: self.mean(lacking, c) / self.mean(merged, c) - 1
+                for c in (*self.owners, "public")
+            }
             own = changes.pop(owner)
             worst = max(changes, key=changes.__getitem__)
             best = min(changes, key=changes.__getitem__)
-            anchor = self.mean(f"without.{owner}", owner) / self.mean("anchor", owner) - 1
+            anchor = self.mean(lacking, owner) / self.mean("anchor", owner) - 1
             others = (f"{column} {changes[column]:+.1%}" for column in (worst, best))
             rows.append([owner, f"{own:+.1%}", f"{anchor:+.1%}", *others])
         return rows
@@ -171,13 +195,26 @@ class Report:
             rows.append([f"`{task}`", metric.split(",")[0], *cells])
         return rows
 
+    @property
+    def has_evidence(self) -> bool:
+        """Whether the study has experts with heads."""
+        return EVIDENCE in self.bits
+
+    def evidence(self, other: str) -> list[str]:
+        """A row of the table of evidence routing: a method's numbers, and the differences."""
+        cells = [AGAINST[other]]
+        for columns in (self.owners, ["public"], ["mixed"]):
+            theirs, ours = self.seeds(other, columns), self.seeds(EVIDENCE, columns)
+            by_seed = ", ".join(f"{value:+.3f}" for value in ours - theirs)
+            cells.append(f"{theirs.mean():.3f} ({by_seed})")
+        cost = self.all["costs"].get(other)
+        if cost is None:
+            return [*cells, "", ""]
+        return [*cells, f"{cost['flops'] / 1e6:.1f}M", f"{cost['parameters'] / 1e6:.1f}M"]
+
     def mean(self, method: str, column: str) -> float:
         """Bits per byte on one column, averaged over seeds."""
         return float(self.seeds(method, [column]).mean())
-
-    def change(self, owner: str, column: str) -> float:
-        """The relative change on a column when an owner's expert is switched off."""
-        return self.mean(f"without.{owner}", column) / self.mean(OURS, column) - 1
 
 
 def make_page(report: Report, page: Path | None = None) -> list[str]:
@@ -186,6 +223,8 @@ def make_page(report: Report, page: Path | None = None) -> list[str]:
         *introduction(report, link(report.folder / "report.md", page)),
         "",
         *claims(report),
+        "",
+        *evidence(report),
         "",
         *switching_off(report),
         "",
@@ -199,11 +238,12 @@ def introduction(report: Report, full_report: str) -> list[str]:
     config = report.all["config"]
     tokens = config["expert"]["steps"] * config["expert"]["data"]["batch_size"]
     tokens *= config["expert"]["data"]["length"]
+    preset = "full" if report.has_evidence else "paper"
     return [
         "# The paper's claims, at a scale that anyone can run",
         "",
         "    flexolmo data fetch FETCHED && flexolmo data flexmix FETCHED flexmix",
-        "    flexolmo study configs/study/full.py --out STUDY --texts flexmix --seeds 0 1 2",
+        f"    flexolmo study configs/study/{preset}.py --out STUDY --texts flexmix --seeds 0 1 2",
         "    flexolmo study reproduction STUDY",
         "",
         f"Seeds {', '.join(map(str, report.all['seeds']))}, {report.all['machine']}, "
@@ -248,23 +288,63 @@ def claims(report: Report) -> list[str]:
     ]
 
 
+def evidence(report: Report) -> list[str]:
+    """Experts with heads of their own, routed by evidence, which is not in the paper."""
+    title = "## Experts with heads, routed by evidence"
+    if not report.has_evidence:
+        return [
+            title,
+            "",
+            "Not in these results: they are of a study without such experts. "
+            "`configs/study/full.py` has them.",
+        ]
+    cost = report.all["costs"][EVIDENCE]
+    ours = [report.seeds(EVIDENCE, c).mean() for c in (report.owners, ["public"], ["mixed"])]
+    kept = [report.all["kept"][EVIDENCE][owner] for owner in report.owners]
+    rows = [report.evidence(other) for other in AGAINST if other in report.bits]
+    return [
+        title,
+        "",
+        "Not in the paper: every expert has a low-rank head of its own, and is routed by how well "
+        "a bigram head of its owner's predicted the tokens that were read "
+        "([routing.md](routing.md)). Bits per byte: "
+        f"{ours[0]:.3f} on the owners' domains, {ours[1]:.3f} on public text, {ours[2]:.3f} on "
+        f"mixed documents; {cost['flops'] / 1e6:.1f}M FLOPs a token "
+        f"({cost['flops_of_btm']:.0%} of BTM's), {cost['parameters'] / 1e6:.1f}M weights "
+        f"({cost['parameters_of_btm']:.0%}). Of what the experts gain alone, {min(kept):.0%} to "
+        f"{max(kept):.0%} is kept, by owner. In brackets, evidence routing minus the other "
+        "method, by seed.",
+        "",
+        *table(["against", "owners", "public", "mixed", "FLOPs a token", "weights"], rows),
+        "",
+        "Switched off, one by one:",
+        "",
+        *removal_table(report, "evidence_without", EVIDENCE),
+    ]
+
+
 def switching_off(report: Report) -> list[str]:
     """What changes when an owner's expert is switched off."""
-    head = [
-        "switched off", "its domain", "the same, against the anchor", "worst change elsewhere",
-        "best change elsewhere",
-    ]  # fmt: skip
     return [
         "## Switching off (fig. 4)",
         "",
         "The paper switches off news alone: its news generation falls from 80.7 to 71.5, below "
         "the public model's 76.0, its other scores hardly change. Here, every owner, one by one:",
         "",
-        *table(head, report.removal()),
+        *removal_table(report, "without", OURS),
         "",
         "Same direction: what an expert brought goes with it, the rest stays, or gains where "
         "the expert stood in the way of another.",
     ]
+
+
+def removal_table(report: Report, without: str, merged: str) -> list[str]:
+    """`Report.removal` as Markdown."""
+    head = [
+        "switched off", "its domain", "the same, against the anchor", "worst change elsewhere",
+        "best change elsewhere",
+    ]  # fmt: skip
+    return table(head, report.removal(without, merged))
 
 
 def tasks(report: Report) -> list[str]:
@@ -278,11 +358,10 @@ def tasks(report: Report) -> list[str]:
         "were made for.",
         "",
         "    flexolmo data tasks task_data",
-        "    flexolmo merge --anchor STUDY/seed0/anchor-*/package --active 4 --out merged \\",
-        "        --expert STUDY/seed0/expert/*/package",
         "    flexolmo evaluate --model MODEL --task-data task_data --limit 500 --shots 0 \\",
         "        --json --harness arc_easy arc_challenge boolq commonsense_qa openbookqa \\",
-        "        social_iqa winogrande hellaswag > MODEL.json   # of the anchor, and of merged",
+        "        social_iqa winogrande hellaswag > MODEL.json",
+        "    # of STUDY/seed0/choice/flexolmo-*/chosen, and of the anchor that its manifest names",
         "    flexolmo study reproduction STUDY --tasks ANCHOR.json MERGED.json",
         "",
         *table(["task", "metric", "anchor", "merged"], report.tasks(), "llr"),

@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.federation.merge import add_expert
+from flexolmo_jax.federation.merge import add_expert, merge
 from flexolmo_jax.model import FlexOlmo, load
+from flexolmo_jax.storage.files import replace_file
 from flexolmo_jax.studies.baselines import models
 from flexolmo_jax.studies.baselines.models import merged, routed
-from flexolmo_jax.studies.engine.stages import Stage
+from flexolmo_jax.studies.engine.stages import Stage, discard
 
 CHOICE = "choice.json"  # in the folder of a stage that chooses
+CHOSEN = "chosen"  # in the same folder: the merged model in that form
 Memory = tuple[float, float] | None
+Evidence = tuple[float, float, float] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Family:
     Attributes:
       anchor: what the packages stand beside.
       rows: packages by the kind of their router rows.
-      choice: leaves CHOICE, with router, memory and active.
+      choice: leaves CHOICE, with router, memory and active; perhaps with evidence, by which the
+        family is routed instead of by rows.
     """
 
     anchor: Path
@@ -49,7 +53,7 @@ class Family:
         return (self.choice, *self.choice.needs)
 
     def read(self) -> dict[str, Any]:
-        """The choice: router, memory, active."""
+        """The choice: router, memory, active, and perhaps evidence."""
         return json.loads((self.choice.folder / CHOICE).read_text())
 
     def packages(self) -> Packages:
@@ -58,18 +62,21 @@ class Family:
 
     def merged(self, folder: Path) -> Path:
         """Merges the chosen form on disk."""
-        memory = as_memory(self.read()["memory"])
-        return merged(self.anchor, self.packages().paths, folder, memory)
+        return self._merged(self.packages().paths, folder)
+
+    def _merged(self, packages: Sequence[Path], folder: Path) -> Path:
+        choice = self.read()
+        memory, evidence = as_memory(choice["memory"]), as_evidence(choice.get("evidence"))
+        return merged(self.anchor, packages, folder, memory, evidence)
 
     def as_chosen(self, model: FlexOlmo, **changes: Any) -> FlexOlmo:
-        """A model with the chosen memory and number of active experts, or with `changes`."""
-        choice = {**self.read(), **changes}
-        return routed(model, active=choice["active"], memory=as_memory(choice["memory"]))
+        """A model that is routed as was chosen, or with `changes`."""
+        return routed_as(model, {**self.read(), **changes})
 
     def chosen(self, folder: Path, packages: Packages | None = None, **changes: Any) -> FlexOlmo:
         """The chosen form in memory, or the same of other packages."""
         paths = (packages or self.packages()).paths
-        return self.as_chosen(load(merged(self.anchor, paths, folder)), **changes)
+        return self.as_chosen(load(self._merged(paths, folder)), **changes)
 
     def without_bias(self, folder: Path) -> FlexOlmo:
         """The chosen form without router biases."""
@@ -82,7 +89,7 @@ class Family:
     def grown(self, folder: Path, count: int) -> FlexOlmo:
         """The chosen form of two owners, to which others are added later, one by one."""
         two, later = self.packages().paths[:2], self.packages().paths[2:count]
-        model = merged(self.anchor, two, folder)
+        model = self._merged(two, folder)
         for package in later:
             add_expert(model, package, allow_share=None)
         return self.as_chosen(load(model))
@@ -91,6 +98,43 @@ class Family:
 def as_memory(values: Sequence[float] | None) -> Memory:
     """A memory as the config has it, from JSON."""
     return None if values is None else (values[0], values[1])
+
+
+def as_evidence(values: Sequence[float] | None) -> Evidence:
+    """Decay, strength and shift of evidence routing as the config has them, from JSON."""
+    return None if values is None else (values[0], values[1], values[2])
+
+
+def routed_as(model: FlexOlmo, choice: Mapping[str, Any]) -> FlexOlmo:
+    """The model with the memory or evidence, and the number of active experts, of a choice."""
+    return routed(
+        model, active=choice["active"], memory=as_memory(choice["memory"]),
+        evidence=as_evidence(choice.get("evidence")),
+    )  # fmt: skip
+
+
+def write_choice(
+    anchor: Path,
+    packages: Packages,
+    choice: Mapping[str, Any],
+    tried: Sequence[Mapping[str, Any]],
+    folder: Path,
+) -> None:
+    """Writes what was chosen of what was tried (CHOICE), and the merged model (CHOSEN).
+
+    Args:
+      anchor, packages: of the family, in the chosen form.
+      choice: router, memory, active, and perhaps evidence.
+      tried: all options with their tuning scores.
+      folder: of the stage.
+    """
+    discard(folder / CHOSEN)  # of an interrupted run
+    merge(
+        anchor, packages.paths, folder / CHOSEN,
+        active_experts=choice["active"], memory=as_memory(choice["memory"]),
+        evidence=as_evidence(choice.get("evidence")), allow_share=None,
+    )  # fmt: skip
+    replace_file(folder / CHOICE, json.dumps({**choice, "tried": tried}, indent=1))
 
 
 def load_with(path: Path, _: Path, anchor: Path | None = None, **changes: Any) -> FlexOlmo:

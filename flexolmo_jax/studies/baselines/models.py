@@ -18,10 +18,12 @@ from flexolmo_jax.federation.expert import read_expert, write_expert
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.modeling.experts import Experts, with_parts
-from flexolmo_jax.modeling.flops import expert_alone_step_flops, forward_flops
+from flexolmo_jax.modeling.flops import forward_flops
+from flexolmo_jax.modeling.heads import LowRankHead
 from flexolmo_jax.modeling.transformer import Anchor
 from flexolmo_jax.storage.locks import private_folder
 from flexolmo_jax.studies.baselines.config import StudyConfig
+from flexolmo_jax.studies.baselines.costs import expert_step_flops
 from flexolmo_jax.studies.engine.commands import PACKAGE, RUN
 from flexolmo_jax.studies.engine.stages import discard
 from flexolmo_jax.training.public_data import public_batch
@@ -53,9 +55,12 @@ def trained(
 
 
 def unrestricted_steps(config: StudyConfig, times: float) -> int:
-    """Steps of the unrestricted mixture that cost `times` the FLOPs of all owners' experts."""
+    """Steps of the unrestricted mixture that cost `times` the FLOPs of all owners' experts.
+
+    Of experts with heads, if the study has them: they cost more.
+    """
     steps = len(config.owners) * config.expert.steps
-    all_experts = steps * expert_alone_step_flops(config.model, config.length)
+    all_experts = steps * expert_step_flops(config)
     one_step = 3 * forward_flops(config.model, config.length, config.unrestricted_active)
     return max(1, round(times * all_experts / one_step))
 
@@ -88,8 +93,9 @@ def write_btx(anchor: Path, dense: Mapping[str, Path], folder: Path) -> None:
     backbones = [model.weights.backbone for model in (public, *models.values())]
     mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *backbones)
     assert public.tokenizer is not None
+    expert = with_parts(public.weights.public, evidence=None)  # made for the anchor's embedding
     write_anchor(
-        folder / "anchor", Anchor(mean, public.weights.public), public.config, public.tokenizer,
+        folder / "anchor", Anchor(mean, expert), public.config, public.tokenizer,
         public.public_text, {"licence": "unspecified", "contact": "unspecified"},
     )  # fmt: skip
     together = read_anchor(folder / "anchor")
@@ -97,6 +103,48 @@ def write_btx(anchor: Path, dense: Mapping[str, Path], folder: Path) -> None:
     for name, model in models.items():
         expert = with_parts(model.weights.public, router=router)
         _write_package(folder, name, expert, together)
+
+
+def write_headed_btx(
+    anchor: Path,
+    btx: Path,
+    dense: Mapping[str, Path],
+    evidence: Mapping[str, Path],
+    rank: int,
+    folder: Path,
+) -> None:
+    """Writes FOLDER/OWNER: BTX's packages with heads, for evidence routing.
+
+    An owner's output head is what its dense model's differs by from the averaged one, as the best
+    matrices of that rank.
+
+    Args:
+      anchor: BTX's, with a public evidence head.
+      btx: the folder of `write_btx`.
+      dense: the whole models by owner.
+      evidence: by owner, BTX's anchor with an evidence head that was trained on the owner's text.
+      rank: of the output heads.
+      folder: gets the packages.
+    """
+    together = read_anchor(anchor)
+    mean = together.weights.backbone.head_matrix(together.config)
+    networks = experts_of(anchor, {name: btx / name for name in dense})
+    for name, expert in networks.items():
+        own = read_anchor(dense[name]).weights.backbone.head_matrix(together.config)
+        head = low_rank(own - mean, rank)
+        part = read_anchor(evidence[name]).weights.public.evidence
+        discard(folder / name)
+        _write_package(folder, name, with_parts(expert, head=head, evidence=part), together)
+
+
+def low_rank(matrix: jax.Array, rank: int) -> LowRankHead:
+    """The head of one expert whose product is the nearest of this rank to a matrix [D, V]."""
+    left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
+    width, vocab_size = matrix.shape
+    head = LowRankHead(1, width, vocab_size, rank, jax.random.key(0))
+    head.a[...] = (left[:, :rank] * values[:rank])[None, None]
+    head.b[...] = right[None, None, :rank]
+    return head
 
 
 def _write_package(folder: Path, name: str, expert: Experts, anchor: LoadedAnchor) -> None:
@@ -146,18 +194,23 @@ def dense_experts(dense: Mapping[str, Path]) -> dict[str, Experts]:
     return {name: read_anchor(path).weights.public for name, path in dense.items()}
 
 
-def merged(anchor: Path, packages: Sequence[Path], folder: Path, memory=None) -> Path:
-    """Rebuilds FOLDER/merged."""
+def merged(
+    anchor: Path, packages: Sequence[Path], folder: Path, memory=None, evidence=None
+) -> Path:
+    """Rebuilds FOLDER/merged, routed by rows with a memory, or by evidence."""
     out = folder / "merged"
     discard(out)
     # Every expert is the study's own, so that no limit of its share has to protect the others.
-    merge(anchor, packages, out, memory=memory, allow_share=None)
+    merge(anchor, packages, out, memory=memory, evidence=evidence, allow_share=None)
     return out
 
 
-def routed(model: FlexOlmo, *, active: int | None = None, memory=None) -> FlexOlmo:
-    """The model with this number of active experts, and this memory of its router."""
-    config = model.config.replace(active_experts=active, memory=memory)
+def routed(model: FlexOlmo, *, active: int | None = None, memory=None, evidence=None) -> FlexOlmo:
+    """The model with this number of active experts, and this memory or evidence to route by.
+
+    A model is loaded without evidence heads, unless it was merged with them.
+    """
+    config = model.config.replace(active_experts=active, memory=memory, evidence=evidence)
     return dataclasses.replace(model, config=config)
 
 

@@ -2,42 +2,44 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from flexolmo_jax.storage.files import replace_file
 from flexolmo_jax.studies.baselines import plots
-from flexolmo_jax.studies.baselines.config import StudyConfig
-from flexolmo_jax.studies.baselines.datasets import MIXED
-from flexolmo_jax.studies.baselines.report_page import growth, make_page, removal, titles, top_k
+from flexolmo_jax.studies.baselines.costs import costs_as_json
+from flexolmo_jax.studies.baselines.rates import ChosenRates
+from flexolmo_jax.studies.baselines.report_page import make_page
 from flexolmo_jax.studies.baselines.results import AFTER, Results
 from flexolmo_jax.studies.baselines.scores import load_scores
 from flexolmo_jax.studies.baselines.seed_stages import SeedPlan
 from flexolmo_jax.studies.baselines.shared_stages import SCORES, Shared
+from flexolmo_jax.studies.baselines.tables import FORMS, growth, removal, titles, top_k
+from flexolmo_jax.studies.baselines.targets import kept_methods, make_targets
 from flexolmo_jax.studies.engine.plots import change_map, heat_map
 from flexolmo_jax.studies.engine.report import machine, write_json
 from flexolmo_jax.studies.engine.stages import Stage
 
-# Bits per byte: half of the gap to a decayed BTM in an exploratory study of five owners, with
-# experts and dense models trained as here (2.225 against 2.029; after a change 2.484, 2.253).
-HALF_OF_GAP = {"owners": 0.098, AFTER: 0.115}
-
 
 def write_report(
-    config: StudyConfig, shared: Shared, plans: Mapping[int, SeedPlan], out: Path
+    rates: ChosenRates, shared: Shared, plans: Mapping[int, SeedPlan], out: Path
 ) -> None:
     """Writes report.md, report.json and the figures of all seeds that are done.
 
     Args:
-      config, shared: the study.
+      rates, shared: the study, with its chosen rates.
       plans: of the seeds; all their stages are done.
       out: the study's folder.
     """
+    config = rates.config
     results = Results(config, shared, plans)
     routing = _mean_routing(plans)
+    counted = {stage.folder for plan in plans.values() for stage in plan.stages}
+    tried = {s.folder: s for s in rates.stages if s.folder not in counted}
+    for stage in shared.stages:
+        tried.pop(stage.folder, None)
     report = {
         "config": json.loads(json.dumps(dataclasses.asdict(config)))
         | {"texts": Path(config.texts).name},  # without the private path
@@ -45,35 +47,49 @@ def write_report(
         "machine": machine(),
         "minutes": {seed: _minutes(plan.stages) for seed, plan in plans.items()},
         "minutes_shared": _minutes(shared.stages),
+        "minutes_rates": _minutes(tried.values()),
         "sequences": {
             name: {"sequences": len(one.tokens), "documents": int(one.document.max() + 1)}
             for name, one in results.sequences.items()
         },
+        "rates": rates.choices,
         "choices": results.choices,
+        "costs": costs_as_json(config, results.choices),
         "bits_per_byte": {
             name: {
                 c: results.value(name, c).json() for c in results.columns if results.has(name, c)
             }
             for name in results.methods
         },
-        "routing": {domain: shares.round(4).tolist() for domain, shares in routing.items()},
+        "routing": {
+            name: {domain: shares.round(4).tolist() for domain, shares in of_family.items()}
+            for name, of_family in routing.items()
+        },
         "kept": {
             name: {owner: results.kept(name, owner) for owner in config.owners}
-            for name in _kept_methods(config)
+            for name in kept_methods(config)
         },
-        "targets": _targets(results),
+        "targets": make_targets(results),
     }
     write_json(out / "report.json", report)
     _draw(results, routing, out)
     replace_file(out / "report.md", "\n".join(make_page(results, report)) + "\n")
 
 
-def _mean_routing(plans: Mapping[int, SeedPlan]) -> dict[str, np.ndarray]:
-    shares = [load_scores(plan.routing.folder / SCORES) for plan in plans.values()]
-    return {domain: np.mean([one[domain] for one in shares], axis=0) for domain in shares[0]}
+def _mean_routing(plans: Mapping[int, SeedPlan]) -> dict[str, dict[str, np.ndarray]]:
+    """The mean over seeds, by family and domain."""
+    names = next(iter(plans.values())).routing
+    of_seeds = {
+        name: [load_scores(plan.routing[name].folder / SCORES) for plan in plans.values()]
+        for name in names
+    }
+    return {
+        name: {domain: np.mean([one[domain] for one in seeds], axis=0) for domain in seeds[0]}
+        for name, seeds in of_seeds.items()
+    }
 
 
-def _minutes(stages: Sequence[Stage]) -> dict[str, float]:
+def _minutes(stages: Iterable[Stage]) -> dict[str, float]:
     """Minutes by kind of stage: the part of its name before the domain."""
     by_kind: dict[str, float] = {}
     for stage in stages:
@@ -83,42 +99,7 @@ def _minutes(stages: Sequence[Stage]) -> dict[str, float]:
     return {kind: round(minutes, 2) for kind, minutes in by_kind.items()}
 
 
-def _kept_methods(config: StudyConfig) -> list[str]:
-    rows = [f"flexolmo_{router}" for router in config.routers]
-    return ["paper_topall", "paper_tuned", *rows, "flexolmo", "flexolmo_tuned", "btx_best"]
-
-
-def _targets(results: Results) -> list[dict[str, Any]]:
-    """What the merged model should reach, and whether it does."""
-    config, owners = results.config, results.config.owners
-    router = results.choices[min(results.choices)]["flexolmo"]["router"]
-    targets = [
-        ("better than the public anchor", "anchor", owners, 0.0),
-        ("better than the uniform soup", "soup_uniform", owners, 0.0),
-        ("better than the weighted soup", "soup_weighted", owners, 0.0),
-        ("better than prompt routing", "prompt_routing", owners, 0.0),
-        ("better than BTX with the same rows", f"btx_{router}", owners, 0.0),
-        ("better than BTX at its best", "btx_best", owners, 0.0),
-    ]
-    if 1.0 in config.unrestricted_flops:
-        targets.append(("at least equal to unrestricted, 1x", "unrestricted_1x", owners, 0.0))
-    targets += [
-        ("mixed: better than BTM top-2, prefix", "btm_prefix_top2", (MIXED,), 0.0),
-        ("mixed: better than BTM top-2, running", "btm_running_top2", (MIXED,), 0.0),
-        ("gap to BTM top-2, decayed", "btm_decay_top2", owners, HALF_OF_GAP["owners"]),
-        ("after the change: gap to the same", "btm_decay_top2", (AFTER,), HALF_OF_GAP[AFTER]),
-    ]
-    rows = []
-    for title, other, columns, limit in targets:
-        value = results.value("flexolmo", *columns, minus=other)
-        in_all_seeds = all(seed < limit for seed in value.seeds)
-        below, above = value.high < limit and in_all_seeds, value.low > limit
-        reached = "yes" if below else "no" if above else "unclear"
-        rows.append({"what": title, "difference": value.json(), "limit": limit, "reached": reached})
-    return rows
-
-
-def _draw(results: Results, routing: Mapping[str, np.ndarray], out: Path) -> None:
+def _draw(results: Results, routing: Mapping[str, Mapping[str, np.ndarray]], out: Path) -> None:
     config = results.config
     columns = [c for c in results.columns if c != AFTER]
     shown = {
@@ -127,14 +108,22 @@ def _draw(results: Results, routing: Mapping[str, np.ndarray], out: Path) -> Non
         if all(results.has(name, c) for c in columns)
     }
     heat_map(shown, out / "methods.png", baseline="public anchor")
-    change_map(
-        [f"without {name}" for name in config.owners], columns, removal(results, columns),
-        out / "removal.png", label="change in bits per byte",
-        title="Each expert switched off: change from all experts",
-    )  # fmt: skip
+    for form in FORMS if config.has_heads else FORMS[:1]:
+        change_map(
+            [f"without {name}" for name in config.owners], columns,
+            removal(results, columns, form), out / form.removal_figure,
+            label="change in bits per byte",
+            title="Each expert switched off: change from all experts",
+        )  # fmt: skip
     plots.routing_map(
-        routing, config.domains, out / "routing.png", title="Mean weight of each expert, in %"
-    )
+        routing["flexolmo"], config.domains, out / "routing.png",
+        title="Mean weight of each expert, in %",
+    )  # fmt: skip
+    if config.has_heads:
+        plots.routing_map(
+            routing["evidence"], config.domains, out / "routing_evidence.png",
+            title="Mean weight of each expert in evidence routing, in %",
+        )  # fmt: skip
     level = {
         "public anchor": results.owners_mean("anchor").mean,
         "oracle: own anchor + expert": results.owners_mean("oracle").mean,
@@ -144,7 +133,7 @@ def _draw(results: Results, routing: Mapping[str, np.ndarray], out: Path) -> Non
         ticks, lines, out / "top_k.png", title="Mean over the owners' domains", level=level,
         labels=("experts a token may use", "bits per byte (lower is better)"),
     )  # fmt: skip
-    counts, names = growth(config)
+    counts, names = growth(config, FORMS[-1] if config.has_heads else FORMS[0])
     plots.curves(
         counts,
         {domain: [_change(results, name, domain) for name in names] for domain in config.domains},

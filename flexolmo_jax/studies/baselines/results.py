@@ -22,6 +22,7 @@ from flexolmo_jax.studies.baselines.shared_stages import SCORES, SEQUENCES, Shar
 DRAWS = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
 AFTER = "after the change"  # of mixed sequences, the second half
+HEADED = ("evidence", "headed_rows")  # merged from experts with heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +109,54 @@ class Results:
         """Adds the methods that combine whole models; chooses BTM's decay."""
         config = self.config
         members = ["anchor", *(f"dense.{name}" for name in config.owners)]
-        nats = {
+        nats = self._stacked(scores, members)
+        self._add_btm("btm", nats, scores, choices)
+        scores["prompt_routing"] = {
+            name: methods.follow(one, self.prompts[name], config.prefix)
+            for name, one in nats.items()
+        }
+        self._add_told("oracle", "expert", scores)
+        self._add_told("told_dense", "dense", scores)
+        active = choices["flexolmo"]["active"]
+        scores["flexolmo"] = scores[f"flexolmo_top{active or 'all'}"]
+        if config.has_heads:
+            alone = ["anchor", *(f"headed_alone.{name}" for name in config.owners)]
+            nats = self._stacked(scores, alone)
+            self._add_btm("btm_headed", nats, scores, choices)
+            self._add_told("told_headed", "headed_alone", scores)
+            scores["best_token"] = {name: one.min(axis=0) for name, one in nats.items()}
+            active = choices["evidence"]["active"]
+            scores["evidence"] = scores[f"evidence_top{active or 'all'}"]
+
+    def _stacked(self, scores: dict[str, Scores], members: list[str]) -> dict[str, np.ndarray]:
+        """Nats of several models by the sequences' name: float32 [M, N, S]."""
+        return {
             name: np.stack([scores[member][name] for member in members]) for name in self.sequences
         }
+
+    def _add_told(self, name: str, kind: str, scores: dict[str, Scores]) -> None:
+        """Adds what is told the domain: each domain is answered by its own model of a kind."""
+        scores[name] = {
+            f"heldout.{domain}": scores[f"{kind}.{domain}" if domain != "public" else "anchor"][
+                f"heldout.{domain}"
+            ]
+            for domain in self.config.domains
+        }
+
+    def _add_btm(
+        self,
+        family: str,
+        nats: dict[str, np.ndarray],
+        scores: dict[str, Scores],
+        choices: dict[str, Any],
+    ) -> None:
+        """Adds branch-train-merge of some models; chooses its decay.
+
+        Args:
+          family: begins the names of the methods and choices.
+          nats: of the models, the anchor first, by the sequences' name.
+          scores, choices: of the seed; both are added to.
+        """
         sizes = {name: one.sizes for name, one in self.sequences.items()}
 
         def combine(evidence, active: int) -> Scores:
@@ -118,31 +164,19 @@ class Results:
             return {n: np.where(sizes[n] > 0, one, 0.0) for n, one in mixed.items()}
 
         for active in (1, 2):
-            scores[f"btm_prefix_top{active}"] = combine(
-                lambda one: methods.prefix_evidence(one, config.prefix), active
+            scores[f"{family}_prefix_top{active}"] = combine(
+                lambda one: methods.prefix_evidence(one, self.config.prefix), active
             )
-            scores[f"btm_running_top{active}"] = combine(methods.running_evidence, active)
+            scores[f"{family}_running_top{active}"] = combine(methods.running_evidence, active)
             tried = []
-            for decay in config.decays:
+            for decay in self.config.decays:
                 decayed = combine(lambda one, d=decay: methods.running_evidence(one, d), active)
                 tried.append((tuning_score(decayed, self.sequences), decay, decayed))
             best = min(tried, key=lambda one: one[0])
-            scores[f"btm_decay_top{active}"] = best[2]
-            choices[f"btm_top{active}"] = {
+            scores[f"{family}_decay_top{active}"] = best[2]
+            choices[f"{family}_top{active}"] = {
                 "decay": best[1], "tried": [{"decay": d, "tune": t} for t, d, _ in tried]
             }  # fmt: skip
-        scores["prompt_routing"] = {
-            name: methods.follow(one, self.prompts[name], config.prefix)
-            for name, one in nats.items()
-        }
-        scores["oracle"] = {
-            f"heldout.{name}": scores[f"expert.{name}" if name != "public" else "anchor"][
-                f"heldout.{name}"
-            ]
-            for name in config.domains
-        }
-        active = choices["flexolmo"]["active"]
-        scores["flexolmo"] = scores[f"flexolmo_top{active or 'all'}"]
 
     def has(self, method: str, column: str) -> bool:
         return (method, column) in self._nats
@@ -179,8 +213,9 @@ class Results:
 
         The gain is that of the expert answering alone, over the anchor.
         """
+        alone = "headed_alone" if method in HEADED else "alone"
         anchor, own, merged = (
-            self.value(name, owner).mean for name in ("anchor", f"alone.{owner}", method)
+            self.value(name, owner).mean for name in ("anchor", f"{alone}.{owner}", method)
         )
         return (anchor - merged) / (anchor - own)
 

@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from flexolmo_jax.storage.outputs import check_kept_folder
 from flexolmo_jax.studies.baselines.config import StudyConfig
+from flexolmo_jax.studies.baselines.rates import choose_rates
 from flexolmo_jax.studies.baselines.report import write_report
 from flexolmo_jax.studies.baselines.seed_stages import plan_seed
 from flexolmo_jax.studies.baselines.shared_stages import plan_shared
@@ -47,13 +48,15 @@ def run_study(config: StudyConfig, out: Path, seeds: Sequence[int], resume: bool
     shared = plan_shared(config, root)
     with _compiled_programs_in(root / "compiled"):
         run_stages(shared.stages)
+        rates = choose_rates(config, shared)
+        config = rates.config
         for seed in seeds:
             jax.clear_caches()  # programs hold memory maps; at 65530 of them Linux ends a process
             run_stages(plan_seed(config, shared, seed).stages)
     known = sorted(int(f.name.removeprefix("seed")) for f in root.glob("seed*") if f.is_dir())
     plans = {seed: plan_seed(config, shared, seed) for seed in known}
     done = {n: plan for n, plan in plans.items() if all(s.is_done for s in plan.stages)}
-    write_report(config, shared, done, out)
+    write_report(rates, shared, done, out)
 
 
 @contextlib.contextmanager

@@ -17,11 +17,12 @@ from flexolmo_jax.studies.baselines.families import (
     CHOICE,
     Family,
     Packages,
-    as_memory,
     load_merged,
     load_with,
+    routed_as,
+    write_choice,
 )
-from flexolmo_jax.studies.baselines.models import merged, routed
+from flexolmo_jax.studies.baselines.models import merged
 from flexolmo_jax.studies.baselines.scores import load_scores, save_scores, tuning_score
 from flexolmo_jax.studies.baselines.shared_stages import SCORES, SEQUENCES
 from flexolmo_jax.studies.baselines.training_stages import (
@@ -159,12 +160,12 @@ def choose_family(
         loaded = {r: load(merged(anchor, p.paths, folder)) for r, p in rows.items()}
 
         def best(options: list[dict[str, Any]]) -> dict[str, Any]:
-            return _best(scoring, loaded, options, tried)
+            return best_option(scoring, loaded, options, tried)
 
         choice = best([{"router": r, "memory": None, "active": None} for r in rows])
         choice = best([{**choice, "memory": list(m) if m else None} for m in (None, *memories)])
         choice = best([{**choice, "active": k} for k in (None, *actives)])
-        replace_file(folder / CHOICE, json.dumps({**choice, "tried": tried}, indent=1))
+        write_choice(anchor, rows[choice["router"]], choice, tried, folder)
 
     of_packages = (need for packages in rows.values() for need in packages.needs)
     needs = dict.fromkeys([scoring.seed.shared.sequences, *of_packages])
@@ -175,7 +176,7 @@ def choose_family(
     return Family(anchor, rows, choice)
 
 
-def _best(
+def best_option(
     scoring: Scoring,
     loaded: Mapping[str, FlexOlmo],
     options: Sequence[dict[str, Any]],
@@ -186,13 +187,12 @@ def _best(
     Args:
       scoring: of the seed.
       loaded: merged models by the kind of their rows.
-      options: router, memory and active of each.
+      options: router, memory and active of each, and perhaps evidence.
       tried: options with their scores; new ones are appended.
     """
     for option in options:
         if not any(option == {key: t[key] for key in option} for t in tried):
-            memory = as_memory(option["memory"])
-            model = routed(loaded[option["router"]], active=option["active"], memory=memory)
+            model = routed_as(loaded[option["router"]], option)
             tried.append({**option, "tune": scoring.tuning_score(model)})
     scored = [t for t in tried if {key: t[key] for key in options[0]} in options]
     chosen = min(scored, key=lambda t: t["tune"])
@@ -266,11 +266,11 @@ def score_removal(scoring: Scoring, ours: Family) -> None:
         scoring.add(f"without.{name}", ours.needs, ours.chosen, without=(name,))
 
 
-def routing_stage(scoring: Scoring, ours: Family) -> Stage:
-    """Adds the mean weight of each expert on each domain's text."""
+def routing_stage(scoring: Scoring, name: str, family: Family) -> Stage:
+    """Adds the mean weight of each expert of a family on each domain's text."""
 
     def work(folder: Path) -> None:
-        sequences, model = scoring.sequences(), ours.chosen(folder)
+        sequences, model = scoring.sequences(), family.chosen(folder)
         shares = {
             domain: scores.routing_shares(
                 model, datasets.first(sequences[f"heldout.{domain}"], ROUTING_SEQUENCES)
@@ -279,5 +279,5 @@ def routing_stage(scoring: Scoring, ours: Family) -> Stage:
         }
         save_scores(folder / SCORES, shares)
 
-    needs = (scoring.seed.shared.sequences, *ours.needs)
-    return scoring.seed.add("routing", needs, work)
+    needs = (scoring.seed.shared.sequences, *family.needs)
+    return scoring.seed.add(f"routing/{name}", needs, work)

@@ -77,7 +77,10 @@ def tuning_score(scores: Scores, sequences: Mapping[str, Sequences]) -> float:
 
 
 def routing_shares(model: FlexOlmo, sequences: Sequences) -> np.ndarray:
-    """Mean weight of each expert over tokens that are text, scaled to sum to 1: float [L, E]."""
+    """Mean weight of each expert over tokens that are text, scaled to sum to 1: float [L, E].
+
+    [1, E] of a model that is routed by evidence: all its layers have the same weights.
+    """
     total = np.zeros(0)
     for start, tokens in enumerate(_batches(sequences.tokens)):
         sizes = sequences.sizes[start * BATCH : (start + 1) * BATCH]
@@ -91,6 +94,9 @@ def routing_shares(model: FlexOlmo, sequences: Sequences) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames="config")
 def _weight_sums(backbone, experts, tokens, is_text, config) -> jax.Array:
     out = forward(backbone, (experts,), tokens, config)
+    if config.evidence is not None:
+        weights = out.weights / jnp.sum(out.weights, axis=0)
+        return jnp.sum(weights * is_text, axis=(1, 2))[None]
     segments = jnp.ones(tokens.shape, jnp.int32)
     everyone = jnp.ones((len(tokens), config.num_experts), bool)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from flexolmo_jax.studies.baselines import evidence_stages
 from flexolmo_jax.studies.baselines import score_stages as stages
 from flexolmo_jax.studies.baselines.config import StudyConfig
 from flexolmo_jax.studies.baselines.shared_stages import Shared
@@ -11,16 +12,29 @@ from flexolmo_jax.studies.engine.stages import Stage
 
 @dataclasses.dataclass(frozen=True)
 class SeedPlan:
-    """The stages of one seed, in order; `scored` are those that hold a model's scores, by name."""
+    """The stages of one seed, in order.
+
+    Attributes:
+      stages: all.
+      scored: those that hold a model's scores, by name.
+      choices: those that chose a form, by the name of the family.
+      routing: those that hold the experts' weights, by the name of the family.
+    """
 
     stages: list[Stage]
     scored: dict[str, Stage]
     choices: dict[str, Stage]
-    routing: Stage
+    routing: dict[str, Stage]
 
 
 def plan_seed(config: StudyConfig, shared: Shared, seed: int) -> SeedPlan:
-    """The stages of one seed; nothing is run."""
+    """The stages of one seed; nothing is run.
+
+    Args:
+      config: of the study, with one rate of each kind (`rates.choose_rates`).
+      shared: what does not depend on the seed.
+      seed: of all trainings.
+    """
     of_seed = Seed(config, shared, seed)
     models = plan_trainings(of_seed)
     scoring = stages.Scoring(of_seed, models)
@@ -35,6 +49,13 @@ def plan_seed(config: StudyConfig, shared: Shared, seed: int) -> SeedPlan:
     stages.score_tuned(scoring, ours)
     stages.score_unrestricted(scoring)
     stages.score_removal(scoring, ours)
-    routing = stages.routing_stage(scoring, ours)
+    families = {"flexolmo": ours}
     choices = {"flexolmo": ours.choice, "btx": btx.choice, "soup": soup}
+    if config.has_heads:
+        headed = evidence_stages.add_headed(scoring)
+        families |= {"evidence": headed["evidence"]}
+        choices |= {name: family.choice for name, family in headed.items()}
+    routing = {
+        name: stages.routing_stage(scoring, name, family) for name, family in families.items()
+    }
     return SeedPlan(of_seed.stages, scoring.scored, choices, routing)

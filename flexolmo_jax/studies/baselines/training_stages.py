@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flexolmo_jax.config import ExpertTraining
 from flexolmo_jax.storage.files import replace_file
 from flexolmo_jax.studies.baselines import models
 from flexolmo_jax.studies.baselines.config import Router, StudyConfig
@@ -16,6 +17,7 @@ from flexolmo_jax.studies.baselines.shared_stages import EMBEDDING, POOL, WINDOW
 from flexolmo_jax.studies.engine.commands import PACKAGE
 from flexolmo_jax.studies.engine.stages import Stage
 from flexolmo_jax.training.stages.anchor import train_anchor
+from flexolmo_jax.training.stages.evidence import train_evidence
 from flexolmo_jax.training.stages.expert import train_expert
 from flexolmo_jax.training.stages.joint import train_jointly
 from flexolmo_jax.training.stages.router import train_router
@@ -70,7 +72,8 @@ class Trained:
     Attributes:
       anchor: the public model.
       dense: whole models, fine-tuned from the anchor.
-      experts: in our default form.
+      experts: in our form without heads, routed by rows.
+      headed: with heads; empty if the study has none.
       paper, plain: experts in the paper's form; plain ones without domain embedding.
       rows: packages of the experts.
       btx, btx_rows: the averaged backbone of the dense models, and packages of their networks.
@@ -80,6 +83,7 @@ class Trained:
     anchor: Stage
     dense: Mapping[str, Stage]
     experts: Mapping[str, Stage]
+    headed: Mapping[str, Stage]
     paper: Mapping[str, Stage]
     plain: Mapping[str, Stage]
     rows: Mapping[str, Packages]
@@ -104,6 +108,7 @@ def plan_trainings(seed: Seed) -> Trained:
     anchor = _anchor(seed)
     dense = {name: _dense(seed, anchor, name) for name in owners}
     experts = {name: _expert(seed, anchor, name) for name in owners}
+    headed = {name: _headed(seed, anchor, name) for name in owners if config.has_heads}
     paper = {name: _paper(seed, anchor, name, "paper", True) for name in owners}
     plain = {name: _paper(seed, anchor, name, "plain", False) for name in owners}
     rows: dict[str, Packages] = {config.expert.router: packages_of(experts)}
@@ -118,7 +123,27 @@ def plan_trainings(seed: Seed) -> Trained:
     uncoordinated = _refitted(
         seed, "uncoordinated", config.expert.router, anchor, package(anchor), dense, True
     )
-    return Trained(anchor, dense, experts, paper, plain, rows, btx, btx_rows, uncoordinated)
+    return Trained(anchor, dense, experts, headed, paper, plain, rows, btx, btx_rows, uncoordinated)
+
+
+def trainings_of(seed: Seed, kind: str, owners: Sequence[str]) -> dict[str, Stage]:
+    """Adds the trainings of one kind alone, and the anchor's.
+
+    Args:
+      seed: of the study.
+      kind: one of `config.KINDS`.
+      owners: whose, of kinds that each owner trains.
+
+    Returns:
+      by owner; a kind that is trained once is of "public".
+    """
+    anchor = _anchor(seed)
+    if kind == "anchor":
+        return {"public": anchor}
+    if kind == "unrestricted":
+        return {"public": unrestricted_stage(seed, anchor, min(seed.config.unrestricted_flops))}
+    train = {"dense": _dense, "expert": _expert, "headed": _headed}[kind]
+    return {name: train(seed, anchor, name) for name in owners}
 
 
 def package(stage: Stage) -> Path:
@@ -162,9 +187,25 @@ def _dense(seed: Seed, anchor: Stage, owner: str) -> Stage:
 
 
 def _expert(seed: Seed, anchor: Stage, owner: str) -> Stage:
-    training = seed.config.expert_training(seed.seed)
+    return _beside(seed, anchor, owner, "expert", seed.config.expert_training(seed.seed))
+
+
+def _headed(seed: Seed, anchor: Stage, owner: str) -> Stage:
+    return _beside(seed, anchor, owner, "headed", seed.config.headed_training(seed.seed))
+
+
+def _beside(
+    seed: Seed,
+    anchor: Stage,
+    owner: str,
+    kind: str,
+    training: ExpertTraining,
+    more_needs: Sequence[Stage] = (),
+) -> Stage:
+    """An owner's expert, trained beside the anchor."""
     return seed.train(
-        f"expert/{owner}", (anchor, seed.shared.windows[owner]), train_expert, training,
+        f"{kind}/{owner}", (anchor, seed.shared.windows[owner], *more_needs), train_expert,
+        training,
         data=seed.text(owner), windows=seed.windows(owner), anchor=package(anchor), name=owner,
     )  # fmt: skip
 
@@ -173,12 +214,7 @@ def _paper(seed: Seed, anchor: Stage, owner: str, kind: str, has_embedding: bool
     embedding = seed.shared.embeddings[owner]
     row = str(embedding.folder / EMBEDDING) if has_embedding else None
     training = seed.config.paper_training(row, seed.seed)
-    more_needs = [embedding] if has_embedding else []
-    return seed.train(
-        f"{kind}/{owner}", (anchor, seed.shared.windows[owner], *more_needs), train_expert,
-        training,
-        data=seed.text(owner), windows=seed.windows(owner), anchor=package(anchor), name=owner,
-    )  # fmt: skip
+    return _beside(seed, anchor, owner, kind, training, [embedding] if has_embedding else [])
 
 
 def _refitted(
@@ -216,6 +252,37 @@ def _btx(seed: Seed, anchor: Stage, dense: Mapping[str, Stage]) -> Stage:
         models.write_btx(package(anchor), places, folder / "btx")
 
     return seed.add("btx", (anchor, *dense.values()), work)
+
+
+def headed_btx(seed: Seed, models_of_seed: Trained) -> tuple[Path, Packages]:
+    """Adds BTX with heads, for evidence routing: its anchor, and the packages.
+
+    All evidence heads are trained beside the averaged backbone, on as many tokens as those of
+    experts with heads, and the public one as the anchor's.
+    """
+    config, dense = seed.config, models_of_seed.dense
+    heads = {}
+    for domain in config.domains:
+        steps = (config.anchor if domain == "public" else config.expert).steps
+        windows = {} if domain == "public" else {"windows": seed.windows(domain)}
+        of_domain = [models_of_seed.btx, seed.shared.texts[domain]]
+        of_domain += [] if domain == "public" else [seed.shared.windows[domain]]
+        heads[domain] = seed.train(
+            f"btx_evidence/{domain}", of_domain, train_evidence,
+            config.evidence_training(seed.seed, steps),
+            anchor=models_of_seed.btx_anchor, data=seed.text(domain), **windows,
+        )  # fmt: skip
+    anchor = package(heads["public"])
+    places = {name: package(stage) for name, stage in dense.items()}
+    evidence = {name: package(heads[name]) for name in dense}
+
+    def work(folder: Path) -> None:
+        btx = btx_folder(models_of_seed.btx)
+        models.write_headed_btx(anchor, btx, places, evidence, config.head_rank, folder)
+
+    needs = (models_of_seed.btx, *dense.values(), *heads.values())
+    stage = seed.add("btx_headed", needs, work, rank=config.head_rank)
+    return anchor, Packages({name: stage.folder / name for name in dense}, (stage, *needs))
 
 
 def tuned_stages(seed: Seed, trained_models: Trained, ours: Family) -> tuple[Stage, Stage]:

@@ -1,0 +1,123 @@
+"""What each method of a study costs: FLOPs a token, weights, and FLOPs of training."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from flexolmo_jax.modeling.flops import expert_alone_step_flops, forward_flops
+from flexolmo_jax.modeling.transformer import num_parameters
+from flexolmo_jax.studies.baselines.config import StudyConfig
+
+
+class Cost(NamedTuple):
+    """Of answering with a method.
+
+    Attributes:
+      flops: of a token, needed in the sense of `modeling/flops.py`, in a sequence of the study's
+        length.
+      parameters: all weights that the method has to hold.
+    """
+
+    flops: float
+    parameters: int
+
+
+def expert_step_flops(config: StudyConfig) -> float:
+    """FLOPs per token of training an owner's expert, with heads if the study has them.
+
+    Both heads' factors need the gradients of their weights, and the output head that of its input
+    too. The evidence head reads the product of the embedding and the frozen output head.
+    """
+    plain = expert_alone_step_flops(config.model, config.length)
+    if not config.has_heads:
+        return plain
+    model = config.model
+    of_head = 3 * low_rank_flops(config, config.head_rank)
+    evidence = low_rank_flops(config, config.evidence_rank)
+    of_evidence = 2 * evidence + 2.0 * config.evidence_rank * model.vocab_size
+    return plain + of_head + of_evidence + output_head_flops(config)
+
+
+def low_rank_flops(config: StudyConfig, rank: int) -> float:
+    """FLOPs per token of a low-rank head."""
+    return 2.0 * rank * (config.model.width + config.model.vocab_size)
+
+
+def output_head_flops(config: StudyConfig) -> float:
+    """FLOPs per token of the anchor's output head."""
+    return 2.0 * config.model.width * config.model.vocab_size
+
+
+def costs(config: StudyConfig, active: Mapping[str, int | None]) -> dict[str, Cost]:
+    """The costs of the study's methods, by the names of their results.
+
+    Args:
+      config: of the study.
+      active: experts that a token may use, by the name of a merged model; None is all.
+    """
+    count, model = len(config.domains), config.model
+    whole = num_parameters(model)
+    mixture = num_parameters(model.replace(num_experts=count))
+
+    def merged(name: str) -> Cost:
+        return Cost(forward_flops(model, config.length, active[name] or count), mixture)
+
+    one = forward_flops(model, config.length, active=1)
+    found = {
+        "anchor": Cost(one, whole),
+        "soup_weighted": Cost(one, whole),
+        "prompt_routing": Cost(one, count * whole),
+        "btm_decay_top2": Cost(count * one, count * whole),  # the posterior asks all models
+        "btx_best": merged("btx"),
+        "paper_topall": Cost(forward_flops(model, config.length, count), mixture),
+        "flexolmo": merged("flexolmo"),
+    }
+    for times in config.unrestricted_flops:
+        flops = forward_flops(model, config.length, config.unrestricted_active)
+        found[f"unrestricted_{times:g}x"] = Cost(flops, mixture)
+    if config.has_heads:
+        found["headed_rows"] = _with_heads(config, merged("headed_rows"), active["headed_rows"])
+        by_evidence = _with_heads(config, merged("evidence"), active["evidence"])
+        of_evidence = count * low_rank_flops(config, config.evidence_rank)
+        found["evidence"] = by_evidence._replace(
+            flops=by_evidence.flops + output_head_flops(config) + of_evidence,
+            parameters=by_evidence.parameters + count * _weights(config, config.evidence_rank),
+        )
+    return found
+
+
+def _with_heads(config: StudyConfig, cost: Cost, active: int | None) -> Cost:
+    """With the output heads of the owners' experts; one of the active experts may be public."""
+    owners = len(config.owners)
+    used = min(active or owners, owners)
+    flops = cost.flops + used * low_rank_flops(config, config.head_rank)
+    return Cost(flops, cost.parameters + owners * _weights(config, config.head_rank))
+
+
+def _weights(config: StudyConfig, rank: int) -> int:
+    """The weights of a low-rank head: two factors and a bias."""
+    vocabulary = config.model.vocab_size
+    return rank * (config.model.width + vocabulary) + vocabulary
+
+
+def costs_as_json(config: StudyConfig, choices: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """`costs` as the report has them, each with its share of the costs of BTM.
+
+    Args:
+      config: of the study.
+      choices: by seed; where they differ, the largest number of active experts counts.
+    """
+    names = ["flexolmo", "btx", *(["evidence", "headed_rows"] if config.has_heads else [])]
+    active = {
+        name: max(of_seed[name]["active"] or len(config.domains) for of_seed in choices.values())
+        for name in names
+    }
+    found = costs(config, active)
+    whole = found["btm_decay_top2"]
+    return {
+        name: {
+            **cost._asdict(),
+            "flops_of_btm": cost.flops / whole.flops,
+            "parameters_of_btm": cost.parameters / whole.parameters,
+        }
+        for name, cost in found.items()
+    }
