@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import flexolmo_jax as fo
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.sources import Document
 from flexolmo_jax.federation.anchor import read_anchor, write_anchor
@@ -197,7 +198,8 @@ def test_the_page_of_expert_sizes_says_what_each_form_keeps_and_costs(world, tmp
     monkeypatch.setattr(expert_size, "OWNERS", ("math", "code"))
     monkeypatch.setattr(expert_size, "RANKS", (2,))
     monkeypatch.setattr(expert_size, "ENERGIES", ())
-    monkeypatch.setattr(expert_size, "tokens_per_second", lambda _: 1234.0)
+    monkeypatch.setattr(expert_size, "ROUNDS", 1)
+    monkeypatch.setattr(expert_size, "NEW", 8)
     texts = {name: [Document("One, two, three.", "")] for name in ("math", "code", "public")}
     forms = expert_size.forms(world.root, tmp_path, [])
     rows = {}
@@ -211,5 +213,8 @@ def test_the_page_of_expert_sizes_says_what_each_form_keeps_and_costs(world, tmp
     assert rows["rank 2"].megabytes < 0.2 * rows["full"].megabytes
     assert rows["rank 2"].megaflops < rows["full"].megaflops
     anchor = {name: 1 + bits for name, bits in rows["full"].alone.items()}
-    page = "\n".join(expert_size.make_page(anchor, rows))
+    models = {title: fo.load(tmp_path / title / "merged") for title in rows}
+    speeds = expert_size.tokens_per_second(models)
+    assert speeds.keys() == rows.keys() and min(speeds.values()) > 0
+    page = "\n".join(expert_size.make_page(anchor, rows, dict.fromkeys(rows, 1234.0)))
     assert "(100%)" in page and "| 1,234 |" in page and "rank 2" in page
