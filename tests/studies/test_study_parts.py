@@ -158,7 +158,7 @@ def test_costs_are_those_of_the_matrices(chosen):
     attention = 4 * 2 * width * width + 4 * width * (length + 1) / 2
     expert = 3 * 2 * width * hidden
     low_rank = 2 * rank * (width + vocabulary)
-    active = {"flexolmo": 1, "btx": None, "evidence": 2, "headed_rows": None}
+    active = {"flexolmo": 1, "btx": None, "evidence": 2, "headed_rows": None, "btx_evidence": 2}
     found = costs(chosen, active)
     assert found["anchor"].flops == attention + expert + head
     assert found["btm_decay_top2"].flops == 3 * found["anchor"].flops
@@ -166,6 +166,9 @@ def test_costs_are_those_of_the_matrices(chosen):
     assert found["headed_rows"].flops == attention + 3 * expert + head + 2 * low_rank
     by_evidence = attention + 2 * expert + head + 2 * low_rank
     assert found["evidence"].flops == by_evidence + head + 3 * low_rank
+    assert found["btx_evidence"] == found["evidence"]
+    whole = 3 * found["anchor"].flops + 2 * low_rank
+    assert found["btm_headed_decay_top2"].flops == whole
     weights = rank * (width + vocabulary) + vocabulary
     plain = found["flexolmo"].parameters
     assert found["evidence"].parameters == plain + 2 * weights + 3 * weights

@@ -66,7 +66,8 @@ def costs(config: StudyConfig, active: Mapping[str, int | None]) -> dict[str, Co
         "anchor": Cost(one, whole),
         "soup_weighted": Cost(one, whole),
         "prompt_routing": Cost(one, count * whole),
-        "btm_decay_top2": Cost(count * one, count * whole),  # the posterior asks all models
+        "btm_running_top2": Cost(count * one, count * whole),  # the posterior asks all models
+        "btm_decay_top2": Cost(count * one, count * whole),
         "btx_best": merged("btx"),
         "paper_topall": Cost(forward_flops(model, config.length, count), mixture),
         "flexolmo": merged("flexolmo"),
@@ -76,12 +77,11 @@ def costs(config: StudyConfig, active: Mapping[str, int | None]) -> dict[str, Co
         found[f"unrestricted_{times:g}x"] = Cost(flops, mixture)
     if config.has_heads:
         found["headed_rows"] = _with_heads(config, merged("headed_rows"), active["headed_rows"])
-        by_evidence = _with_heads(config, merged("evidence"), active["evidence"])
-        of_evidence = count * low_rank_flops(config, config.evidence_rank)
-        found["evidence"] = by_evidence._replace(
-            flops=by_evidence.flops + output_head_flops(config) + of_evidence,
-            parameters=by_evidence.parameters + count * _weights(config, config.evidence_rank),
-        )
+        asked = Cost(count * one, mixture)  # all whole models, which share the anchor's weights
+        found["btm_headed_decay_top2"] = _with_heads(config, asked, None)
+        for name in ("evidence", "btx_evidence"):
+            with_heads = _with_heads(config, merged(name), active[name])
+            found[name] = _by_evidence(config, with_heads)
     return found
 
 
@@ -91,6 +91,14 @@ def _with_heads(config: StudyConfig, cost: Cost, active: int | None) -> Cost:
     used = min(active or owners, owners)
     flops = cost.flops + used * low_rank_flops(config, config.head_rank)
     return Cost(flops, cost.parameters + owners * _weights(config, config.head_rank))
+
+
+def _by_evidence(config: StudyConfig, cost: Cost) -> Cost:
+    """With the evidence heads of all experts, and the output head that they add to."""
+    count = len(config.domains)
+    heads = count * low_rank_flops(config, config.evidence_rank)
+    weights = count * _weights(config, config.evidence_rank)
+    return Cost(cost.flops + output_head_flops(config) + heads, cost.parameters + weights)
 
 
 def _weights(config: StudyConfig, rank: int) -> int:
@@ -106,7 +114,8 @@ def costs_as_json(config: StudyConfig, choices: Mapping[int, Mapping[str, Any]])
       config: of the study.
       choices: by seed; where they differ, the largest number of active experts counts.
     """
-    names = ["flexolmo", "btx", *(["evidence", "headed_rows"] if config.has_heads else [])]
+    headed = ["evidence", "headed_rows", "btx_evidence"] if config.has_heads else []
+    names = ["flexolmo", "btx", *headed]
     active = {
         name: max(of_seed[name]["active"] or len(config.domains) for of_seed in choices.values())
         for name in names
