@@ -87,12 +87,13 @@ def log_probabilities(
         hidden, targets = inputs
         public = dot(hidden, matrix, jnp.float32)
 
-        def of_expert(own):
-            logits = public + delta(hidden, *own)
+        def of_expert(blocks):
+            add = lambda logits, block: (logits + delta(hidden, *block), None)  # noqa: E731
+            logits, _ = jax.lax.scan(add, public, blocks)
             chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
             return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-        return jax.lax.map(of_expert, heads.experts())  # [E, B, chunk]
+        return jax.lax.map(of_expert, heads.blocks())  # [E, B, chunk]
 
     scores = jax.lax.map(of_chunk, (split(hidden), split(targets)))  # [n, E, B, chunk]
     return jnp.moveaxis(scores, 0, 2).reshape(scores.shape[1], batch, -1)[..., :length]

@@ -12,6 +12,10 @@ from jaxtyping import Array, Float
 from flexolmo_jax.modeling.layers import Expert, normal
 from flexolmo_jax.parallel import collectives
 
+# Columns of a product. The rank of a stack is that of its widest head, and a longer sum would be
+# another one in its last bits; a further block of zeros adds exactly 0.
+RANK_BLOCK = 64
+
 
 class LowRankHead(nnx.Module):
     """x A + c, with A = a b of rank R, for each expert of a stack.
@@ -31,8 +35,22 @@ class LowRankHead(nnx.Module):
         return self.a.shape[-1]
 
     def experts(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """a, b and bias with the leading axis E, to be scanned over."""
+        """a, b and bias with the leading axis E."""
         return self.a[...][0], self.b[...][0], self.bias[...][0]
+
+    def blocks(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """a [E, n, D, RANK_BLOCK], b [E, n, RANK_BLOCK, V] and bias [E, n, V], to be scanned over.
+
+        The last block is filled up with zeros; the bias is that of the first.
+        """
+        a, b, bias = self.experts()
+        missing = -self.rank % RANK_BLOCK
+        a = jnp.pad(a, ((0, 0), (0, 0), (0, missing)))
+        b = jnp.pad(b, ((0, 0), (0, missing), (0, 0)))
+        count = a.shape[-1] // RANK_BLOCK
+        a = jnp.moveaxis(a.reshape(*a.shape[:2], count, RANK_BLOCK), 2, 1)
+        b = b.reshape(len(b), count, RANK_BLOCK, b.shape[-1])
+        return a, b, jnp.pad(bias[:, None], ((0, 0), (0, count - 1), (0, 0)))
 
     @jax.named_scope("heads")
     def add(
@@ -41,18 +59,22 @@ class LowRankHead(nnx.Module):
         hidden: Float[Array, "*T D"],
         weights: Float[Array, "E ..."],
     ) -> Float[Array, "*T V"]:
-        """logits + sum over e of weights[e] * delta_e(hidden), expert by expert, in float32.
+        """logits + sum over e of weights[e] * delta_e(hidden), block by block, in float32.
 
         The order is fixed, and an expert whose weight is 0 adds nothing, even if its own weights
-        are NaN; so masking an expert equals leaving it out of the stack, bit for bit.
+        are NaN; so masking an expert equals leaving it out of the stack, bit for bit, whatever the
+        ranks of the others are.
         """
+        blocks = self.blocks()
+        num_experts, count = blocks[-1].shape[:2]
+        flat = (x.reshape(num_experts * count, *x.shape[2:]) for x in blocks)
 
-        def step(total, expert):
-            *own, weight = expert
+        def step(total, block):
+            *own, weight = block
             weight = weight[..., None]
             return total + jnp.where(weight > 0, weight * delta(hidden, *own), 0.0), None
 
-        return jax.lax.scan(step, logits, (*self.experts(), weights))[0]
+        return jax.lax.scan(step, logits, (*flat, jnp.repeat(weights, count, axis=0)))[0]
 
     def columns(
         self, hidden: Float[Array, "B S D"], weights: Float[Array, "E B S"] | None = None
@@ -83,7 +105,7 @@ def delta(
     b: Float[Array, "R V"],
     bias: Float[Array, " V"],
 ) -> Float[Array, "*T V"]:
-    """What one expert adds to the logits, in float32."""
+    """What one expert, or one block of its rank, adds to the logits; float32."""
     low = (hidden @ a.astype(hidden.dtype)).astype(hidden.dtype)
     out = jnp.matmul(low, b.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return out + bias.astype(jnp.float32)

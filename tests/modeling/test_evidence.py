@@ -194,6 +194,25 @@ def test_unlike_ranks_merge_with_zero_columns():
     assert (np.asarray(joined.head.b[0, 0]) == 0).all()
 
 
+@pytest.mark.parametrize("evidence", [BASE.evidence, None])
+@pytest.mark.parametrize("ranks", [(3, 60), (16, 64), (64, 128), (20, 150)])
+def test_another_experts_rank_changes_no_bit(ranks, evidence):
+    """Padding to the widest head is not seen in what the others add, or in their evidence."""
+    config = BASE.replace(num_experts=2, evidence=evidence)
+    backbone, _ = random_model(config)
+    public, narrow, wide = (
+        random_model(config.replace(num_experts=1), Ranks(rank, rank), seed=seed)[1]
+        for seed, rank in enumerate((ranks[0], *ranks))
+    )
+    tokens = random_tokens()
+    expected = run(backbone, (join(public, narrow),), tokens, config)[0]
+    joined, more = join(public, narrow, wide), config.replace(num_experts=3)
+    allowed = np.tile([True, True, False], (BATCH, 1))
+    found = run(backbone, (joined,), tokens, more, allowed=allowed)[0]
+    np.testing.assert_array_equal(found, expected)
+    assert not np.array_equal(run(backbone, (joined,), tokens, more)[0], expected)
+
+
 def some_batch():
     tokens = random_tokens(shape=(BATCH, LENGTH + 1))
     return Batch.of(tokens, np.ones_like(tokens))
