@@ -41,7 +41,7 @@ class LowRankHead(nnx.Module):
     def blocks(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """a [E, n, D, RANK_BLOCK], b [E, n, RANK_BLOCK, V] and bias [E, n, V], to be scanned over.
 
-        The last block is filled up with zeros; the bias is that of the first.
+        The last block is padded with zeros; the bias is that of the first.
         """
         a, b, bias = self.experts()
         missing = -self.rank % RANK_BLOCK

@@ -102,7 +102,7 @@ def trained_heads(demo: Path, out: Path) -> dict[str, LowRankHead]:
 
 
 def _split(owner: str, folder: Path) -> dict[str, Path]:
-    """Files of PARTS shares of an owner's documents, groups kept together, in turn."""
+    """Files of PARTS shares of an owner's documents, groups kept together, one after another."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {f"{owner}-{number}": folder / f"{owner}-{number}.jsonl" for number in range(PARTS)}
     shares: list[list[str]] = [[] for _ in files]

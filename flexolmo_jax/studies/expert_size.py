@@ -30,7 +30,7 @@ RANKS = (1, 4, 16, 64)
 ENERGIES = (0.9,)
 TITLE_FULL = "full"
 PROMPT, NEW = 16, 96  # tokens
-ROUNDS = 12  # of timed generations, one of each form in turn; the fastest counts
+ROUNDS = 12  # of timed generations, one of each form one after another; the fastest counts
 MERGED = "merged"  # the folder of a form's merged model
 Make = Callable[[str, Path], None]
 
