@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.modeling.heads import LowRankHead
+from flexolmo_jax.modeling.heads import RANK_BLOCK, LowRankHead
 from flexolmo_jax.modeling.kernels.grouped_swiglu import grouped_swiglu
 from flexolmo_jax.modeling.kernels.swiglu import swiglu
 from flexolmo_jax.modeling.layers import Expert, normal
@@ -329,14 +329,16 @@ def with_full_feed_forward(stack: Experts, public: Experts) -> Experts:
 def with_same_parts(stacks: Sequence[Experts], keep_low_rank: bool = False) -> list[Experts]:
     """The stacks with the same parts, so that they can be concatenated.
 
-    A missing head is one of zeros, which adds nothing; a head of lower rank gets zero columns. A
+    A missing head is one of zeros, which adds nothing. A head gets zero columns up to the rank of
+    the widest, and to a multiple of RANK_BLOCK, so that no pass over the network has to pad it. A
     low-rank feed-forward network becomes a full one, beside that of the first stack, the public
     one, unless it is kept. Leaves may be on disk or on the host; only heads that are padded are
     read.
     """
     if not keep_low_rank:
         stacks = [with_full_feed_forward(stack, stacks[0]) for stack in stacks]
-    ranks = Ranks(*map(max, zip(*(stack.ranks for stack in stacks), strict=True)))
+    widest = map(max, zip(*(stack.ranks for stack in stacks), strict=True))
+    ranks = Ranks(*(-(-rank // RANK_BLOCK) * RANK_BLOCK for rank in widest))
     return [_with_ranks(stack, ranks, like=stacks) for stack in stacks]
 
 

@@ -20,6 +20,7 @@ from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.model import load
 from flexolmo_jax.modeling.experts import with_parts
+from flexolmo_jax.modeling.heads import RANK_BLOCK
 from flexolmo_jax.modeling.transformer import forward, output_logits
 from flexolmo_jax.privacy.certificate import ADJACENCY
 from flexolmo_jax.training.stages.anchor import train_anchor
@@ -222,7 +223,7 @@ def test_a_control_has_a_head_as_the_audited_experts_do(audited, tmp_path, monke
     trained = control.train_control(
         what, audited / "anchor", documents, 16, tmp_path / "run", head_rank=8
     )
-    assert trained.experts.ranks == ((8, 0) if what == "expert" else (0, 0))
+    assert trained.experts.ranks == ((RANK_BLOCK, 0) if what == "expert" else (0, 0))
     if what == "expert":
         assert float(jnp.abs(trained.experts.head.b[...]).max()) > 0
     assert np.isfinite(np.asarray(trained.logits(np.array([documents[0]])))).all()

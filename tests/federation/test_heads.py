@@ -14,6 +14,7 @@ from flexolmo_jax.federation.merge import add_expert, merge, remove_expert
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.model import load
 from flexolmo_jax.modeling.experts import NO_HEADS, with_parts
+from flexolmo_jax.modeling.heads import RANK_BLOCK
 from flexolmo_jax.training.stages.anchor import train_anchor
 from flexolmo_jax.training.stages.expert import train_expert
 
@@ -52,7 +53,7 @@ def merged(owners, tmp_path):
 def test_heads_are_trained_packed_and_routed_by(owners, world):
     model = load(owners / "merged")
     assert model.config.evidence == EVIDENCE and model.config.memory is None
-    assert model.experts.ranks == (6, 4)
+    assert model.experts.ranks == (RANK_BLOCK, RANK_BLOCK)
     for part in (model.experts.head, model.experts.evidence):
         assert [float(np.abs(x).max()) > 0 for x in np.asarray(part.b[0])][1:] == [True, True]
     assert not np.asarray(model.experts.head.b[0, 0]).any()  # the public expert has none
@@ -109,7 +110,7 @@ def test_experts_with_and_without_heads_merge_by_rows(owners, tmp_path):
     merge(owners / "anchor", [owners / "plain", owners / "math"], tmp_path / "mixed")
     model = load(tmp_path / "mixed")
     assert model.config.evidence is None and model.config.memory is not None
-    assert model.experts.ranks == (6, 0)
+    assert model.experts.ranks == (RANK_BLOCK, 0)
     assert not np.asarray(model.experts.head.b[0, 1]).any()
 
 

@@ -11,6 +11,7 @@ from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.modeling.experts import Ranks, join, pad_experts, select, with_parts
+from flexolmo_jax.modeling.heads import RANK_BLOCK
 from flexolmo_jax.modeling.transformer import (
     Anchor,
     abstract_model,
@@ -186,7 +187,7 @@ def test_unlike_ranks_merge_with_zero_columns():
     plain = with_parts(plain, head=None, evidence=None)
     narrow = with_parts(random_model(config.replace(num_experts=1), Ranks(2, 4), seed=1)[1])
     joined = join(plain, narrow, full)
-    assert joined.ranks == Ranks(6, 5)
+    assert joined.ranks == Ranks(RANK_BLOCK, RANK_BLOCK)
     tokens = random_tokens()
     expected, weights = run(backbone, (joined,), tokens, config)
     found, _ = run(backbone, (plain, narrow, full), tokens, config)
