@@ -6,6 +6,7 @@ Merging writes one small file. The concatenation itself is done at load (`loadin
 import contextlib
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,12 @@ from flexolmo_jax.federation.package import (
     write_manifest,
     write_package,
 )
-from flexolmo_jax.federation.routing import EvidenceChoice, Routing, choose_routing
+from flexolmo_jax.federation.routing import (
+    EvidenceChoice,
+    Routing,
+    choose_routing,
+    without_evidence_head,
+)
 from flexolmo_jax.federation.shares import REFUSE, Shares, check_shares, measure_shares
 from flexolmo_jax.federation.source import open_source
 from flexolmo_jax.modeling.router import Router
@@ -82,6 +88,8 @@ def merge(
     anchor, out = Path(anchor), Path(out).absolute()
     loaded, packages, separator = _open_all(anchor, experts, separator)
     routing = choose_routing(loaded, packages, active_experts, memory, evidence)
+    if evidence == "auto":
+        _warn_of_rows(without_evidence_head(loaded, packages), len(packages))
     shares = _allowed_shares(loaded, packages, routing, allow_share)
     manifest = {
         "format": FORMAT,
@@ -96,6 +104,16 @@ def merge(
     with _changing(out), new_directory(out) as folder:
         write_manifest(folder, manifest)
     return shares
+
+
+def _warn_of_rows(without: list[str], num_packages: int) -> None:
+    """Warns if evidence heads are not used because some have none."""
+    if 0 < len(without) < num_packages + 1:
+        warnings.warn(
+            f"there is no evidence head in {', '.join(without)}, so this model routes by router "
+            "rows, the others' evidence heads unused; train with evidence_rank, or leave it out",
+            stacklevel=3,
+        )
 
 
 def _open_all(

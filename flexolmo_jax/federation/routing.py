@@ -63,8 +63,7 @@ def choose_routing(
         raise ValueError(f"active_experts must be at least 1, found {active_experts}")
     if memory is not None:
         check_memory(*memory)
-    missing = [] if anchor.weights.public.ranks.evidence else ["the anchor"]
-    missing += [str(package.folder) for package in packages if not package.weights.ranks.evidence]
+    missing = without_evidence_head(anchor, packages)
     if evidence == "auto":
         evidence = EVIDENCE if packages and not missing else None
     if evidence is None:
@@ -77,3 +76,9 @@ def choose_routing(
             "--no-evidence"
         )
     return Routing(active_experts, None, evidence)
+
+
+def without_evidence_head(anchor: LoadedAnchor, packages: Sequence[Package]) -> list[str]:
+    """Who has no evidence head, so that a merge with them routes by rows."""
+    missing = [] if anchor.weights.public.ranks.evidence else ["the anchor"]
+    return missing + [str(x.folder) for x in packages if not x.weights.ranks.evidence]

@@ -83,7 +83,8 @@ def run_twin(
         show_fields(certificate_fields(manifest["privacy"]), "private: privacy")
         tell(f"computed again: epsilon is at most {computed['epsilon']['pld']:.4f}")
         console.rule("4. audits")
-        merge(anchor, [out / name for name in EXPERTS], out / "merged")
+        # The private expert has no evidence head.
+        merge(anchor, [out / name for name in EXPERTS], out / "merged", evidence=None)
         report: dict[str, Any] = {"privacy": manifest["privacy"]}
         report |= {name: _audit(out, name, anchor, trial) for name in EXPERTS}
         report["checks"] = _checks(report)

@@ -107,7 +107,8 @@ def test_the_audit_of_removal_covers_the_heads(merged):
 
 
 def test_experts_with_and_without_heads_merge_by_rows(owners, tmp_path):
-    merge(owners / "anchor", [owners / "plain", owners / "math"], tmp_path / "mixed")
+    with pytest.warns(UserWarning, match="no evidence head in .*plain, so .* by router rows"):
+        merge(owners / "anchor", [owners / "plain", owners / "math"], tmp_path / "mixed")
     model = load(tmp_path / "mixed")
     assert model.config.evidence is None and model.config.memory is not None
     assert model.experts.ranks == (RANK_BLOCK, 0)
