@@ -135,6 +135,7 @@ def preset(name):
 def kind_of(name):
     for word, kind in (
         ("anchor", fo.AnchorTraining), ("expert", fo.ExpertTraining), ("router", fo.RouterTraining),
+        ("evidence", fo.EvidenceTraining),
     ):  # fmt: skip
         if word in name:
             return kind
@@ -237,7 +238,9 @@ def test_a_config_of_another_stage_is_an_error():
 
 
 def test_a_config_that_does_not_exist_is_an_error_that_lists_ours(tmp_path):
-    with pytest.raises(ValueError, match="no config at nothing; .*demo_anchor, demo_expert"):
+    with pytest.raises(
+        ValueError, match="no config at nothing; .*demo_anchor, demo_evidence, demo_expert"
+    ):
         load_config("nothing", fo.AnchorTraining)
     with pytest.raises(ValueError, match="no config at"):  # not ours of that name
         load_config(tmp_path / "demo_anchor.py", fo.AnchorTraining)

@@ -24,6 +24,9 @@ def test_no_module_warns_on_import():
     assert ran.returncode == 0, ran.stderr
 
 
+NAMES_OF_FIELDS = "_fields"  # of a NamedTuple: public in spite of its name
+
+
 def private_names(source: str) -> list[str]:
     """Names of the project that begin with `_` and that a file takes from another one."""
     tree = ast.parse(source)
@@ -35,7 +38,8 @@ def private_names(source: str) -> list[str]:
             private += [name for name in names if name.startswith("_") and not name.endswith("__")]
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id in imported and node.attr[0] == "_" and not node.attr.endswith("__"):
+            is_private = node.attr[0] == "_" and not node.attr.endswith("__")
+            if node.value.id in imported and is_private and node.attr != NAMES_OF_FIELDS:
                 private.append(f"{node.value.id}.{node.attr}")
     return private
 
