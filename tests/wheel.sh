@@ -19,9 +19,10 @@ short=(--steps 2 --data.batch-size 8 --data.length 32)
 
 "$bin/python" -W error -c 'import flexolmo_jax; assert "site-packages" in flexolmo_jax.__file__, flexolmo_jax.__file__'
 "$bin/flexolmo" train anchor demo_anchor --data public.jsonl --out anchor "${short[@]}" \
-  --model.vocab-size 300 --model.width 32 --model.num-layers 2 --model.num-heads 2 --model.ffn-width 64
+  --model.vocab-size 300 --model.width 32 --model.num-layers 2 --model.num-heads 2 --model.ffn-width 64 \
+  --evidence-rank 8
 "$bin/flexolmo" train expert demo_private_expert --data math.jsonl --anchor anchor --name math --out math \
-  --dp-epsilon 8 "${short[@]}"
+  --dp-epsilon 8 --head-rank 8 --evidence-rank 8 "${short[@]}"
 "$bin/flexolmo" privacy verify math
 "$bin/flexolmo" merge --anchor anchor --expert math --out merged
 "$bin/flexolmo" generate --model merged --prompt "One" --without math --max-new-tokens 4
