@@ -148,7 +148,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", STAGES)
+# Every stage on two meshes that divide experts or units; two stages on each other mesh.
+PLACES = [(mesh, name) for mesh in ("2x4", "2x2x2") for name in STAGES]
+PLACES += [(mesh, name) for mesh in ("8x1", "1x8", "4x1x2") for name in ("alone", "router")]
+
+
+@pytest.mark.parametrize(("training_mesh", "name"), PLACES, indirect=["training_mesh"])
 def test_losses_and_gradients_are_those_of_one_device(training_mesh, name):
     found = run_gradients(*stage(name, CONFIG, training_mesh.shape["expert"]), mesh=training_mesh)
     assert_close(found, alone(name, CONFIG))
@@ -161,7 +166,7 @@ def test_low_rank_experts_too(shape):
 
 
 @pytest.mark.parametrize("shape", VARIANTS)
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", ["anchor", "pair", "router"])
 def test_so_they_are_recomputed_grouped_and_in_microbatches(name, shape):
     mesh = make_mesh(shape[0], tensor_parallel=shape[1])
     config, microbatches = CONFIG.replace(**VARIANTS[shape]), 2
@@ -224,7 +229,9 @@ COLLECTIVE = re.compile(
 EXPECTED = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
 
 
-@pytest.mark.parametrize("name", ["anchor", "router"])
+@pytest.mark.parametrize(("training_mesh", "name"), [
+    *((mesh, "anchor") for mesh in OF_TRAINING), ("2x4", "router"), ("2x2x2", "router")
+], indirect=["training_mesh"])  # fmt: skip
 def test_the_compiled_step_moves_one_layers_matrices_at_a_time(training_mesh, name):
     mesh = training_mesh
     config = CONFIG.replace(num_layers=5, width=64, ffn_width=160, vocab_size=192)
@@ -297,6 +304,7 @@ def test_muon_updates_a_mixture_as_one_device_does(training_mesh):
     assert_close(placement.to_host(held), jax.device_get(kept))
 
 
+@pytest.mark.parametrize("training_mesh", ["2x4", "2x2x2"], indirect=True)
 def test_a_step_with_muon_is_that_of_one_device(training_mesh):
     mesh, microbatches = training_mesh, 2
     loss, trainable, frozen = stage("anchor", CONFIG)
