@@ -19,7 +19,7 @@ from flexolmo_jax.federation.source import open_source
 from flexolmo_jax.modeling.experts import Experts, with_full_feed_forward, with_parts
 from flexolmo_jax.modeling.low_rank import FeedForwardRanks, LowRankFeedForward, truncated_svd
 from flexolmo_jax.storage.outputs import check_new_folder
-from flexolmo_jax.storage.tensors import named, refill
+from flexolmo_jax.storage.tensors import bytes_of, named, refill
 
 REPLACED = ("format", "made_by", "tensors", "files", "digest")
 
@@ -85,8 +85,8 @@ def compress(
     return Compressed(
         ranks,
         {name: [x.energy for x in layers] for name, layers in factors.items()},
-        _bytes(opened.weights),
-        _bytes(compressed),
+        bytes_of(opened.weights),
+        bytes_of(compressed),
     )
 
 
@@ -143,7 +143,3 @@ def _padded(
                 stack[layer, 0, : matrix.shape[0], : matrix.shape[1]] = matrix
             stacks[f"{name}.{side}"] = stack
     return refill(shapes, stacks)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(np.dtype(x.dtype).itemsize * int(np.prod(x.shape)) for x in named(tree).values())

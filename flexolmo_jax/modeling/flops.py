@@ -22,8 +22,25 @@ def forward_flops(config: ModelConfig, length: int, active: int, ranks: Ranks = 
       ranks: of the experts' heads.
     """
     layer = _projections(config) + _scores(config, length) + active * _expert(config)
-    heads = active * _low_rank(config, ranks.head) + _evidence(config, ranks.evidence)
+    heads = active * low_rank_head_flops(config, ranks.head) + evidence_flops(
+        config, ranks.evidence
+    )
     return config.num_layers * layer + _head(config) + heads
+
+
+def low_rank_head_flops(config: ModelConfig, rank: int) -> float:
+    """FLOPs per token of a low-rank head of one expert: D R + R V products."""
+    return 2.0 * rank * (config.width + config.vocab_size)
+
+
+def evidence_flops(config: ModelConfig, rank: int) -> float:
+    """FLOPs per token of evidence routing, if the config has it, with evidence heads of this rank.
+
+    E (D R + R V) products, and the D V of the backbone's head.
+    """
+    if config.evidence is None:
+        return 0.0
+    return config.num_experts * low_rank_head_flops(config, rank) + _head(config)
 
 
 def low_rank_flops(config: ModelConfig, ranks: Sequence[FeedForwardRanks]) -> float:
@@ -85,7 +102,9 @@ def decode_flops(config: ModelConfig, length: int, active: int, ranks: Ranks = N
     """FLOPs of decoding one token, with `length` tokens in the cache; else as `forward_flops`."""
     attention = 4.0 * config.num_heads * config.head_size * length
     layer = _projections(config) + attention + active * _expert(config)
-    heads = active * _low_rank(config, ranks.head) + _evidence(config, ranks.evidence)
+    heads = active * low_rank_head_flops(config, ranks.head) + evidence_flops(
+        config, ranks.evidence
+    )
     return config.num_layers * layer + _head(config) + heads
 
 
@@ -106,22 +125,10 @@ def _head(config: ModelConfig) -> float:
     return 2.0 * config.width * config.vocab_size
 
 
-def _low_rank(config: ModelConfig, rank: int) -> float:
-    """Of a low-rank head of one expert: D R + R V products."""
-    return 2.0 * rank * (config.width + config.vocab_size)
-
-
-def _evidence(config: ModelConfig, rank: int) -> float:
-    """Of evidence routing: E (D R + R V) products, and the D V of the backbone's head."""
-    if config.evidence is None:
-        return 0.0
-    return config.num_experts * _low_rank(config, rank) + _head(config)
-
-
 def _own_heads(config: ModelConfig, ranks: Ranks) -> float:
     """Of a training step, for one expert's own head and evidence head."""
-    total = 3 * _low_rank(config, ranks.head)
+    total = 3 * low_rank_head_flops(config, ranks.head)
     if ranks.evidence:
         of_embeddings = 2.0 * ranks.evidence * config.width  # whose gradient nothing uses
-        total += 3 * _low_rank(config, ranks.evidence) - of_embeddings + _head(config)
+        total += 3 * low_rank_head_flops(config, ranks.evidence) - of_embeddings + _head(config)
     return total

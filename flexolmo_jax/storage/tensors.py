@@ -28,6 +28,11 @@ def leaf_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
+def bytes_of(tree: Any) -> int:
+    """The bytes of all leaves of a tree; they may be on disk."""
+    return sum(leaf.nbytes for leaf in named(tree).values())
+
+
 def describe(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """{name: {shape, dtype, sha256}} of each tensor, for a manifest."""
     return {

@@ -20,8 +20,9 @@ from flexolmo_jax.federation.compress import compress
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.federation.package import Package
 from flexolmo_jax.model import FlexOlmo, load
-from flexolmo_jax.modeling.flops import forward_flops, low_rank_flops
-from flexolmo_jax.storage.tensors import named
+from flexolmo_jax.modeling.experts import Ranks
+from flexolmo_jax.modeling.flops import forward_flops, low_rank_flops, low_rank_head_flops
+from flexolmo_jax.storage.tensors import bytes_of
 from flexolmo_jax.studies.engine.commands import run_command
 from flexolmo_jax.studies.engine.report import add_page_argument, machine, table, write_page
 
@@ -128,17 +129,15 @@ def measure(anchor: Path, packages: Mapping[str, Path], texts: Mapping[str, Sequ
     model = load(folder)
     merged = {name: score(model, text).bits_per_byte for name, text in texts.items()}
     opened = [Package.open(path, "expert") for path in packages.values()]
-    weights = sum(_bytes(package) for package in opened) / len(opened)
-    ranks = [package.weights.deltas for package in opened]
-    length = model.config.max_length
-    full = 1 + ranks.count(None)
-    flops = forward_flops(model.config, length, full)
-    flops += low_rank_flops(model.config, [own for own in ranks if own is not None])
+    weights = sum(bytes_of(package.weights) for package in opened) / len(opened)
+    deltas = [package.weights.deltas for package in opened]
+    heads = [package.weights.ranks for package in opened]
+    config, full = model.config, 1 + deltas.count(None)
+    of_evidence = Ranks(evidence=max(ranks.evidence for ranks in heads))
+    flops = forward_flops(config, config.max_length, full, of_evidence)
+    flops += sum(low_rank_head_flops(config, ranks.head) for ranks in heads)
+    flops += low_rank_flops(config, [own for own in deltas if own is not None])
     return Row(alone, merged, weights / 1e6, flops / 1e6)
-
-
-def _bytes(package: Package) -> int:
-    return sum(leaf.nbytes for leaf in named(package.weights).values())
 
 
 def tokens_per_second(models: Mapping[str, FlexOlmo]) -> dict[str, float]:

@@ -3,7 +3,14 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flexolmo_jax.modeling.flops import expert_alone_step_flops, forward_flops
+from flexolmo_jax.config import EVIDENCE
+from flexolmo_jax.modeling.experts import Ranks
+from flexolmo_jax.modeling.flops import (
+    evidence_flops,
+    expert_alone_step_flops,
+    forward_flops,
+    low_rank_head_flops,
+)
 from flexolmo_jax.modeling.transformer import num_parameters
 from flexolmo_jax.studies.baselines.config import StudyConfig
 
@@ -22,29 +29,9 @@ class Cost(NamedTuple):
 
 
 def expert_step_flops(config: StudyConfig) -> float:
-    """FLOPs per token of training an owner's expert, with heads if the study has them.
-
-    Both heads' factors need the gradients of their weights, and the output head that of its input
-    too. The evidence head reads the product of the embedding and the frozen output head.
-    """
-    plain = expert_alone_step_flops(config.model, config.length)
-    if not config.has_heads:
-        return plain
-    model = config.model
-    of_head = 3 * low_rank_flops(config, config.head_rank)
-    evidence = low_rank_flops(config, config.evidence_rank)
-    of_evidence = 2 * evidence + 2.0 * config.evidence_rank * model.vocab_size
-    return plain + of_head + of_evidence + output_head_flops(config)
-
-
-def low_rank_flops(config: StudyConfig, rank: int) -> float:
-    """FLOPs per token of a low-rank head."""
-    return 2.0 * rank * (config.model.width + config.model.vocab_size)
-
-
-def output_head_flops(config: StudyConfig) -> float:
-    """FLOPs per token of the anchor's output head."""
-    return 2.0 * config.model.width * config.model.vocab_size
+    """FLOPs per token of training an owner's expert, with heads if the study has them."""
+    ranks = Ranks(config.head_rank, config.evidence_rank)
+    return expert_alone_step_flops(config.model, config.length, ranks)
 
 
 def costs(config: StudyConfig, active: Mapping[str, int | None]) -> dict[str, Cost]:
@@ -89,16 +76,17 @@ def _with_heads(config: StudyConfig, cost: Cost, active: int | None) -> Cost:
     """With the output heads of the owners' experts; one of the active experts may be public."""
     owners = len(config.owners)
     used = min(active or owners, owners)
-    flops = cost.flops + used * low_rank_flops(config, config.head_rank)
+    flops = cost.flops + used * low_rank_head_flops(config.model, config.head_rank)
     return Cost(flops, cost.parameters + owners * _weights(config, config.head_rank))
 
 
 def _by_evidence(config: StudyConfig, cost: Cost) -> Cost:
     """With the evidence heads of all experts, and the output head that they add to."""
     count = len(config.domains)
-    heads = count * low_rank_flops(config, config.evidence_rank)
+    model = config.model.replace(num_experts=count, evidence=EVIDENCE)
     weights = count * _weights(config, config.evidence_rank)
-    return Cost(cost.flops + output_head_flops(config) + heads, cost.parameters + weights)
+    more = evidence_flops(model, config.evidence_rank)
+    return Cost(cost.flops + more, cost.parameters + weights)
 
 
 def _weights(config: StudyConfig, rank: int) -> int:
