@@ -5,53 +5,28 @@
 
 Seeds may be run on different days, or side by side: start the second one with --resume when the
 first has begun to train. Every method is trained with Muon; learning rates are chosen on the tuning
-split, once for all seeds. `paper.py` is the same without heads, with AdamW.
+split, once for all seeds. All else is that of `paper.py`, which has no heads, and AdamW.
 """
 
-from flexolmo_jax.config import (
-    AnchorTraining,
-    DataConfig,
-    ExpertTraining,
-    ModelConfig,
-    OptimizerConfig,
-    RouterTraining,
-)
+import dataclasses
+from pathlib import Path
+
+from flexolmo_jax.config import OptimizerConfig, load_config
 from flexolmo_jax.studies.baselines.config import StudyConfig
 
-data = DataConfig(batch_size=8, length=128, heldout=0.0)  # the texts are split already
+paper = load_config(Path(__file__).with_name("paper.py"), StudyConfig)
 rates = ((1e-2, 1.5e-3), (1e-2, 4e-3), (2e-2, 4e-3))  # of matrices, and of all else
 
-config = StudyConfig(
-    texts="flexmix",
-    owners=("math", "code", "academic", "creative", "news", "educational", "conversation"),
-    anchor=AnchorTraining(
-        model=ModelConfig(
-            vocab_size=2048,
-            width=128,
-            num_layers=4,
-            num_heads=4,
-            ffn_width=384,
-            max_length=128,
-            unroll=4,
-        ),
-        data=data,
+config = dataclasses.replace(
+    paper,
+    anchor=dataclasses.replace(
+        paper.anchor,
         optimizer=OptimizerConfig(
             name="muon", learning_rate=1e-2, warmup_steps=50, weight_decay=0.1
         ),
-        steps=2700,
-        checkpoint_every=900,
     ),
-    expert=ExpertTraining(
-        data=data,
-        optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=10),
-        steps=200,
-    ),
-    router=RouterTraining(
-        data=data,
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=5, weight_decay=0.1),
-        steps=60,
-        active_experts=4,
-        expert_compute="grouped",
+    expert=dataclasses.replace(
+        paper.expert, optimizer=OptimizerConfig(name="muon", learning_rate=1e-2, warmup_steps=10)
     ),
     anchor_rates=rates[1:],
     expert_rates=rates[1:],  # all that such an expert trains is matrices

@@ -1,4 +1,4 @@
-"""The study in the paper's form and ours without heads: `full.py` with AdamW.
+"""The study in the paper's form and ours without heads, with AdamW.
 
     flexolmo study configs/study/paper.py --out DIR --seeds 0 1 2 --texts flexmix
 
