@@ -9,9 +9,8 @@ this, and the report; the tables are those of docs/routing.md.
 """
 
 import argparse
-import functools
+import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexolmo_jax.config import EVIDENCE, EvidenceTraining, ExpertTraining, ModelConfig, load_config
-from flexolmo_jax.data.sources import read_documents
-from flexolmo_jax.data.windows import tokenized, windows
+from flexolmo_jax.config import EVIDENCE, EvidenceTraining, ExpertTraining, load_config
+from flexolmo_jax.data.sources import Document, read_documents
 from flexolmo_jax.evaluation.bits_per_byte import heldout_documents
-from flexolmo_jax.evaluation.split import GROUP_FIELD
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.modeling.experts import join, select, with_parts
 from flexolmo_jax.modeling.heads import LowRankHead
-from flexolmo_jax.modeling.transformer import forward
-from flexolmo_jax.storage.files import replace_file
-from flexolmo_jax.studies.baselines.datasets import Sequences, token_sizes
-from flexolmo_jax.studies.baselines.scores import bits_per_byte, token_nats
+from flexolmo_jax.studies.baselines.datasets import (
+    Sequences,
+    cut_sequences,
+    mix_sequences,
+    token_sizes,
+    write_documents,
+)
+from flexolmo_jax.studies.baselines.models import routed
+from flexolmo_jax.studies.baselines.scores import bits_per_byte, routing_shares, token_nats
 from flexolmo_jax.studies.demo import OWNERS
 from flexolmo_jax.studies.engine.commands import run_command
 from flexolmo_jax.studies.engine.report import machine, table, write_json
@@ -45,6 +47,7 @@ DECAYS = (0.8, 0.9, 0.95, 0.98)
 PARTS = 8  # that each owner's text is split into
 LENGTH = 128  # tokens of a window, at most: what the demo's models were made for
 WINDOWS = 48  # of each domain
+MIXED = 144  # windows that change their owner in the middle
 EDGES = (0, 8, 16, 32, 64)  # of tokens, from the start of a document or a change
 PUBLIC_LONGER = "public"  # a head trained twice as long on public text as the anchor's own
 Rows = list[dict[str, Any]]
@@ -104,34 +107,29 @@ def trained_heads(demo: Path, out: Path) -> dict[str, LowRankHead]:
 def _split(owner: str, folder: Path) -> dict[str, Path]:
     """Files of PARTS shares of an owner's documents, groups kept together, one after another."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {f"{owner}-{number}": folder / f"{owner}-{number}.jsonl" for number in range(PARTS)}
-    shares: list[list[str]] = [[] for _ in files]
+    shares: list[list[Document]] = [[] for _ in range(PARTS)]
     numbers: dict[str, int] = {}
     for document in read_documents(f"corpus:{owner}"):
         number = numbers.setdefault(document.group, len(numbers))
-        group = document.group.removeprefix("group:")
-        row = {"text": document.text, GROUP_FIELD: group if group != document.text else None}
-        shares[number % PARTS].append(json.dumps(row, ensure_ascii=False))
-    for file, rows in zip(files.values(), shares, strict=True):
-        replace_file(file, "\n".join(rows) + "\n")
+        shares[number % PARTS].append(document)
+    files = {}
+    for number, documents in enumerate(shares):
+        files[f"{owner}-{number}"] = folder / f"{owner}-{number}.jsonl"
+        write_documents(files[f"{owner}-{number}"], documents)
     return files
 
 
 def heldout_texts(model: FlexOlmo) -> Texts:
     """Windows of held-out documents of every domain, each of one document."""
-    data, tokenizer = load_config("demo_expert", ExpertTraining).data, model.tokenizer
-    assert tokenizer is not None
-    sizes, texts = token_sizes(tokenizer), {}
-    for domain in ("public", *OWNERS):
-        documents = heldout_documents(f"corpus:{domain}", data)
-        cut: list[np.ndarray] = []
-        length = min(LENGTH, model.config.max_length)
-        for ids in tokenized(documents, tokenizer):
-            whole = (w for w in windows([ids], length, tokenizer.separator) if w.segments.all())
-            cut += [window.tokens for window in itertools.islice(whole, 4)]
-        tokens = np.stack(cut[:WINDOWS])
-        texts[domain] = Sequences(tokens, sizes[tokens[:, 1:]], np.arange(len(tokens)))
-    return texts
+    data = load_config("demo_expert", ExpertTraining).data
+    length = min(LENGTH, model.config.max_length)
+    assert model.tokenizer is not None
+    return {
+        domain: cut_sequences(
+            heldout_documents(f"corpus:{domain}", data), model.tokenizer, length, 4, WINDOWS
+        )
+        for domain in ("public", *OWNERS)
+    }
 
 
 def attacks(merged: FlexOlmo, heads: dict[str, LowRankHead], texts: Texts) -> Rows:
@@ -150,8 +148,8 @@ def attacks(merged: FlexOlmo, heads: dict[str, LowRankHead], texts: Texts) -> Ro
     for kind, head in kinds.items():
         changed = _with_head(merged, CHANGED, head)
         for shift in SHIFTS:
-            model = _routed(changed, EVIDENCE[0], EVIDENCE[1], shift)
-            taken = {f"share of {x}": _shares(model, text)[CHANGED] for x, text in texts.items()}
+            model = routed(changed, evidence=(*EVIDENCE[:2], shift))
+            taken = {f"share of {x}": _share(model, CHANGED, text) for x, text in texts.items()}
             cost = {f"bits, {x}": _bits(model, text) for x, text in texts.items()}
             rows.append({"evidence head": kind, "shift": f"{shift:g}", **taken, **cost})
     return rows
@@ -164,17 +162,11 @@ def starts(anchor: FlexOlmo, merged: FlexOlmo, texts: Texts) -> Rows:
 
 def changes(anchor: FlexOlmo, merged: FlexOlmo, texts: Texts) -> Rows:
     """The same after a change from one owner's text to another's, for several decays."""
-    half, pairs = texts["public"].sizes.shape[1] // 2, list(itertools.permutations(OWNERS, 2))
-    spliced = []
-    for number, (first, second) in enumerate(pairs):
-        before, after = texts[first].tokens, texts[second].tokens
-        rows = [(number + k) % min(len(before), len(after)) for k in range(0, WINDOWS, 4)]
-        spliced.append(np.concatenate([before[rows, :half], after[rows, : half + 1]], axis=1))
     assert merged.tokenizer is not None
-    sizes, tokens = token_sizes(merged.tokenizer), np.concatenate(spliced)
-    mixed = Sequences(tokens, sizes[tokens[:, 1:]], np.arange(len(tokens)))
-    models = {f"decay {x:g}": _routed(merged, x, *EVIDENCE[1:]) for x in DECAYS}
-    return _by_position(anchor, models, [mixed], half)
+    owners, sizes = {owner: texts[owner] for owner in OWNERS}, token_sizes(merged.tokenizer)
+    mixed = mix_sequences(owners, sizes, MIXED)
+    models = {f"decay {x:g}": routed(merged, evidence=(x, *EVIDENCE[1:])) for x in DECAYS}
+    return _by_position(anchor, models, [mixed], mixed.sizes.shape[1] // 2)
 
 
 def _by_position(
@@ -237,22 +229,10 @@ def _with_head(model: FlexOlmo, owner: str, head: LowRankHead) -> FlexOlmo:
     stacks = [select(model.experts, [number]) for number in range(len(model.expert_names))]
     number = model.expert_names.index(owner)
     stacks[number] = with_parts(stacks[number], evidence=head)
-    return FlexOlmo(
-        model.backbone, join(*stacks), model.config, model.expert_names, model.tokenizer
-    )
+    return dataclasses.replace(model, experts=join(*stacks))
 
 
-def _routed(model: FlexOlmo, decay: float, strength: float, shift: float) -> FlexOlmo:
-    config = model.config.replace(evidence=(decay, strength, shift))
-    return FlexOlmo(model.backbone, model.experts, config, model.expert_names, model.tokenizer)
-
-
-def _shares(model: FlexOlmo, text: Sequences) -> dict[str, float]:
-    """Mean weight of each expert over the tokens of a text."""
-    weights = _weights(model.backbone, model.experts, text.tokens[:, :-1], model.config)
-    return dict(zip(model.expert_names, np.asarray(weights, np.float64).tolist(), strict=True))
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _weights(backbone, experts, tokens, config: ModelConfig) -> jax.Array:
-    return jnp.mean(forward(backbone, (experts,), tokens, config).weights, axis=(1, 2))
+def _share(model: FlexOlmo, owner: str, text: Sequences) -> float:
+    """The mean weight of an owner's expert over the tokens of a text."""
+    (weights,) = routing_shares(model, text)
+    return float(weights[model.expert_names.index(owner)])

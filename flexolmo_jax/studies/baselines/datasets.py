@@ -85,7 +85,7 @@ def write_texts(config: StudyConfig, domain: str, folder: Path) -> None:
             )
         if split == "train" and domain != "public":
             documents = list(_first_bytes(documents, config.owner_bytes))
-        _write_documents(folder / f"{split}.jsonl", documents)
+        write_documents(folder / f"{split}.jsonl", documents)
 
 
 def write_pool(texts: Mapping[str, Path], max_bytes: int, file: Path) -> None:
@@ -93,7 +93,7 @@ def write_pool(texts: Mapping[str, Path], max_bytes: int, file: Path) -> None:
     pool: list[Document] = []
     for folder in texts.values():
         pool += _first_bytes(read_documents(folder / "train.jsonl"), max_bytes)
-    _write_documents(file, pool)
+    write_documents(file, pool)
 
 
 def _belongs(document: Document, split: str, config: StudyConfig) -> bool:
@@ -115,7 +115,8 @@ def _first_bytes(documents: Iterable[Document], max_bytes: int) -> Iterator[Docu
         yield document._replace(text=text)
 
 
-def _write_documents(file: Path, documents: Iterable[Document]) -> None:
+def write_documents(file: Path, documents: Iterable[Document]) -> None:
+    """Writes documents as JSON Lines, with their groups."""
     rows = (
         {"text": d.text, "group": d.group.removeprefix("group:") if d.group != d.text else None}
         for d in documents
@@ -150,7 +151,7 @@ def write_embedding(own: Path, public: Path, file: Path) -> None:
 def write_public_sample(public: Path, share: float, file: Path) -> None:
     """Writes the public documents that router tuning reads beside the owners' proxies."""
     documents = list(read_documents(public / "train.jsonl"))  # in the order of their digests
-    _write_documents(file, documents[: max(1, round(share * len(documents)))])
+    write_documents(file, documents[: max(1, round(share * len(documents)))])
 
 
 def write_sequences(
@@ -162,11 +163,12 @@ def write_sequences(
     for split, count in (("tune", config.tune_sequences), ("heldout", config.test_sequences)):
         for domain in config.domains:
             documents = read_documents(texts[domain] / f"{split}.jsonl")
-            cut = _sequences(documents, tokenizer, sizes, config, count)
-            named[f"{split}.{domain}"] = cut
+            named[f"{split}.{domain}"] = cut_sequences(
+                documents, tokenizer, config.length, config.document_windows, count
+            )
         mixed = config.mixed_sequences if split == "heldout" else -(-config.mixed_sequences // 2)
         alone = {domain: named[f"{split}.{domain}"] for domain in config.domains}
-        named[f"{split}.{MIXED}"] = _mixed(alone, sizes, mixed)
+        named[f"{split}.{MIXED}"] = mix_sequences(alone, sizes, mixed)
     arrays = {
         f"{name}.{field}": getattr(sequences, field)
         for name, sequences in named.items()
@@ -193,21 +195,18 @@ def token_sizes(tokenizer: Tokenizer) -> np.ndarray:
     return sizes
 
 
-def _sequences(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    sizes: np.ndarray,
-    config: StudyConfig,
-    count: int,
+def cut_sequences(
+    documents: Iterable[Document], tokenizer: Tokenizer, length: int, of_document: int, count: int
 ) -> Sequences:
-    """The first sequences of each document, until there are `count`."""
+    """The first `of_document` sequences of each document, until there are `count`."""
+    sizes = token_sizes(tokenizer)
     tokens: list[np.ndarray] = []
     predicted, group = [], []
     numbers: dict[str, int] = {}
     chosen, again = itertools.tee(documents)
     for document, ids in zip(chosen, tokenized(again, tokenizer), strict=True):
-        cut = windows([ids], config.length, tokenizer.separator)
-        for window in itertools.islice(cut, config.document_windows):
+        cut = windows([ids], length, tokenizer.separator)
+        for window in itertools.islice(cut, of_document):
             size = sizes[window.tokens[1:]] * (window.segments[1:] == 1)
             if len(tokens) < count and size.any():
                 tokens.append(window.tokens)
@@ -218,7 +217,7 @@ def _sequences(
     return Sequences(np.stack(tokens), np.stack(predicted), np.asarray(group, np.int32))
 
 
-def _mixed(alone: dict[str, Sequences], sizes: np.ndarray, count: int) -> Sequences:
+def mix_sequences(alone: dict[str, Sequences], sizes: np.ndarray, count: int) -> Sequences:
     """Joins half a sequence of one domain and half of another, read as one document.
 
     The token in the middle is the last input of the first half, so that S / 2 + 1 of the predicted
