@@ -25,6 +25,7 @@ from flexolmo_jax.federation.anchor import read_anchor  # noqa: E402
 from flexolmo_jax.federation.expert import write_expert  # noqa: E402
 from flexolmo_jax.federation.merge import merge  # noqa: E402
 from flexolmo_jax.model import FlexOlmo, load  # noqa: E402
+from flexolmo_jax.training.stages.anchor import train_anchor  # noqa: E402
 
 PARTS = """from flexolmo_jax.config import *
 
@@ -111,6 +112,14 @@ class World:
     def config(self, stage: str, **changes):
         config = load_config(self.config_file(stage), CONFIGS[stage][0])
         return dataclasses.replace(config, **changes)
+
+    def anchor_with_evidence(self, out: Path, rank: int) -> Path:
+        """Trains an anchor with a public evidence head of this rank."""
+        train_anchor(
+            self.config("anchor", evidence_rank=rank), data=str(self.texts["public"]), out=out,
+            run=out.with_name("anchor.run"),
+        )  # fmt: skip
+        return out
 
     def expert_words(self, out, *more, name="mine", data="math", config="alone", run=None):
         """The command that trains an expert beside the anchor."""

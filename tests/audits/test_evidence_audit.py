@@ -23,7 +23,6 @@ from flexolmo_jax.modeling.experts import with_parts
 from flexolmo_jax.modeling.heads import RANK_BLOCK
 from flexolmo_jax.modeling.transformer import forward, output_logits
 from flexolmo_jax.privacy.certificate import ADJACENCY
-from flexolmo_jax.training.stages.anchor import train_anchor
 
 pytestmark = pytest.mark.usefixtures("quick")
 COUNT = 130
@@ -33,10 +32,7 @@ COUNT = 130
 def audited(world, tmp_path_factory):
     """An anchor with a public evidence head, and an expert that has read its canaries often."""
     folder = tmp_path_factory.mktemp("evidence")
-    train_anchor(
-        world.config("anchor", evidence_rank=16), data=str(world.texts["public"]),
-        out=folder / "anchor", run=folder / "anchor.run",
-    )  # fmt: skip
+    world.anchor_with_evidence(folder / "anchor", 16)
     few = folder / "few.jsonl"
     few.write_text("".join(world.texts["math"].read_text().splitlines(keepends=True)[:5]))
     words = [

@@ -15,7 +15,6 @@ from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.model import load
 from flexolmo_jax.modeling.experts import NO_HEADS, with_parts
 from flexolmo_jax.modeling.heads import RANK_BLOCK
-from flexolmo_jax.training.stages.anchor import train_anchor
 from flexolmo_jax.training.stages.expert import train_expert
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -27,11 +26,7 @@ def owners(world, tmp_path_factory):
     """A folder of an anchor with a public evidence head, and of three experts: one has no heads."""
     folder = tmp_path_factory.mktemp("heads")
     data = {name: str(path) for name, path in world.texts.items()}
-    anchor = folder / "anchor"
-    train_anchor(
-        world.config("anchor", evidence_rank=4), data=data["public"], out=anchor,
-        run=folder / "anchor.run",
-    )  # fmt: skip
+    anchor = world.anchor_with_evidence(folder / "anchor", 4)
     ranks = {"math": (6, 4), "code": (2, 3), "plain": (0, 0)}
     for name, (head, evidence) in ranks.items():
         train_expert(

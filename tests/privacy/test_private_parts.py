@@ -21,7 +21,6 @@ from flexolmo_jax.privacy.mechanism import Clipping, clipped_gradients, with_noi
 from flexolmo_jax.storage import tensors
 from flexolmo_jax.training.objectives import expert_parts
 from flexolmo_jax.training.private.steps import private_step
-from flexolmo_jax.training.stages.anchor import train_anchor
 from flexolmo_jax.training.starting_point import initial_expert
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -138,10 +137,7 @@ def test_every_weight_of_every_part_gets_the_same_noise(stage):
 def private(world, tmp_path_factory):
     """The folder of an owner whose private expert has both heads, as its anchor has one."""
     folder = tmp_path_factory.mktemp("parts")
-    train_anchor(
-        world.config("anchor", evidence_rank=4), data=str(world.texts["public"]),
-        out=folder / "anchor", run=folder / "anchor.run",
-    )  # fmt: skip
+    world.anchor_with_evidence(folder / "anchor", 4)
     shutil.copy(world.texts["math"], folder / "math.jsonl")
     words = [
         *world.expert_words(folder / "out", data=folder / "math.jsonl", run=folder / "run"),
