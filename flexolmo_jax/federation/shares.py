@@ -31,7 +31,7 @@ from flexolmo_jax.modeling.transformer import evidence_weights
 from flexolmo_jax.parallel import placement
 
 TOKENS = 4096  # of public text, routed
-WARN = 0.4  # of the public text in a layer; honest experts take up to 0.28 (docs/security.md)
+WARN = 0.4  # of the public text in a layer; honest experts take up to 0.30 (docs/security.md)
 REFUSE = 0.8  # a row along the mean of all inputs takes 0.93 and more
 
 
