@@ -19,8 +19,11 @@ from jax.sharding import PartitionSpec as P
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.loading import load_model
-from flexolmo_jax.inference import decode, likelihood
-from flexolmo_jax.inference.cpu_weights import Unstacked, round_to_int8, unstack
+from flexolmo_jax.inference import continuations, decode, engine, likelihood, masks
+from flexolmo_jax.inference.continuations import Continuations, Options
+from flexolmo_jax.inference.cpu_weights import round_to_int8, unstack
+from flexolmo_jax.inference.engine import Engine
+from flexolmo_jax.inference.layerwise import Network
 from flexolmo_jax.inference.likelihood import LogLikelihoods
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.experts import Experts
@@ -61,7 +64,7 @@ class FlexOlmo:
     int8: bool = False
     mesh: Mesh | None = None
     ends: tuple[int, ...] = ()
-    _unstacked_cache: dict = dataclasses.field(
+    _network_cache: dict = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -200,16 +203,18 @@ class FlexOlmo:
         ids = self._prompt_ids(prompts)
         mask = self.allowed(len(ids), without, only, allowed)
         sampling = Sampling(temperature, top_k, top_p)
-        ends = decode.checked_ends(until)
+        ends = continuations.checked_ends(until)
         texts: list[str] = []
         pieces = self._continue(ids, max_new_tokens, mask, sampling, seed, 16 if ends else None)
-        for generated in pieces:
+        for generated, ended in pieces:
             if are_texts or ends:
                 decode_after = self._need_tokenizer().decode_after
                 texts = [decode_after(*pair) for pair in zip(ids, generated, strict=True)]
-            if ends and decode.all_ended(generated, texts, ends):
+            if ends and continuations.all_ended(ended, texts, ends):
                 break
-        return [decode.before_first(text, ends) for text in texts] if are_texts else generated
+        return (
+            [continuations.before_first(text, ends) for text in texts] if are_texts else generated
+        )
 
     def stream(
         self,
@@ -240,7 +245,7 @@ class FlexOlmo:
         sampling = Sampling(temperature, top_k, top_p)
         yielded_ids = 0
         text = yielded = ""
-        for (generated,) in self._continue(ids, max_new_tokens, mask, sampling, seed, interval):
+        for (generated,), _ in self._continue(ids, max_new_tokens, mask, sampling, seed, interval):
             if not isinstance(prompt, str):
                 yield generated[yielded_ids:]
                 yielded_ids = len(generated)
@@ -270,47 +275,61 @@ class FlexOlmo:
         sampling: Sampling,
         seed: int,
         interval: int | None,
-    ) -> Iterator[list[list[int]]]:
+    ) -> Iterator[Continuations]:
         sampling.check()
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
         longest = max(map(len, ids)) + max_new_tokens
-        decode.check_memory(self.config, len(ids), longest, max_new_tokens)
+        on_cpu = self._runs_layer_by_layer()
+        together = engine.slots_for(len(ids)) if on_cpu else len(ids)
+        continuations.check_memory(self.config, together, longest, max_new_tokens)
         if longest > self.config.max_length:
             warnings.warn(
                 f"prompt and output may reach {longest} tokens, more than the "
                 f"{self.config.max_length} that the model was made for",
                 stacklevel=2,
             )
+        options = Options(max_new_tokens, self._stop(), sampling, seed, interval)
+        if on_cpu:
+            return engine.generate(self._network(together), ids, mask, options)
         return decode.generate(
-            self.backbone,
-            self.experts,
-            self._unstacked(len(ids)),
-            ids,
-            self.config,
-            max_new_tokens=max_new_tokens,
-            allowed=mask,
-            stop=self._stop(),
-            sampling=sampling,
-            seed=seed,
-            interval=interval,
-            mesh=self.mesh,
+            self.backbone, self.experts, self.config, ids, mask, options, self.mesh
         )
 
     def _stop(self) -> list[int]:
         ends = {*self.ends, self.tokenizer.separator} if self.tokenizer else {*self.ends}
         return sorted(end for end in ends if 0 <= end < self.config.vocab_size)
 
-    def _unstacked(self, batch: int) -> Unstacked | None:
-        """A copy of the weights for decoding on a CPU, cached from the first generation on."""
-        if jax.default_backend() != "cpu" or self.mesh is not None:
-            return None
-        transposed = batch == 1
-        if self._unstacked_cache.get("transposed") is not transposed:
-            self._unstacked_cache.clear()
+    def engine(self, slots: int = 16, length: int | None = None, prefixes: int = 0) -> Engine:
+        """An engine for many requests (`flexolmo_jax.inference.engine`).
+
+        Args:
+          slots: how many requests run at a time.
+          length: the most tokens of a prompt and its continuation. Default: what the model was made
+            for.
+          prefixes: how many read prompts are kept, for requests that begin alike.
+
+        Raises:
+          ValueError: the model is spread over several devices, or too little memory.
+        """
+        if self.mesh is not None:
+            raise ValueError("an engine runs on one device: load the model without a mesh")
+        length = length or self.config.max_length
+        continuations.check_memory(self.config, slots + prefixes, length, length)
+        return Engine(self._network(slots), slots, length, prefixes)
+
+    def _runs_layer_by_layer(self) -> bool:
+        return jax.default_backend() == "cpu" and self.mesh is None
+
+    def _network(self, slots: int) -> Network:
+        """A copy of the weights in the layout for decoding, cached from the first use on."""
+        transposed = slots == 1
+        if self._network_cache.get("transposed") is not transposed:
+            self._network_cache.clear()
             weights = unstack(self.backbone, self.experts, self.config, transposed, self.int8)
-            self._unstacked_cache.update(transposed=transposed, weights=weights)
-        return self._unstacked_cache["weights"]
+            network = Network(self.backbone, self.experts, weights, self.config)
+            self._network_cache.update(transposed=transposed, network=network)
+        return self._network_cache["network"]
 
     def allowed(
         self,
@@ -324,37 +343,9 @@ class FlexOlmo:
         Raises:
           ValueError: an unknown name, a mask of another shape, or a sequence without any expert.
         """
-        count = len(self.expert_names)
-        mask = np.ones((batch, count), bool)
-        if allowed is not None:
-            given = np.asarray(allowed)
-            if given.dtype != bool or given.shape not in ((count,), (batch, count)):
-                raise ValueError(
-                    f"allowed must be bool [{count}] or [{batch}, {count}], found {given.dtype} "
-                    f"{list(given.shape)}"
-                )
-            mask &= given
-        names = [without] if isinstance(without, str) else list(without)
-        for index in self._indices(names):
-            mask[:, index] = False
-        if only is not None:
-            indices = self._indices([only] if isinstance(only, str) else list(only))
-            mask &= np.isin(np.arange(count), indices)
-        if not mask.any(axis=1).all():
-            raise ValueError(
-                f"all experts are switched off; leave at least one of "
-                f"{', '.join(self.expert_names)}"
-            )
-        padding_experts = self.experts.router.bias.shape[1] - count
+        mask = masks.expert_mask(self.expert_names, batch, without, only, allowed)
+        padding_experts = self.experts.router.bias.shape[1] - len(self.expert_names)
         return np.pad(mask, ((0, 0), (0, padding_experts)))
-
-    def _indices(self, names: list[str]) -> list[int]:
-        for name in names:
-            if name not in self.expert_names:
-                raise ValueError(
-                    f"no expert named {name!r}; there are {', '.join(self.expert_names)}"
-                )
-        return [self.expert_names.index(name) for name in names]
 
     def _check_tokens(self, tokens: np.ndarray) -> np.ndarray:
         if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):

@@ -11,12 +11,23 @@ from typing import NamedTuple
 import jax
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.modeling.experts import Experts, LayerExperts
+from flexolmo_jax.modeling.experts import Experts, FeedForward
 from flexolmo_jax.modeling.kernels.quantized import Quantized, quantize, round_matrix
-from flexolmo_jax.modeling.transformer import Backbone, Layers
+from flexolmo_jax.modeling.low_rank import FeedForwardRanks, LowRankGroups
+from flexolmo_jax.modeling.router import Router
+from flexolmo_jax.modeling.transformer import Backbone, Layer
 from flexolmo_jax.storage.tensors import leaf_name
 
 PROJECTIONS = tuple(f"attention.{name}" for name in "qkvo")
+MATRICES = FeedForwardRanks._fields  # gate, up and down
+
+
+class UnstackedLayer(NamedTuple):
+    """The weights of one layer, without the leading axis L."""
+
+    shared: Layer
+    router: Router  # of all experts
+    networks: tuple[FeedForward | LowRankGroups, ...]  # full ones are stacks of one
 
 
 class Unstacked(NamedTuple):
@@ -25,7 +36,7 @@ class Unstacked(NamedTuple):
     Low-rank experts stay together, in one stack after the others.
     """
 
-    layers: Layers
+    layers: tuple[UnstackedLayer, ...]
     head: jax.Array | Quantized  # [D, V]
 
 
@@ -48,21 +59,23 @@ def unstack(
                 leaf = leaf.reshape(len(leaf), -1)
             elif name in PROJECTIONS:  # [N, H, D] -> [N*H, D]
                 leaf = leaf.reshape(-1, leaf.shape[-1])
-            return convert(leaf) if name in PROJECTIONS or "feed_forward" in name else leaf
+            is_matrix = name in PROJECTIONS or name.split(".")[-1] in (*MATRICES, "a", "b")
+            return convert(leaf) if is_matrix else leaf
 
         return jax.tree_util.tree_map_with_path(take_leaf, tree)
 
     full, low_rank = experts.of_layers().kinds()
 
-    def stacks_of(index):
-        own = [take(full, (index, slice(e, e + 1))) for e in range(full.router.bias.shape[1])]
+    def networks_of(index):
+        count = full.router.bias.shape[1]
+        own = [take(full.feed_forward, (index, slice(e, e + 1))) for e in range(count)]
         if low_rank is not None:  # one stack, which shares the public expert's matrices
-            groups, router = take(low_rank, index)
-            own.append(LayerExperts(groups.with_base(own[0].feed_forward), router))
+            own.append(take(low_rank.feed_forward, index).with_base(own[0]))
         return tuple(own)
 
     layers = tuple(
-        (take(backbone.layers, index), stacks_of(index)) for index in range(config.num_layers)
+        UnstackedLayer(take(backbone.layers, i), take(experts.router, i), networks_of(i))
+        for i in range(config.num_layers)
     )
     return Unstacked(layers, convert(backbone.head_matrix(config)))
 

@@ -25,8 +25,14 @@ class Sampling(NamedTuple):
 
 
 def sample(logits: Float[Array, "B V"], keys: jax.Array, sampling: Sampling) -> Int[Array, " B"]:
-    """Chooses the next tokens; one random key per sequence makes each independent of the others."""
-    if sampling.temperature == 0:
+    """Chooses the next tokens; one random key per sequence makes each independent of the others.
+
+    Args:
+      logits: of the next tokens.
+      keys: random keys [B].
+      sampling: its temperature and top_p may also be float32 [B, 1], of each sequence.
+    """
+    if isinstance(sampling.temperature, float | int) and sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     log_probabilities, tokens = candidates(logits, sampling)
     drawn = jax.vmap(jax.random.categorical)(keys, log_probabilities)
@@ -44,11 +50,10 @@ def candidates(
     """
     logits, size = logits / sampling.temperature, logits.shape[-1]
     tokens = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), logits.shape)
-    top_p = 1.0 if sampling.top_p is None else sampling.top_p
-    if top_p < 1 or (sampling.top_k or size) < size:
+    if sampling.top_p is not None or (sampling.top_k or size) < size:
         logits, tokens = jax.lax.top_k(logits, min(sampling.top_k or size, size))
-    if top_p < 1:  # the smallest set of likeliest tokens whose probabilities sum to top_p
+    if sampling.top_p is not None:  # the smallest set of likeliest tokens that sum to top_p
         probabilities = jax.nn.softmax(logits)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        logits = jnp.where(before < top_p, logits, -jnp.inf)
+        logits = jnp.where(before < sampling.top_p, logits, -jnp.inf)
     return jax.nn.log_softmax(logits), tokens

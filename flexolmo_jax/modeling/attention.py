@@ -1,12 +1,14 @@
 """OLMo 2 attention: QK-norm over the whole projected width, rotary positions, grouped queries."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.modeling.decode_state import DecodeState, KVCache
+from flexolmo_jax.modeling.decode_state import DecodeState, KVCache, SegmentedCache
 from flexolmo_jax.modeling.kernels.flash_attention import self_attention
 from flexolmo_jax.modeling.kernels.quantized import dot
 from flexolmo_jax.modeling.layers import RMSNorm, Shared, normal, rotate
@@ -49,6 +51,20 @@ class Attention(nnx.Module):
         Returns:
           the output, and the cache with this call's keys and values written into it.
         """
+        q, k, v = self.project(x, positions, config)
+        cache = None
+        if state is not None:
+            cache = state.cache.write(k, v, state.offset, layer_index)
+        if state is None or cache is None or state.visible is None:
+            out = self_attention(q, k, v, segments, config.attention)
+        else:
+            out = _attend_to_cache(q, cache.layer(layer_index), state.visible)
+        return self.output(out), cache
+
+    def project(
+        self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], config: ModelConfig
+    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        """Queries, keys and values; queries and keys normed and rotated to their positions."""
         c = config
         x = collectives.copy_to_tensor_parallel(x)
         q = _heads(x, self.q[...], c.num_heads, c.head_size)
@@ -56,19 +72,15 @@ class Attention(nnx.Module):
         v = _heads(x, self.v[...], c.kv_heads, c.head_size)
         q = rotate(self.q_norm(q, c.norm_eps), positions, c.rope_theta)
         k = rotate(self.k_norm(k, c.norm_eps), positions, c.rope_theta)
-        cache = None
-        if state is not None:
-            assert isinstance(state.cache, KVCache)
-            cache = state.cache.write(k, v, state.offset, layer_index)
-        if state is None or cache is None or state.visible is None:
-            out = self_attention(q, k, v, segments, c.attention)
-        else:
-            out = _attend_to_cache(q, cache.layer(layer_index), state.visible)
+        return q, k, v
+
+    def output(self, out: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
+        """The output projection."""
         o = self.o[...]
         if o.ndim == 2:
-            return dot(out.reshape(*x.shape[:2], -1), o), cache
-        out = jnp.einsum("BSNH,NHD->BSD", out, o.astype(x.dtype))
-        return collectives.reduce_from_tensor_parallel(out), cache
+            return dot(out.reshape(*out.shape[:2], -1), o)
+        out = jnp.einsum("BSNH,NHD->BSD", out, o.astype(out.dtype))
+        return collectives.reduce_from_tensor_parallel(out)
 
 
 def _heads(x: jax.Array, weight: jax.Array, heads: int, head_size: int) -> jax.Array:
@@ -90,6 +102,54 @@ def _attend_to_cache(
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30))
     out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(q.dtype), values)
     return out.reshape(batch, 1, heads, width)
+
+
+def attend_to_segments(
+    q: Float[Array, "B S N H"], cache: SegmentedCache, positions: Int[Array, "B S"]
+) -> Float[Array, "B S N H"]:
+    """Attention of tokens to a cache in segments, in which they are already written.
+
+    A token attends to the slots up to its own position. Segments that no token reaches are not
+    read; one that another sequence reaches adds exactly 0, so that the result of a sequence depends
+    on no other.
+    """
+    batch, length, heads, width = q.shape
+    groups = cache[0].keys.shape[1]
+    q = (q * width**-0.5).reshape(batch, length, groups, -1, width)
+    q = jnp.moveaxis(q, 1, 3).reshape(batch, groups, -1, width)  # [B, K, N / K * S, H]
+    rows = jnp.tile(positions, (1, heads // groups))[:, None, :, None]  # [B, 1, N / K * S, 1]
+    farthest = jnp.max(positions)
+
+    def add(sums, keys, values, first):
+        biggest, total, out = sums
+        scores = jnp.einsum(
+            "BKQH,BKSH->BKQS", q, keys.astype(q.dtype), preferred_element_type=jnp.float32
+        )
+        slots = first + jnp.arange(keys.shape[2])
+        scores = jnp.where(slots <= rows, scores, -jnp.inf)
+        bigger = jnp.maximum(biggest, jnp.max(scores, axis=-1, keepdims=True))
+        shrink, weights = jnp.exp(biggest - bigger), jnp.exp(scores - bigger)
+        more = jnp.einsum(
+            "BKQS,BKSH->BKQH", weights.astype(q.dtype), values.astype(q.dtype),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
+        return bigger, total, out * shrink + more
+
+    shape, first = q.shape[:-1], 0
+    sums = (jnp.full((*shape, 1), -1e30), jnp.zeros((*shape, 1)), jnp.zeros(q.shape))
+    for keys, values in cache:
+        if first == 0:  # every token reaches its own slot or an earlier one
+            sums = add(sums, keys, values, 0)
+        else:
+            sums = jax.lax.cond(
+                farthest >= first, functools.partial(add, first=first), lambda sums, *_: sums,
+                sums, keys, values,
+            )  # fmt: skip
+        first += keys.shape[2]
+    _, total, out = sums
+    out = (out / total).astype(q.dtype).reshape(batch, groups, -1, length, width)
+    return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width)
 
 
 def segment_positions(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:

@@ -21,10 +21,6 @@ class KVCache(NamedTuple):
         shape = (config.num_layers, batch, config.kv_heads, length, config.head_size)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def unstacked(self) -> "tuple[KVCache, ...]":
-        """One cache for each layer."""
-        return tuple(KVCache(*layer) for layer in zip(*self, strict=True))
-
     def write(
         self,
         keys: Float[Array, "B S K H"],
@@ -56,6 +52,51 @@ class KVCache(NamedTuple):
         return KVCache(self.keys[layer_index], self.values[layer_index])
 
 
+FIRST_SEGMENT = 128  # slots
+SegmentedCache = tuple[KVCache, ...]  # of one layer; each [B, K, S_i, H], one after the other
+
+
+def segment_lengths(length: int) -> tuple[int, ...]:
+    """Segments of a cache with at least `length` slots, each as long as all before it.
+
+    Attention reads whole segments, and each that any sequence has reached. Lengths that double keep
+    down both the slots that are read in vain and the number of shapes to compile for.
+    """
+    segments = [FIRST_SEGMENT]
+    while sum(segments) < length:
+        segments.append(sum(segments))
+    return tuple(segments)
+
+
+def empty_segments(config: ModelConfig, batch: int, length: int) -> SegmentedCache:
+    """The cache of one layer, with at least `length` slots for each sequence."""
+    shapes = [(batch, config.kv_heads, s, config.head_size) for s in segment_lengths(length)]
+    return tuple(KVCache(*(jnp.zeros(s, jnp.dtype(config.dtype)) for _ in "kv")) for s in shapes)
+
+
+def write_to_segments(
+    cache: SegmentedCache,
+    keys: Float[Array, "B S K H"],
+    values: Float[Array, "B S K H"],
+    positions: Int[Array, "B S"],
+) -> SegmentedCache:
+    """The cache with each token's keys and values in the slot of its position."""
+    rows, written, first = jnp.arange(len(positions))[:, None], [], 0
+    for segment in cache:
+        slots = positions - first
+        slots = jnp.where(slots < 0, segment.keys.shape[2], slots)  # out of bounds: not written
+        written.append(
+            KVCache(
+                *(
+                    old.at[rows, :, slots].set(new.astype(old.dtype), mode="drop")
+                    for old, new in zip(segment, (keys, values), strict=True)
+                )
+            )
+        )
+        first += segment.keys.shape[2]
+    return tuple(written)
+
+
 class EvidenceState(NamedTuple):
     """What evidence routing (evidence.py) knows of the tokens before.
 
@@ -77,7 +118,7 @@ class DecodeState(NamedTuple):
     """What a forward pass over the next tokens of a text needs to know of the tokens before them.
 
     Attributes:
-      cache: keys and values; stacked, or a tuple of one for each layer (inference/cpu_weights.py).
+      cache: keys and values, stacked over the layers.
       offset: the cache slot of this call's first token.
       positions: of this call's tokens in their documents.
       visible: the cache slots that the new token attends to (S = 1). None in the
@@ -86,7 +127,7 @@ class DecodeState(NamedTuple):
       evidence: with `config.evidence`; None: no earlier tokens.
     """
 
-    cache: KVCache | tuple[KVCache, ...]
+    cache: KVCache
     offset: Int[Array, ""] | int
     positions: Int[Array, "B S"]
     visible: Bool[Array, "B S_max"] | None = None

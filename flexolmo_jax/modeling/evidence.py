@@ -28,6 +28,7 @@ def evidence_logits(
     segments: Int[Array, "B S"],
     evidence: tuple[float, float, float],
     sums: Float[Array, "E B"],
+    lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "E B S"], Float[Array, "E B"]]:
     """The logits to route by, from the log-likelihood ratios of the tokens.
 
@@ -37,12 +38,13 @@ def evidence_logits(
       evidence: (decay, strength, shift).
       sums: the decayed sums up to the token before the first one, if that token is of the same
         document; else 0.
+      lengths: as in `add_decayed_logits`.
 
     Returns:
       the logits, and the sums up to the last token; float32.
     """
     decay, strength, shift = evidence
-    totals, sums = add_decayed_logits(ratios, segments, (decay, 1.0), sums)
+    totals, sums = add_decayed_logits(ratios, segments, (decay, 1.0), sums, lengths)
     shifts = jnp.where(jnp.arange(len(ratios)) == 0, 0.0, shift)
     return strength * totals - shifts[:, None, None], sums
 

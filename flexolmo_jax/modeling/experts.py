@@ -35,9 +35,6 @@ from flexolmo_jax.storage.tensors import leaf_name, named
 
 Module = TypeVar("Module", bound=nnx.Module)
 
-GATHER_MIN_TOKENS = 64  # with fewer, gathering an expert's tokens costs more than it saves
-GATHER_SIZES = 8  # the gathered tokens are padded to one of this many sizes
-
 
 class MoeOutput(NamedTuple):
     out: Float[Array, "B S D"]
@@ -56,7 +53,6 @@ def moe(
     segments: Int[Array, "B S"] | None = None,
     router_state: Float[Array, "E B"] | None = None,
     weights: Float[Array, "E B S"] | None = None,
-    skip_unused: bool = False,
 ) -> "MoeOutput":
     """The weighted sum of all experts of all stacks.
 
@@ -70,31 +66,48 @@ def moe(
       segments, router_state: with `config.memory`, as in `add_decayed_logits`. Default: one
         document per sequence, and no earlier tokens.
       weights: of the experts, if they are known (`evidence.py`); default: the router's.
-      skip_unused: do not read the weights of experts that no token uses; for inference only.
     """
     logits = None
     active = config.active_experts or allowed.shape[1]
     if weights is None:
-        logits = routing_logits = jnp.concatenate([stack.router(x) for stack in stacks])
-        if config.memory is not None:
-            segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
-            router_state = jnp.zeros_like(logits[..., 0]) if router_state is None else router_state
-            routing_logits, router_state = add_decayed_logits(
-                logits, segments, config.memory, router_state
-            )
-        weights = route(routing_logits, allowed, active, config.renormalize)
+        logits = jnp.concatenate([stack.router(x) for stack in stacks])
+        weights, router_state = router_weights(logits, allowed, config, segments, router_state)
     out, first = jnp.zeros_like(x), 0
     for stack in stacks:
         last = first + stack.router.bias.shape[0]
         network = stack.feed_forward
         assert not isinstance(network, LowRankFeedForward), "with_base has to come first"
+        add: Callable = network.add_dense
         if config.expert_compute == "grouped":
             add = functools.partial(network.add_grouped, active=active)
-        else:
-            add = functools.partial(network.add_dense, skip_unused=skip_unused)
         out = _where_sharded(stack, add)(out, x, weights[first:last])
         first = last
     return MoeOutput(out, logits, router_state, weights)
+
+
+def router_weights(
+    logits: Float[Array, "E B S"],
+    allowed: Bool[Array, "B E"],
+    config: ModelConfig,
+    segments: Int[Array, "B S"] | None = None,
+    router_state: Float[Array, "E B"] | None = None,
+    lengths: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "E B S"], Float[Array, "E B"] | None]:
+    """The experts' weights by their routers' logits, and the next state of the router's memory.
+
+    Args:
+      segments, router_state, lengths: with `config.memory`, as in `add_decayed_logits`. Default:
+        one document per sequence, no earlier tokens, and no padding.
+      other arguments: as in `moe`.
+    """
+    if config.memory is not None:
+        segments = jnp.ones(logits.shape[1:], jnp.int32) if segments is None else segments
+        router_state = jnp.zeros_like(logits[..., 0]) if router_state is None else router_state
+        logits, router_state = add_decayed_logits(
+            logits, segments, config.memory, router_state, lengths
+        )
+    active = config.active_experts or len(logits)
+    return route(logits, allowed, active, config.renormalize), router_state
 
 
 def _where_sharded(stack: "Experts | LayerExperts", add: Callable) -> Callable:
@@ -133,36 +146,24 @@ class FeedForward(nnx.Module):
     @property
     def experts_here(self) -> int:
         """How many experts of a layer this device holds."""
-        return self.gate.shape[0]
+        return jax.tree.leaves(self)[0].shape[0]  # also of `Quantized` matrices
 
     def add_dense(
         self,
         total: Float[Array, "B S D"] | None,
         x: Float[Array, "B S D"],
         weights: Float[Array, "E B S"],
-        skip_unused: bool = False,
     ) -> Float[Array, "B S D"]:
         """total (None: 0) + sum over e of weights[e] * expert_e(x), expert by expert.
 
         The order is fixed, and an expert whose weight is 0 adds nothing, even if its own weights
         are NaN; so masking an expert equals leaving it out of the stack, bit for bit.
-
-        With `skip_unused`, experts whose weights are all 0 are skipped, and of at least
-        GATHER_MIN_TOKENS tokens only those are computed whose weight is not 0.
         """
 
-        def add(total, expert):
+        def step(total, expert):
             gate, up, down, weight = expert
             out = swiglu(x, weight, *(w.astype(x.dtype) for w in (gate, up, down)))
-            return total + jnp.where(weight[..., None] > 0, out, 0)
-
-        def step(total, expert):
-            if not skip_unused:
-                return add(total, expert), None
-            if weights[0].size >= GATHER_MIN_TOKENS:
-                return _add_gathered(total, x, *expert), None
-            is_used = jnp.any(expert[-1] > 0)
-            return jax.lax.cond(is_used, add, lambda total, _: total, total, expert), None
+            return total + jnp.where(weight[..., None] > 0, out, 0), None
 
         total = jnp.zeros_like(x) if total is None else total
         experts = (self.gate[...], self.up[...], self.down[...], weights.astype(x.dtype))
@@ -182,34 +183,6 @@ class FeedForward(nnx.Module):
         out = grouped_swiglu(tokens, weights.reshape(len(weights), -1), gate, up, down, active)
         out = out.reshape(x.shape)
         return out if total is None else total + out
-
-
-def _add_gathered(total, x, gate, up, down, weight):
-    """One step of `FeedForward.add_dense` over the tokens that use the expert.
-
-    They are gathered into one of GATHER_SIZES static sizes, because XLA compiles for fixed shapes.
-    """
-    shape, tokens, weight = total.shape, x.reshape(-1, x.shape[-1]), weight.reshape(-1)
-    num_tokens = len(tokens)
-    order = jnp.argsort(weight <= 0, stable=True)
-    inverse = jnp.argsort(order)
-
-    def add_first(size):
-        def add(total):
-            chosen = order[:size]
-            out = swiglu(
-                tokens[chosen], weight[chosen], *(w.astype(x.dtype) for w in (gate, up, down))
-            )
-            out = jnp.pad(out, ((0, num_tokens - size), (0, 0)))[inverse]
-            return total + jnp.where(weight[:, None] > 0, out, 0)
-
-        return add
-
-    step = -(-num_tokens // GATHER_SIZES)
-    sizes = [*range(step, num_tokens, step), num_tokens]
-    branches = [lambda total: total, *(add_first(size) for size in sizes)]
-    branch = -(-jnp.sum(weight > 0) // step)
-    return jax.lax.switch(branch, branches, total.reshape(tokens.shape)).reshape(shape)
 
 
 class Ranks(NamedTuple):

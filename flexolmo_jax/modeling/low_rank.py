@@ -120,25 +120,14 @@ class LowRankGroups(nnx.Module):
         total: Float[Array, "B S D"] | None,
         x: Float[Array, "B S D"],
         weights: Float[Array, "E B S"],
-        skip_unused: bool = False,
     ) -> Float[Array, "B S D"]:
         """total (None: 0) + sum over e of weights[e] * expert_e(x), as `FeedForward.add_dense`.
 
         Equal to the full experts of `materialize`, up to rounding. An expert whose weight is 0 adds
         nothing, even if its own weights are NaN, and where all are 0 `total` stays as it is; so
         masking experts equals leaving them out of the stack, bit for bit.
-
-        With `skip_unused`, nothing is read if all weights are 0.
         """
         total = jnp.zeros_like(x) if total is None else total
-        if not skip_unused:
-            return self._add(total, x, weights)
-        is_used = jnp.any(weights > 0)
-        return jax.lax.cond(is_used, self._add, lambda total, *_: total, total, x, weights)
-
-    def _add(
-        self, total: Float[Array, "B S D"], x: Float[Array, "B S D"], weights: Float[Array, "E B S"]
-    ) -> Float[Array, "B S D"]:
         gate, up, down = (
             jax.tree.map(lambda leaf: leaf[0], getattr(self.base, name)[...]).astype(x.dtype)
             for name in FeedForwardRanks._fields
@@ -197,12 +186,11 @@ class MixedFeedForward(nnx.Module):
         total: Float[Array, "B S D"] | None,
         x: Float[Array, "B S D"],
         weights: Float[Array, "E B S"],
-        skip_unused: bool = False,
     ) -> Float[Array, "B S D"]:
         """The full experts' `add_dense`, then the low-rank experts'."""
         count = self.full.experts_here
-        total = self.full.add_dense(total, x, weights[:count], skip_unused)
-        return self._low_rank().add_dense(total, x, weights[count:], skip_unused)
+        total = self.full.add_dense(total, x, weights[:count])
+        return self._low_rank().add_dense(total, x, weights[count:])
 
     def add_grouped(
         self,

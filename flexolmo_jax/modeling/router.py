@@ -73,6 +73,7 @@ def add_decayed_logits(
     segments: Int[Array, "B S"],
     memory: tuple[float, float],
     router_state: Float[Array, "E B"],
+    lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "E B S"], Float[Array, "E B"]]:
     """Adds to each logit a decayed sum of the expert's earlier logits; not in the paper.
 
@@ -88,6 +89,7 @@ def add_decayed_logits(
       memory: (decay, weight).
       router_state: float32, the decayed sum up to the token before the first one, if that
         token is of the same document; else 0.
+      lengths: the tokens of each sequence; what comes after them is padding. Default: all.
 
     Returns:
       the logits to route by; and the decayed sum up to the last token, which is the next
@@ -109,7 +111,8 @@ def add_decayed_logits(
         factors = jnp.pad(decays, ((0, 0), (1, 0)))
         terms = jnp.concatenate([router_state[:, None], logits], axis=1)
         _, sums = jax.lax.associative_scan(combine, (factors, terms), axis=1)  # [B, 1 + S]
-        return logits + weight * times(decays, sums[:, :-1]), sums[:, -1]
+        last = sums[:, -1] if lengths is None else sums[jnp.arange(len(sums)), lengths]
+        return logits + weight * times(decays, sums[:, :-1]), last
 
     return jax.lax.map(sum_of_expert, (logits, router_state))
 

@@ -72,13 +72,12 @@ class Layer(nnx.Module):
         state: DecodeState | None = None,
         layer_index: Int[Array, ""] | None = None,
         weights: Float[Array, "E B S"] | None = None,
-        skip_unused: bool = False,
     ) -> LayerOutput:
         """x = x + norm(attention(x)); x = x + norm(experts(x)): norms on outputs, as in OLMo 2.
 
         Args:
           x: the residual stream.
-          experts, allowed, weights, skip_unused: as in `moe`.
+          experts, allowed, weights: as in `moe`.
           positions, segments, layer_index: as in `Attention`.
           config: sizes, dtype, and routing.
           state: in decoding, with the `router_state` of this layer.
@@ -89,7 +88,6 @@ class Layer(nnx.Module):
         mixed = moe(
             x, experts, allowed, config,
             segments=segments, router_state=state and state.router_state, weights=weights,
-            skip_unused=skip_unused,
         )  # fmt: skip
         x = x + self.experts_norm(checkpoint_name(mixed.out, OUTPUT), config.norm_eps)
         return LayerOutput(x, experts_input, mixed.logits, mixed.weights, cache, mixed.router_state)
@@ -146,10 +144,6 @@ def abstract_model(config: ModelConfig, ranks: Ranks = NO_HEADS) -> tuple[Backbo
     return jax.eval_shape(build, jax.random.key(0))
 
 
-# For each layer its shared weights and its experts, each a stack of one; no leading axis L.
-Layers = tuple[tuple[Layer, tuple[LayerExperts, ...]], ...]
-
-
 def num_parameters(config: ModelConfig) -> int:
     """The number of weights, without router biases, which Hugging Face's gate does not have."""
     backbone, experts = abstract_model(config)
@@ -193,8 +187,6 @@ def forward_step(
     *,
     segments: Int[Array, "B S"] | None = None,
     allowed: Bool[Array, " E"] | Bool[Array, "B E"] | None = None,
-    layers: Layers | None = None,
-    head: jax.Array | Quantized | None = None,
 ) -> tuple[Output, DecodeState]:
     """Runs the network over the next tokens of texts: a prompt (prefill), or one token each.
 
@@ -202,9 +194,6 @@ def forward_step(
       backbone, stacks, config, allowed: as in `forward`.
       state: what is known of earlier tokens, and where these go.
       segments: 0 is padding, in a prefill. Default: none of the tokens is padding.
-      layers: read instead of the stacks (inference/cpu_weights.py), in a loop instead of a scan;
-        then `state.cache` is one for each layer, and unused experts are not read at all.
-      head: read instead of the backbone's, [D, V].
 
     Returns:
       the output; and the state with a new cache and routing state.
@@ -214,12 +203,9 @@ def forward_step(
     inputs = (state.positions, segments, allowed, config)
     x = collectives.embedding_lookup(backbone.embed[...], tokens, config)
     weights, of_evidence = evidence_weights(
-        backbone, stacks, tokens, segments, allowed, config, state.evidence, head
+        backbone, stacks, tokens, segments, allowed, config, state.evidence
     )
-    if layers is None:
-        out = _scan_layers(backbone.layers, stacks, x, *inputs, state, weights)
-    else:
-        out = _loop_layers(layers, x, *inputs, state, weights)
+    out = _scan_layers(backbone.layers, stacks, x, *inputs, state, weights)
     state = state._replace(cache=out.cache, router_state=out.router_state, evidence=of_evidence)
     return Output(backbone.norm(out.x, config.norm_eps), out.router_logits, out.weights), state
 
@@ -233,12 +219,15 @@ def evidence_weights(
     config: ModelConfig,
     state: EvidenceState | None = None,
     head: jax.Array | Quantized | None = None,
+    lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "E B S"] | None, EvidenceState | None]:
     """The weights of evidence routing (evidence.py), and its next state; None without it.
 
     Args:
       state: of the tokens before; None: there are none.
-      head: as in `forward_step`.
+      head: read instead of the backbone's, [D, V].
+      lengths: the tokens of each sequence that the next state knows; what comes after is padding.
+        Default: all.
       other arguments: as in `forward`; each stack has the part `evidence`.
     """
     if config.evidence is None:
@@ -256,10 +245,11 @@ def evidence_weights(
         ]
     )
     ratios = jnp.where(evidence.follows(segments, previous), scores - scores[:1], 0.0)
-    logits, sums = evidence.evidence_logits(ratios, segments, config.evidence, state.sums)
+    logits, sums = evidence.evidence_logits(ratios, segments, config.evidence, state.sums, lengths)
     active = config.active_experts or len(logits)
     weights = route(logits, allowed, active, config.renormalize)
-    return weights, EvidenceState(sums, tokens[:, -1])
+    last = tokens[:, -1] if lengths is None else tokens[jnp.arange(len(tokens)), lengths - 1]
+    return weights, EvidenceState(sums, last)
 
 
 def output_logits(
@@ -357,20 +347,3 @@ def _scan_layers(
     )
     last = of_layers[-1] if weights is None else weights
     return _LayersOutput(x, router_logits, last, cache, router_state)
-
-
-def _loop_layers(layers, x, positions, segments, allowed, config, state, weights) -> _LayersOutput:
-    """Runs layers one by one; the caches are one for each."""
-    caches, router_states = [], []
-    for index, (layer, experts) in enumerate(layers):
-        before = None if state.router_state is None else state.router_state[index]
-        of_layer = state._replace(cache=state.cache[index], router_state=before)
-        out = layer(
-            x, experts, positions, segments, allowed, config, of_layer,
-            weights=weights, skip_unused=True,
-        )  # fmt: skip
-        x = out.x
-        caches.append(out.cache)
-        router_states.append(out.router_state)
-    router_state = None if config.memory is None else jnp.stack(router_states)
-    return _LayersOutput(x, None, out.weights, tuple(caches), router_state)

@@ -165,9 +165,9 @@ def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> StageProgram:
         abstract((batch, decode.BUCKET), jnp.int32, axes),
     )
     arguments = (
-        (*weights, None), state, abstract((batch,), jnp.int32, axes),
+        weights, state, abstract((batch,), jnp.int32, axes),
         abstract((batch, num_experts), jnp.bool_, axes),
         jax.eval_shape(jax.random.key, 0), abstract((1,), jnp.int32), decode.BUCKET,
     )  # fmt: skip
     named = {"config": model, "sampling": Sampling(0.0, None, None), "mesh": mesh}
-    return StageProgram(decode.decode_on_accelerator, arguments, named)
+    return StageProgram(decode.decode, arguments, named)

@@ -10,29 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.inference.cpu_weights import round_to_int8, unstack
-from flexolmo_jax.modeling.decode_state import DecodeState, KVCache
+from flexolmo_jax.inference.layerwise import Network, Tokens
 from flexolmo_jax.modeling.kernels.quantized import quantize, round_matrix
-from flexolmo_jax.modeling.transformer import forward_step
 
 TOKENS = np.array([[5, 3, 8, 1], [7, 7, 2, 9]], np.int32)
 MANY_TOKENS = np.random.default_rng(0).integers(0, 512, (2, 50)).astype(np.int32)
 
 
-def logits(model, weights, tokens, allowed):
-    """Over unstacked weights."""
-
-    @jax.jit
-    def run(weights):
-        batch, length = tokens.shape
-        cache = KVCache.empty(model.config, batch, length, jnp.float32).unstacked()
-        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        out, _ = forward_step(
-            model.backbone, (model.experts,), tokens, DecodeState(cache, 0, positions),
-            model.config, allowed=allowed, layers=weights.layers,
-        )  # fmt: skip
-        return weights.head.matmul(out.hidden)
-
-    return run(weights)
+def last_logits(model, weights, tokens, allowed):
+    """Over unstacked weights, after the last token."""
+    network = Network(model.backbone, model.experts, weights, model.config)
+    batch, length = tokens.shape
+    read = Tokens(tokens, np.zeros(batch, np.int32), np.full(batch, length, np.int32), allowed)
+    return network(read, network.empty(batch, length))[0]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -45,9 +35,9 @@ def test_unstacked_weights_give_the_same_logits(model, transposed, int8, tokens,
         model = dataclasses.replace(model, backbone=backbone, experts=experts)
     model = dataclasses.replace(model, config=model.config.replace(active_experts=active))
     allowed = np.array([[True, False, True, True], [True, True, False, True]])
-    expected = model.logits(tokens, allowed=allowed)
+    expected = model.logits(tokens, allowed=allowed)[:, -1]
     weights = unstack(model.backbone, model.experts, model.config, transposed, int8)
-    found = logits(model, weights, tokens, allowed)
+    found = last_logits(model, weights, tokens, allowed)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
 

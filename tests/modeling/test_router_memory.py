@@ -10,7 +10,8 @@ import pytest
 
 import flexolmo_jax as fo
 from flexolmo_jax.config import MEMORY
-from flexolmo_jax.inference import decode
+from flexolmo_jax.inference import decode, engine
+from flexolmo_jax.inference.continuations import Options
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.experts import moe, pad_experts
 from flexolmo_jax.modeling.router import add_decayed_logits
@@ -180,16 +181,17 @@ def test_only_what_came_before_is_remembered(model):
     ("prompts", "active"), [(PROMPTS, None), (PROMPTS[2:], 2)], ids=["three", "one, 2 of 4"]
 )
 def test_the_decode_state_is_that_of_the_whole_text(model, prompts, active):
-    """Step by step, from stacks and unstacked: the tokens that one forward pass finds likeliest."""
+    """Step by step, in both decoders: the tokens that one forward pass finds likeliest."""
     strong = remembering(model)
     strong = dataclasses.replace(strong, config=strong.config.replace(active_experts=active))
-    for unstacked in (None, strong._unstacked(len(prompts))):
-        (found,) = decode.generate(
-            strong.backbone, strong.experts, unstacked, prompts, strong.config,
-            max_new_tokens=12,
-            allowed=np.ones((len(prompts), 4), bool), stop=(),
-            sampling=Sampling(0.0, None, None), seed=0,
-        )  # fmt: skip
+    options = Options(max_new_tokens=12, stop=(), sampling=Sampling(), seed=0)
+    allowed = np.ones((len(prompts), 4), bool)
+    stacks = strong.backbone, strong.experts, strong.config
+    for pieces in (
+        decode.generate(*stacks, prompts, allowed, options),
+        engine.generate(strong._network(len(prompts)), prompts, allowed, options),
+    ):
+        [(found, _)] = pieces
         for prompt, new in zip(prompts, found, strict=True):
             text = np.zeros((1, 32), int)  # what comes later cannot be seen
             text[0, : len(prompt) + len(new)] = [*prompt, *new]

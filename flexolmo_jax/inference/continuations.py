@@ -1,0 +1,65 @@
+"""Continuations of prompts: what a decoder yields of them, where they end, and what they need."""
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.inference.sampling import Sampling
+
+
+class Options(NamedTuple):
+    """What all prompts of a call of `generate` have in common."""
+
+    max_new_tokens: int
+    stop: Sequence[int]  # ids that end a continuation; none of them is part of it
+    sampling: Sampling
+    seed: int  # of the random choices
+    interval: int | None = None  # yield after so many new tokens; None: once, at the end
+
+
+class Continuations(NamedTuple):
+    """Of several prompts, so far."""
+
+    generated: list[list[int]]  # the new ids of each
+    ended: list[bool]  # no more will come of it
+
+
+def check_memory(config: ModelConfig, batch: int, length: int, max_new_tokens: int) -> None:
+    """Raises ValueError if the keys and values of all tokens take more than half of the memory."""
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if memory is None:  # a CPU
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    numbers = 2 * config.num_layers * config.kv_heads * config.head_size  # per token
+    needed = batch * length * numbers * jnp.dtype(config.dtype).itemsize
+    if needed > memory / 2:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} needs {needed / 1e9:,.0f} GB for keys and values, "
+            f"more than half of the {memory / 1e9:,.0f} GB of memory; ask for fewer tokens (the "
+            f"model was made for {config.max_length}), or for fewer prompts at a time"
+        )
+
+
+def checked_ends(until: Sequence[str]) -> list[str]:
+    """The texts that end a continuation; a ValueError if one is empty."""
+    ends = [until] if isinstance(until, str) else list(until)
+    if not all(ends):
+        raise ValueError("until must not contain an empty text, which would match everywhere")
+    return ends
+
+
+def all_ended(ended: list[bool], texts: list[str], ends: list[str]) -> bool:
+    """Whether each continuation has ended or holds one of the ends."""
+    return all(
+        over or any(end in text for end in ends) for over, text in zip(ended, texts, strict=True)
+    )
+
+
+def before_first(text: str, ends: Sequence[str]) -> str:
+    """The part of the text before the first of `ends`."""
+    for end in ends:
+        text = text.split(end)[0]
+    return text

@@ -1,0 +1,317 @@
+"""Many requests at a time: they join and leave token by token.
+
+Each step reads a bounded part of waiting prompts and gives every running request its next token. A
+request has a *slot*, a row of the batch, until it ends. Prompts are read alone and in chunks of
+fixed lengths, so its tokens depend on no other request, and a new prompt length compiles nothing.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexolmo_jax.inference.continuations import Continuations, Options
+from flexolmo_jax.inference.layerwise import Network, Sequences, Tokens, place
+from flexolmo_jax.inference.sampling import Sampling, sample
+
+CHUNKS = (32, 128)  # tokens of a prompt that are read in one call
+PROMPT_TOKENS_PER_STEP = 512  # running requests wait for no more than these
+MAX_SLOTS = 64  # above, a step is bound by arithmetic, and more slots only take memory
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A prompt, and its continuation so far.
+
+    Attributes:
+      prompt: token ids, at least one.
+      max_new_tokens: the maximum number of new tokens.
+      allowed: bool [E], the experts that it may use.
+      stop: ids that end it; none of them is part of `generated`.
+      sampling: how tokens are chosen.
+      seed, number: of the random choices; requests of one seed and different numbers are
+        independent.
+      on_token: called with each new token, from within `Engine.step`.
+      generated: the new tokens.
+      ended: why it has ended: "stop", "length" or "cancelled"; None: it has not.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    allowed: np.ndarray
+    stop: Sequence[int] = ()
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    number: int = 0
+    on_token: Callable[[int], None] | None = None
+    generated: list[int] = dataclasses.field(default_factory=list, init=False)
+    ended: str | None = dataclasses.field(default=None, init=False)
+
+    def take(self, token: int) -> None:
+        """Appends a new token, or ends."""
+        if token in self.stop:
+            self.ended = "stop"
+            return
+        self.generated.append(token)
+        if len(self.generated) == self.max_new_tokens:
+            self.ended = "length"
+        if self.on_token is not None:
+            self.on_token(token)
+
+
+@dataclasses.dataclass
+class _Prompt:
+    """A request whose prompt is being read."""
+
+    request: Request
+    sequence: Sequences  # a batch of one
+    read: int  # tokens so far
+    logits: jax.Array | None = None  # after the last token of the prompt
+
+
+class Engine:
+    """Runs requests over one model, on one device.
+
+    Args:
+      network: the model.
+      slots: how many requests run at a time.
+      length: the most tokens of a prompt and its continuation.
+      prefixes: how many read prompts are kept, for requests that begin alike with the same experts.
+    """
+
+    def __init__(self, network: Network, slots: int, length: int, prefixes: int = 0):
+        self._network, self._length = network, length
+        self._sequences = network.empty(slots, length)
+        self._logits: jax.Array | None = None  # float32 [slots, V]
+        self._running: list[Request | None] = [None] * slots
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._reading: _Prompt | None = None
+        self._prefixes = _Prefixes(prefixes)
+
+    def add(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+          ValueError: it is empty or too long, or allows no expert.
+        """
+        total = len(request.prompt) + request.max_new_tokens
+        if not len(request.prompt) or request.max_new_tokens < 1 or total > self._length:
+            raise ValueError(
+                f"a request needs a prompt, at least one new token, and at most {self._length} "
+                f"tokens together; found {len(request.prompt)} and {request.max_new_tokens}"
+            )
+        if not np.any(request.allowed):
+            raise ValueError("a request needs at least one expert that it may use")
+        request.sampling.check()
+        self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request; its slot is free from the next step on."""
+        if request.ended is None:
+            request.ended = "cancelled"
+
+    def step(self) -> bool:
+        """Reads a part of the waiting prompts, and gives each running request its next token.
+
+        Returns:
+          whether a request is left.
+        """
+        self._free_slots()
+        self._read_prompts()
+        if any(self._running):
+            self._choose_tokens()
+            self._free_slots()
+            if any(self._running):
+                self._read_tokens()
+        return any(self._running) or self._reading is not None or bool(self._waiting)
+
+    def _free_slots(self) -> None:
+        for slot, request in enumerate(self._running):
+            if request is not None and request.ended is not None:
+                self._running[slot] = None
+
+    def _read_prompts(self) -> None:
+        budget = PROMPT_TOKENS_PER_STEP
+        while None in self._running and budget > 0:
+            if self._reading is None:
+                while self._waiting and self._waiting[0].ended is not None:
+                    self._waiting.popleft()
+                if not self._waiting:
+                    return
+                self._reading = self._begin(self._waiting.popleft())
+            reading = self._reading
+            if reading.request.ended is not None:
+                self._reading = None
+                continue
+            if reading.logits is None:
+                budget -= self._read_chunk(reading)
+            if reading.logits is not None:
+                self._place(reading, self._running.index(None))
+                self._reading = None
+
+    def _begin(self, request: Request) -> _Prompt:
+        known = self._prefixes.longest(request)
+        if known is not None:
+            return _Prompt(request, *known)
+        return _Prompt(request, self._network.empty(1, self._length), 0)
+
+    def _read_chunk(self, reading: _Prompt) -> int:
+        request, first = reading.request, reading.read
+        left = len(request.prompt) - first
+        chunk = next((size for size in CHUNKS if size >= left), CHUNKS[-1])
+        ids = np.zeros((1, chunk), np.int32)
+        count = min(left, chunk)
+        ids[0, :count] = request.prompt[first : first + count]
+        tokens = Tokens(
+            ids, np.full(1, first, np.int32), np.full(1, count, np.int32), request.allowed[None]
+        )
+        logits, reading.sequence = self._network(tokens, reading.sequence)
+        reading.read += count
+        if count == left:
+            reading.logits = logits
+        self._prefixes.keep(reading)
+        return chunk
+
+    def _place(self, reading: _Prompt, slot: int) -> None:
+        slots = len(self._running)
+        assert reading.logits is not None
+        if slots == 1:
+            self._sequences, self._logits = reading.sequence, reading.logits
+        else:
+            if self._logits is None:
+                self._logits = jnp.zeros((slots, reading.logits.shape[-1]))
+            row = np.int32(slot)
+            self._sequences = place(self._sequences, reading.sequence, row)
+            self._logits = _replace_row(self._logits, reading.logits, row)
+        self._running[slot] = reading.request
+
+    def _choose_tokens(self) -> None:
+        assert self._logits is not None
+        rows: dict[tuple, list[int]] = {}  # slots that one program can sample for
+        for slot, request in enumerate(self._running):
+            if request is not None:
+                temperature, top_k, top_p = request.sampling
+                kind = () if temperature == 0 else (top_k, top_p is not None and top_p < 1)
+                rows.setdefault(kind, []).append(slot)
+        for kind, slots in rows.items():
+            chosen = np.asarray(self._sampled(kind, slots) if kind else _greedy(self._logits))
+            for slot in slots:
+                request = self._running[slot]
+                assert request is not None
+                request.take(int(chosen[slot]))
+
+    def _sampled(self, kind: tuple, slots: list[int]) -> jax.Array:
+        """One token for each slot; those of other slots than `slots` mean nothing."""
+        numbers = np.zeros((3, len(self._running)), np.uint32)  # seeds, numbers and steps
+        temperature, top_p = np.ones((2, len(self._running), 1), np.float32)
+        for slot in slots:
+            request = self._running[slot]
+            assert request is not None
+            numbers[:, slot] = request.seed % 2**32, request.number, len(request.generated)
+            temperature[slot], top_p[slot] = (
+                request.sampling.temperature,
+                request.sampling.top_p or 1,
+            )
+        top_k, is_cut = kind
+        return _draw(self._logits, numbers, temperature, top_p if is_cut else None, top_k=top_k)
+
+    def _read_tokens(self) -> None:
+        slots = len(self._running)
+        ids, start, lengths = np.zeros((3, slots), np.int32)
+        allowed = np.zeros((slots, self._network.num_experts), bool)
+        for slot, request in enumerate(self._running):
+            if request is not None:
+                ids[slot] = request.generated[-1]
+                start[slot] = len(request.prompt) + len(request.generated) - 1
+                lengths[slot], allowed[slot] = 1, request.allowed
+        tokens = Tokens(ids[:, None], start, lengths, allowed)
+        self._logits, self._sequences = self._network(tokens, self._sequences)
+
+
+class _Prefixes:
+    """The sequences of prompts that were read, by their tokens and experts; the oldest go first.
+
+    The experts belong to the key: a mask changes keys and values of every layer after the first.
+    """
+
+    def __init__(self, count: int):
+        self._count = count
+        self._known: collections.OrderedDict = collections.OrderedDict()
+
+    def longest(self, request: Request) -> tuple[Sequences, int, jax.Array | None] | None:
+        """A copy of what is known of the longest beginning of a prompt, or None."""
+        prompt, chunk = tuple(request.prompt), CHUNKS[-1]
+        ends = [len(prompt), *range(len(prompt) // chunk * chunk, 0, -chunk)]
+        for end in ends if self._count else []:
+            key = (prompt[:end], end == len(prompt), request.allowed.tobytes())
+            if key in self._known:
+                self._known.move_to_end(key)
+                sequence, logits = self._known[key]
+                return jax.tree.map(jnp.copy, sequence), end, logits
+        return None
+
+    def keep(self, reading: _Prompt) -> None:
+        """Keeps a copy of what was read."""
+        if not self._count:
+            return
+        prompt, end = tuple(reading.request.prompt), reading.read
+        key = (prompt[:end], reading.logits is not None, reading.request.allowed.tobytes())
+        self._known[key] = jax.tree.map(jnp.copy, reading.sequence), reading.logits
+        while len(self._known) > self._count:
+            self._known.popitem(last=False)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _replace_row(rows: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(rows, row, index, 0)
+
+
+@jax.jit
+def _greedy(logits: jax.Array) -> jax.Array:
+    return sample(logits, jnp.zeros(()), Sampling())
+
+
+@functools.partial(jax.jit, static_argnames="top_k")
+def _draw(logits, numbers, temperature, top_p, *, top_k):
+    """Tokens [B] of logits [B, V]; `numbers` are seeds, numbers and steps, uint32 [3, B]."""
+
+    def key(seed, number, step):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), step)
+
+    return sample(logits, jax.vmap(key)(*numbers), Sampling(temperature, top_k, top_p))
+
+
+def slots_for(prompts: int) -> int:
+    """How many of so many prompts `generate` continues at a time."""
+    return min(1 << (prompts - 1).bit_length(), MAX_SLOTS)
+
+
+def generate(
+    network: Network, prompts: Sequence[Sequence[int]], allowed: np.ndarray, options: Options
+) -> Iterator[Continuations]:
+    """Continues prompts, as `decode.generate` does on accelerators, with the same arguments.
+
+    Equal prompts are read once.
+    """
+    max_new_tokens, stop, sampling, seed, interval = options
+    engine = Engine(
+        network, slots_for(len(prompts)), max(map(len, prompts)) + max_new_tokens,
+        prefixes=int(len(prompts) > 1),
+    )  # fmt: skip
+    requests = [
+        Request(prompt, max_new_tokens, mask, stop, sampling, seed, number)
+        for number, (prompt, mask) in enumerate(zip(prompts, allowed, strict=True))
+    ]
+    for request in requests:
+        engine.add(request)
+    is_left, due = True, interval or max_new_tokens
+    while is_left:
+        is_left = engine.step()
+        if not is_left or max(len(request.generated) for request in requests) >= due:
+            due += interval or max_new_tokens
+            ended = [request.ended is not None for request in requests]
+            yield Continuations([list(request.generated) for request in requests], ended)

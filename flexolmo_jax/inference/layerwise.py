@@ -1,0 +1,242 @@
+"""The network as many small programs, called layer by layer and expert by expert.
+
+On a CPU, compiling the whole network as one program takes longer than most answers. Layers have the
+same shapes, so one program of attention and one of an expert serve all of them. Python reads which
+experts a layer uses, and calls only those: the others are not read from memory.
+
+A program's rows do not depend on each other, and an expert that is not called would have added
+exactly 0; so what is computed for a sequence depends on no other sequence of the batch.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.inference.cpu_weights import Unstacked
+from flexolmo_jax.modeling.attention import attend_to_segments
+from flexolmo_jax.modeling.decode_state import (
+    EvidenceState,
+    SegmentedCache,
+    empty_segments,
+    write_to_segments,
+)
+from flexolmo_jax.modeling.experts import Experts, router_weights, with_parts
+from flexolmo_jax.modeling.kernels.quantized import dot
+from flexolmo_jax.modeling.transformer import Backbone, add_heads, evidence_weights
+
+GATHER_MIN_TOKENS = 64  # with fewer, gathering an expert's tokens costs more than it saves
+GATHER_SIZES = 4  # gathered tokens are padded to one of this many sizes
+# XLA for CPU uses half of AVX-512's width by default, which converts 8-bit integers to floats more
+# slowly than memory delivers them.
+OPTIONS = {"xla_cpu_prefer_vector_width": 512}
+
+
+class Sequences(NamedTuple):
+    """What is known of the tokens that were read, for each sequence of a batch; donated to calls.
+
+    Attributes:
+      caches: keys and values, of each layer.
+      router_states: with `config.memory`, of each layer; float32.
+      evidence: with `config.evidence`.
+    """
+
+    caches: tuple[SegmentedCache, ...]
+    router_states: tuple[Float[Array, "E B"], ...] | None
+    evidence: EvidenceState | None
+
+    @classmethod
+    def empty(cls, config: ModelConfig, experts: int, batch: int, length: int) -> "Sequences":
+        """Of no tokens, with room for at least `length`."""
+        layers = range(config.num_layers)
+        return cls(
+            tuple(empty_segments(config, batch, length) for _ in layers),
+            tuple(jnp.zeros((experts, batch)) for _ in layers) if config.memory else None,
+            EvidenceState.empty(experts, batch) if config.evidence else None,
+        )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def place(batch: Sequences, one: Sequences, row: Int[Array, ""]) -> Sequences:
+    """The batch with its sequence `row` replaced; `one` is a batch of one."""
+
+    def put(axis):
+        return lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, axis)
+
+    evidence = None
+    if batch.evidence is not None and one.evidence is not None:
+        sums = put(1)(batch.evidence.sums, one.evidence.sums)
+        evidence = EvidenceState(sums, put(0)(batch.evidence.last_tokens, one.evidence.last_tokens))
+    return Sequences(
+        jax.tree.map(put(0), batch.caches, one.caches),
+        jax.tree.map(put(1), batch.router_states, one.router_states),
+        evidence,
+    )
+
+
+class Tokens(NamedTuple):
+    """The next tokens of each sequence of a batch."""
+
+    ids: Any  # int32 [B, S], of NumPy or JAX, as all of these
+    start: Any  # int32 [B], the position of the first
+    lengths: Any  # int32 [B], how many there are; the rest is padding. 0: the row is not in use
+    allowed: Any  # bool [B, E]
+
+
+class Network:
+    """The weights of a model, and the programs that run over them."""
+
+    def __init__(
+        self, backbone: Backbone, experts: Experts, unstacked: Unstacked, config: ModelConfig
+    ):
+        self.config = config
+        self.num_experts = experts.router.bias.shape[1]
+        ends = (with_parts(backbone, layers=None), with_parts(experts, feed_forward=None))
+        self._ends, ends_structure = jax.tree.flatten((*ends, unstacked.head))
+        flat = [jax.tree.flatten((layer.shared, layer.router)) for layer in unstacked.layers]
+        self._layers = [leaves for leaves, _ in flat]
+        networks = [[jax.tree.flatten(x) for x in layer.networks] for layer in unstacked.layers]
+        self._networks = [[leaves for leaves, _ in layer] for layer in networks]
+        structures = tuple(structure for _, structure in networks[0])
+        self._programs = _programs(config, ends_structure, flat[0][1], structures)
+        counts = [x.experts_here for x in unstacked.layers[0].networks]
+        self._first = np.cumsum([0, *counts])
+        self._numbers = [jnp.int32(i) for i in self._first]
+
+    def empty(self, batch: int, length: int) -> Sequences:
+        """As `Sequences.empty`."""
+        return Sequences.empty(self.config, self.num_experts, batch, length)
+
+    def __call__(
+        self, tokens: Tokens, sequences: Sequences
+    ) -> tuple[Float[Array, "B V"], Sequences]:
+        """Reads the next tokens.
+
+        Returns:
+          float32 logits after the last token of each sequence; and the sequences with them.
+        """
+        run = self._programs
+        x, weights, of_evidence = run.embed(self._ends, tokens, sequences.evidence)
+        routed = None if weights is None else np.asarray(weights)
+        added = jnp.zeros_like(x)
+        before: Any = self._layers[-1]  # of `added`, which is 0: nothing comes before the first
+        caches, router_states, states = [], [], sequences.router_states
+        for index, layer in enumerate(self._layers):
+            router_state = (
+                None if sequences.router_states is None else sequences.router_states[index]
+            )
+            x, own_weights, cache, router_state, added = run.attend(
+                before, layer, x, added, tokens, weights, sequences.caches[index], router_state
+            )
+            used = np.asarray(own_weights) if routed is None else routed
+            added = self._add_experts(index, added, x, own_weights, used)
+            before = layer
+            caches.append(cache)
+            router_states.append(router_state)
+        logits = run.logits(self._ends, before, x, added, own_weights, tokens.lengths)
+        next_states = None if states is None else tuple(router_states)
+        return logits, Sequences(tuple(caches), next_states, of_evidence)
+
+    def _add_experts(self, index, added, x, weights, used):
+        is_used = used > 0  # [E, B, S]
+        num_tokens = is_used[0].size
+        for number, network in enumerate(self._networks[index]):
+            own = is_used[self._first[number] : self._first[number + 1]].any(axis=0)
+            count = own.sum()
+            if not count:
+                continue
+            size = None
+            if num_tokens >= GATHER_MIN_TOKENS:
+                step = -(-num_tokens // GATHER_SIZES)
+                size = int(-(-count // step) * step)
+                size = None if size >= num_tokens else size
+            add = self._programs.add[number]
+            added = add(network, added, x, weights, self._numbers[number], size=size)
+        return added
+
+
+class _Programs(NamedTuple):
+    """Jitted functions; a model of the same structure shares them."""
+
+    embed: Any
+    attend: Any
+    add: tuple[Any, ...]  # one for each network of a layer; equal structures share one
+    logits: Any
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(config: ModelConfig, ends, layer_structure, structures) -> _Programs:
+    """The programs; modules are flattened once, because JAX takes plain arrays much faster."""
+    compiled = functools.partial(jax.jit, compiler_options=OPTIONS)
+
+    @compiled
+    def embed(leaves, tokens: Tokens, state):
+        backbone, experts, head = jax.tree.unflatten(ends, leaves)
+        x = backbone.embed[...][tokens.ids].astype(config.dtype)
+        if config.evidence is None:
+            return x, None, None
+        segments = jnp.ones(tokens.ids.shape, jnp.int32)
+        weights, state = evidence_weights(
+            backbone, (experts,), tokens.ids, segments, _some(tokens.allowed), config, state,
+            head, jnp.maximum(tokens.lengths, 1),
+        )  # fmt: skip
+        assert weights is not None
+        return x, jnp.where(_is_text(tokens), weights, 0), state
+
+    @functools.partial(compiled, donate_argnums=(2, 3, 6, 7))
+    def attend(before, leaves, x, added, tokens: Tokens, weights, cache, router_state):
+        previous, _ = jax.tree.unflatten(layer_structure, before)
+        layer, router = jax.tree.unflatten(layer_structure, leaves)
+        x = x + previous.experts_norm(added, config.norm_eps)
+        positions = tokens.start[:, None] + jnp.arange(x.shape[1])
+        q, keys, values = layer.attention.project(x, positions, config)
+        cache = write_to_segments(cache, keys, values, positions)
+        out = layer.attention.output(attend_to_segments(q, cache, positions))
+        x = x + layer.attention_norm(out, config.norm_eps)
+        if weights is None:
+            weights, router_state = router_weights(
+                router(x), _some(tokens.allowed), config, router_state=router_state,
+                lengths=tokens.lengths,
+            )  # fmt: skip
+            weights = jnp.where(_is_text(tokens), weights, 0)
+        return x, weights, cache, router_state, jnp.zeros_like(x)
+
+    @functools.cache
+    def adding(structure):
+        @functools.partial(compiled, static_argnames="size", donate_argnums=1)
+        def add(leaves, added, x, weights, first, size):
+            network = jax.tree.unflatten(structure, leaves)
+            weights = jax.lax.dynamic_slice_in_dim(weights, first, network.experts_here)
+            if size is None:
+                return network.add_dense(added, x, weights)
+            flat, weights = x.reshape(-1, x.shape[-1]), weights.reshape(len(weights), -1)
+            order = jnp.argsort(jnp.all(weights <= 0, axis=0), stable=True)[:size]
+            out = network.add_dense(None, flat[None, order], weights[:, None, order])[0]
+            return added.reshape(flat.shape).at[order].add(out).reshape(added.shape)
+
+        return add
+
+    @compiled
+    def logits(leaves, before, x, added, weights, lengths):
+        backbone, experts, head = jax.tree.unflatten(ends, leaves)
+        previous, _ = jax.tree.unflatten(layer_structure, before)
+        x = x + previous.experts_norm(added, config.norm_eps)
+        rows, last = jnp.arange(len(x)), jnp.maximum(lengths, 1) - 1
+        hidden = backbone.norm(x[rows, last], config.norm_eps)
+        return add_heads(dot(hidden, head, jnp.float32), (experts,), hidden, weights[:, rows, last])
+
+    return _Programs(embed, attend, tuple(map(adding, structures)), logits)
+
+
+def _is_text(tokens: Tokens) -> Bool[Array, "B S"]:
+    """The tokens that are not padding."""
+    return jnp.arange(tokens.ids.shape[1]) < tokens.lengths[:, None]
+
+
+def _some(allowed: Bool[Array, "B E"]) -> Bool[Array, "B E"]:
+    """All experts where a row, which is not in use, allows none: a softmax needs one."""
+    return allowed | ~jnp.any(allowed, axis=1, keepdims=True)
