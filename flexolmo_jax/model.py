@@ -322,8 +322,8 @@ class FlexOlmo:
         return jax.default_backend() == "cpu" and self.mesh is None
 
     def _network(self, slots: int) -> Network:
-        """A copy of the weights in the layout for decoding, cached from the first use on."""
-        transposed = slots == 1
+        """The weights in the layout for decoding, cached from the first use on."""
+        transposed = slots == 1 and (self.int8 or self.config.dtype == "bfloat16")
         if self._network_cache.get("transposed") is not transposed:
             self._network_cache.clear()
             weights = unstack(self.backbone, self.experts, self.config, transposed, self.int8)

@@ -1,14 +1,16 @@
 """Weights in the layout that decoding on CPU reads fastest: every matrix is an array of its own.
 
-XLA for CPU copies a slice of a stack before a matmul reads it. For a batch of one, its matmul
-streams a matrix at full memory bandwidth if the contracted axis is the last in memory (otherwise,
-in bfloat16, at a twentieth of it); for larger batches, if the contracted axis is the first.
+XLA for CPU copies a slice of a stack before a matmul reads it. An array of the slice's own need not
+be a copy: it is a view of the stack's memory, unless the numbers or their order change. They do for
+8-bit integers; and in a batch of one, in bfloat16 and in 8 bits, XLA's matmul streams a matrix at
+full memory bandwidth only if the contracted axis is the last in memory.
 """
 
 import functools
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.experts import Experts, FeedForward
@@ -31,7 +33,7 @@ class UnstackedLayer(NamedTuple):
 
 
 class Unstacked(NamedTuple):
-    """A copy of the weights, layer by layer and expert by expert; matrices are `Quantized`.
+    """The weights, layer by layer and expert by expert; matrices are `Quantized`.
 
     Low-rank experts stay together, in one stack after the others.
     """
@@ -43,7 +45,7 @@ class Unstacked(NamedTuple):
 def unstack(
     backbone: Backbone, experts: Experts, config: ModelConfig, transposed: bool, int8: bool = False
 ) -> Unstacked:
-    """Copies the weights out of their stacks.
+    """Takes the weights out of their stacks; without `transposed` and `int8` they are not copied.
 
     Args:
       backbone, experts, config: the model.
@@ -52,15 +54,19 @@ def unstack(
     """
     convert = jax.jit(functools.partial(quantize, transposed=transposed, int8=int8))
 
-    def take(tree, index):  # leaf by leaf, so that memory never holds a third copy of all weights
+    def matrix(x):
+        return convert(x) if transposed or int8 else Quantized(x, None, False)
+
+    def take(tree, index):
         def take_leaf(path, leaf):
-            name, leaf = leaf_name(path), leaf[index]
+            name, leaf = leaf_name(path), _view(leaf)[index]
             if name in PROJECTIONS[:3]:  # [D, N, H] -> [D, N*H]
                 leaf = leaf.reshape(len(leaf), -1)
             elif name in PROJECTIONS:  # [N, H, D] -> [N*H, D]
                 leaf = leaf.reshape(-1, leaf.shape[-1])
+            leaf = jax.device_put(leaf, may_alias=True)
             is_matrix = name in PROJECTIONS or name.split(".")[-1] in (*MATRICES, "a", "b")
-            return convert(leaf) if is_matrix else leaf
+            return matrix(leaf) if is_matrix else leaf
 
         return jax.tree_util.tree_map_with_path(take_leaf, tree)
 
@@ -77,7 +83,12 @@ def unstack(
         UnstackedLayer(take(backbone.layers, i), take(experts.router, i), networks_of(i))
         for i in range(config.num_layers)
     )
-    return Unstacked(layers, convert(backbone.head_matrix(config)))
+    return Unstacked(layers, matrix(backbone.head_matrix(config)))
+
+
+def _view(leaf: jax.Array) -> jax.Array | np.ndarray:
+    """On a CPU, an array whose slices are no copies."""
+    return np.asarray(leaf) if jax.default_backend() == "cpu" else leaf
 
 
 def round_to_int8(backbone: Backbone, experts: Experts) -> tuple[Backbone, Experts]:

@@ -42,6 +42,15 @@ def test_unstacked_weights_give_the_same_logits(model, transposed, int8, tokens,
     np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
 
 
+def test_unstacked_weights_are_the_memory_of_the_stacks(model):
+    weights = unstack(model.backbone, model.experts, model.config, transposed=False)
+    stack = model.experts.feed_forward.up[...]
+    own = jax.tree.leaves(weights.layers[1].networks[2].up)[0]
+    distance = own.unsafe_buffer_pointer() - stack.unsafe_buffer_pointer()
+    assert distance == (len(stack[0]) + 2) * stack[0, 0].nbytes
+    np.testing.assert_array_equal(own[0], stack[1, 2])
+
+
 @settings(deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import flexolmo_jax as fo
+from flexolmo_jax.inference import engine
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -60,6 +61,23 @@ def test_a_prompt_does_not_depend_on_its_neighbours(model, options):
     if not options:  # a random choice also depends on the place in the batch
         alone = [model.generate([p], max_new_tokens=12)[0] for p in PROMPTS]
         assert together == alone
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_p": 0.9}])
+def test_the_loop_of_accelerators_gives_the_same(model, monkeypatch, options):
+    masks = np.array([[1, 1, 0, 0], [0, 0, 0, 1], [1, 0, 1, 1]], bool)
+    layer_by_layer = model.generate(PROMPTS, 12, allowed=masks, **options)
+    monkeypatch.setattr(fo.FlexOlmo, "_runs_layer_by_layer", lambda self: False)
+    assert model.generate(PROMPTS, 12, allowed=masks, **options) == layer_by_layer
+
+
+def test_more_prompts_than_run_at_a_time(model, monkeypatch):
+    expected = model.generate(PROMPTS * 3, 12, until=["e"])
+    monkeypatch.setattr(engine, "MAX_SLOTS", 2)
+    assert model.generate(PROMPTS * 3, 12, until=["e"]) == expected
+    texts = model.generate(TEXTS * 2, 24, until=["e"])
+    assert texts == [model.generate([text], 24, until=["e"])[0] for text in TEXTS] * 2
+    assert not any("e" in text for text in texts)
 
 
 def test_texts_give_texts(model):

@@ -1,0 +1,157 @@
+"""Many requests at a time: what each gets is what it gets alone, whoever else is there."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexolmo_jax.inference.engine import CHUNKS, Request
+from flexolmo_jax.inference.sampling import Sampling
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+SLOTS, LENGTH = 4, 400
+SAMPLINGS = (Sampling(), Sampling(0.9), Sampling(1.2, 20), Sampling(0.7, None, 0.8))
+
+
+def requests_of(seed, count, num_experts):
+    """Random prompts, lengths, masks and ways of sampling."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        prompt = rng.integers(3, 300, rng.choice([1, 5, 31, 32, 33, 129, 300])).tolist()
+        allowed = rng.random(num_experts) < 0.6
+        allowed[rng.integers(num_experts)] = True
+        sampling = SAMPLINGS[rng.integers(len(SAMPLINGS))]
+        yield Request(prompt, int(rng.integers(1, 12)), allowed, (7,), sampling, seed, number)
+
+
+def run(engine, requests):
+    for request in requests:
+        engine.add(request)
+    while engine.step():
+        pass
+    return [request.generated for request in requests]
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """What 24 requests get in an engine of four slots that each has to itself."""
+    engine = model.engine(SLOTS, LENGTH)
+    return [run(engine, [request])[0] for request in requests_of(0, 24, 4)]
+
+
+@pytest.mark.parametrize("prefixes", [0, 6])
+def test_tokens_do_not_depend_on_neighbours(model, alone, prefixes):
+    """Random arrivals, masks, ways of sampling and cancellations, through reused slots."""
+    engine, rng = model.engine(SLOTS, LENGTH, prefixes), np.random.default_rng(1)
+    requests = list(requests_of(0, 24, 4))
+    others = list(requests_of(5, 12, 4))
+    order = [*requests, *others]
+    rng.shuffle(order)
+    while order or engine.step():
+        for _ in range(min(rng.integers(3), len(order))):
+            engine.add(order.pop())
+        if others and rng.random() < 0.5:
+            engine.cancel(others.pop())
+    assert [request.generated for request in requests] == alone
+    assert {request.ended for request in requests} <= {"stop", "length"}
+
+
+def test_logits_are_those_of_a_request_that_is_alone_bit_for_bit(model):
+    [request, *others] = requests_of(3, SLOTS, 4)
+
+    def last_logits(together):
+        engine = model.engine(SLOTS, LENGTH)
+        own = dataclasses.replace(request, max_new_tokens=8, sampling=Sampling(), stop=())
+        for one in [own, *together]:
+            engine.add(one)
+        for _ in range(6):
+            engine.step()
+        return np.asarray(engine._logits[engine._running.index(own)])
+
+    np.testing.assert_array_equal(last_logits([]), last_logits(others))
+
+
+def test_a_slot_keeps_nothing_of_a_request_before(model):
+    """Not even NaN, which an expert that another request may use has left there."""
+    experts = jax.tree.map(jnp.array, model.experts)
+    experts.feed_forward.up[...] = experts.feed_forward.up[...].at[:, 1].set(jnp.nan)
+    broken = dataclasses.replace(model, experts=experts)
+    without = np.array([True, False, True, True])
+    expected = run(model.engine(2, LENGTH), [Request([5, 6, 7], 8, without)])
+    engine = broken.engine(2, LENGTH)
+    run(engine, [Request([9] * 300, 4, np.ones(4, bool)) for _ in range(3)])
+    made = run(engine, [Request([5, 6, 7], 8, without), Request([9] * 300, 4, np.ones(4, bool))])
+    assert made[0] == expected[0]
+
+
+def test_prompts_that_begin_alike_are_read_once(model, monkeypatch):
+    engine = model.engine(SLOTS, LENGTH, prefixes=4)
+    beginning, mask = list(range(10, 10 + CHUNKS[-1])), np.ones(4, bool)
+    lengths = []
+    network = engine._network
+
+    def counting(tokens, sequences):
+        if tokens.ids.shape[1] > 1:
+            lengths.append(int(tokens.lengths[0]))
+        return network(tokens, sequences)
+
+    counting.num_experts, counting.empty = network.num_experts, network.empty
+    monkeypatch.setattr(engine, "_network", counting)
+    first = run(engine, [Request([*beginning, 5, 6], 4, mask)])
+    assert lengths == [CHUNKS[-1], 2]
+    again = run(engine, [Request([*beginning, 5, 6], 4, mask)])
+    assert lengths == [CHUNKS[-1], 2] and again == first
+    run(engine, [Request([*beginning, 8], 4, mask)])
+    assert lengths == [CHUNKS[-1], 2, 1]
+    masked = mask.copy()
+    masked[1] = False
+    made = run(engine, [Request([*beginning, 8], 4, masked)])  # other experts: nothing in common
+    assert lengths == [CHUNKS[-1], 2, 1, CHUNKS[-1], 1]
+    assert made == run(model.engine(SLOTS, LENGTH), [Request([*beginning, 8], 4, masked)])
+
+
+def test_a_new_request_soon_has_its_first_token(model):
+    engine, mask = model.engine(SLOTS, 700), np.ones(4, bool)
+    for _ in range(SLOTS - 1):
+        engine.add(Request([3, 4], 50, mask))
+    engine.step()
+    late = Request([9] * 512, 4, mask)
+    engine.add(late)
+    steps = 0
+    while not late.generated:
+        engine.step()
+        steps += 1
+    assert steps <= 3
+
+
+def test_tokens_are_handed_out_as_they_come_and_cancelling_frees_a_slot(model):
+    engine, mask, seen = model.engine(1, LENGTH), np.ones(4, bool), []
+    long = Request([3, 4], 100, mask, on_token=seen.append)
+    next_one = Request([3, 4], 2, mask)
+    engine.add(long)
+    engine.add(next_one)
+    for count in range(1, 6):
+        engine.step()
+        assert seen == long.generated and len(seen) == count
+    engine.cancel(long)
+    while engine.step():
+        pass
+    assert long.ended == "cancelled" and len(seen) == 5
+    assert next_one.ended == "length" and next_one.generated == seen[:2]
+
+
+def test_what_an_engine_cannot_do_is_one_clear_error(model):
+    engine, mask = model.engine(2, 64), np.ones(4, bool)
+    for request, said in (
+        (Request([], 3, mask), "needs a prompt"),
+        (Request([1] * 60, 5, mask), "at most 64 tokens together; found 60 and 5"),
+        (Request([1], 0, mask), "at least one new token"),
+        (Request([1], 1, ~mask), "at least one expert"),
+        (Request([1], 1, mask, sampling=Sampling(-1.0)), "temperature"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            engine.add(request)
+    assert not engine.step()
