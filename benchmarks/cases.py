@@ -4,6 +4,7 @@ JAX and PyTorch are imported only in the process of a side that needs them.
 """
 
 import dataclasses
+import random
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from flexolmo_jax.modeling import flops
 YARDSTICK = "the machine: "
 MATMULS = "its products alone"
 VOCABULARY = 100_352  # of the loss at full size
+AT_A_TIME = 16  # requests
 NUM_BYTES = {"ours, bfloat16": 2, "ours, int8": 1}  # per weight; else 4
 Run = Callable[[], object]
 
@@ -215,6 +217,33 @@ class Masks(Decode):
         return 0.0
 
 
+class Requests(Case):
+    """Generation for requests of many lengths, 16 at a time; the option is how they share a batch.
+
+    A static batch runs until its longest continuation ends; only what was asked for counts.
+    """
+
+    def tokens(self, size: Size) -> int:
+        return sum(new for _, new in requests(size))
+
+    def jax(self, size: Size, option: str) -> Run:
+        from benchmarks import flexolmo
+
+        return flexolmo.requests(size, requests(size), AT_A_TIME, option)
+
+    def pytorch(self, size: Size, option: str) -> Run:
+        from benchmarks import pytorch
+
+        return pytorch.requests(size, requests(size), AT_A_TIME, option)
+
+
+def requests(size: Size) -> list[tuple[int, int]]:
+    """Tokens of the prompt and new tokens of 64 requests: 16 to 512, and 16 to 256."""
+    draw, most = random.Random(0), min(512, size.length)
+    lengths = [(draw.randint(16, most), draw.randint(16, most // 2)) for _ in range(64)]
+    return lengths if size.config.width > 64 else lengths[:20]  # fewer in the suite `smoke`
+
+
 @dataclasses.dataclass(frozen=True)
 class MoeLayer(Case):
     """Forward and backward of one mixture of experts; the option is the expert compute."""
@@ -279,6 +308,7 @@ class Files(Case):
 PLAIN_READ = ("plain read of the files", "read")
 COMPUTE = (("ours, dense", "dense"), ("ours, grouped", "grouped"))
 FORMS = tuple((f"ours, {form}", form) for form in ("float32", "bfloat16", "int8"))
+HOW = (("ours, engine", "engine"), ("ours, static batches", "batches"))
 IN_EACH = (("ours, all experts", "all"), ("ours, others off in each", "off"))
 POLICIES = tuple((f"ours, {policy}", policy) for policy in ("none", "matmuls", "layer"))
 LOSSES = (("ours, 128 positions at a time", "chunks"), ("ours, all logits", ""))
@@ -294,6 +324,8 @@ CASES: dict[str, Case] = {
         AnchorStep("anchor_step", baselines=(EAGER,)),
         MergedForward("merged_forward", COMPUTE, TRANSFORMERS),
         *(Decode(f"decode_{n}", FORMS, TRANSFORMERS, "stream", batch=n) for n in (1, 8)),
+        Decode("decode_16", FORMS[:1], yardstick="stream", batch=16),
+        Requests("requests_64", HOW, TRANSFORMERS[:1], yardstick=None),
         Masks("masks_8", IN_EACH, yardstick=None, batch=8),
         *(
             MoeLayer(f"moe_{e}_{a}", (*COMPUTE, ONLY_MATMULS), TRANSFORMERS, experts=e, active=a)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from flexolmo_jax.federation.anchor import read_anchor, write_anchor
 from flexolmo_jax.federation.expert import write_expert
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.inference.cpu_weights import round_to_int8
+from flexolmo_jax.inference.engine import Request
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.modeling.experts import Experts, moe
 from flexolmo_jax.modeling.kernels.cross_entropy import cross_entropy
@@ -175,6 +177,38 @@ def generate(size: Size, batch: int, option: str) -> Run:
         allowed[rows, 1 + rows % (size.experts - 1)] = False
         allowed[rows, 1 + rows * 2 % (size.experts - 1)] = False
     return lambda: model.generate(prompts, size.new_tokens, allowed=allowed)
+
+
+def requests(size: Size, lengths: list[tuple[int, int]], at_a_time: int, option: str) -> Run:
+    """Greedy generation for requests of different lengths.
+
+    Args:
+      size: of the model.
+      lengths: of the prompt and the continuation of each request.
+      at_a_time: how many share a batch.
+      option: "engine", or "batches": one batch after the other.
+    """
+    config = size.merged()
+    model = FlexOlmo(*_merged(config), config, tuple(map(str, range(size.experts))), None)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, sum(n for n, _ in lengths))
+    ends = itertools.accumulate(n for n, _ in lengths)
+    prompts = [tokens[end - n : end].tolist() for end, (n, _) in zip(ends, lengths, strict=True)]
+    allowed = np.ones(size.experts, bool)
+
+    def with_engine():
+        engine = model.engine(at_a_time, max(map(sum, lengths)))
+        for prompt, (_, new) in zip(prompts, lengths, strict=True):
+            engine.add(Request(prompt, new, allowed))
+        while engine.step():
+            pass
+
+    def in_batches():
+        for first in range(0, len(prompts), at_a_time):
+            own = slice(first, first + at_a_time)
+            with warnings.catch_warnings(action="ignore"):  # beyond the length it was made for
+                model.generate(prompts[own], max(new for _, new in lengths[own]))
+
+    return with_engine if option == "engine" else in_batches
 
 
 def loss(size: Size, vocabulary: int, in_chunks: bool) -> Run:

@@ -81,6 +81,31 @@ def generate(size: Size, batch: int, implementation: str) -> Run:
     )
 
 
+def requests(
+    size: Size, lengths: list[tuple[int, int]], at_a_time: int, implementation: str
+) -> Run:
+    """Greedy generation for requests of different lengths, in batches padded on the left."""
+    model = _flex_olmo(size.merged(), implementation).eval()
+    prompts = [torch.randint(1, size.config.vocab_size, (length,)) for length, _ in lengths]
+
+    def run():
+        for first in range(0, len(prompts), at_a_time):
+            own = prompts[first : first + at_a_time]
+            longest = max(map(len, own))
+            padded = torch.zeros(len(own), longest, dtype=torch.long)
+            mask = torch.zeros_like(padded)
+            for row, prompt in enumerate(own):
+                padded[row, longest - len(prompt) :] = prompt
+                mask[row, longest - len(prompt) :] = 1
+            new = max(new for _, new in lengths[first : first + at_a_time])
+            model.generate(
+                padded, attention_mask=mask, do_sample=False, use_cache=True,
+                min_new_tokens=new, max_new_tokens=new,
+            )  # fmt: skip
+
+    return torch.inference_mode()(run)
+
+
 def moe_layer(size: Size, experts: int, active: int, implementation: str) -> Run:
     """Forward and backward of one mixture of experts, all experts trained."""
     config = _config(size.config.replace(num_experts=experts, active_experts=active))
