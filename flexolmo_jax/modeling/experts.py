@@ -84,27 +84,36 @@ def moe(
             )
         weights = route(routing_logits, allowed, active, config.renormalize)
     out, first = jnp.zeros_like(x), 0
-    for stack in stacks:
-        last = first + stack.router.bias.shape[0]
-        network = stack.feed_forward
-        assert not isinstance(network, LowRankFeedForward), "with_base has to come first"
+    for network, count in (each for stack in stacks for each in _networks(stack)):
         if config.expert_compute == "grouped":
             add = functools.partial(network.add_grouped, active=active)
         else:
             add = functools.partial(network.add_dense, skip_unused=skip_unused)
-        out = _where_sharded(stack, add)(out, x, weights[first:last])
-        first = last
+        out = _where_sharded(network, count, add)(out, x, weights[first : first + count])
+        first += count
     return MoeOutput(out, logits, router_state, weights)
 
 
-def _where_sharded(stack: "Experts | LayerExperts", add: Callable) -> Callable:
-    """`add(total, x, weights)`, run by the devices that hold the stack's experts or shares of them.
+def _networks(
+    stack: "Experts | LayerExperts",
+) -> "list[tuple[FeedForward | LowRankGroups, int]]":
+    """The networks of a stack without the layer axis, each with its number of experts."""
+    network, count = stack.feed_forward, stack.router.bias.shape[0]
+    assert not isinstance(network, LowRankFeedForward), "with_base has to come first"
+    if not isinstance(network, MixedFeedForward):
+        return [(network, count)]
+    low_rank = network.low_rank.experts_here
+    return [(network.full, count - low_rank), (network.low_rank_with_base(), low_rank)]
+
+
+def _where_sharded(network: "FeedForward | LowRankGroups", count: int, add: Callable) -> Callable:
+    """`add(total, x, weights)`, run by the devices that hold `count` experts or shares of them.
 
     With expert parallelism each device receives all tokens and returns its experts' summand of
     every token (all-gather, reduce-scatter); with tensor parallelism the summands are those of the
     devices' shares of the hidden units (all-reduce). Elsewhere it is `add` itself.
     """
-    expert_parallel = collectives.is_expert_parallel(stack)
+    expert_parallel = collectives.is_expert_parallel(network, count)
     if not expert_parallel and not collectives.is_tensor_parallel():
         return add
 
@@ -227,6 +236,20 @@ class LayerExperts(NamedTuple):
 
     feed_forward: FeedForward | LowRankGroups | MixedFeedForward
     router: Router
+
+    def gathered(self, config: ModelConfig) -> "LayerExperts":
+        """Of one layer, with its matrices all-gathered; expert-parallel experts do not move."""
+
+        def gather(network, count):
+            expert_parallel = collectives.is_expert_parallel(network, count)
+            return collectives.all_gather_module(network, config, expert_parallel)
+
+        own, count = self.feed_forward, self.router.bias.shape[0]
+        if not isinstance(own, MixedFeedForward):
+            return LayerExperts(gather(own, count), self.router)
+        low_rank = own.low_rank.experts_here
+        mixed = MixedFeedForward(gather(own.full, count - low_rank), gather(own.low_rank, low_rank))
+        return LayerExperts(mixed, self.router)
 
     def kinds(self) -> "tuple[LayerExperts, LayerExperts | None]":
         """Of all layers: the full experts, and the low-rank ones, if there are any."""
