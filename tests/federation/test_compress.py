@@ -165,7 +165,7 @@ def test_what_cannot_be_compressed_is_said_in_one_line(world, refused, tmp_path)
     def said(*words, package=math, where=out):
         return refused("compress", package, "--out", where, *words)
 
-    assert "one of the arguments --rank --energy is required" in said()
+    assert "give a rank, an energy, or bits" in said()
     assert "not allowed with" in said("--rank", "4", "--energy", "0.9")
     assert "rank must be from 1 to 32" in said("--rank", "33")
     assert "found 0" in said("--rank", "0")
