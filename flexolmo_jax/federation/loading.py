@@ -21,7 +21,7 @@ from flexolmo_jax.federation.merged import OpenedModel, open_merged
 from flexolmo_jax.federation.names import PUBLIC
 from flexolmo_jax.federation.package import MANIFEST, Package, check_packages, read_manifest
 from flexolmo_jax.federation.source import HuggingFace, WeightSource, open_source
-from flexolmo_jax.modeling.experts import Experts, pad_experts, with_parts
+from flexolmo_jax.modeling.experts import Experts, pad_experts, split, with_parts
 from flexolmo_jax.modeling.low_rank import LowRankGroups, MixedFeedForward
 from flexolmo_jax.modeling.transformer import Backbone
 from flexolmo_jax.parallel import placement
@@ -173,9 +173,11 @@ def _load_hugging_face(
     over: tuple[str, ...],
     separator: str | None,
 ) -> LoadedModel:
-    backbone, experts, config, tokenizer, ends = source.load(separator, dtype)
-    names = (PUBLIC, *(f"expert_{i}" for i in range(1, config.num_experts)))
-    if mesh is not None:
+    backbone, experts, config, tokenizer, ends, order = source.load(separator, dtype)
+    names = (PUBLIC, *(f"expert_{i}" for i in order[1:]))
+    if mesh is not None and isinstance(experts.feed_forward, MixedFeedForward):
+        experts, _ = join_experts(split(experts), mesh.shape[EXPERT])
+    elif mesh is not None:
         experts = pad_experts(experts, mesh.shape[EXPERT])
     backbone, experts = placement.device_put((backbone, experts), mesh, over)
     return LoadedModel(backbone, experts, config, names, tokenizer, ends)

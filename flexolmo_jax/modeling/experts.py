@@ -9,7 +9,7 @@ touches the first.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -403,6 +403,22 @@ def join(*stacks: Experts) -> Experts:
 def select(stack: Experts, indices: list[int]) -> Experts:
     """The stack of the experts at `indices`, in that order."""
     return jax.tree.map(lambda leaf: leaf[:, jnp.asarray(indices)], stack)
+
+
+def split(experts: Experts) -> list[Experts]:
+    """The experts of a merged model as stacks of one, in order: the inverse of joining."""
+
+    def of_one(tree: Any) -> list[Any]:
+        count = jax.tree.leaves(tree)[0].shape[1]
+        return [jax.tree.map(lambda leaf, e=e: leaf[:, e : e + 1], tree) for e in range(count)]
+
+    mixed = experts.feed_forward
+    if not isinstance(mixed, MixedFeedForward):
+        return of_one(experts)
+    networks = [one for kind in (mixed.full, *mixed.low_rank.groups) for one in of_one(kind)]
+    rest = of_one(with_parts(experts, feed_forward=None))
+    pairs = zip(rest, networks, strict=True)
+    return [with_parts(one, feed_forward=network) for one, network in pairs]
 
 
 def pad_experts(stack: Experts, multiple: int) -> Experts:
