@@ -235,7 +235,7 @@ RANKS_OF_MERGED = (None, FeedForwardRanks(3, 2, 4), FeedForwardRanks(5, 5, 5))
 
 @functools.cache
 def merged_of_sizes(full):
-    """A backbone, and experts in stacks of one: so many full ones, the rest of two ranks."""
+    """A backbone, and experts in stacks of one: the first are full, the others of two ranks."""
     backbone, experts = weights(CONFIG)
     kinds = [RANKS_OF_MERGED[0 if e < full else 1 + e // 5] for e in range(CONFIG.num_experts)]
     stacks = [select(experts, [e]) for e in range(CONFIG.num_experts)]
