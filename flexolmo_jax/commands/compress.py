@@ -10,6 +10,7 @@ from flexolmo_jax.runtime.console import show_table, tell
 
 if TYPE_CHECKING:  # importing it imports JAX, which no --help waits for
     from flexolmo_jax.federation.compress import Compressed
+    from flexolmo_jax.training.prune import Pruned
 
 
 def add_to(commands: Commands) -> None:
@@ -26,6 +27,11 @@ def add_to(commands: Commands) -> None:
         "--energy", type=float, metavar="SHARE",
         help="the share of every delta's squared norm to keep, such as 0.99; each matrix of each "
         "layer gets the smallest rank that does",
+    )  # fmt: skip
+    size.add_argument(
+        "--width", type=int, metavar="UNITS",
+        help="hidden units to keep in each layer: those that matter most on the owner's text, "
+        "which --data names, refitted to what all of them did",
     )  # fmt: skip
     parser.add_argument(
         "--bits", type=int, choices=(8, 4),
@@ -45,13 +51,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from flexolmo_jax.federation.compress import compress
-
-    done = compress(
-        Path(args.package), Path(args.out), rank=args.rank, energy=args.energy, bits=args.bits,
-        group=args.group, anchor=args.anchor and Path(args.anchor),
-    )  # fmt: skip
-    _show_matrices(done)
+    done = _compress(args) if args.width is None else _prune(args)
     before, after = done.bytes_before, done.bytes_after
     tell(
         f"wrote {args.out}: {after / 1e6:,.2f} MB of weights, {after / before:.1%} of the "
@@ -63,6 +63,35 @@ def run(args: argparse.Namespace) -> None:
         tell("with --data SOURCE, what that costs in bits per byte would be shown here")
     else:
         _show_cost(args)
+
+
+def _compress(args: argparse.Namespace) -> "Compressed":
+    from flexolmo_jax.federation.compress import compress
+
+    done = compress(
+        Path(args.package), Path(args.out), rank=args.rank, energy=args.energy, bits=args.bits,
+        group=args.group, anchor=args.anchor and Path(args.anchor),
+    )  # fmt: skip
+    _show_matrices(done)
+    return done
+
+
+def _prune(args: argparse.Namespace) -> "Pruned":
+    from flexolmo_jax.training.prune import prune
+
+    if args.data is None:
+        raise ValueError("--width needs --data, the owner's text: it says which units matter")
+    if args.bits is not None:
+        raise ValueError("--width and --bits one after the other: compress what --width writes")
+    done = prune(
+        Path(args.package), Path(args.out), args.width, args.data,
+        args.anchor and Path(args.anchor),
+    )  # fmt: skip
+    layers = [
+        {"layer": number, "output kept": f"{share:.2%}"} for number, share in enumerate(done.kept)
+    ]
+    show_table(layers, title=f"squared norm of each layer's output on {done.tokens:,} tokens")
+    return done
 
 
 def _show_matrices(done: "Compressed") -> None:

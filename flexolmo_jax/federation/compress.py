@@ -17,7 +17,7 @@ from flexolmo_jax.federation.integers import Rounding, round_matrices
 from flexolmo_jax.federation.loading import anchor_path
 from flexolmo_jax.federation.package import Package, check_packages, write_package
 from flexolmo_jax.federation.source import open_source
-from flexolmo_jax.modeling.experts import Experts, with_full_feed_forward, with_parts
+from flexolmo_jax.modeling.experts import Experts, FeedForward, with_full_feed_forward, with_parts
 from flexolmo_jax.modeling.low_rank import FeedForwardRanks, LowRankFeedForward, truncated_svd
 from flexolmo_jax.storage.outputs import check_new_folder
 from flexolmo_jax.storage.tensors import bytes_of, named, refill
@@ -112,6 +112,13 @@ def _check_choice(
         raise ValueError("a group is for bits=4; leave it out")
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must be in (0, 1], found {energy}")
+    own = package.weights.feed_forward
+    is_narrow = isinstance(own, FeedForward) and own.gate.shape[-1] < package.config.ffn_width
+    if is_narrow and (rank is not None or energy is not None):
+        raise ValueError(
+            f"{package.folder}: has fewer hidden units than the public expert, so there is no "
+            "delta to it; choose bits alone, or a rank of the expert that it was made of"
+        )
     largest = min(package.config.width, package.config.ffn_width)
     if rank is not None and not 1 <= rank <= largest:
         raise ValueError(

@@ -277,7 +277,8 @@ def _is_compressed(value: Any) -> bool:
         {"bits": lambda x: _is_size(x) and x == 4, "group": _is_size},
     ]
     both = [{**size, **form} for size in sizes for form in bits]
-    return any(_has(value, {"from": _is_digest, **chosen}) for chosen in (*sizes, *bits, *both))
+    forms: list[dict[str, Callable[[Any], bool]]] = [{"width": _is_size}, *sizes, *bits, *both]
+    return any(_has(value, {"from": _is_digest, **chosen}) for chosen in forms)
 
 
 _MODEL: dict[str, Callable[[Any], bool]] = {
@@ -350,7 +351,7 @@ KINDS = {
         "tokenizer": Field("a sha256 in hexadecimal digits, or null", _or_none(_is_digest)),
         "privacy": Field("text or an object", lambda x: isinstance(x, str | dict)),
         "compressed": Field(
-            "an object of from, a sha256; rank or energy; bits, group",
+            "an object of from, a sha256; rank, energy, width, bits",
             _is_compressed,
             optional=True,
         ),

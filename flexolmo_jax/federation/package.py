@@ -193,10 +193,13 @@ def _abstract(manifest: dict[str, Any], folder: Path, stored: dict[str, Any]) ->
 
     deltas = None if is_anchor else _deltas(stored)
 
+    hidden = _last_size(stored.get("feed_forward.gate"))  # a pruned expert has fewer units
+
     def init(key: jax.Array) -> Anchor | Experts:
         if is_anchor:
             return init_anchor(config, key, ranks)
-        return Experts(config, 1, key, ranks, deltas)
+        own = config.replace(ffn_width=hidden) if 0 < hidden < config.ffn_width else config
+        return Experts(own, 1, key, ranks, deltas)
 
     try:
         return jax.eval_shape(init, jax.random.key(0))

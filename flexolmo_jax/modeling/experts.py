@@ -29,6 +29,7 @@ from flexolmo_jax.modeling.low_rank import (
     MixedFeedForward,
     materialize,
 )
+from flexolmo_jax.modeling.narrow import widened
 from flexolmo_jax.modeling.router import Router, add_decayed_logits, route
 from flexolmo_jax.parallel import collectives
 from flexolmo_jax.storage.tensors import leaf_name, named
@@ -343,10 +344,14 @@ def with_base(stack: Experts, public: Experts) -> Experts:
 
 
 def with_full_feed_forward(stack: Experts, public: Experts) -> Experts:
-    """A stack of one with a full feed-forward network, as `materialize` makes it."""
-    if not isinstance(stack.feed_forward, LowRankFeedForward):
-        return stack
-    return with_parts(stack, feed_forward=materialize(public.feed_forward, stack.feed_forward))
+    """The stack with full feed-forward networks, as `materialize` and `widened` make them."""
+    own = stack.feed_forward
+    make = (
+        materialize(public.feed_forward, own)
+        if isinstance(own, LowRankFeedForward)
+        else (widened(own, public.feed_forward))
+    )
+    return with_parts(stack, feed_forward=make)
 
 
 def with_same_parts(stacks: Sequence[Experts], keep_low_rank: bool = False) -> list[Experts]:
@@ -355,11 +360,13 @@ def with_same_parts(stacks: Sequence[Experts], keep_low_rank: bool = False) -> l
     A missing head is one of zeros, which adds nothing. A head gets zero columns up to the rank of
     the widest, and to a multiple of RANK_BLOCK, so that no pass over the network has to pad it. A
     low-rank feed-forward network becomes a full one, beside that of the first stack, the public
-    one, unless it is kept. Leaves may be on disk or on the host; only heads that are padded are
-    read.
+    one, unless it is kept; a narrow one gets units of zeros. Leaves may be on disk or on the host;
+    only heads that are padded are read.
     """
-    if not keep_low_rank:
-        stacks = [with_full_feed_forward(stack, stacks[0]) for stack in stacks]
+    stacks = [
+        stack if keep_low_rank and stack.deltas else with_full_feed_forward(stack, stacks[0])
+        for stack in stacks
+    ]
     widest = map(max, zip(*(stack.ranks for stack in stacks), strict=True))
     ranks = Ranks(*(-(-rank // RANK_BLOCK) * RANK_BLOCK for rank in widest))
     return [_with_ranks(stack, ranks, like=stacks) for stack in stacks]

@@ -224,6 +224,33 @@ class WithDelta:
         return out
 
 
+@dataclasses.dataclass(frozen=True)
+class Widened:
+    """An array with zeros after it along its axes, up to a shape; read in slices."""
+
+    array: Any  # OnDisk, or of NumPy
+    shape: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.array.dtype)
+
+    def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
+        ranges = ranges_of(part, self.shape)
+        out = _empty(tuple(map(len, ranges)), self.dtype)
+        given = tuple(
+            slice(r.start, min(r.stop, size))
+            for r, size in zip(ranges, self.array.shape, strict=True)
+        )
+        if all(x.start < x.stop for x in given):
+            out[tuple(slice(x.stop - x.start) for x in given)] = self.array[given]
+        return out
+
+
 def ranges_of(part: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[range, ...]:
     """The indices that slices choose along each axis."""
     return tuple(range(*axis.indices(size)) for axis, size in zip(part, shape, strict=True))
