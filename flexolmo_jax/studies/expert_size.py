@@ -3,8 +3,9 @@
     flexolmo study expert-size flexolmo_demo OUT
 
 DEMO is the folder that `flexolmo demo` wrote. The packages of three of its owners are compressed to
-several ranks and energies, to integers of 8 and 4 bits, and to both; with --train-ranks others are
-trained low-rank from the start. Every form is scored alone and merged, and its decoding is timed.
+several ranks and energies, to integers of 8 and 4 bits, to both, and to fewer hidden units; with
+--train-ranks others are trained low-rank from the start. Every form is scored alone and merged, and
+its decoding is timed.
 """
 
 import argparse
@@ -26,11 +27,13 @@ from flexolmo_jax.modeling.flops import forward_flops, low_rank_flops, low_rank_
 from flexolmo_jax.storage.tensors import bytes_of
 from flexolmo_jax.studies.engine.commands import run_command
 from flexolmo_jax.studies.engine.report import add_page_argument, machine, table, write_page
+from flexolmo_jax.training.prune import prune
 
 OWNERS = ("math", "code", "creative")
 RANKS = (1, 4, 16, 64)
 ENERGIES = (0.9,)
 BITS = (8, 4)
+WIDTHS = (192, 96)  # of 384
 TITLE_FULL = "full"
 PROMPT, NEW = 16, 96  # tokens
 ROUNDS = 12  # of timed generations, one of each form one after another; the fastest counts
@@ -103,6 +106,12 @@ def forms(demo: Path, out: Path, train_ranks: Sequence[int]) -> dict[str, Make]:
 
         return write
 
+    def narrow(width: int) -> Make:
+        def write(name: str, package: Path) -> None:
+            prune(experts / name, package, width, f"corpus:{name}", anchor)
+
+        return write
+
     def trained(rank: int) -> Make:
         def train(name: str, package: Path) -> None:
             words = ["train", "expert", "demo_expert", "--rank", str(rank), "--name", name]
@@ -116,6 +125,7 @@ def forms(demo: Path, out: Path, train_ranks: Sequence[int]) -> dict[str, Make]:
         **{f"rank {rank}": compressed(rank=rank) for rank in RANKS},
         **{f"energy {energy}": compressed(energy=energy) for energy in ENERGIES},
         **{f"int{bits}": compressed(bits=bits) for bits in BITS},
+        **{f"width {width}": narrow(width) for width in WIDTHS},
         **{f"rank {RANKS[-1]}, int{bits}": compressed(rank=RANKS[-1], bits=bits) for bits in BITS},
         **{f"trained at rank {rank}": trained(rank) for rank in train_ranks},
     }
@@ -196,11 +206,11 @@ def make_page(
         "`flexolmo compress` makes an expert's feed-forward part a low-rank delta to the public "
         "expert's, by a truncated SVD of each of its matrices, or stores all of its matrices as "
         "integers of 8 bits, with a scale for each output channel, or of 4 bits, with one for each "
-        f"{GROUP} rows of it, or both; `flexolmo train expert --rank` trains such deltas from the "
-        "start. The anchor, the full experts and the held-out "
-        "documents are those of `flexolmo demo`: matrices of 128 by 384, so that a delta has rank "
-        "128 at most, and is as large as the matrix from rank 96 on. Larger networks have other "
-        "curves.",
+        f"{GROUP} rows of it, or both, or keeps the hidden units that matter most on the owner's "
+        "text, of 384; `flexolmo train expert --rank` trains such deltas from the start. The "
+        "anchor, the full experts and the held-out documents are those of `flexolmo demo`: "
+        "matrices of 128 by 384, so that a delta has rank 128 at most, and is as large as the "
+        "matrix from rank 96 on. Larger networks have other curves.",
         "",
         "Each expert alone, at weight 1: bits per byte of its owner's text, and in brackets how "
         "much it keeps of what the full expert gains over the anchor.",

@@ -199,6 +199,7 @@ def test_the_page_of_expert_sizes_says_what_each_form_keeps_and_costs(world, tmp
     monkeypatch.setattr(expert_size, "RANKS", (2,))
     monkeypatch.setattr(expert_size, "ENERGIES", ())
     monkeypatch.setattr(expert_size, "BITS", (4,))
+    monkeypatch.setattr(expert_size, "WIDTHS", ())
     monkeypatch.setattr(expert_size, "ROUNDS", 1)
     monkeypatch.setattr(expert_size, "NEW", 8)
     texts = {name: [Document("One, two, three.", "")] for name in ("math", "code", "public")}
