@@ -85,15 +85,22 @@ def parts_of(manifest: Mapping[str, Any]) -> dict[str, dict[str, int]]:
       manifest: of a package that was checked.
 
     Returns:
-      {part: {"parameters": count}}, and its "rank" if it is a low-rank head.
+      {part: {"parameters": count}}; its "rank" if it is low-rank, of a feed-forward part the
+      largest of its matrices'; and its "bits" if its matrices are integers.
     """
+    from flexolmo_jax.storage.integers import LARGEST, PEAK
+
     parts: dict[str, dict[str, int]] = {}
     for name, tensor in (manifest.get("tensors") or {}).items():
-        part, _, rest = name.removeprefix("public.").partition(".")
+        part = name.removeprefix("public.").partition(".")[0]
         found = parts.setdefault(part, {"parameters": 0})
+        if name.endswith(PEAK):  # the scales of integers, which are no weights
+            continue
         found["parameters"] += math.prod(tensor["shape"])
-        if rest == "a":
-            found["rank"] = tensor["shape"][-1]
+        if name.endswith(".a"):
+            found["rank"] = max(found.get("rank", 0), tensor["shape"][-1])
+        if tensor["dtype"] in LARGEST:
+            found["bits"] = int(tensor["dtype"].removeprefix("int"))
     return parts
 
 
@@ -102,6 +109,7 @@ def shown_parts(parts: Mapping[str, Mapping[str, int]]) -> str:
     return "; ".join(
         name.replace("_", " ")
         + (f" of rank {own['rank']}" if "rank" in own else "")
+        + (f" in {own['bits']} bits" if "bits" in own else "")
         + f": {own['parameters']:,}"
         for name, own in parts.items()
     )

@@ -15,6 +15,7 @@ from flexolmo_jax.commands import (
     evaluate,
     experts,
     generate,
+    hugging_face,
     inspect,
     merge,
     plan,
@@ -43,7 +44,7 @@ from flexolmo_jax.runtime.startup import (
 
 COMMANDS = (  # in the order of --help
     demo, train, compress, plan, merge, experts, privacy, audit, inspect, evaluate, study, generate,
-    data,
+    data, hugging_face,
 )  # fmt: skip
 INTERRUPTED = 130
 EXIT_CODES = (

@@ -150,7 +150,7 @@ def _public_text(file: Path) -> list[str]:
 
 
 def _from_hugging_face(source: HuggingFace, separator: str | None) -> LoadedAnchor:
-    backbone, experts, config, tokenizer, ends = source.load(separator)
+    backbone, experts, config, tokenizer, ends, _ = source.load(separator)
     if config.num_experts != 1:
         raise ValueError(
             f"{source.folder}: expected a dense OLMo 2 model as the anchor, found "

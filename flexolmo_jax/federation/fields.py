@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 from flexolmo_jax.config import ModelConfig, check_evidence, check_memory
 from flexolmo_jax.federation.names import PUBLIC, check_distinct, check_name
+from flexolmo_jax.storage.integers import LARGEST
 
 FORMAT = 2
+INTEGERS = 3  # the format of experts with matrices of integers; older versions refuse it
 MAX_BYTES = 16 * 2**20  # of a manifest; real ones have a few thousand
 MAX_DEPTH = 32  # of nested objects and lists
 DTYPES = ("float32", "bfloat16", "float16")  # that weights are stored in
+EXPERT_DTYPES = (*DTYPES, *LARGEST)
 _LARGEST_INTEGER = 2**63 - 1
 
 
@@ -97,10 +100,10 @@ def check_fields(manifest: dict[str, Any], where: Path) -> None:
     """
     _check_values(manifest, where, "", 0)
     found = manifest.get("format")
-    if isinstance(found, bool) or found != FORMAT:
+    if isinstance(found, bool) or found not in (FORMAT, INTEGERS):
         raise ValueError(
-            f"{where}: expected package format {FORMAT}, found {found!r:.100}; another version of "
-            "flexolmo_jax wrote it"
+            f"{where}: expected package format {FORMAT} or {INTEGERS}, found {found!r:.100}; "
+            "another version of flexolmo_jax wrote it"
         )
     kind = manifest.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
@@ -109,6 +112,7 @@ def check_fields(manifest: dict[str, Any], where: Path) -> None:
         )
     _check_object(manifest, {**COMMON, **KINDS[kind]}, where, "")
     try:
+        _check_format(manifest)
         if kind == "expert":
             check_name(manifest["name"])
         if kind == "merged":
@@ -125,6 +129,16 @@ def check_fields(manifest: dict[str, Any], where: Path) -> None:
         raise ValueError(f"{where}: {error}") from error
     if kind == "merged" and not manifest.get("tensors") and manifest["files"]:
         raise ValueError(f"{where}: field 'files': expected none without a tuned router")
+
+
+def _check_format(manifest: dict[str, Any]) -> None:
+    dtypes = {entry["dtype"] for entry in (manifest.get("tensors") or {}).values()}
+    integers = bool(dtypes & LARGEST.keys())
+    if integers != (manifest["format"] == INTEGERS):
+        raise ValueError(
+            f"format {manifest['format']}: expected {INTEGERS} with matrices of integers, and "
+            f"{FORMAT} without; found them {'there' if integers else 'missing'}"
+        )
 
 
 def _check_values(value: Any, where: Path, name: str, depth: int) -> None:
@@ -241,22 +255,30 @@ def _are_files(value: Any) -> bool:
     )
 
 
-def _is_tensor(value: Any) -> bool:
+def _is_tensor(value: Any, dtypes: tuple[str, ...] = DTYPES) -> bool:
     return _has(
         value,
         {
             "shape": lambda x: _all(x, list, _is_size) and len(x) <= 8,
-            "dtype": lambda x: x in DTYPES,
+            "dtype": lambda x: x in dtypes,
             "sha256": _is_digest,
         },
     )
 
 
+def _is_experts_tensor(value: Any) -> bool:
+    return _is_tensor(value, EXPERT_DTYPES)
+
+
 def _is_compressed(value: Any) -> bool:
-    return any(
-        _has(value, {"from": _is_digest, **chosen})
-        for chosen in ({"rank": _is_size}, {"energy": _is_positive})
-    )
+    sizes: list[dict[str, Callable[[Any], bool]]] = [{"rank": _is_size}, {"energy": _is_positive}]
+    bits: list[dict[str, Callable[[Any], bool]]] = [
+        {"bits": lambda x: _is_size(x) and x == 8},
+        {"bits": lambda x: _is_size(x) and x == 4, "group": _is_size},
+    ]
+    both = [{**size, **form} for size in sizes for form in bits]
+    forms: list[dict[str, Callable[[Any], bool]]] = [{"width": _is_size}, *sizes, *bits, *both]
+    return any(_has(value, {"from": _is_digest, **chosen}) for chosen in forms)
 
 
 _MODEL: dict[str, Callable[[Any], bool]] = {
@@ -288,7 +310,8 @@ def model_of(manifest: dict[str, Any], where: Path) -> ModelConfig:
 
 _SOURCE = {"path": _is_text, "digest": _is_digest}
 _IS_TEXT, _IS_DIGEST = Field("text", _is_text), Field("a sha256 in hexadecimal digits", _is_digest)
-_TENSORS = "an object of tensors, each with a shape, a dtype of " + ", ".join(DTYPES) + ", a sha256"
+_TENSORS = "an object of tensors, each with a shape, a dtype of {}, a sha256"
+_OF_FLOATS = _TENSORS.format(", ".join(DTYPES))
 COMMON = {
     "made_by": _IS_TEXT,
     "files": Field("an object of plain relative paths, each with its sha256", _are_files),
@@ -319,7 +342,7 @@ KINDS = {
             "an object of a sha256, digest, and text, separator",
             lambda x: _has(x, {"digest": _is_digest, "separator": _is_text}),
         ),
-        "tensors": Field(_TENSORS, lambda x: _all(x, dict, _is_tensor)),
+        "tensors": Field(_OF_FLOATS, lambda x: _all(x, dict, _is_tensor)),
     },
     "expert": {
         "name": _IS_TEXT,
@@ -328,9 +351,13 @@ KINDS = {
         "tokenizer": Field("a sha256 in hexadecimal digits, or null", _or_none(_is_digest)),
         "privacy": Field("text or an object", lambda x: isinstance(x, str | dict)),
         "compressed": Field(
-            "an object of from, a sha256, and a rank or an energy", _is_compressed, optional=True
+            "an object of from, a sha256; rank, energy, width, bits",
+            _is_compressed,
+            optional=True,
         ),
-        "tensors": Field(_TENSORS, lambda x: _all(x, dict, _is_tensor)),
+        "tensors": Field(
+            _TENSORS.format(", ".join(EXPERT_DTYPES)), lambda x: _all(x, dict, _is_experts_tensor)
+        ),
     },
     "merged": {
         "anchor": Field(
@@ -371,6 +398,6 @@ KINDS = {
             ),
             optional=True,
         ),
-        "tensors": Field(_TENSORS, lambda x: _all(x, dict, _is_tensor), optional=True),
+        "tensors": Field(_OF_FLOATS, lambda x: _all(x, dict, _is_tensor), optional=True),
     },
 }

@@ -21,7 +21,7 @@ from flexolmo_jax.federation.merged import OpenedModel, open_merged
 from flexolmo_jax.federation.names import PUBLIC
 from flexolmo_jax.federation.package import MANIFEST, Package, check_packages, read_manifest
 from flexolmo_jax.federation.source import HuggingFace, WeightSource, open_source
-from flexolmo_jax.modeling.experts import Experts, pad_experts, with_parts
+from flexolmo_jax.modeling.experts import Experts, pad_experts, split, with_parts
 from flexolmo_jax.modeling.low_rank import LowRankGroups, MixedFeedForward
 from flexolmo_jax.modeling.transformer import Backbone
 from flexolmo_jax.parallel import placement
@@ -118,11 +118,9 @@ def _load(
 def _place(
     opened: OpenedModel, dtype: str | None, mesh: Mesh | None, over: tuple[str, ...]
 ) -> LoadedModel:
-    anchor = opened.anchor
-    # Devices of a mesh share the matrices of full experts, so low-rank ones become full there.
-    stacks = opened.stacks(keep_low_rank=mesh is None)
-    padding = 0 if mesh is None else -len(stacks) % mesh.shape[EXPERT]
-    experts = _join_experts(stacks, padding)
+    anchor, stacks = opened.anchor, opened.stacks(keep_low_rank=True)
+    devices = 1 if mesh is None else mesh.shape[EXPERT]
+    experts, padding = join_experts(stacks, devices)
     experts.router = _join(opened.routers, padding)
     backbone, experts = placement.device_put((anchor.weights.backbone, experts), mesh, over, dtype)
     return LoadedModel(
@@ -130,17 +128,29 @@ def _place(
     )
 
 
-def _join_experts(stacks: list[Experts], padding: int) -> Experts:
-    """As `_join`; full experts, and low-rank ones of each rank, are stacks of their own."""
+def join_experts(stacks: list[Experts], devices: int) -> tuple[Experts, int]:
+    """As `_join`; full experts, and low-rank ones of each rank, are stacks of their own.
+
+    Args:
+      stacks: of one expert each; the full ones first.
+      devices: over which full experts are spread. Low-rank ones are on each of them, and then so is
+        the public expert once more.
+
+    Returns:
+      the experts; and how many more than `stacks` their router must have rows for.
+    """
     kinds = [
-        _join([x.feed_forward for x in own], padding if ranks is None else 0)
-        for ranks, own in itertools.groupby(stacks, lambda x: x.deltas)
+        [x.feed_forward for x in own] for _, own in itertools.groupby(stacks, lambda x: x.deltas)
     ]
     full, *low_rank = kinds
-    rest = _join([with_parts(x, feed_forward=None) for x in stacks], padding)
     if not low_rank:
-        return with_parts(rest, feed_forward=full)
-    return with_parts(rest, feed_forward=MixedFeedForward(full, LowRankGroups(low_rank)))
+        padding = -len(stacks) % devices
+        return _join(stacks, padding), padding
+    padding = -len(full) % devices if len(full) > 1 else 0
+    base = full[0] if devices > 1 and len(full) > 1 else None
+    groups = LowRankGroups([_join(own, 0) for own in low_rank], base)
+    rest = _join([with_parts(x, feed_forward=None) for x in stacks], 0)
+    return with_parts(rest, feed_forward=MixedFeedForward(_join(full, padding), groups)), 0
 
 
 def _join(stacks: list[Any], padding: int) -> Any:
@@ -163,9 +173,11 @@ def _load_hugging_face(
     over: tuple[str, ...],
     separator: str | None,
 ) -> LoadedModel:
-    backbone, experts, config, tokenizer, ends = source.load(separator, dtype)
-    names = (PUBLIC, *(f"expert_{i}" for i in range(1, config.num_experts)))
-    if mesh is not None:
+    backbone, experts, config, tokenizer, ends, order = source.load(separator, dtype)
+    names = (PUBLIC, *(f"expert_{i}" for i in order[1:]))
+    if mesh is not None and isinstance(experts.feed_forward, MixedFeedForward):
+        experts, _ = join_experts(split(experts), mesh.shape[EXPERT])
+    elif mesh is not None:
         experts = pad_experts(experts, mesh.shape[EXPERT])
     backbone, experts = placement.device_put((backbone, experts), mesh, over)
     return LoadedModel(backbone, experts, config, names, tokenizer, ends)

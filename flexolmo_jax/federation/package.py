@@ -22,7 +22,8 @@ import jax
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.federation import fields
-from flexolmo_jax.federation.fields import FORMAT
+from flexolmo_jax.federation.fields import FORMAT, INTEGERS
+from flexolmo_jax.federation.integers import describe, files_of, leaves_of, open_leaves
 from flexolmo_jax.federation.package_files import (
     Expected,
     check_bytes,
@@ -34,7 +35,7 @@ from flexolmo_jax.federation.package_files import (
 from flexolmo_jax.modeling.experts import Experts, Ranks
 from flexolmo_jax.modeling.low_rank import FeedForwardRanks
 from flexolmo_jax.modeling.transformer import Anchor, init_anchor
-from flexolmo_jax.storage import on_disk, tensors
+from flexolmo_jax.storage import tensors
 from flexolmo_jax.storage.files import (
     canonical_digest,
     file_digest,
@@ -58,7 +59,7 @@ def write_package(
     Args:
       path: where; must not exist, or be an empty folder.
       manifest: kind, name and the other fields of that kind; the rest is filled in here.
-      tree: the weights (modules, tuples, dicts).
+      tree: the weights (modules, tuples, dicts); `FromCodes` are stored as integers.
       files: text files to put beside them, by name.
 
     Raises:
@@ -70,14 +71,15 @@ def write_package(
         named = tensors.named(tree)
         for name, x in named.items():
             tensors.check_in_range(name, x, path)
-        tensors.save(folder / PARAMS, named)
+        stored = {own: x for name, leaf in named.items() for own, x in files_of(name, leaf)}
+        tensors.save(folder / PARAMS, stored)
         for name, text in (files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         manifest = {
-            "format": FORMAT,
+            "format": FORMAT if stored.keys() == named.keys() else INTEGERS,
             "made_by": f"flexolmo_jax {__version__}",
             **manifest,
-            "tensors": tensors.describe(named),
+            "tensors": describe(named),
             "files": _digests(folder),
         }
         write_manifest(folder, manifest)
@@ -160,14 +162,11 @@ class Package(NamedTuple):
             is missing, in excess or unfit.
         """
         manifest = read_manifest(folder, kind=kind)
-        stored = {
-            name: jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"])
-            for name, entry in manifest.get("tensors", {}).items()
-        }
-        abstract = _abstract(manifest, folder, stored)
-        check_shapes(folder, abstract, stored)
+        leaves = leaves_of(manifest.get("tensors", {}))
+        abstract = _abstract(manifest, folder, leaves)
+        check_shapes(folder, abstract, leaves)
         _check_files(folder, manifest)
-        opened = on_disk.open_tensors(folder / PARAMS, stored)
+        opened = open_leaves(folder, PARAMS, manifest)
         return cls(folder, manifest, tensors.refill(abstract, opened))
 
     @property
@@ -194,10 +193,13 @@ def _abstract(manifest: dict[str, Any], folder: Path, stored: dict[str, Any]) ->
 
     deltas = None if is_anchor else _deltas(stored)
 
+    hidden = _last_size(stored.get("feed_forward.gate"))  # a pruned expert has fewer units
+
     def init(key: jax.Array) -> Anchor | Experts:
         if is_anchor:
             return init_anchor(config, key, ranks)
-        return Experts(config, 1, key, ranks, deltas)
+        own = config.replace(ffn_width=hidden) if 0 < hidden < config.ffn_width else config
+        return Experts(own, 1, key, ranks, deltas)
 
     try:
         return jax.eval_shape(init, jax.random.key(0))
@@ -259,8 +261,9 @@ def check_packages(packages: Iterable[Package], share: tuple[int, int] = (0, 1))
 
 def _expected(package: Package) -> Iterator[Expected]:
     stored = {
-        str(x.file.relative_to(package.folder)): (x.nbytes, package.manifest["tensors"][name])
-        for name, x in tensors.named(package.weights).items()
+        str(x.file.relative_to(package.folder)): (x.nbytes, package.manifest["tensors"][own])
+        for name, leaf in tensors.named(package.weights).items()
+        for own, x in files_of(name, leaf)
     }
     for name, sha256 in package.manifest["files"].items():
         file, tensor = package.folder / name, None

@@ -18,6 +18,7 @@ class HuggingFaceModel(NamedTuple):
       backbone, experts, config: the model, on one device.
       tokenizer: None where there is no tokenizer.json.
       ends: ids that end a generated text.
+      order: the numbers of its experts, in the order of the stack.
     """
 
     backbone: Backbone
@@ -25,10 +26,11 @@ class HuggingFaceModel(NamedTuple):
     config: ModelConfig
     tokenizer: Tokenizer | None
     ends: tuple[int, ...]
+    order: tuple[int, ...]
 
 
 class HuggingFace(NamedTuple):
-    """A Hugging Face directory of a FlexOlmo or OLMo 2 model."""
+    """A Hugging Face directory of a FlexOlmo, FlexMoRE or OLMo 2 model."""
 
     folder: Path
 
@@ -45,7 +47,8 @@ class HuggingFace(NamedTuple):
             separator = separator or hf_import.separator(self.folder)
             tokenizer = Tokenizer.load(file, separator, config.vocab_size)
         ends = hf_import.ends_of_text(self.folder)
-        return HuggingFaceModel(backbone, experts, config, tokenizer, ends)
+        order = hf_import.expert_order(self.folder, config)
+        return HuggingFaceModel(backbone, experts, config, tokenizer, ends, order)
 
 
 WeightSource = Package | HuggingFace

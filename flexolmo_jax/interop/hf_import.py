@@ -1,112 +1,52 @@
-"""Reads FlexOlmo and OLMo 2 models in Hugging Face's form (config.json and safetensors).
+"""Reads FlexOlmo, FlexMoRE and OLMo 2 models in Hugging Face's form (config.json, safetensors).
 
-The tables below map each of our leaves to stored tensors. A leaf is filled in place, one stored
-tensor at a time, so that loading needs memory for the model once, plus its largest leaf.
+The tables of layouts.py map each of our leaves to stored tensors. A leaf is filled in place, one
+stored tensor at a time, so that loading needs memory for the model once, plus its largest leaf.
 """
 
 import collections
 import contextlib
-import functools
 import gc
-import itertools
 import json
-import math
 import os
-import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import SEPARATOR
-from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.interop.hf_files import OTHER_WEIGHTS, Tensor, open_tensors, reading
+from flexolmo_jax.interop.layouts import (
+    BACKBONE,
+    Source,
+    experts_table,
+    rank_groups,
+    sizes_of,
+)
+from flexolmo_jax.modeling.experts import Experts, FeedForward, with_parts
+from flexolmo_jax.modeling.low_rank import (
+    FeedForwardRanks,
+    LowRankFeedForward,
+    LowRankGroups,
+    MixedFeedForward,
+)
 from flexolmo_jax.modeling.transformer import Backbone, abstract_model
 from flexolmo_jax.storage.tensors import named, refill
 
-
-class _Source(NamedTuple):
-    """Where a leaf's numbers are stored, and how they are transposed into ours."""
-
-    key: str  # fills leaf[l, e], leaf[l] or the whole leaf, as it has {l} and {e}
-    axes: str  # theirs -> ours, letters as in modeling/layers.py; (N H) is one axis of theirs
-    half: int | None = None  # of a leading axis of 2, where one tensor holds two leaves
-
-    def places(self, config: ModelConfig) -> Iterator[tuple[tuple[int, ...], str]]:
-        """(index into the leaf, name of the tensor that goes there), for all of the leaf."""
-        sizes = {"l": config.num_layers, "e": config.num_experts}
-        used = [letter for letter in sizes if f"{{{letter}}}" in self.key]
-        for place in itertools.product(*(range(sizes[letter]) for letter in used)):
-            yield place, self.key.format(**dict(zip(used, place, strict=True)))
-
-    def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
-        """What each of the stored tensors must have."""
-        axes = re.findall(r"\(.*?\)|\w", self.axes.split(" -> ")[0])
-        return tuple(math.prod(sizes[x] for x in re.findall(r"\w", axis)) for axis in axes)
-
-    def transposed(self, tensor: np.ndarray, sizes: dict[str, int]) -> np.ndarray:
-        """A stored tensor as a part of our leaf; a view."""
-        theirs, ours = (re.findall(r"\w", side) for side in self.axes.split(" -> "))
-        tensor = tensor.reshape([sizes[x] for x in theirs])
-        tensor = tensor.transpose([theirs.index(x) for x in ours])
-        return tensor if self.half is None else tensor[self.half]
-
-
-_LAYER = "model.layers.{l}."
-_ATTENTION = _LAYER + "self_attn."
-_MLP = _LAYER + "mlp."
-
-_BACKBONE = {
-    "embed": _Source("model.embed_tokens.weight", "V D -> V D"),
-    "layers.attention.q": _Source(_ATTENTION + "q_proj.weight", "(N H) D -> D N H"),
-    "layers.attention.k": _Source(_ATTENTION + "k_proj.weight", "(K H) D -> D K H"),
-    "layers.attention.v": _Source(_ATTENTION + "v_proj.weight", "(K H) D -> D K H"),
-    "layers.attention.o": _Source(_ATTENTION + "o_proj.weight", "D (N H) -> N H D"),
-    "layers.attention.q_norm.scale": _Source(_ATTENTION + "q_norm.weight", "(N H) -> N H"),
-    "layers.attention.k_norm.scale": _Source(_ATTENTION + "k_norm.weight", "(K H) -> K H"),
-    "layers.attention_norm.scale": _Source(_LAYER + "post_attention_layernorm.weight", "D -> D"),
-    "layers.experts_norm.scale": _Source(_LAYER + "post_feedforward_layernorm.weight", "D -> D"),
-    "norm.scale": _Source("model.norm.weight", "D -> D"),
-    "head": _Source("lm_head.weight", "V D -> D V"),
-}
-_DENSE = {  # OLMo 2: becomes the public expert, alone; its router row stays 0
-    "feed_forward.gate": _Source(_MLP + "gate_proj.weight", "F D -> D F"),
-    "feed_forward.up": _Source(_MLP + "up_proj.weight", "F D -> D F"),
-    "feed_forward.down": _Source(_MLP + "down_proj.weight", "D F -> F D"),
-}
-_ROUTER = {"router.row": _Source(_MLP + "gate.weight", "E D -> E D")}
-_SEPARATE = {  # FlexOlmo as it is released
-    "feed_forward.gate": _Source(_MLP + "experts.{e}.gate_proj.weight", "F D -> D F"),
-    "feed_forward.up": _Source(_MLP + "experts.{e}.up_proj.weight", "F D -> D F"),
-    "feed_forward.down": _Source(_MLP + "experts.{e}.down_proj.weight", "D F -> F D"),
-}
-_PACKED = {  # FlexOlmo as transformers 5 holds it in memory
-    "feed_forward.gate": _Source(_MLP + "experts.gate_up_proj", "E (2 F) D -> 2 E D F", half=0),
-    "feed_forward.up": _Source(_MLP + "experts.gate_up_proj", "E (2 F) D -> 2 E D F", half=1),
-    "feed_forward.down": _Source(_MLP + "experts.down_proj", "E D F -> E F D"),
-}
-
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLEXMORE = "flexmore"  # Pedersen et al., 2026: some experts are low-rank deltas to the first one
 # transformers' defaults for fields that config.json leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "flex_olmo": {"rope_theta": 5e5, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096},
+    **dict.fromkeys(
+        ("flex_olmo", FLEXMORE),
+        {"rope_theta": 5e5, "rms_norm_eps": 1e-6, "max_position_embeddings": 4096},
+    ),
     "olmo2": {"rope_theta": 1e4, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
 }
 # Fields for which our network has one value only; None: the field must not be set.
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "sliding_window": None}
-
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-INDEX_SUFFIX = ".safetensors.index.json"
-NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
-SUFFIXES = (".safetensors", INDEX_SUFFIX)
-OTHER_WEIGHTS = ("*.safetensors", "*.index.json", "*.bin", "*.gguf", "*.pth")
 
 
 def is_hugging_face(path: str | Path) -> bool:
@@ -239,7 +179,7 @@ def load_config(path: str | Path) -> ModelConfig:
         "tie_embeddings": field("tie_word_embeddings", bool, False),
         "max_length": field("max_position_embeddings", int),
     }
-    if model_type == "flex_olmo":
+    if model_type in ("flex_olmo", FLEXMORE):
         values |= {
             "num_experts": field("num_experts", int),
             "active_experts": field("num_experts_per_tok", int),
@@ -251,6 +191,53 @@ def load_config(path: str | Path) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
+def expert_ranks(path: str | Path) -> tuple[int, ...]:
+    """Of a FlexMoRE model, the rank of each expert's deltas, 0 for a full one; else nothing.
+
+    Raises:
+      ValueError: `expert_ranks` in config.json is not what it must be.
+    """
+    file = Path(path) / "config.json"
+    fields = _fields(file)
+    if fields.get("model_type") != FLEXMORE:
+        return ()
+    ranks, count = fields.get("expert_ranks"), fields.get("num_experts")
+    given = ranks if isinstance(ranks, list) else []
+    right = all(type(rank) is int and 0 <= rank < 2**31 for rank in given)
+    if not right or len(given) != count or given[:1] != [0]:
+        raise ValueError(
+            f"{file}: expert_ranks: expected {count} ranks, of which the first, the public "
+            f"expert's, is 0, found {ranks!r:.200}"
+        )
+    return tuple(given)
+
+
+def expert_order(path: str | Path, config: ModelConfig) -> tuple[int, ...]:
+    """The numbers of the directory's experts in the order of the loaded stack: full ones first."""
+    full, groups = rank_groups(expert_ranks(path) or [0] * config.num_experts)
+    return sum((group.experts for group in groups), full)
+
+
+def _abstract(config: ModelConfig, ranks: tuple[int, ...]) -> tuple[Backbone, Experts]:
+    """Shapes of the model; with ranks, low-rank experts of one rank are a stack."""
+    backbone, experts = abstract_model(config)
+    full, groups = rank_groups(ranks)
+    if not groups:
+        return backbone, experts
+    layers, sizes, key = config.num_layers, (config.width, config.ffn_width), jax.random.key(0)
+
+    def stacks(key: jax.Array) -> MixedFeedForward:
+        own = [
+            LowRankFeedForward(
+                layers, len(group.experts), *sizes, FeedForwardRanks(*[group.rank] * 3), key
+            )
+            for group in groups
+        ]
+        return MixedFeedForward(FeedForward(layers, len(full), *sizes, key), LowRankGroups(own))
+
+    return backbone, with_parts(experts, feed_forward=jax.eval_shape(stacks, key))
+
+
 def load(path: str | Path, dtype: Any = None) -> tuple[Backbone, Experts, ModelConfig]:
     """Reads a whole model.
 
@@ -260,16 +247,17 @@ def load(path: str | Path, dtype: Any = None) -> tuple[Backbone, Experts, ModelC
       dtype: of the weights; None: as they are stored (the widest, if they differ).
 
     Returns:
-      The backbone, one stack with all experts, and the sizes. Router biases are 0.
+      The backbone, one stack with all experts, in `expert_order`, and the sizes. Router biases
+      are 0.
 
     Raises:
       ValueError: a file is missing, damaged, or does not fit: the text names the tensors.
     """
-    path, config = Path(path), load_config(path)
+    path, config, ranks = Path(path), load_config(path), expert_ranks(path)
     with contextlib.ExitStack() as stack:
-        stored = _open(path, stack)
-        table = {**_BACKBONE, **_experts_table(config, stored)}
-        backbone, experts = abstract_model(config)
+        stored = open_tensors(path, stack)
+        table = {**BACKBONE, **experts_table(config, stored, ranks)}
+        backbone, experts = _abstract(config, ranks)
         leaves = {**named(backbone), **named(experts)}
         table = {name: source for name, source in table.items() if name in leaves}
         _check(path, config, table, stored)
@@ -279,8 +267,8 @@ def load(path: str | Path, dtype: Any = None) -> tuple[Backbone, Experts, ModelC
             buffer = np.zeros(leaves[name].shape, dtype)
             if name in table:
                 for place, key in table[name].places(config):
-                    with _reading(stored[key].file):
-                        buffer[place] = table[name].transposed(stored[key].read(), _sizes(config))
+                    with reading(stored[key].file):
+                        buffer[place] = table[name].transposed(stored[key].read(), sizes_of(config))
             leaf = jax.block_until_ready(jnp.asarray(buffer))
             if buffer.nbytes > 2**22:  # JAX lets go of a buffer when Python collects garbage
                 del buffer
@@ -291,121 +279,11 @@ def load(path: str | Path, dtype: Any = None) -> tuple[Backbone, Experts, ModelC
     return refill(backbone, filled), refill(experts, filled), config
 
 
-class _Tensor(NamedTuple):
-    """A tensor in a file; nothing of it is in memory."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
-
-
-@contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file}: missing or damaged ({error}); get it again") from error
-
-
-def _open(path: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """Opens the folder's safetensors and lists what they hold; `stack` closes them."""
-    found: dict[str, _Tensor] = {}
-    for file in _weight_files(path):
-        with _reading(file):
-            opened = stack.enter_context(safe_open(file, framework="numpy"))
-        for name in opened.keys():
-            header, read = opened.get_slice(name), functools.partial(opened.get_tensor, name)
-            kind = header.get_dtype()
-            if kind not in _DTYPES:
-                raise ValueError(f"{file}: {name}: expected {'/'.join(_DTYPES)}, found {kind}")
-            if name in found:
-                raise ValueError(f"{file}: {name} is also in {found[name].file}")
-            found[name] = _Tensor(file, tuple(header.get_shape()), _DTYPES[kind], read)
-    return found
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The files that transformers 5 reads of a folder, and no others that lie beside them.
-
-    They are the file or index that `transformers_weights` in config.json names, else
-    model.safetensors, else what model.safetensors.index.json names. An index beside
-    model.safetensors is a leftover: transformers 5 deletes old shards when it saves a model,
-    and leaves their index.
-
-    Raises:
-      ValueError: there is neither; the index cannot be read, or names files outside of the folder.
-    """
-    fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    named_by_config = fields.get("transformers_weights")
-    if named_by_config is not None:
-        file = _inside(path, named_by_config, path / "config.json")
-        return _shards(path, file) if file.name.endswith(INDEX_SUFFIX) else [file]
-    if (path / WEIGHTS).is_file():
-        if _has_shards(path):
-            warnings.warn(
-                f"{path}: holds two checkpoints; {WEIGHTS} is read, as transformers does, and the "
-                f"shards of {INDEX} are not: delete one of them",
-                stacklevel=2,
-            )
-        return [path / WEIGHTS]
-    if (path / INDEX).is_file():
-        return _shards(path, path / INDEX)
-    others = sorted(file.name for pattern in OTHER_WEIGHTS for file in path.glob(pattern))
-    raise ValueError(
-        f"{path}: expected {WEIGHTS} or {INDEX}, found {', '.join(others[:3]) or 'neither'}; "
-        "where the weights have another name or format, load them with transformers and write "
-        "them with save_pretrained"
-    )
-
-
-def _has_shards(path: Path) -> bool:
-    """Whether the folder has an index, and all files that it names."""
-    try:
-        return all(file.is_file() for file in _shards(path, path / INDEX))
-    except ValueError:
-        return False
-
-
-def _shards(path: Path, index: Path) -> list[Path]:
-    """The files that an index names, each once."""
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(_inside(path, name, index) for name in names)
-    except (OSError, KeyError, TypeError, AttributeError, *NOT_JSON) as error:
-        raise ValueError(f"{index}: not an index of safetensors ({error!r})") from error
-
-
-def _inside(path: Path, name: Any, where: Path) -> Path:
-    """A file of the folder by its name; links are followed, as in the Hugging Face cache."""
-    if not isinstance(name, str) or not name.endswith(SUFFIXES):
-        raise ValueError(f"{where}: expected the name of a safetensors file, found {name!r}")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{where}: expected files in the folder {path}, found {name!r}")
-    return path / name
-
-
-def _experts_table(config: ModelConfig, names: Iterable[str]) -> dict[str, _Source]:
-    """The rows for the experts: dense, or a mixture in one of its two layouts."""
-    experts = [name for name in names if ".mlp.experts." in name]
-    if config.num_experts == 1 and not experts:
-        return _DENSE
-    packed = any(name.endswith(".gate_up_proj") for name in experts)
-    return {**_ROUTER, **(_PACKED if packed else _SEPARATE)}
-
-
-def _sizes(config: ModelConfig) -> dict[str, int]:
-    """The letters of `_Source.axes`."""
-    c = config
-    heads = {"N": c.num_heads, "K": c.kv_heads, "H": c.head_size}
-    return heads | {"V": c.vocab_size, "D": c.width, "F": c.ffn_width, "E": c.num_experts, "2": 2}
-
-
 def _check(
-    path: Path, config: ModelConfig, table: dict[str, _Source], stored: dict[str, _Tensor]
+    path: Path, config: ModelConfig, table: dict[str, Source], stored: dict[str, Tensor]
 ) -> None:
     """Raises one ValueError with all the tensors that do not fit."""
-    shapes = [(source, source.shape(_sizes(config))) for source in table.values()]
+    shapes = [(source, source.shape(sizes_of(config))) for source in table.values()]
     expected = {key: shape for source, shape in shapes for _, key in source.places(config)}
     problems: dict[str, list[str]] = collections.defaultdict(list)
     for name, shape in expected.items():
@@ -415,7 +293,7 @@ def _check(
             found = f"found {list(stored[name].shape)} in {stored[name].file.name}"
             problems["of another shape"].append(f"{name}: expected {list(shape)}, {found}")
     # A tied head may be stored once more under its own name.
-    known = expected.keys() | ({_BACKBONE["head"].key} if config.tie_embeddings else set())
+    known = expected.keys() | ({BACKBONE["head"].key} if config.tie_embeddings else set())
     for name in stored.keys() - known:
         problems["unknown"].append(f"{name} {list(stored[name].shape)} in {stored[name].file.name}")
     texts = [

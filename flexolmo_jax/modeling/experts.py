@@ -9,7 +9,7 @@ touches the first.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from flexolmo_jax.modeling.low_rank import (
     MixedFeedForward,
     materialize,
 )
+from flexolmo_jax.modeling.narrow import widened
 from flexolmo_jax.modeling.router import Router, add_decayed_logits, route
 from flexolmo_jax.parallel import collectives
 from flexolmo_jax.storage.tensors import leaf_name, named
@@ -73,15 +74,12 @@ def moe(
         logits = jnp.concatenate([stack.router(x) for stack in stacks])
         weights, router_state = router_weights(logits, allowed, config, segments, router_state)
     out, first = jnp.zeros_like(x), 0
-    for stack in stacks:
-        last = first + stack.router.bias.shape[0]
-        network = stack.feed_forward
-        assert not isinstance(network, LowRankFeedForward), "with_base has to come first"
+    for network, count in (each for stack in stacks for each in _networks(stack)):
         add: Callable = network.add_dense
         if config.expert_compute == "grouped":
             add = functools.partial(network.add_grouped, active=active)
-        out = _where_sharded(stack, add)(out, x, weights[first:last])
-        first = last
+        out = _where_sharded(network, count, add)(out, x, weights[first : first + count])
+        first += count
     return MoeOutput(out, logits, router_state, weights)
 
 
@@ -110,14 +108,26 @@ def router_weights(
     return route(logits, allowed, active, config.renormalize), router_state
 
 
-def _where_sharded(stack: "Experts | LayerExperts", add: Callable) -> Callable:
-    """`add(total, x, weights)`, run by the devices that hold the stack's experts or shares of them.
+def _networks(
+    stack: "Experts | LayerExperts",
+) -> "list[tuple[FeedForward | LowRankGroups, int]]":
+    """The networks of a stack without the layer axis, each with its number of experts."""
+    network, count = stack.feed_forward, stack.router.bias.shape[0]
+    assert not isinstance(network, LowRankFeedForward), "with_base has to come first"
+    if not isinstance(network, MixedFeedForward):
+        return [(network, count)]
+    low_rank = network.low_rank.experts_here
+    return [(network.full, count - low_rank), (network.low_rank_with_base(), low_rank)]
+
+
+def _where_sharded(network: "FeedForward | LowRankGroups", count: int, add: Callable) -> Callable:
+    """`add(total, x, weights)`, run by the devices that hold `count` experts or shares of them.
 
     With expert parallelism each device receives all tokens and returns its experts' summand of
     every token (all-gather, reduce-scatter); with tensor parallelism the summands are those of the
     devices' shares of the hidden units (all-reduce). Elsewhere it is `add` itself.
     """
-    expert_parallel = collectives.is_expert_parallel(stack)
+    expert_parallel = collectives.is_expert_parallel(network, count)
     if not expert_parallel and not collectives.is_tensor_parallel():
         return add
 
@@ -200,6 +210,20 @@ class LayerExperts(NamedTuple):
 
     feed_forward: FeedForward | LowRankGroups | MixedFeedForward
     router: Router
+
+    def gathered(self, config: ModelConfig) -> "LayerExperts":
+        """Of one layer, with its matrices all-gathered; expert-parallel experts do not move."""
+
+        def gather(network, count):
+            expert_parallel = collectives.is_expert_parallel(network, count)
+            return collectives.all_gather_module(network, config, expert_parallel)
+
+        own, count = self.feed_forward, self.router.bias.shape[0]
+        if not isinstance(own, MixedFeedForward):
+            return LayerExperts(gather(own, count), self.router)
+        low_rank = own.low_rank.experts_here
+        mixed = MixedFeedForward(gather(own.full, count - low_rank), gather(own.low_rank, low_rank))
+        return LayerExperts(mixed, self.router)
 
     def kinds(self) -> "tuple[LayerExperts, LayerExperts | None]":
         """Of all layers: the full experts, and the low-rank ones, if there are any."""
@@ -293,10 +317,14 @@ def with_base(stack: Experts, public: Experts) -> Experts:
 
 
 def with_full_feed_forward(stack: Experts, public: Experts) -> Experts:
-    """A stack of one with a full feed-forward network, as `materialize` makes it."""
-    if not isinstance(stack.feed_forward, LowRankFeedForward):
-        return stack
-    return with_parts(stack, feed_forward=materialize(public.feed_forward, stack.feed_forward))
+    """The stack with full feed-forward networks, as `materialize` and `widened` make them."""
+    own = stack.feed_forward
+    make = (
+        materialize(public.feed_forward, own)
+        if isinstance(own, LowRankFeedForward)
+        else (widened(own, public.feed_forward))
+    )
+    return with_parts(stack, feed_forward=make)
 
 
 def with_same_parts(stacks: Sequence[Experts], keep_low_rank: bool = False) -> list[Experts]:
@@ -305,11 +333,13 @@ def with_same_parts(stacks: Sequence[Experts], keep_low_rank: bool = False) -> l
     A missing head is one of zeros, which adds nothing. A head gets zero columns up to the rank of
     the widest, and to a multiple of RANK_BLOCK, so that no pass over the network has to pad it. A
     low-rank feed-forward network becomes a full one, beside that of the first stack, the public
-    one, unless it is kept. Leaves may be on disk or on the host; only heads that are padded are
-    read.
+    one, unless it is kept; a narrow one gets units of zeros. Leaves may be on disk or on the host;
+    only heads that are padded are read.
     """
-    if not keep_low_rank:
-        stacks = [with_full_feed_forward(stack, stacks[0]) for stack in stacks]
+    stacks = [
+        stack if keep_low_rank and stack.deltas else with_full_feed_forward(stack, stacks[0])
+        for stack in stacks
+    ]
     widest = map(max, zip(*(stack.ranks for stack in stacks), strict=True))
     ranks = Ranks(*(-(-rank // RANK_BLOCK) * RANK_BLOCK for rank in widest))
     return [_with_ranks(stack, ranks, like=stacks) for stack in stacks]
@@ -353,6 +383,22 @@ def join(*stacks: Experts) -> Experts:
 def select(stack: Experts, indices: list[int]) -> Experts:
     """The stack of the experts at `indices`, in that order."""
     return jax.tree.map(lambda leaf: leaf[:, jnp.asarray(indices)], stack)
+
+
+def split(experts: Experts) -> list[Experts]:
+    """The experts of a merged model as stacks of one, in order: the inverse of joining."""
+
+    def of_one(tree: Any) -> list[Any]:
+        count = jax.tree.leaves(tree)[0].shape[1]
+        return [jax.tree.map(lambda leaf, e=e: leaf[:, e : e + 1], tree) for e in range(count)]
+
+    mixed = experts.feed_forward
+    if not isinstance(mixed, MixedFeedForward):
+        return of_one(experts)
+    networks = [one for kind in (mixed.full, *mixed.low_rank.groups) for one in of_one(kind)]
+    rest = of_one(with_parts(experts, feed_forward=None))
+    pairs = zip(rest, networks, strict=True)
+    return [with_parts(one, feed_forward=network) for one, network in pairs]
 
 
 def pad_experts(stack: Experts, multiple: int) -> Experts:

@@ -174,37 +174,14 @@ class MixedFeedForward(nnx.Module):
 
     def __init__(self, full: Any, low_rank: LowRankGroups):
         self.full = full  # a `FeedForward`
+        # With a base of their own where the full experts are on several devices, each on one: every
+        # device computes the low-rank experts of its own tokens.
         self.low_rank = low_rank
 
-    @property
-    def experts_here(self) -> int:
-        """How many experts of a layer this device holds: all of them."""
-        return self.full.experts_here + self.low_rank.experts_here
-
-    def add_dense(
-        self,
-        total: Float[Array, "B S D"] | None,
-        x: Float[Array, "B S D"],
-        weights: Float[Array, "E B S"],
-    ) -> Float[Array, "B S D"]:
-        """The full experts' `add_dense`, then the low-rank experts'."""
-        count = self.full.experts_here
-        total = self.full.add_dense(total, x, weights[:count])
-        return self._low_rank().add_dense(total, x, weights[count:])
-
-    def add_grouped(
-        self,
-        total: Float[Array, "B S D"] | None,
-        x: Float[Array, "B S D"],
-        weights: Float[Array, "E B S"],
-        active: int,
-    ) -> Float[Array, "B S D"]:
-        """The full experts' `add_grouped`, then the low-rank experts'."""
-        count = self.full.experts_here
-        total = self.full.add_grouped(total, x, weights[:count], active)
-        return self._low_rank().add_grouped(total, x, weights[count:], active)
-
-    def _low_rank(self) -> LowRankGroups:
+    def low_rank_with_base(self) -> LowRankGroups:
+        """The low-rank experts of one layer, beside the public one."""
+        if hasattr(self.low_rank, "base"):
+            return self.low_rank
         return self.low_rank.with_base(jax.tree.map(lambda leaf: leaf[:1], self.full))
 
 

@@ -332,7 +332,7 @@ def _scan_layers(
         x, cache = carry
         layer, stacks, layer_index, router_state = slices
         layer = collectives.all_gather_module(layer, config)
-        stacks = tuple(collectives.all_gather_experts(stack, config) for stack in stacks)
+        stacks = tuple(stack.gathered(config) for stack in stacks)
         of_layer = state and state._replace(cache=cache, router_state=router_state)
         out = layer(x, stacks, positions, segments, allowed, config, of_layer, layer_index, weights)
         return (out.x, out.cache), (out.router_logits, out.router_state, out.weights)

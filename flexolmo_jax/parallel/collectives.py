@@ -51,7 +51,7 @@ def all_gather_module(module: Any, config: ModelConfig, expert_parallel: bool = 
     """A module of one layer with its matrices all-gathered.
 
     Args:
-      module: of one layer; for `Experts` see `all_gather_experts`.
+      module: of one layer.
       config: the sizes, and the dtype in which matrices travel.
       expert_parallel: whether its experts stay on their devices.
     """
@@ -90,18 +90,14 @@ def all_gather_matrix(
     return checkpoint_name(leaf, GATHERED)
 
 
-def all_gather_experts(stack: Any, config: ModelConfig) -> Any:
-    """A stack of experts with its matrices all-gathered; expert-parallel experts do not move."""
-    return all_gather_module(stack, config, expert_parallel=is_expert_parallel(stack))
-
-
-def is_expert_parallel(stack: Any) -> bool:
-    """Whether other devices hold some of a stack's experts.
+def is_expert_parallel(network: Any, count: int) -> bool:
+    """Whether other devices hold some of a layer's experts.
 
     Args:
-      stack: `Experts` of one layer, whose router rows are replicated.
+      network: of one layer, with `experts_here`.
+      count: the experts of all devices, without those that pad the stack.
     """
-    return inside_shard_map() and stack.feed_forward.experts_here < stack.router.bias.shape[0]
+    return inside_shard_map() and network.experts_here < count
 
 
 def embedding_lookup(embed: jax.Array, tokens: jax.Array, config: ModelConfig) -> jax.Array:
@@ -118,7 +114,12 @@ def embedding_lookup(embed: jax.Array, tokens: jax.Array, config: ModelConfig) -
 
 
 def dispatch_to_experts(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Expert parallelism, forward: [B, S, D], [E, B, S] -> all sequences, this device's experts."""
+    """Expert parallelism, forward: [B, S, D], [E, B, S] -> all sequences, this device's experts.
+
+    Experts that pad the stack, of which there may be no weights here, get weights 0.
+    """
+    missing = -len(weights) % jax.lax.axis_size(EXPERT)
+    weights = jnp.pad(weights, ((0, missing), (0, 0), (0, 0)))
     x = jax.lax.all_gather(x, EXPERT, tiled=True)
     return x, jax.lax.all_to_all(weights, EXPERT, split_axis=0, concat_axis=1, tiled=True)
 

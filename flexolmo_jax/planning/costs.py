@@ -94,6 +94,16 @@ class _Counter:
         self.computations, self.turns = program.computations, turns
         self.known: dict[int, Cost] = {}
         self.unknown: set[Instruction] = set()  # loops of unknown length
+        self.started = {  # channels of the collectives that a fusion starts
+            part.proto.channel_id
+            for computation in program.computations.values()
+            for op in computation.instructions.values()
+            if op.kind == "fusion"
+            for fused in self.called(op)
+            if _starts(fused)
+            for part in fused.instructions.values()
+            if _collective(part.kind)
+        }
 
     def of(self, computation: Computation) -> Cost:
         if id(computation) not in self.known:
@@ -154,21 +164,17 @@ class _Counter:
     def add_fused_collectives(self, computation: Computation, total: Cost) -> None:
         """Adds collectives that the compiler spreads over several fusions.
 
-        The first fusion starts the collective, the next compute meanwhile, and the last ends it.
-        Each names the collective, which happens once.
+        The first fusion starts the collective, the next compute meanwhile, perhaps in a loop, and
+        the last ends it. Each names the collective, which happens once.
         """
-        started: set[int] = set()
         for op in computation.instructions.values():
             for fused in self.called(op) if op.kind == "fusion" else ():
-                inside = fused.instructions.values()
-                starts = any(part.proto.custom_call_target == STARTS for part in inside)
-                for part in inside:
+                for part in fused.instructions.values():
                     if _collective(part.kind) is None:
                         continue
-                    if starts:
-                        started.add(part.proto.channel_id)
+                    if _starts(fused):
                         total.add(Cost(collectives=self.of_instruction(part, fused).collectives))
-                    elif part.proto.channel_id not in started:
+                    elif part.proto.channel_id not in self.started:
                         raise unreadable(f"a collective in %{op.name} that no fusion starts", part)
 
     def fusion_bytes(self, op: Instruction, inputs: list[Instruction], fused: Computation) -> float:
@@ -211,6 +217,11 @@ class _Counter:
 
 def _bytes(shapes: tuple[Shape, ...]) -> float:
     return sum(shape.bytes for shape in shapes)
+
+
+def _starts(fused: Computation) -> bool:
+    """Whether a fusion starts a collective that others continue."""
+    return any(part.proto.custom_call_target == STARTS for part in fused.instructions.values())
 
 
 def _collective(kind: str) -> str | None:

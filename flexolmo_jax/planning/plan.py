@@ -7,6 +7,7 @@ import re
 import runpy
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,16 @@ from flexolmo_jax.config import (
     find_config,
 )
 from flexolmo_jax.modeling import flops
-from flexolmo_jax.modeling.experts import Ranks
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.parallel.mesh import make_mesh
 from flexolmo_jax.planning.chips import Chip, chip_of
 from flexolmo_jax.planning.costs import Cost, cost
 from flexolmo_jax.planning.hlo import read
-from flexolmo_jax.planning.programs import StageProgram, merged_ranks, ranks_of, stage_program
+from flexolmo_jax.planning.owners import Owners, equal_owners, owners_of_packages, trained
+from flexolmo_jax.planning.programs import StageProgram, stage_program
 from flexolmo_jax.training.gradients import check_batch
 
+MERGED = ("router", "forward", "decode")  # the stages of a merged model
 STAGE_OF_CONFIG = {AnchorTraining: "anchor", ExpertTraining: "expert", RouterTraining: "router"}
 
 
@@ -47,6 +49,8 @@ class Plan:
     because: str  # the reason if it does not fit
     head_rank: int = 0  # of each expert's own head; 0: none
     evidence_rank: int = 0
+    owners: str = ""  # the experts beside the public one, in words; none of an anchor
+    expert_weights: float = 0  # of one of them: the mean
     arguments: float = 0  # bytes held from step to step: weights, optimizer, batch
     temporaries: float = 0
     output: float = 0  # without what reuses the memory of an argument
@@ -104,6 +108,10 @@ class Plan:
         if any(heads.values()):
             shown = [f"{name} of rank {rank}" for name, rank in heads.items() if rank]
             rows.append(("each expert has", ", ".join(shown)))
+        if self.owners:
+            rows.append(("experts besides public", self.owners))
+            size = f"{self.expert_weights:,.0f} weights, {4 * self.expert_weights / 1e6:,.1f} MB"
+            rows.append(("  one of them", f"{size} in a package"))
         if not self.peak:
             return rows
         moved = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in self.collectives.items())
@@ -166,7 +174,36 @@ def model_of(path: str, config: Training) -> ModelConfig:
     return model
 
 
-def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -> Plan:
+def owners_of(
+    config: Training,
+    model: ModelConfig,
+    stage: str,
+    rank: int | None = None,
+    packages: Sequence[Path] = (),
+) -> Owners:
+    """The experts of a planned model beside the public one.
+
+    Args:
+      config, model, stage: as in `make_plan`; of an expert, the config has its rank.
+      rank: of all experts' deltas; None: as the config says.
+      packages: expert packages, in place of equal experts.
+
+    Raises:
+      ValueError: the stage has no merged model; or as `equal_owners` and `owners_of_packages`.
+    """
+    is_merged = stage in MERGED
+    if packages and not is_merged:
+        raise ValueError(f"packages are merged for the stages {', '.join(MERGED)}; found {stage}")
+    if stage == "anchor" and rank:
+        raise ValueError("an anchor is not low-rank: leave --rank out, or plan another stage")
+    if packages:
+        return owners_of_packages(packages, model)
+    return equal_owners(config, model, rank) if is_merged else trained(config)
+
+
+def make_plan(
+    config: Training, model: ModelConfig, stage: str, topology: str, owners: Owners | None = None
+) -> Plan:
     """Compiles a stage's step for a topology, and computes what it costs.
 
     Args:
@@ -175,6 +212,7 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
       stage: one of `programs.STAGES`; "forward" is the loss of merged weights, "decode" one more
         token for each of `data.batch_size` sequences of `data.length` tokens.
       topology: as in `chip_of`.
+      owners: the experts beside the public one; default: `owners_of`.
 
     Raises:
       ValueError: the topology is unknown; libtpu is missing; the chips do not divide the sizes; the
@@ -188,13 +226,15 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
     devices = _devices(topology, chip, count)
     mesh = make_mesh(config.expert_parallel, devices, config.tensor_parallel)
     check_batch(config, mesh, "chips" if count == chips else "devices (two a chip)")
-    ranks = ranks_of(config) if stage in STAGE_OF_CONFIG.values() else merged_ranks(config, model)
+    owners = owners_of(config, model, stage) if owners is None else owners
     known: dict[str, Any] = {
         "stage": stage, "topology": topology, "chips": chips, "devices": count,
-        "memory": chip.memory, "head_rank": ranks.head, "evidence_rank": ranks.evidence,
+        "memory": chip.memory, **{f"{k}_rank": v for k, v in owners.ranks._asdict().items()},
+        "owners": owners.described() if owners.deltas else "",
+        "expert_weights": owners.weights(model) if owners.deltas else 0,
     }  # fmt: skip
     started = time.monotonic()
-    program = stage_program(config, model, stage, mesh)
+    program = stage_program(config, model, stage, mesh, owners)
     try:
         with placement.use_mesh(mesh):
             memory, hlo = _compile(program)
@@ -217,7 +257,7 @@ def make_plan(config: Training, model: ModelConfig, stage: str, topology: str) -
         temporaries=memory.temp_size_in_bytes,
         output=output,
         peak=peak,
-        needed_flops=_needed_flops(config, model, stage, ranks) * tokens / count,
+        needed_flops=_needed_flops(config, model, stage, owners) * tokens / count,
         compiled_flops=spent.flops,
         hbm_bytes=spent.bytes,
         collectives=dict(spent.collectives),
@@ -284,18 +324,20 @@ def _reason(error: Exception) -> str:
     return sentence[0] if sentence else message.splitlines()[0]
 
 
-def _needed_flops(config: Training, model: ModelConfig, stage: str, ranks: Ranks) -> float:
+def _needed_flops(config: Training, model: ModelConfig, stage: str, owners: Owners) -> float:
     """FLOPs per token."""
     length, active = config.data.length, model.active_experts or model.num_experts
+    ranks, low_rank = owners.ranks, owners.low_rank
     if stage == "anchor":
         return flops.anchor_step_flops(model, length, ranks)
     if stage == "expert":
         assert isinstance(config, ExpertTraining)
+        deltas = low_rank[0] if low_rank else None
         if config.gating == "fixed":
-            return flops.expert_alone_step_flops(model, length, ranks)
-        return flops.expert_step_flops(model, length, ranks)
+            return flops.expert_alone_step_flops(model, length, ranks, deltas)
+        return flops.expert_step_flops(model, length, ranks, deltas)
     if stage == "router":
-        return flops.router_step_flops(model, length, active)
+        return flops.router_step_flops(model, length, active, low_rank)
     if stage == "forward":
-        return flops.forward_flops(model, length, active, ranks)
-    return flops.decode_flops(model, length, active, ranks)
+        return flops.forward_flops(model, length, active, ranks, low_rank)
+    return flops.decode_flops(model, length, active, ranks, low_rank)

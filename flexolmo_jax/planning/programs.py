@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from flexolmo_jax.config import ExpertTraining, ModelConfig, RouterTraining, Training
 from flexolmo_jax.data.batches import Batch
+from flexolmo_jax.federation.loading import join_experts
 from flexolmo_jax.inference import decode
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.decode_state import EvidenceState, KVCache
@@ -17,6 +18,7 @@ from flexolmo_jax.modeling.experts import Experts, Ranks
 from flexolmo_jax.modeling.transformer import Anchor, abstract_model, init_anchor
 from flexolmo_jax.parallel import collectives, placement
 from flexolmo_jax.parallel.mesh import AXES, BATCH, EXPERT, SERVING, shardings, specs
+from flexolmo_jax.planning.owners import Owners, ranks_of
 from flexolmo_jax.training.objectives import (
     RouterLoss,
     RouterRows,
@@ -44,7 +46,9 @@ class StageProgram(NamedTuple):
         return self.function.lower(*self.arguments, **self.named_arguments)
 
 
-def stage_program(config: Training, model: ModelConfig, stage: str, mesh: Mesh) -> StageProgram:
+def stage_program(
+    config: Training, model: ModelConfig, stage: str, mesh: Mesh, owners: Owners
+) -> StageProgram:
     """The program of a stage.
 
     Args:
@@ -52,21 +56,19 @@ def stage_program(config: Training, model: ModelConfig, stage: str, mesh: Mesh) 
       model: as the config computes it.
       stage: one of STAGES.
       mesh: of the topology's devices.
-
-    Raises:
-      ValueError: the model is routed by evidence, and the config has no rank of evidence heads.
+      owners: of the merged model, for the stages that have one.
     """
     if stage == "decode":
-        return _decode(config, model, mesh)
+        return _decode(config, model, mesh, owners)
     shape = (config.data.batch_size, config.data.length)
     rows = functools.partial(jax.ShapeDtypeStruct, shape, sharding=NamedSharding(mesh, BATCH))
     shapes: tuple[Any, ...] = (*(rows(jnp.int32) for _ in range(3)), rows(jnp.float32))
     batch = Batch(*shapes)
     if stage == "forward":
-        backbone, experts = _sharded(_merged_weights(config, model, mesh), mesh)
+        backbone, experts = _sharded(_merged_weights(model, mesh, owners), mesh)
         run = jax.jit(functools.partial(_forward, loss=RouterLoss(model, 0.0, 0.0), mesh=mesh))
         return StageProgram(run, (backbone, experts, batch), {})
-    loss, trainable, frozen = _stage_parts(config, model, mesh)
+    loss, trainable, frozen = _stage_parts(config, model, mesh, owners)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = _sharded(jax.eval_shape(optimizer.init, trainable), mesh)
     trainable, frozen = _sharded(trainable, mesh), _sharded(frozen, mesh)
@@ -83,10 +85,10 @@ def _forward(backbone, experts, batch: Batch, *, loss: RouterLoss, mesh: Mesh):
     return placement.shard_map(local, mesh, where, P())(backbone, experts, batch)
 
 
-def _stage_parts(config: Training, model: ModelConfig, mesh: Mesh) -> StageParts:
+def _stage_parts(config: Training, model: ModelConfig, mesh: Mesh, owners: Owners) -> StageParts:
     """The parts of a config's own stage, with shapes in place of weights."""
     if isinstance(config, RouterTraining):
-        backbone, experts = _merged_weights(config, model, mesh)
+        backbone, experts = _merged_weights(model, mesh, owners)
         rows = jax.eval_shape(RouterRows.of, experts.router)
         return router_parts(config, model, backbone, experts, rows)
     model = model.replace(num_experts=1, evidence=None)  # nothing is routed in training
@@ -98,33 +100,19 @@ def _stage_parts(config: Training, model: ModelConfig, mesh: Mesh) -> StageParts
     return anchor_parts(config, model, anchor)
 
 
-def ranks_of(config: Training) -> Ranks:
-    """The ranks of the heads that a config trains; none for router rows."""
-    return Ranks(*(getattr(config, f"{name}_rank", 0) for name in Ranks._fields))
-
-
-def merged_ranks(config: Training, model: ModelConfig) -> Ranks:
-    """The ranks of a merged model's heads: evidence heads are loaded where they route.
-
-    Raises:
-      ValueError: the model is routed by evidence, and the config has no rank of evidence heads.
-    """
-    ranks = ranks_of(config)
-    if model.evidence is None:
-        return ranks._replace(evidence=0)
-    if not ranks.evidence:
-        raise ValueError(
-            "the model is routed by evidence: expected a config of an expert with evidence_rank, "
-            f"found {type(config).__name__} with none"
+def _merged_weights(model: ModelConfig, mesh: Mesh, owners: Owners) -> tuple[Any, Experts]:
+    """Shapes of the merged model as it is loaded onto a mesh."""
+    backbone, public = abstract_model(model.replace(num_experts=1), owners.ranks)
+    ordered = sorted(owners.deltas, key=lambda own: own or ())
+    stacks = [
+        jax.eval_shape(
+            lambda key, own=own: Experts(model, 1, key, owners.ranks, own), jax.random.key(0)
         )
-    return ranks
-
-
-def _merged_weights(config: Training, model: ModelConfig, mesh: Mesh) -> tuple[Any, Experts]:
-    """Shapes of the merged model, padded with padding experts to a multiple of the mesh axis."""
-    multiple = mesh.shape[EXPERT]
-    padded = -(-model.num_experts // multiple) * multiple
-    return abstract_model(model.replace(num_experts=padded), merged_ranks(config, model))
+        for own in ordered
+    ]
+    experts, _ = join_experts([public, *stacks], mesh.shape[EXPERT])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experts)
+    return backbone, shapes
 
 
 def _sharded(tree: Any, mesh: Mesh, over: tuple[str, ...] = AXES) -> Any:
@@ -134,7 +122,7 @@ def _sharded(tree: Any, mesh: Mesh, over: tuple[str, ...] = AXES) -> Any:
     )  # fmt: skip
 
 
-def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> StageProgram:
+def _decode(config: Training, model: ModelConfig, mesh: Mesh, owners: Owners) -> StageProgram:
     """The loop over new tokens; weights are in the dtype of the activations."""
     batch, length = config.data.batch_size, config.data.length
 
@@ -143,7 +131,7 @@ def _decode(config: Training, model: ModelConfig, mesh: Mesh) -> StageProgram:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     weights = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), _merged_weights(config, model, mesh)
+        lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), _merged_weights(model, mesh, owners)
     )
     weights = _sharded(weights, mesh, SERVING)
     num_experts = weights[1].router.bias.shape[1]

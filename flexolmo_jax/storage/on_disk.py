@@ -62,7 +62,8 @@ def _find(folder: Path, name: str, like: Any) -> "OnDisk":
         ) from error
     if shapes[0] != shape:
         raise ValueError(f"{file}: {name}: expected shape {shape}, found {shapes[0]!r:.200}")
-    expected = (dtype.name, _LITTLE, _LITTLE, "end", "default", "/")
+    own = _LITTLE if dtype.itemsize > 1 else [{"name": "bytes"}]  # a byte has no order
+    expected = (dtype.name, own, _LITTLE, "end", "default", "/")
     if shapes != (shape, shape, shape) or form != expected:
         raise ValueError(
             f"{file}: {name}: expected {dtype.name} in one uncompressed file, found {about!r:.300}"
@@ -101,7 +102,7 @@ class OnDisk:
         return self.dtype.itemsize * math.prod(self.shape)
 
     def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
-        ranges = _ranges(part, self.shape)
+        ranges = ranges_of(part, self.shape)
         out = _empty(tuple(map(len, ranges)), self.dtype)
         self.read(ranges, out)
         return out
@@ -172,7 +173,7 @@ class Joined:
         return np.dtype(jnp.result_type(*(x.dtype for x in self.arrays)))
 
     def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
-        layers, wanted, *rest = _ranges(part, self.shape)
+        layers, wanted, *rest = ranges_of(part, self.shape)
         out = _empty((len(layers), len(wanted), *map(len, rest)), self.dtype)
         first = done = 0  # experts before this array; in `out` already
         for x in self.arrays:
@@ -223,7 +224,35 @@ class WithDelta:
         return out
 
 
-def _ranges(part: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[range, ...]:
+@dataclasses.dataclass(frozen=True)
+class Widened:
+    """An array with zeros after it along its axes, up to a shape; read in slices."""
+
+    array: Any  # OnDisk, or of NumPy
+    shape: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.array.dtype)
+
+    def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
+        ranges = ranges_of(part, self.shape)
+        out = _empty(tuple(map(len, ranges)), self.dtype)
+        given = tuple(
+            slice(r.start, min(r.stop, size))
+            for r, size in zip(ranges, self.array.shape, strict=True)
+        )
+        if all(x.start < x.stop for x in given):
+            out[tuple(slice(x.stop - x.start) for x in given)] = self.array[given]
+        return out
+
+
+def ranges_of(part: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[range, ...]:
+    """The indices that slices choose along each axis."""
     return tuple(range(*axis.indices(size)) for axis, size in zip(part, shape, strict=True))
 
 

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as v0
 
+from flexolmo_jax.storage.integers import LARGEST
+
 
 def named(tree: Any) -> dict[str, Any]:
     """{"feed_forward.gate": leaf, ...} of a tree of modules, tuples and dicts."""
@@ -57,7 +59,12 @@ UNFIT = "weights that are NaN, infinite, or 2^30 and above, which can silence ev
 
 
 def in_range(data: memoryview | bytes, dtype: str) -> bool:
-    """Whether all numbers are finite and, in size, below 2^30: far above any useful weight."""
+    """Whether all numbers are finite and, in size, below 2^30: far above any useful weight.
+
+    Integers are: their scales are numbers of their own.
+    """
+    if dtype in LARGEST:
+        return True
     kind, mask, bound = _PATTERNS[dtype]
     patterns = np.frombuffer(data, kind, len(data) // np.dtype(kind).itemsize)
     return not patterns.size or int((patterns & np.asarray(mask, kind)).max()) < bound

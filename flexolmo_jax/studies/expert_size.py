@@ -1,10 +1,11 @@
-"""What a smaller expert costs: bits per byte, bytes, FLOPs and speed over the rank of its deltas.
+"""What a smaller expert costs: bits per byte, bytes, FLOPs and speed over its rank and its bits.
 
     flexolmo study expert-size flexolmo_demo OUT
 
 DEMO is the folder that `flexolmo demo` wrote. The packages of three of its owners are compressed to
-several ranks and energies, and with --train-ranks others are trained low-rank from the start. Every
-form is scored alone and merged, and its decoding is timed.
+several ranks and energies, to integers of 8 and 4 bits, to both, and to fewer hidden units; with
+--train-ranks others are trained low-rank from the start. Every form is scored alone and merged, and
+its decoding is timed.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from flexolmo_jax.config import ExpertTraining, load_config
 from flexolmo_jax.evaluation.bits_per_byte import heldout_documents, score
 from flexolmo_jax.federation.compress import compress
+from flexolmo_jax.federation.integers import GROUP
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.federation.package import Package
 from flexolmo_jax.model import FlexOlmo, load
@@ -25,15 +27,20 @@ from flexolmo_jax.modeling.flops import forward_flops, low_rank_flops, low_rank_
 from flexolmo_jax.storage.tensors import bytes_of
 from flexolmo_jax.studies.engine.commands import run_command
 from flexolmo_jax.studies.engine.report import add_page_argument, machine, table, write_page
+from flexolmo_jax.training.prune import prune
 
 OWNERS = ("math", "code", "creative")
 RANKS = (1, 4, 16, 64)
 ENERGIES = (0.9,)
+BITS = (8, 4)
+WIDTHS = (192, 96)  # of 384
 TITLE_FULL = "full"
 PROMPT, NEW = 16, 96  # tokens
 ROUNDS = 12  # of timed generations, one of each form one after another; the fastest counts
+DECODED = (None, "int8")  # the dtypes that models are loaded in for decoding
 MERGED = "merged"  # the folder of a form's merged model
 Make = Callable[[str, Path], None]
+Decoded = tuple[str, str | None]  # a form's title, and the dtype of its weights in decoding
 
 
 class Row(NamedTuple):
@@ -78,7 +85,11 @@ def run(args: argparse.Namespace) -> None:
                 package.parent.mkdir(parents=True, exist_ok=True)
                 make(name, package)
         rows[title] = measure(args.demo / "anchor", packages, texts)
-    models = {title: load(folder / MERGED) for title, folder in folders.items()}
+    models = {
+        (title, dtype): load(folder / MERGED, dtype=dtype)
+        for title, folder in folders.items()
+        for dtype in DECODED
+    }
     write_page(args.page, make_page(scores, rows, tokens_per_second(models)))
 
 
@@ -95,6 +106,12 @@ def forms(demo: Path, out: Path, train_ranks: Sequence[int]) -> dict[str, Make]:
 
         return write
 
+    def narrow(width: int) -> Make:
+        def write(name: str, package: Path) -> None:
+            prune(experts / name, package, width, f"corpus:{name}", anchor)
+
+        return write
+
     def trained(rank: int) -> Make:
         def train(name: str, package: Path) -> None:
             words = ["train", "expert", "demo_expert", "--rank", str(rank), "--name", name]
@@ -107,6 +124,9 @@ def forms(demo: Path, out: Path, train_ranks: Sequence[int]) -> dict[str, Make]:
         TITLE_FULL: link,
         **{f"rank {rank}": compressed(rank=rank) for rank in RANKS},
         **{f"energy {energy}": compressed(energy=energy) for energy in ENERGIES},
+        **{f"int{bits}": compressed(bits=bits) for bits in BITS},
+        **{f"width {width}": narrow(width) for width in WIDTHS},
+        **{f"rank {RANKS[-1]}, int{bits}": compressed(rank=RANKS[-1], bits=bits) for bits in BITS},
         **{f"trained at rank {rank}": trained(rank) for rank in train_ranks},
     }
 
@@ -140,7 +160,7 @@ def measure(anchor: Path, packages: Mapping[str, Path], texts: Mapping[str, Sequ
     return Row(alone, merged, weights / 1e6, flops / 1e6)
 
 
-def tokens_per_second(models: Mapping[str, FlexOlmo]) -> dict[str, float]:
+def tokens_per_second(models: Mapping[Decoded, FlexOlmo]) -> dict[Decoded, float]:
     """The speed of decoding one sequence, compiling aside; models take turns, as loads change."""
     prompt = [list(range(5, 5 + PROMPT))]
     fastest = dict.fromkeys(models, 0.0)
@@ -156,7 +176,7 @@ def tokens_per_second(models: Mapping[str, FlexOlmo]) -> dict[str, float]:
 
 
 def make_page(
-    anchor: Mapping[str, float], rows: Mapping[str, Row], speeds: Mapping[str, float]
+    anchor: Mapping[str, float], rows: Mapping[str, Row], speeds: Mapping[Decoded, float]
 ) -> list[str]:
     """The page.
 
@@ -175,7 +195,7 @@ def make_page(
     costs = [
         [
             title, *(f"{bits:.3f}" for bits in row.merged.values()), f"{row.megabytes:.2f}",
-            f"{row.megaflops:.2f}", f"{speeds[title]:,.0f}",
+            f"{row.megaflops:.2f}", *(f"{speeds[title, dtype]:,.0f}" for dtype in DECODED),
         ]
         for title, row in rows.items()
     ]  # fmt: skip
@@ -184,11 +204,13 @@ def make_page(
         "",
         f"`flexolmo study expert-size flexolmo_demo OUT`, {datetime.date.today()}, {machine()}. "
         "`flexolmo compress` makes an expert's feed-forward part a low-rank delta to the public "
-        "expert's, by a truncated SVD of each of its matrices; `flexolmo train expert --rank` "
-        "trains such deltas from the start. The anchor, the full experts and the held-out "
-        "documents are those of `flexolmo demo`: matrices of 128 by 384, so that a delta has rank "
-        "128 at most, and is as large as the matrix from rank 96 on. Larger networks have other "
-        "curves.",
+        "expert's, by a truncated SVD of each of its matrices, or stores all of its matrices as "
+        "integers of 8 bits, with a scale for each output channel, or of 4 bits, with one for each "
+        f"{GROUP} rows of it, or both, or keeps the hidden units that matter most on the owner's "
+        "text, of 384; `flexolmo train expert --rank` trains such deltas from the start. The "
+        "anchor, the full experts and the held-out documents are those of `flexolmo demo`: "
+        "matrices of 128 by 384, so that a delta has rank 128 at most, and is as large as the "
+        "matrix from rank 96 on. Larger networks have other curves.",
         "",
         "Each expert alone, at weight 1: bits per byte of its owner's text, and in brackets how "
         "much it keeps of what the full expert gains over the anchor.",
@@ -199,8 +221,13 @@ def make_page(
         f"of a forward pass with all four experts active; and decoding of one sequence, {NEW} "
         f"tokens after {PROMPT}, the fastest of {ROUNDS}, on a machine that did other work too.",
         "",
-        *table(["form", *full.merged, "MB a package", "MFLOP a token", "tokens/s"], costs),
+        *table(
+            ["form", *full.merged, "MB a package", "MFLOP a token", "tokens/s", "tokens/s, int8"],
+            costs,
+        ),
         "",
         "Low-rank experts need the public gate, up and down products once more, for all of them "
-        "together, and 6 r (D + F) FLOPs each for rank r.",
+        "together, and 6 r (D + F) FLOPs each for rank r. Packages in integers are read as "
+        "float32, so they compute and decode as floats do; the last column is decoding with "
+        "`--dtype int8`, which rounds whatever was loaded.",
     ]

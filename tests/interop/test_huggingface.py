@@ -193,7 +193,7 @@ def test_configs_of_both_versions_of_transformers(folder):
         ("rope_parameters", {"rope_type": "yarn", "factor": 8.0}, "'default'"),
         ("rope_parameters", {"full_attention": {"rope_theta": 1e4}}, "no more than"),
         ("rope_parameters", "yarn", "an object"),
-        ("model_type", "olmoe", "flex_olmo or olmo2"),
+        ("model_type", "olmoe", "flexmore or olmo2"),
         ("vocab_size", "many", "int"),
         ("num_experts", True, "int"),
         ("hidden_size", None, "int"),

@@ -12,6 +12,7 @@ from flexolmo_jax.modeling.flops import (
     expert_step_flops,
     forward_flops,
     low_rank_flops,
+    router_step_flops,
 )
 from flexolmo_jax.modeling.low_rank import FeedForwardRanks
 from flexolmo_jax.modeling.transformer import abstract_model
@@ -84,13 +85,48 @@ def test_a_step_trains_both_heads_of_one_expert():
     assert more == expected - 3 * 2 * head
 
 
+DELTAS = [FeedForwardRanks(2, 3, 4), FeedForwardRanks(1, 1, 1)]
+
+
+def of_factors(deltas):
+    """Weights of the factors of one expert, all layers."""
+    init = lambda key: Experts(CONFIG, 1, key, deltas=deltas)  # noqa: E731
+    expert = jax.eval_shape(init, jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(expert.feed_forward))
+
+
 def test_low_rank_experts_are_two_for_each_weight_and_the_base_once():
     _, base, _ = sizes(CONFIG)
-    ranks = [FeedForwardRanks(2, 3, 4), FeedForwardRanks(1, 1, 1)]
-    own = 0
-    for each in ranks:
-        init = lambda key, each=each: Experts(CONFIG, 1, key, deltas=each)  # noqa: E731
-        expert = jax.eval_shape(init, jax.random.key(0))
-        own += sum(leaf.size for leaf in jax.tree.leaves(expert.feed_forward))
-    assert low_rank_flops(CONFIG, ranks) == 2 * (base + own)
+    own = sum(map(of_factors, DELTAS))
+    assert low_rank_flops(CONFIG, DELTAS) == 2 * (base + own)
     assert low_rank_flops(CONFIG, []) == 0
+
+
+@pytest.mark.parametrize("flops", [forward_flops, decode_flops])
+def test_of_a_mixture_every_expert_is_used_as_often(flops):
+    _, base, _ = sizes(CONFIG)
+    own = sum(map(of_factors, DELTAS))
+    config = CONFIG.replace(num_experts=5)
+    nothing = flops(config, LENGTH, 0)
+    for active in (2, 5):
+        expected = 2 * (3 * active / 5 * base + base + active / 5 * own)
+        found = flops(config, LENGTH, active, deltas=DELTAS) - nothing
+        assert found == pytest.approx(expected)
+    plain, mixed = (router_step_flops(config, LENGTH, 5, deltas) for deltas in ((), DELTAS))
+    saved = flops(config, LENGTH, 5) - flops(config, LENGTH, 5, deltas=DELTAS)
+    assert plain - mixed == pytest.approx(saved * (2 - 1 / CONFIG.num_layers))
+
+
+def test_of_a_low_rank_expert_only_the_factors_are_trained():
+    _, base, _ = sizes(CONFIG)
+    deltas = DELTAS[0]
+    own, share = of_factors(deltas), 1 - 1 / CONFIG.num_layers
+    # In the first layer: the input gradient of `down` and its factors, and the gradients of gate's
+    # and up's narrow activations.
+    inputs = CONFIG.ffn_width * 5 + (CONFIG.width + CONFIG.ffn_width) * 4
+    first = 2 * ((1 - share) * (base / 3 + own) + inputs)
+    more = 2 * own + 2 * share * (base + 2 * own) + first
+    trained = 2 * share * 2 * base + 2 * (1 - share) * base * 4 / 3
+    for flops in (expert_step_flops, expert_alone_step_flops):
+        found = flops(CONFIG, LENGTH, deltas=deltas) - flops(CONFIG, LENGTH)
+        assert found == pytest.approx(more - trained)

@@ -16,8 +16,16 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 from flexolmo_jax.config import ModelConfig, OptimizerConfig  # noqa: E402
 from flexolmo_jax.data.batches import Batch  # noqa: E402
+from flexolmo_jax.federation.loading import join_experts  # noqa: E402
 from flexolmo_jax.model import FlexOlmo  # noqa: E402
-from flexolmo_jax.modeling.experts import NO_HEADS, Experts, Ranks, pad_experts, select  # noqa: E402
+from flexolmo_jax.modeling.experts import (  # noqa: E402
+    NO_HEADS,
+    Experts,
+    Ranks,
+    join,
+    pad_experts,
+    select,
+)
 from flexolmo_jax.modeling.low_rank import FeedForwardRanks  # noqa: E402
 from flexolmo_jax.modeling.transformer import Anchor, abstract_model  # noqa: E402
 from flexolmo_jax.parallel import placement  # noqa: E402
@@ -220,6 +228,53 @@ def test_masks_of_each_sequence_go_where_their_sequence_goes(models):
     assert spread.generate(PROMPTS, 8, allowed=allowed) == plain.generate(
         PROMPTS, 8, allowed=allowed
     )
+
+
+RANKS_OF_MERGED = (None, FeedForwardRanks(3, 2, 4), FeedForwardRanks(5, 5, 5))
+
+
+@functools.cache
+def merged_of_sizes(full):
+    """A backbone, and experts in stacks of one: the first are full, the others of two ranks."""
+    backbone, experts = weights(CONFIG)
+    kinds = [RANKS_OF_MERGED[0 if e < full else 1 + e // 5] for e in range(CONFIG.num_experts)]
+    stacks = [select(experts, [e]) for e in range(CONFIG.num_experts)]
+    for stack, ranks in zip(stacks, kinds, strict=True):
+        if ranks is not None:
+            init = lambda key, ranks=ranks: Experts(CONFIG, 1, key, deltas=ranks)  # noqa: E731
+            low_rank = drawn(jax.eval_shape(init, jax.random.key(0)))
+            shift = 0.1 * jnp.mean(stack.router.row[...])  # no two alike
+            own = jax.tree.map(lambda x, shift=shift: x + shift, low_rank.feed_forward)
+            stack.feed_forward = own
+    return backbone, stacks
+
+
+@pytest.mark.parametrize(("shape", "full"), [("2x4", 1), ("2x4", 3), ("1x8", 3)])
+def test_a_mixture_of_full_and_low_rank_experts_is_that_of_full_ones(shape, full):
+    mesh, config = make_mesh(SHAPES[shape]), CONFIG.replace(active_experts=3)
+    backbone, stacks = merged_of_sizes(full)
+    names, tokens = tuple("abcdefg"), np.arange(60).reshape(5, 12)
+    plain = FlexOlmo(backbone, join(*stacks), config, names, None)
+    experts, _ = join_experts(stacks, mesh.shape["expert"])
+    assert any(leaf.shape[-1] == 5 for leaf in jax.tree.leaves(experts.feed_forward.low_rank))
+    placed = placement.device_put((backbone, experts), mesh, ())
+    spread = FlexOlmo(*placed, config, names, None, mesh=mesh)
+    for without in ([], ["a", "c", "f"]):
+        expected = np.asarray(plain.logits(tokens, without=without))
+        found = np.asarray(spread.logits(tokens, without=without))
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+    assert spread.generate(PROMPTS, 6) == plain.generate(PROMPTS, 6)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(("shape", "full"), [((4, 1), 3), ((2, 2), 1), ((2, 2), 3)])
+def test_the_router_of_a_mixture_is_trained_as_beside_full_ones(shape, full):
+    mesh = make_mesh(shape[0], tensor_parallel=shape[1])
+    backbone, stacks = merged_of_sizes(full)
+    loss, rows = RouterLoss(CONFIG, 1e-4, 1e-3), RouterRows.of(join(*stacks).router)
+    experts, _ = join_experts(stacks, mesh.shape["expert"])
+    expected = run_gradients(loss, rows, (backbone, join(*stacks)))
+    assert_close(run_gradients(loss, rows, (backbone, experts), mesh), expected)
 
 
 COLLECTIVE = re.compile(

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from flexolmo_jax.federation.compress import compress
 from flexolmo_jax.planning.chips import CHIPS, chip_of
 from flexolmo_jax.planning.costs import Cost
 from flexolmo_jax.planning.plan import Plan
@@ -117,6 +118,51 @@ def test_heads_are_planned(flexolmo, with_heads, stage):
     assert plain["head_rank"] == 0 and plain["needed_flops"] < found["needed_flops"]
     assert plain["compiled_flops"] < found["compiled_flops"]
     assert plain["arguments"] < found["arguments"]
+
+
+def test_low_rank_experts_are_planned_as_what_they_are(flexolmo, with_heads, small):
+    words = with_heads, "--topology", "v5e:2x2"
+    layers, width, hidden, rank = 3, 512, 1024, 16
+    for stage in ("expert", "forward", "decode"):
+        full, low = (
+            planned(flexolmo, *words, "--stage", stage, "--rank", number) for number in (0, rank)
+        )
+        smaller = layers * 3 * (width * hidden - rank * (width + hidden))
+        assert full["expert_weights"] - low["expert_weights"] == smaller
+        assert low["needed_flops"] < full["needed_flops"]
+        assert low["compiled_flops"] < full["compiled_flops"]
+        assert low["compiled_flops"] >= 0.9 * low["needed_flops"]
+        if stage != "forward":  # its full experts are sharded, and factors are on every device
+            assert low["arguments"] < full["arguments"]
+    assert (full["owners"], low["owners"]) == ("5 full", "5 of rank 16")
+    spread = planned(
+        flexolmo, small, "--topology", "v5e:2x2", "--expert-parallel", 2, "--rank", rank
+    )
+    assert spread["stage"] == "router" and spread["owners"] == "5 of rank 16"
+
+
+def test_the_packages_of_a_model_are_planned(world, flexolmo, refused, tmp_path):
+    file, small = tmp_path / "world.py", tmp_path / "small"
+    file.write_text(
+        "from flexolmo_jax.config import *\n"
+        "model = ModelConfig(vocab_size=512, width=32, num_layers=2, num_heads=2, ffn_width=48,"
+        " max_length=64)\n"
+        "config = RouterTraining(data=DataConfig(batch_size=8, length=32), steps=9,"
+        " optimizer=OptimizerConfig(learning_rate=1e-3))\n"
+    )
+    compress(world.experts["math"], small, rank=3, anchor=world.anchor)
+    packages = small, world.experts["code"]
+    words = file, "--topology", "v5e:2x2", "--expert", *packages
+    found = planned(flexolmo, *words, "--stage", "forward")
+    assert found["owners"] == "1 of rank 3, 1 full" and found["fits"]
+    rows, factors, whole = 2 * (32 + 1), 2 * 3 * 3 * (32 + 48), 2 * 3 * 32 * 48
+    assert found["expert_weights"] == rows + (factors + whole) / 2
+    code, printed, _ = flexolmo("plan", *words, "--stage", "router")
+    assert code == 0 and "experts besides public" in printed and "weights" in printed
+    other = refused("plan", "flexolmo_8x7b_router", *words[1:], "--stage", "decode")
+    assert "made for another model than the config's: expected vocab_size=" in other
+    other = refused("plan", "flexolmo_2x7b_expert", *words[1:])
+    assert "packages are merged for the stages router, forward, decode" in other
 
 
 def test_a_plan_says_which_heads_it_has():

@@ -198,6 +198,8 @@ def test_the_page_of_expert_sizes_says_what_each_form_keeps_and_costs(world, tmp
     monkeypatch.setattr(expert_size, "OWNERS", ("math", "code"))
     monkeypatch.setattr(expert_size, "RANKS", (2,))
     monkeypatch.setattr(expert_size, "ENERGIES", ())
+    monkeypatch.setattr(expert_size, "BITS", (4,))
+    monkeypatch.setattr(expert_size, "WIDTHS", ())
     monkeypatch.setattr(expert_size, "ROUNDS", 1)
     monkeypatch.setattr(expert_size, "NEW", 8)
     texts = {name: [Document("One, two, three.", "")] for name in ("math", "code", "public")}
@@ -209,12 +211,15 @@ def test_the_page_of_expert_sizes_says_what_each_form_keeps_and_costs(world, tmp
             package.parent.mkdir(exist_ok=True)
             make(name, package)
         rows[title] = expert_size.measure(world.anchor, packages, texts)
-    assert list(rows) == ["full", "rank 2"]
+    assert list(rows) == ["full", "rank 2", "int4", "rank 2, int4"]
+    assert rows["int4"].megabytes < 0.25 * rows["full"].megabytes
+    assert rows["rank 2, int4"].megabytes < 0.5 * rows["rank 2"].megabytes
     assert rows["rank 2"].megabytes < 0.2 * rows["full"].megabytes
     assert rows["rank 2"].megaflops < rows["full"].megaflops
     anchor = {name: 1 + bits for name, bits in rows["full"].alone.items()}
-    models = {title: fo.load(tmp_path / title / "merged") for title in rows}
+    models = {("rank 2", None): fo.load(tmp_path / "rank 2" / "merged")}
     speeds = expert_size.tokens_per_second(models)
-    assert speeds.keys() == rows.keys() and min(speeds.values()) > 0
-    page = "\n".join(expert_size.make_page(anchor, rows, dict.fromkeys(rows, 1234.0)))
-    assert "(100%)" in page and "| 1,234 |" in page and "rank 2" in page
+    assert speeds.keys() == models.keys() and min(speeds.values()) > 0
+    speeds = {(title, dtype): 1234.0 for title in rows for dtype in expert_size.DECODED}
+    page = "\n".join(expert_size.make_page(anchor, rows, speeds))
+    assert "(100%)" in page and "| 1,234 | 1,234 |" in page and "rank 2, int4" in page

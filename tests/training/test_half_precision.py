@@ -16,6 +16,7 @@ from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.loading import load_model
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.interop import hf_import
+from flexolmo_jax.interop.layouts import BACKBONE, DENSE, sizes_of
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.storage.tensors import named
 from flexolmo_jax.training import loop
@@ -48,8 +49,7 @@ def folders(world, tmp_path_factory):
             shutil.copy(world.anchor / "tokenizer.json", folder)
             if stored == dtype:
                 config = hf_import.load_config(folder)
-                table = {**hf_import._BACKBONE, **hf_import._DENSE}
-                sizes = hf_import._sizes(config)
+                table, sizes = {**BACKBONE, **DENSE}, sizes_of(config)
                 numbers = {
                     key: np.ones(source.shape(sizes))
                     if "norm" in key
