@@ -102,10 +102,6 @@ PARTS = (
     Part(f"{OURS}, filled cache", (FIRST,), "bfloat16", False, 40, CACHED),
     Part(f"{THEIRS}, eager", (FIRST,), "eager", True, 40),
     Part(
-        f"{OURS}, grouped, Triton", ("merged_layers",), "grouped", False, 45,
-        (("JAX_RAGGED_DOT_USE_GPU_PALLAS_TRITON_LOWERING", "1"),),
-    ),
-    Part(
         f"{OURS}, grouped, fusion", ("merged_layers",), "grouped", False, 45,
         _ragged_flag("fusion"),
     ),
@@ -115,7 +111,7 @@ PARTS = (
     ),
     Part(f"{THEIRS}, eager", ("expert_step",), "eager", True, 60),
 )  # fmt: skip
-ON_GPU_ONLY = ("Triton", "fusion", "GEMM")  # ends of labels
+ON_GPU_ONLY = ("fusion", "GEMM")  # ends of labels
 QUICKLY = (("JAX_DISABLE_MOST_OPTIMIZATIONS", "1"),)  # a toy run mostly compiles
 
 
