@@ -251,7 +251,11 @@ def _normal(*shape: int, dtype: str = "float32") -> np.ndarray | jax.Array:
 def _drawn(shape: tuple[int, ...], dtype: str) -> jax.Array:
     """Drawn part by part, so that the peak memory that JAX reports is that of the case itself."""
     keys = jax.random.split(jax.random.key(0), shape[0])
-    return jax.lax.map(lambda k: (0.02 * jax.random.normal(k, shape[1:])).astype(dtype), keys)
+    return jax.lax.map(
+        lambda key: (0.02 * jax.random.normal(key, shape[1:])).astype(dtype),
+        keys,
+        batch_size=-(-shape[0] // 16),
+    )
 
 
 def _tokens(size: Size, batch: int, length: int) -> jax.Array:

@@ -15,7 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.device.sections import DEVICE_CASES, FIRST, PARITY, PARTS, ROUNDS, SIZES, Part
+from benchmarks.device.sections import (
+    DEVICE_CASES,
+    FIRST,
+    FIRST_CASE,
+    PARITY,
+    PARTS,
+    ROUNDS,
+    SIZES,
+    Part,
+)
 
 SHORT = 16  # tokens of a first generation
 
@@ -43,9 +52,9 @@ def main() -> None:
 def _measured(part: Part, name: str, size_name: str, started: float) -> dict[str, Any]:
     """Seconds of each timed run, of building and the first run, and since the process began."""
     size, rounds = SIZES[size_name], ROUNDS[size_name]
+    case = FIRST_CASE if name == FIRST else DEVICE_CASES[name]
     if name == FIRST:
-        name, rounds, size = "decode_1", 1, size._replace(new_tokens=SHORT)
-    case = DEVICE_CASES[name]
+        rounds, size = 1, size._replace(new_tokens=SHORT)
     finish, peak_bytes = _device(part.is_pytorch)
     begun = time.perf_counter()
     run = (case.pytorch if part.is_pytorch else case.jax)(size, part.option)
