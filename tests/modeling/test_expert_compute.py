@@ -114,7 +114,7 @@ def definition(full, experts, base, x, weights):
 
 
 def routed(sizes, rng, active):
-    """Weights [E, 1, T] with so many tokens of each expert, in a random order."""
+    """Weights [E, 1, T] with that many tokens of each expert, in a random order."""
     weights = np.zeros((len(sizes), 1, TOKENS), np.float32)
     if active == 1:
         owners = np.repeat(np.arange(len(sizes)), sizes)
