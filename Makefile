@@ -53,7 +53,7 @@ lint: $(VENV)/linters.installed
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell -D .ci/words.txt -r "(?i)(?<![a-z])($$(sed 's/->.*//' .ci/words.txt | paste -sd '|' -))(?![a-z])" \
 	  --skip '*.json,*.jsonl,*.txt,*.svg,*.png,*LICENCES.md,__pycache__' $(PROSE)
-	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR tpu_scripts/*.sh tests/*.sh
+	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR benchmarks/*.sh tpu_scripts/*.sh tests/*.sh
 
 # The site: pages of docs/, and the public API from its docstrings. Fails where a link leads nowhere.
 docs: $(VENV)/docs.installed

@@ -9,12 +9,9 @@ Needs the extra `reference` (PyTorch and transformers), for the PyTorch baseline
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +19,7 @@ import torch
 from rich.progress import Progress
 
 from benchmarks.cases import CASES
+from benchmarks.machine import commit, machine, versions
 from benchmarks.page import page
 from benchmarks.sizes import SUITES
 from benchmarks.worker import compare
@@ -65,7 +63,7 @@ def main() -> None:
                     continue
                 cases[case] = {
                     "date": str(datetime.date.today()),
-                    "commit": _git("rev-parse", "--short", "HEAD"),
+                    "commit": commit(),
                     "command": f"python -m benchmarks {shlex.join(sys.argv[1:])}",
                     "sides": measured,
                 }
@@ -90,18 +88,12 @@ def _earlier(file: Path, about: dict[str, str]) -> dict:
 
 
 def _about(suite: str) -> dict[str, str]:
-    packages = ("jax", "jaxlib", "torch", "transformers")
     return {
         "command": f"python -m benchmarks --suite {suite}",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "machine": machine(),
         "threads": f"{torch.get_num_threads()} in PyTorch, {os.cpu_count()} in JAX: their defaults",
-        "versions": ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages),
+        "versions": versions("jax", "jaxlib", "torch", "transformers"),
     }
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class MatrixVectorProduct(Case):
         return 0
 
     def read_bytes(self, size: Size, label: str) -> float:
-        return 4.0 * size.stream**2
+        return (2.0 if size.config.dtype == "bfloat16" else 4.0) * size.stream**2
 
     def jax(self, size: Size, option: str) -> Run:
         from benchmarks import flexolmo

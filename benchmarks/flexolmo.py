@@ -46,14 +46,16 @@ from flexolmo_jax.training.step import train_step
 
 def matrix_product(size: Size) -> Run:
     """A product of two large square matrices."""
-    a, b = (jnp.asarray(_normal(size.gemm, size.gemm)) for _ in range(2))
+    a, b = (jnp.asarray(_normal(size.gemm, size.gemm), size.config.dtype) for _ in range(2))
     multiply = jax.jit(jnp.matmul)
     return lambda: jax.block_until_ready(multiply(a, b))
 
 
 def matrix_vector_product(size: Size) -> Run:
     """A product of a large matrix and a vector."""
-    matrix, vector = (jnp.asarray(_normal(n, size.stream)) for n in (size.stream, 1))
+    matrix, vector = (
+        jnp.asarray(_normal(n, size.stream), size.config.dtype) for n in (size.stream, 1)
+    )
     multiply = jax.jit(lambda matrix, vector: jnp.einsum("bd,fd->bf", vector, matrix))
     return lambda: jax.block_until_ready(multiply(matrix, vector))
 
@@ -85,6 +87,19 @@ def merged_forward(size: Size, compute: str) -> Run:
         return backbone.logits(forward(backbone, (experts,), tokens, config).hidden, config)
 
     return lambda: jax.block_until_ready(logits(backbone, experts, tokens, config))
+
+
+def merged_layers(size: Size, compute: str) -> Run:
+    """The final hidden states of the merged model."""
+    config = _unrolled(size.merged()).replace(expert_compute=compute)
+    backbone, experts = _merged(config)
+    tokens = _tokens(size, size.batch, size.length)
+
+    @functools.partial(jax.jit, static_argnames="config")
+    def hidden(backbone, experts, tokens, config: ModelConfig):
+        return forward(backbone, (experts,), tokens, config).hidden
+
+    return lambda: jax.block_until_ready(hidden(backbone, experts, tokens, config))
 
 
 def moe_layer(size: Size, experts: int, active: int, compute: str) -> Run:
@@ -258,10 +273,23 @@ def _unrolled(config: ModelConfig) -> ModelConfig:
     return config.replace(unroll=config.num_layers) if jax.default_backend() == "cpu" else config
 
 
-def _normal(*shape: int) -> np.ndarray:
+def _normal(*shape: int, dtype: str = "float32") -> np.ndarray | jax.Array:
+    if jax.default_backend() != "cpu":  # drawing gigabytes on the host would take minutes
+        return _drawn(shape, dtype)
     values = np.random.default_rng(0).standard_normal(shape, np.float32)
     values *= 0.02
     return values
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _drawn(shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """Drawn part by part, so that the peak memory that JAX reports is that of the case itself."""
+    keys = jax.random.split(jax.random.key(0), shape[0])
+    return jax.lax.map(
+        lambda key: (0.02 * jax.random.normal(key, shape[1:])).astype(dtype),
+        keys,
+        batch_size=-(-shape[0] // 16),
+    )
 
 
 def _tokens(size: Size, batch: int, length: int) -> jax.Array:
@@ -277,7 +305,8 @@ def _merged(config: ModelConfig) -> tuple[Backbone, Experts]:
 
     def fill(path, leaf):
         is_norm = "norm" in jax.tree_util.keystr(path)
-        values = np.ones(leaf.shape, np.float32) if is_norm else _normal(*leaf.shape)
+        ones = functools.partial(np.ones, dtype=np.float32)
+        values = ones(leaf.shape) if is_norm else _normal(*leaf.shape, dtype=config.dtype)
         return jnp.asarray(values, config.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, abstract_model(config))

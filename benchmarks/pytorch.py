@@ -18,6 +18,8 @@ from benchmarks.sizes import Size
 from flexolmo_jax.config import ModelConfig
 
 torch.manual_seed(0)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+torch.set_default_device(DEVICE)
 
 
 class Unpacked(torch.nn.Module):
@@ -35,7 +37,7 @@ class Unpacked(torch.nn.Module):
 
 def matrix_product(size: Size) -> Run:
     """A product of two large square matrices."""
-    a, b = (torch.randn(size.gemm, size.gemm) for _ in range(2))
+    a, b = (torch.randn(size.gemm, size.gemm, dtype=_dtype(size.config)) for _ in range(2))
     return lambda: torch.mm(a, b)
 
 
@@ -47,7 +49,11 @@ def matrix_vector_product(size: Size) -> Run:
 
 def anchor_step(size: Size) -> Run:
     """A training step of the dense model."""
-    return _step(Olmo2ForCausalLM(Olmo2Config(**_shared(size.config))), size, lambda name: True)
+    config = Olmo2Config(**_shared(size.config))
+    model = Olmo2ForCausalLM._from_config(
+        config, dtype=_dtype(size.config), attn_implementation="sdpa"
+    )
+    return _step(model, size, lambda name: True)
 
 
 def expert_step(size: Size, implementation: str) -> Run:
@@ -71,13 +77,29 @@ def merged_forward(size: Size, implementation: str) -> Run:
     return torch.inference_mode()(lambda: model(tokens).logits)
 
 
-def generate(size: Size, batch: int, implementation: str) -> Run:
-    """Greedy generation by the merged model."""
+def merged_layers(size: Size, implementation: str) -> Run:
+    """The final hidden states of the merged model."""
+    model = _flex_olmo(size.merged(), implementation).eval()
+    tokens = _tokens(size)
+    return torch.inference_mode()(lambda: model.model(tokens).last_hidden_state)
+
+
+def generate(size: Size, batch: int, implementation: str, cache: str | None = None) -> Run:
+    """Greedy generation by the merged model.
+
+    Args:
+      size: of the model and the work.
+      batch: sequences.
+      implementation: of the experts.
+      cache: "static" is compiled on a GPU; None is the default, a cache that grows.
+    """
     model = _flex_olmo(size.merged(), implementation).eval()
     prompt = torch.randint(0, size.config.vocab_size, (batch, size.prompt))
     exact = {"min_new_tokens": size.new_tokens, "max_new_tokens": size.new_tokens}
     return torch.inference_mode()(
-        lambda: model.generate(prompt, do_sample=False, use_cache=True, **exact)
+        lambda: model.generate(
+            prompt, do_sample=False, use_cache=True, cache_implementation=cache, **exact
+        )
     )
 
 
@@ -168,8 +190,14 @@ def _shared(config: ModelConfig) -> dict:
 
 def _flex_olmo(config: ModelConfig, implementation: str) -> FlexOlmoForCausalLM:
     return FlexOlmoForCausalLM._from_config(
-        _config(config), experts_implementation=implementation, attn_implementation="sdpa"
-    )
+        _config(config), dtype=_dtype(config), experts_implementation=implementation,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+
+
+def _dtype(config: ModelConfig) -> torch.dtype:
+    """In bfloat16, PyTorch keeps the weights and AdamW's state in it too; ours are float32."""
+    return getattr(torch, config.dtype)
 
 
 def _tokens(size: Size) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""Installing: what make needs of a machine; importing: no warnings, and no private names."""
+"""Installing: what make needs; importing: no warnings, few packages, and no private names."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,41 @@ def test_no_module_warns_on_import():
         [sys.executable, "-W", "error", "-c", IMPORT_ALL], capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
+
+
+# A machine with jax, flax, optax, jaxtyping, PyTorch and transformers can measure the model, and
+# train and decode with it, though it lacks what reads texts, writes packages and parses commands.
+BARE = """
+import importlib.abc, sys
+
+MISSING = {
+    "array_record", "chex", "dp_accounting", "grain", "jax_privacy", "matplotlib", "orbax",
+    "pyarrow", "sklearn", "tensorflow_datasets", "tyro",
+}
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in MISSING:
+            raise ModuleNotFoundError(f"{name} is not on this machine")
+
+sys.meta_path.insert(0, Missing())
+import flexolmo_jax.interop.hf_import
+from benchmarks import flexolmo
+from benchmarks.sizes import SUITES
+
+(size,) = SUITES["smoke"].values()
+flexolmo.expert_step(size, "softmax", None)()
+print(*map(len, flexolmo.generate(size, 2, "float32")()))
+"""
+
+
+def test_a_machine_without_tfds_and_the_like_trains_and_decodes():
+    ran = subprocess.run(
+        [sys.executable, "-c", BARE], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["8", "8"]
 
 
 NAMES_OF_FIELDS = "_fields"  # of a NamedTuple: public in spite of its name

@@ -35,6 +35,15 @@ CASES = {
         ["srun .venv/bin/flexolmo train expert", "the anchor", "--out /shared/mine",
          "--distributed --resume"],
     ),
+    "heads.sh": (
+        {"ANCHOR": "OLMo-2-0425-1B", "TEXTS": "flexmix", "OUT": "heads"},
+        ["math", "news"],
+        ["train evidence demo_evidence --anchor OLMo-2-0425-1B",
+         "--name news --data flexmix/news/train.jsonl --resume --out heads/headed/news",
+         "--resume --head-rank 0 --evidence-rank 0 --out heads/plain/math",
+         "--expert heads/headed/math heads/headed/news --out heads/merged_headed",
+         "evaluate --model heads/merged_plain --data public=flexmix/public/heldout.jsonl"],
+    ),
     "jobset.sh": (
         {"NAME": "mine", "IMAGE": "registry/flexolmo", "BUCKET": "b"}, TRAINING, ["kind: JobSet"],
     ),

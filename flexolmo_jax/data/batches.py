@@ -1,17 +1,16 @@
-"""Batches: batch i is a pure function of (seed, i), so resuming needs only a step number."""
+"""Batches: what a training step or an evaluation reads of several windows at once.
 
-import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+This file, and all that a step imports, runs without TFDS, grain and array_record: of these only the
+reading of texts for training (`order.py`, `window_store.py`) knows.
+"""
 
-import grain
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from grain.experimental import index_shuffle
 
-from flexolmo_jax.data.seeds import derived_seed
-from flexolmo_jax.data.window_store import SourceWindows
 from flexolmo_jax.data.windows import Window
 
 
@@ -32,46 +31,6 @@ class Batch(NamedTuple):
             jnp.asarray(segments[..., :-1]),
             jnp.asarray(segments[..., 1:] > 0, jnp.float32),
         )
-
-
-def batches(source: SourceWindows, seed: int, start: int = 0) -> Iterator[Batch]:
-    """Endless training batches from number `start` on, each epoch in another order.
-
-    No epoch of a seed has the order of an epoch of another seed, or of another epoch.
-    """
-    order = _order(source.as_data_source("train"), source, seed)[start:]
-    read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-    for batch in order.to_iter_dataset(read):
-        yield Batch.of(batch["tokens"], batch["segments"])
-
-
-def window_numbers(source: SourceWindows, seed: int, step: int) -> list[int]:
-    """Which of a source's windows the batch of a step (from 1) holds."""
-    numbers = range(len(source.as_data_source("train")))
-    return _order(numbers, source, seed)[step - 1].tolist()
-
-
-def _order(windows: Sequence[Any], source: SourceWindows, seed: int) -> grain.MapDataset:
-    return grain.MapDataset.source(_Epochs(windows, seed)).batch(source.data.batch_size)
-
-
-class _Epochs:
-    """Windows, epoch after epoch, each in an order of its own; with random access.
-
-    Grain's own `shuffle(seed).repeat()` gives epoch e of seed s the order of epoch 0 of seed s + e.
-    """
-
-    def __init__(self, windows: Sequence[Any], seed: int):
-        self._windows, self._seed = windows, seed
-
-    def __len__(self) -> int:
-        return sys.maxsize  # without end
-
-    def __getitem__(self, index: int) -> Any:
-        count = len(self._windows)
-        epoch, place = divmod(index, count)
-        seed = derived_seed(self._seed, epoch)
-        return self._windows[index_shuffle(place, max_index=count - 1, seed=seed, rounds=4)]
 
 
 def stacked(some_windows: Iterator[Window], size: int) -> Iterator[Batch]:

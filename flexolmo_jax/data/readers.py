@@ -18,12 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import pyarrow
-import pyarrow.parquet
-
 from flexolmo_jax.data.files import JSON, JSON_LINES, PARQUET, TABLES, kind_of
 
-ROWS = 256  # of Parquet, decoded at a time
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)  # a compressed stream
 
 
@@ -54,7 +50,9 @@ def read_rows(file: Path, text_field: str, group_field: str) -> Iterator[tuple[i
     if kind.suffix in JSON:
         return _json(file)
     if kind.suffix in PARQUET:
-        return _parquet(file, text_field, group_field)
+        from flexolmo_jax.data import parquet  # pyarrow is large, and not on every machine
+
+        return parquet.rows(file, text_field, group_field)
     if kind.suffix in TABLES:
         delimiter = "\t" if kind.suffix == ".tsv" else ","
         return _table(file, text_field, group_field, delimiter)
@@ -66,7 +64,8 @@ def _open(file: Path) -> IO[bytes]:
     kind = kind_of(file)
     compression = kind.compression if kind else ""
     if compression == ".zst":
-        # Arrow's own stream cannot be read line by line.
+        import pyarrow  # its own stream cannot be read line by line
+
         stream: Any = pyarrow.input_stream(str(file), compression="zstd")
         return io.BufferedReader(stream)
     openers: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
@@ -180,7 +179,7 @@ def _json_values(text: str) -> Iterator[tuple[int, Row]]:
             place = after_space(place + 1)
 
 
-def _check_columns(file: Path, names: list[str], text_field: str, group_field: str) -> None:
+def check_columns(file: Path, names: list[str], text_field: str, group_field: str) -> None:
     """Raises ValueError if there is not one column of text, or more than one of groups."""
     if text_field not in names:
         raise ValueError(f"{file}: no column {text_field!r}; found {', '.join(names)}")
@@ -208,7 +207,7 @@ def _table(
                 names = next(reader, [])
             except csv.Error as error:
                 raise ValueError(f"{file}: no row of column names ({error})") from error
-            _check_columns(file, names, text_field, group_field)
+            check_columns(file, names, text_field, group_field)
             while True:
                 number = reader.line_num + 1
                 try:
@@ -224,55 +223,3 @@ def _table(
                     yield number, Bad(f"expected {len(names)} columns, found {len(row)}")
     except BROKEN as error:
         yield number, _broken(file, error)
-
-
-def _parquet(file: Path, text_field: str, group_field: str) -> Iterator[tuple[int, Row]]:
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except Exception as error:
-        raise ValueError(f"{file}: not a readable Parquet file ({error})") from error
-    with table:
-        names = table.schema_arrow.names
-        _check_columns(file, names, text_field, group_field)
-        columns = [text_field] + [group_field] * (group_field in names)
-        kind = table.schema_arrow.field(text_field).type
-        if not (_holds_text(kind) or pyarrow.types.is_null(kind)):
-            raise ValueError(
-                f"{file}: expected the column {text_field!r} to be text, found {kind}; name "
-                "another one as the text field"
-            )
-        number = last = 0
-        for group in range(table.num_row_groups):
-            last += table.metadata.row_group(group).num_rows
-            try:
-                for batch in table.iter_batches(ROWS, row_groups=[group], columns=columns):
-                    values = [_values(batch.column(name)) for name in columns]
-                    for row in zip(*values, strict=True):
-                        number += 1
-                        yield number, dict(zip(columns, row, strict=True))
-            except (OSError, pyarrow.ArrowException) as error:
-                yield number + 1, Bad(f"up to row {last}, the file cannot be read ({error})")
-                number = last
-
-
-def _holds_text(kind: pyarrow.DataType) -> bool:
-    """Whether a column's values are strings, or bytes that may be UTF-8."""
-    types = pyarrow.types
-    if types.is_dictionary(kind):
-        return _holds_text(kind.value_type)
-    return (
-        types.is_string(kind)
-        or types.is_large_string(kind)
-        or types.is_string_view(kind)
-        or types.is_binary(kind)
-        or types.is_large_binary(kind)
-        or types.is_binary_view(kind)
-        or types.is_fixed_size_binary(kind)
-    )
-
-
-def _values(column: pyarrow.Array) -> list[Any]:
-    """The values of a column; strings as bytes: one that is not UTF-8 must not spoil the rest."""
-    if _holds_text(column.type):
-        column = column.cast(pyarrow.large_binary())
-    return column.to_pylist()

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as v0
 
 from flexolmo_jax.storage.integers import LARGEST
 
@@ -99,6 +98,8 @@ def save(path: Path, tensors: dict[str, Any]) -> None:
 
     One file per tensor, uncompressed: a damaged file names its tensor, and loading is reading.
     """
+    import orbax.checkpoint as v0  # only writing needs it
+
     # Orbax's v0 interface, since v1's `save` waits for all processes (0.12.8); the files are those
     # that v1 reads and writes.
     alone = v0.options.MultiprocessingOptions(**_this_process())

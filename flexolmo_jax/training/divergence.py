@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexolmo_jax.data.batches import window_numbers
+from flexolmo_jax.data.order import window_numbers
 from flexolmo_jax.data.window_store import SourceWindows
 from flexolmo_jax.storage.files import replace_file
 

@@ -9,7 +9,8 @@ import jax
 from jax.sharding import Mesh
 
 from flexolmo_jax.config import Training
-from flexolmo_jax.data.batches import Batch, batches
+from flexolmo_jax.data.batches import Batch
+from flexolmo_jax.data.order import batches
 from flexolmo_jax.data.window_store import SourceWindows
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.parallel.mesh import AXES, make_mesh

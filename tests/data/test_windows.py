@@ -11,7 +11,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from flexolmo_jax.config import DataConfig
-from flexolmo_jax.data.batches import Batch, batches, stacked, window_numbers
+from flexolmo_jax.data.batches import Batch, stacked
+from flexolmo_jax.data.order import batches, window_numbers
 from flexolmo_jax.data.sources import Document, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.units import prepare_units

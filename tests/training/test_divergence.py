@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from flexolmo_jax.data.batches import batches
+from flexolmo_jax.data.order import batches
 from flexolmo_jax.data.sources import read_documents
 from flexolmo_jax.data.window_store import prepare
 from flexolmo_jax.federation.anchor import read_anchor

@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import flexolmo_jax as fo
-from flexolmo_jax.data.batches import batches
+from flexolmo_jax.data.order import batches
 from flexolmo_jax.data.window_store import prepare
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.loading import load_model

@@ -84,6 +84,11 @@ def _swiglu_of_groups(rows, gate, up, down, sizes, max_rows: int):
     """
     if collectives.platform() == "cpu":
         return _on_cpu(rows, gate, up, down, sizes, max_rows)
+    if collectives.platform() == "gpu":
+        # XLA may compute every group for every row, and sum products that it has masked with 0: an
+        # expert that nobody uses, but whose weights are NaN, would turn all rows into NaN.
+        is_used = (sizes > 0)[:, None, None]
+        gate, up, down = (jnp.where(is_used, matrix, 0) for matrix in (gate, up, down))
     ragged = functools.partial(jax.lax.ragged_dot, group_sizes=sizes.astype(jnp.int32))
     return ragged(jax.nn.silu(ragged(rows, gate)) * ragged(rows, up), down)
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from flexolmo_jax.config import ExpertTraining
-from flexolmo_jax.data.batches import Batch, batches
+from flexolmo_jax.data.batches import Batch
 from flexolmo_jax.data.domain_embedding import DOCUMENTS, domain_embedding, source_name
+from flexolmo_jax.data.order import batches
 from flexolmo_jax.data.sources import is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.window_store import SourceWindows, prepare

@@ -1,0 +1,1 @@
+"""One machine with a GPU, measured within minutes, beside transformers."""
