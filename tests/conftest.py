@@ -174,9 +174,10 @@ def quick(compiled):
 
 @pytest.fixture(scope="session", autouse=True)
 def state_home(tmp_path_factory):
-    """So that private runs of tests leave no marks in the home folder, and see none there."""
+    """So that tests leave neither marks of private runs nor programs in the home folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

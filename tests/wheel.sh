@@ -7,6 +7,7 @@ bin=$(realpath "$1")/bin
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
+export XDG_CACHE_HOME=$folder/cache
 export XDG_STATE_HOME=$folder/state  # the text is the same in every run, and each has a ledger of its own
 "$bin/python" -c '
 import itertools, json

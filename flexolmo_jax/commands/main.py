@@ -33,6 +33,7 @@ from flexolmo_jax.commands.parser import (
     parse,
 )
 from flexolmo_jax.commands.shared_arguments import join_processes, profile
+from flexolmo_jax.runtime.compilation_cache import is_of_cache, keep_compiled_programs
 from flexolmo_jax.runtime.console import tell, visible
 from flexolmo_jax.runtime.endings import AlreadyDone, Interrupted
 from flexolmo_jax.runtime.startup import (
@@ -46,6 +47,7 @@ COMMANDS = (  # in the order of --help
     demo, train, compress, plan, merge, experts, privacy, audit, inspect, evaluate, study, generate,
     data, hugging_face,
 )  # fmt: skip
+EVERYWHERE = ("--debug", "--no-cache")  # options that may stand before or after the command
 INTERRUPTED = 130
 EXIT_CODES = (
     "Exit codes: 0 success, or SIGTERM stopped a training that saved its state; 2 an error, "
@@ -66,6 +68,11 @@ def make_parser() -> Parser:
         "--version", action=Version, nargs=0, help="versions of flexolmo_jax, JAX and Python"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="keep no compiled programs in ~/.cache/flexolmo_jax for the next command",
+    )
     commands = Commands(parser, "command")
     for module in COMMANDS:
         module.add_to(commands)
@@ -82,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     leave_libtpu_alone()
     try:
-        args, rest = parse(make_parser(), [word for word in words if word != "--debug"])
+        args, rest = parse(make_parser(), [word for word in words if word not in EVERYWHERE])
         if rest and not args.takes_config:
             meant = did_you_mean(rest[0].partition("=")[0], args.parser.options())
             more = f"{meant}; see {args.parser.prog} --help"
@@ -94,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_program:
             use_large_pages()
         keep_freed_memory()
+    if is_program and "--no-cache" not in words:
+        keep_compiled_programs()
     warnings.showwarning = _show_warning
     sys.excepthook = _show_uncaught
     try:
@@ -155,7 +164,8 @@ def _leave_the_others() -> None:
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    if category is UserWarning:  # ours, for the user; others are for developers
+    # Ours are for the user; others are for developers.
+    if category is UserWarning and not is_of_cache(str(message)):
         print(f"flexolmo: warning: {visible(message)}", file=sys.stderr)
 
 
