@@ -25,8 +25,9 @@ from flexolmo_jax.modeling.decode_state import (
     empty_segments,
     write_to_segments,
 )
-from flexolmo_jax.modeling.experts import Experts, router_weights, with_parts
+from flexolmo_jax.modeling.experts import Experts, FeedForward, router_weights, with_parts
 from flexolmo_jax.modeling.kernels.quantized import dot
+from flexolmo_jax.modeling.low_rank import LowRankGroups
 from flexolmo_jax.modeling.transformer import Backbone, add_heads, evidence_weights
 
 GATHER_MIN_TOKENS = 64  # with fewer, gathering an expert's tokens costs more than it saves
@@ -159,6 +160,27 @@ class Network:
         return added
 
 
+def add_gathered(
+    network: FeedForward | LowRankGroups,
+    added: Float[Array, "B S D"],
+    x: Float[Array, "B S D"],
+    weights: Float[Array, "E B S"],
+    size: int | None,
+) -> Float[Array, "B S D"]:
+    """`network.add_dense`, computed for the tokens that use one of its experts.
+
+    Args:
+      network, added, x, weights: as in `FeedForward.add_dense`.
+      size: no fewer than these tokens; None: compute all tokens.
+    """
+    if size is None:
+        return network.add_dense(added, x, weights)
+    flat, weights = x.reshape(-1, x.shape[-1]), weights.reshape(len(weights), -1)
+    order = jnp.argsort(jnp.all(weights <= 0, axis=0), stable=True)[:size]
+    out = network.add_dense(None, flat[None, order], weights[:, None, order])[0]
+    return added.reshape(flat.shape).at[order].add(out).reshape(added.shape)
+
+
 class _Programs(NamedTuple):
     """Jitted functions; a model of the same structure shares them."""
 
@@ -211,12 +233,7 @@ def _programs(config: ModelConfig, ends, layer_structure, structures) -> _Progra
         def add(leaves, added, x, weights, first, size):
             network = jax.tree.unflatten(structure, leaves)
             weights = jax.lax.dynamic_slice_in_dim(weights, first, network.experts_here)
-            if size is None:
-                return network.add_dense(added, x, weights)
-            flat, weights = x.reshape(-1, x.shape[-1]), weights.reshape(len(weights), -1)
-            order = jnp.argsort(jnp.all(weights <= 0, axis=0), stable=True)[:size]
-            out = network.add_dense(None, flat[None, order], weights[:, None, order])[0]
-            return added.reshape(flat.shape).at[order].add(out).reshape(added.shape)
+            return add_gathered(network, added, x, weights, size)
 
         return add
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexolmo_jax.inference.layerwise import add_gathered
 from flexolmo_jax.modeling.experts import FeedForward
 from flexolmo_jax.modeling.low_rank import FeedForwardRanks, LowRankFeedForward, LowRankGroups
 from flexolmo_jax.parallel import collectives
@@ -78,9 +79,19 @@ def sums_with_base(experts, base):
     )
 
 
-def dense(experts, base, x, weights, active, **how):
+def dense(experts, base, x, weights, active):
     del base, active
-    return experts.add_dense(None, x, weights, **how)
+    return experts.add_dense(None, x, weights)
+
+
+def gathered(experts, base, x, weights, active):
+    del base, active
+    out = jnp.zeros_like(x)
+    for number in range(len(weights)):
+        own = slice(number, number + 1)
+        expert = jax.tree.map(lambda leaf, own=own: leaf[own], experts)
+        out = add_gathered(expert, out, x, weights[own], TOKENS)
+    return out
 
 
 def grouped(experts, base, x, weights, active):
@@ -96,7 +107,7 @@ def low_rank(experts, base, x, weights, active):
 FULL, LOW_RANK = (full_experts, own_matrices), (low_rank_experts, sums_with_base)
 WAYS = {
     "dense": Way(dense, *FULL),
-    "dense, gathered": Way(functools.partial(dense, skip_unused=True), *FULL, trains=False),
+    "dense, gathered": Way(gathered, *FULL, trains=False),
     "grouped": Way(grouped, *FULL),
     "grouped, ragged_dot": Way(grouped, *FULL, platform="gpu"),  # the path of GPU and TPU
     "low-rank": Way(low_rank, *LOW_RANK),
