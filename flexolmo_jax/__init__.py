@@ -19,6 +19,8 @@ _MODULES = {
     "add_expert": "federation.merge",
     "merge": "federation.merge",
     "remove_expert": "federation.merge",
+    "Engine": "inference.engine",
+    "Request": "inference.engine",
     "FlexOlmo": "model",
     "load": "model",
     "make_mesh": "parallel.mesh",

@@ -6,7 +6,6 @@ model.generate(["The theorem"], without=["math"])
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from flexolmo_jax.federation.loading import load_model
 from flexolmo_jax.inference import continuations, decode, engine, likelihood, masks
 from flexolmo_jax.inference.continuations import Continuations, Options
 from flexolmo_jax.inference.cpu_weights import round_to_int8, unstack
-from flexolmo_jax.inference.engine import Engine
+from flexolmo_jax.inference.engine import Engine, Request
 from flexolmo_jax.inference.layerwise import Network
 from flexolmo_jax.inference.likelihood import LogLikelihoods
 from flexolmo_jax.inference.sampling import Sampling
@@ -277,18 +276,9 @@ class FlexOlmo:
         interval: int | None,
     ) -> Iterator[Continuations]:
         sampling.check()
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-        longest = max(map(len, ids)) + max_new_tokens
         on_cpu = self._runs_layer_by_layer()
         together = engine.slots_for(len(ids)) if on_cpu else len(ids)
-        continuations.check_memory(self.config, together, longest, max_new_tokens)
-        if longest > self.config.max_length:
-            warnings.warn(
-                f"prompt and output may reach {longest} tokens, more than the "
-                f"{self.config.max_length} that the model was made for",
-                stacklevel=2,
-            )
+        continuations.check_length(self.config, together, max(map(len, ids)), max_new_tokens)
         options = Options(max_new_tokens, self._stop(), sampling, seed, interval)
         if on_cpu:
             return engine.generate(self._network(together), ids, mask, options)
@@ -311,12 +301,40 @@ class FlexOlmo:
 
         Raises:
           ValueError: the model is spread over several devices, or too little memory.
+
+        Examples:
+          >>> import flexolmo_jax as fo
+          >>> model = fo.load("ours")
+          >>> engine = model.engine(slots=4)
+          >>> requests = [model.request([5, 6, 7], 8, without=["math"]), model.request("Once", 8)]
+          >>> for request in requests:
+          ...     engine.add(request)
+          >>> while engine.step():
+          ...     pass
+          >>> {request.ended for request in requests} <= {"length", "stop"}
+          True
         """
         if self.mesh is not None:
             raise ValueError("an engine runs on one device: load the model without a mesh")
         length = length or self.config.max_length
         continuations.check_memory(self.config, slots + prefixes, length, length)
         return Engine(self._network(slots), slots, length, prefixes)
+
+    def request(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 64,
+        without: Sequence[str] = (),
+        only: Sequence[str] | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> Request:
+        """A request for `engine`; arguments and errors are those of `generate`."""
+        sampling = Sampling(temperature, top_k, top_p)
+        (ids,), mask = self._prompt_ids([prompt]), self.allowed(1, without, only)[0]
+        return Request(ids, max_new_tokens, mask, self._stop(), sampling, seed)
 
     def _runs_layer_by_layer(self) -> bool:
         return jax.default_backend() == "cpu" and self.mesh is None

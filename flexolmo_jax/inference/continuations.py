@@ -1,6 +1,7 @@
 """Continuations of prompts: what a decoder yields of them, where they end, and what they need."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ class Options(NamedTuple):
     stop: Sequence[int]  # ids that end a continuation; none of them is part of it
     sampling: Sampling
     seed: int  # of the random choices
-    interval: int | None = None  # yield after so many new tokens; None: once, at the end
+    interval: int | None = None  # yield after that many new tokens; None: once, at the end
 
 
 class Continuations(NamedTuple):
@@ -40,6 +41,30 @@ def check_memory(config: ModelConfig, batch: int, length: int, max_new_tokens: i
             f"max_new_tokens={max_new_tokens} needs {needed / 1e9:,.0f} GB for keys and values, "
             f"more than half of the {memory / 1e9:,.0f} GB of memory; ask for fewer tokens (the "
             f"model was made for {config.max_length}), or for fewer prompts at a time"
+        )
+
+
+def check_length(config: ModelConfig, batch: int, longest: int, max_new_tokens: int) -> None:
+    """Warns if a text may be longer than the model was made for.
+
+    Args:
+      config: of the model.
+      batch: sequences at a time.
+      longest: tokens of the longest prompt.
+      max_new_tokens: of each prompt.
+
+    Raises:
+      ValueError: no token is asked for, or more than memory holds (`check_memory`).
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    length = longest + max_new_tokens
+    check_memory(config, batch, length, max_new_tokens)
+    if length > config.max_length:
+        warnings.warn(
+            f"prompt and output may reach {length} tokens, more than the {config.max_length} that "
+            "the model was made for",
+            stacklevel=4,
         )
 
 

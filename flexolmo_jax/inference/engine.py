@@ -38,6 +38,19 @@ class Request:
       on_token: called with each new token, from within `Engine.step`.
       generated: the new tokens.
       ended: why it has ended: "stop", "length" or "cancelled"; None: it has not.
+
+    Examples:
+      >>> import flexolmo_jax as fo
+      >>> model = fo.load("ours")
+      >>> mask = model.allowed(1, without=["math"])[0]
+      >>> tokens = []
+      >>> request = fo.Request([5, 6, 7], 8, mask, on_token=tokens.append)
+      >>> engine = model.engine(slots=2)
+      >>> engine.add(request)
+      >>> while engine.step():
+      ...     pass
+      >>> tokens == request.generated and request.ended
+      'length'
     """
 
     prompt: Sequence[int]
@@ -81,6 +94,18 @@ class Engine:
       slots: how many requests run at a time.
       length: the most tokens of a prompt and its continuation.
       prefixes: how many read prompts are kept, for requests that begin alike with the same experts.
+
+    Examples:
+      `FlexOlmo.engine` makes one.
+
+      >>> import flexolmo_jax as fo
+      >>> model = fo.load("ours")
+      >>> engine, request = model.engine(slots=2), model.request([5, 6, 7], 60)
+      >>> engine.add(request)
+      >>> more = [engine.step() for _ in range(3)]
+      >>> engine.cancel(request)
+      >>> len(request.generated), request.ended
+      (3, 'cancelled')
     """
 
     def __init__(self, network: Network, slots: int, length: int, prefixes: int = 0):
@@ -96,7 +121,8 @@ class Engine:
         """Queues a request.
 
         Raises:
-          ValueError: it is empty or too long, or allows no expert.
+          ValueError: it is empty or too long, its tokens or experts are not the model's, or it
+            allows no expert.
         """
         total = len(request.prompt) + request.max_new_tokens
         if not len(request.prompt) or request.max_new_tokens < 1 or total > self._length:
@@ -104,8 +130,17 @@ class Engine:
                 f"a request needs a prompt, at least one new token, and at most {self._length} "
                 f"tokens together; found {len(request.prompt)} and {request.max_new_tokens}"
             )
-        if not np.any(request.allowed):
-            raise ValueError("a request needs at least one expert that it may use")
+        vocabulary, experts = self._network.config.vocab_size, self._network.num_experts
+        if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
+            raise ValueError(
+                f"a prompt has tokens in [0, {vocabulary}), the vocabulary; found "
+                f"{min(request.prompt)} to {max(request.prompt)}"
+            )
+        if np.shape(request.allowed) != (experts,) or not np.any(request.allowed):
+            raise ValueError(
+                f"allowed must be bool [{experts}], with at least one expert, found "
+                f"{np.asarray(request.allowed).astype(int).tolist()}"
+            )
         request.sampling.check()
         self._waiting.append(request)
 
@@ -286,7 +321,7 @@ def _draw(logits, numbers, temperature, top_p, *, top_k):
 
 
 def slots_for(prompts: int) -> int:
-    """How many of so many prompts `generate` continues at a time."""
+    """How many of that many prompts `generate` continues at a time."""
     return min(1 << (prompts - 1).bit_length(), MAX_SLOTS)
 
 

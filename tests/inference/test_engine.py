@@ -98,7 +98,8 @@ def test_prompts_that_begin_alike_are_read_once(model, monkeypatch):
             lengths.append(int(tokens.lengths[0]))
         return network(tokens, sequences)
 
-    counting.num_experts, counting.empty = network.num_experts, network.empty
+    for name in ("config", "num_experts", "empty"):
+        setattr(counting, name, getattr(network, name))
     monkeypatch.setattr(engine, "_network", counting)
     first = run(engine, [Request([*beginning, 5, 6], 4, mask)])
     assert lengths == [CHUNKS[-1], 2]
@@ -143,6 +144,21 @@ def test_tokens_are_handed_out_as_they_come_and_cancelling_frees_a_slot(model):
     assert next_one.ended == "length" and next_one.generated == seen[:2]
 
 
+def test_a_model_makes_requests_of_texts_and_names(model):
+    text, options = "The theorem", {"temperature": 0.9, "top_k": 30, "seed": 4}
+    engine = model.engine(SLOTS, LENGTH)
+    requests = [
+        model.request(text, 8, without=["loud"], **options),
+        model.request([0, 5, 6], 8, only=["public"], seed=1),
+    ]
+    made = run(engine, requests)
+    ids = model.tokenizer.encode_prompt(text)
+    assert made[0] == model.generate([ids], 8, without=["loud"], **options)[0]
+    assert made[1] == model.generate([[0, 5, 6]], 8, only=["public"])[0]
+    with pytest.raises(ValueError, match="no expert named 'maths'"):
+        model.request(text, without=["maths"])
+
+
 def test_what_an_engine_cannot_do_is_one_clear_error(model):
     engine, mask = model.engine(2, 64), np.ones(4, bool)
     for request, said in (
@@ -150,6 +166,8 @@ def test_what_an_engine_cannot_do_is_one_clear_error(model):
         (Request([1] * 60, 5, mask), "at most 64 tokens together; found 60 and 5"),
         (Request([1], 0, mask), "at least one new token"),
         (Request([1], 1, ~mask), "at least one expert"),
+        (Request([1], 1, mask[:3]), r"allowed must be bool \[4\]"),
+        (Request([1, 512], 1, mask), r"tokens in \[0, 512\), the vocabulary; found 1 to 512"),
         (Request([1], 1, mask, sampling=Sampling(-1.0)), "temperature"),
     ):
         with pytest.raises(ValueError, match=said):
