@@ -21,19 +21,20 @@ from pathlib import Path
 
 from flexolmo_jax.runtime.startup import keep_freed_memory, leave_libtpu_alone, with_large_pages
 
-PROFILED = (  # name, case and its option, the program
+LAYERWISE = "embed|attend|add|logits"  # of inference/layerwise.py
+PROFILED = (  # name, case and its option, the programs (a regular expression)
     ("expert_step", "expert_step", "", "train_step"),
     ("anchor_step", "anchor_step", "", "train_step"),
     ("merged_forward, grouped", "merged_forward", "grouped", "logits"),
-    ("decode_1, float32", "decode_1", "float32", "_decode"),
-    ("decode_1, int8", "decode_1", "int8", "_decode"),
+    ("decode_1, float32", "decode_1", "float32", LAYERWISE),
+    ("decode_1, int8", "decode_1", "int8", LAYERWISE),
     ("moe_8_4, grouped", "moe_8_4", "grouped", "gradients"),
     ("moe_64_4, grouped", "moe_64_4", "grouped", "gradients"),
 )
 RUNS = 3
 PARTS = (  # name and a pattern of `op_name`; the first match counts
-    ("experts", r"experts"),
-    ("attention", r"attention"),
+    ("experts", r"experts|^jit\(add\)"),
+    ("attention", r"attention|^jit\(attend\)"),  # in decoding, with its norms and the router
     ("head and loss", r"bcv|bcd|logits|jvp\(\)\)?/while/body/|/body/dot_general$"),
     ("optimizer", r"^jit\(train_step\)/(?!jvp|transpose)"),
 )
@@ -51,7 +52,7 @@ def measure(case: str, option: str, program: str, suite: str, name: str) -> dict
     """
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_dump_to={folder}/hlo --xla_dump_hlo_as_text"
-        dump += f" --xla_dump_hlo_module_re=jit_{program}"
+        dump += f" --xla_dump_hlo_module_re=jit_({program})"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
 
         leave_libtpu_alone()  # before JAX is imported
@@ -80,9 +81,10 @@ def _traced(run, folder: Path, program: str) -> dict:
         for line in plane.lines:
             for event in line.events:
                 stats = dict(event.stats)
-                if stats.get("hlo_module") != f"jit_{program}":
+                module = str(stats.get("hlo_module"))
+                if not re.fullmatch(f"jit_({program})", module):
                     continue
-                opcode, scope = known.get(stats["hlo_op"], ("", ""))
+                opcode, scope = known.get((module, stats["hlo_op"]), ("", ""))
                 if opcode in CONTAINERS:
                     continue
                 fused = stats["hlo_op"].startswith("ynn_fusion")  # XLA's library of matmuls
@@ -93,14 +95,19 @@ def _traced(run, folder: Path, program: str) -> dict:
     return {"seconds": seconds, "parts": dict(parts)}
 
 
-def _operations(folder: Path) -> dict[str, tuple[str, str]]:
-    """The opcode and the traced scope of each operation of the compiled programs."""
+def _operations(folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
+    """The opcode and the traced scope of each operation of the compiled programs.
+
+    A program that was compiled for several shapes counts as the last of them: in decoding, that is
+    the one for new tokens, not that of the prompt.
+    """
     found = {}
-    for file in folder.glob("*after_optimizations.txt"):
+    for file in sorted(folder.glob("*after_optimizations.txt")):
+        module = file.name.split(".")[1]
         for line in file.open():
             matched, scope = OPERATION.match(line), re.search(r'op_name="([^"]*)"', line)
             if matched:
-                found[matched[1]] = (matched[2], scope[1] if scope else "")
+                found[module, matched[1]] = (matched[2], scope[1] if scope else "")
     return found
 
 
