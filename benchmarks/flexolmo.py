@@ -76,30 +76,18 @@ def expert_step(size: Size, gating: str, remat: str | None) -> Run:
     return _step(config, expert_parts(config, model, anchor, expert), size)
 
 
-def merged_forward(size: Size, compute: str) -> Run:
-    """Logits of the merged model."""
+def merged_forward(size: Size, compute: str, with_head: bool = True) -> Run:
+    """Logits of the merged model; without the head, its final hidden states."""
     config = _unrolled(size.merged()).replace(expert_compute=compute)
     backbone, experts = _merged(config)
     tokens = _tokens(size, size.batch, size.length)
 
     @functools.partial(jax.jit, static_argnames="config")
     def logits(backbone, experts, tokens, config: ModelConfig):
-        return backbone.logits(forward(backbone, (experts,), tokens, config).hidden, config)
+        hidden = forward(backbone, (experts,), tokens, config).hidden
+        return backbone.logits(hidden, config) if with_head else hidden
 
     return lambda: jax.block_until_ready(logits(backbone, experts, tokens, config))
-
-
-def merged_layers(size: Size, compute: str) -> Run:
-    """The final hidden states of the merged model."""
-    config = _unrolled(size.merged()).replace(expert_compute=compute)
-    backbone, experts = _merged(config)
-    tokens = _tokens(size, size.batch, size.length)
-
-    @functools.partial(jax.jit, static_argnames="config")
-    def hidden(backbone, experts, tokens, config: ModelConfig):
-        return forward(backbone, (experts,), tokens, config).hidden
-
-    return lambda: jax.block_until_ready(hidden(backbone, experts, tokens, config))
 
 
 def moe_layer(size: Size, experts: int, active: int, compute: str) -> Run:

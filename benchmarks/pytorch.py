@@ -70,18 +70,13 @@ def expert_step(size: Size, implementation: str) -> Run:
     return _step(model, size, lambda name: name.endswith("_proj.experts.1"))
 
 
-def merged_forward(size: Size, implementation: str) -> Run:
-    """Logits of the merged model."""
+def merged_forward(size: Size, implementation: str, with_head: bool = True) -> Run:
+    """Logits of the merged model; without the head, its final hidden states."""
     model = _flex_olmo(size.merged(), implementation).eval()
     tokens = _tokens(size)
+    if not with_head:
+        return torch.inference_mode()(lambda: model.model(tokens).last_hidden_state)
     return torch.inference_mode()(lambda: model(tokens).logits)
-
-
-def merged_layers(size: Size, implementation: str) -> Run:
-    """The final hidden states of the merged model."""
-    model = _flex_olmo(size.merged(), implementation).eval()
-    tokens = _tokens(size)
-    return torch.inference_mode()(lambda: model.model(tokens).last_hidden_state)
 
 
 def generate(size: Size, batch: int, implementation: str, cache: str | None = None) -> Run:

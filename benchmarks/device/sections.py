@@ -32,12 +32,12 @@ class Layers(MergedForward):
     def jax(self, size: Size, option: str) -> Run:
         from benchmarks import flexolmo
 
-        return flexolmo.merged_layers(size, option)
+        return flexolmo.merged_forward(size, option, with_head=False)
 
     def pytorch(self, size: Size, option: str) -> Run:
         from benchmarks import pytorch
 
-        return pytorch.merged_layers(size, option)
+        return pytorch.merged_forward(size, option, with_head=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.experts import Experts, FeedForward
 from flexolmo_jax.modeling.kernels.quantized import Quantized, quantize, round_matrix
-from flexolmo_jax.modeling.low_rank import FeedForwardRanks, LowRankGroups
+from flexolmo_jax.modeling.low_rank import FeedForwardRanks, LowRankGroups, MixedFeedForward
 from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.modeling.transformer import Backbone, Layer
 from flexolmo_jax.storage.tensors import leaf_name
@@ -70,13 +70,16 @@ def unstack(
 
         return jax.tree_util.tree_map_with_path(take_leaf, tree)
 
-    full, low_rank = experts.of_layers().kinds()
+    full, low_rank = experts.of_layers().feed_forward, None
+    if isinstance(full, MixedFeedForward):
+        full, low_rank = full.full, full.low_rank
+    assert isinstance(full, FeedForward)
+    count = full.gate.shape[1]
 
     def networks_of(index):
-        count = full.router.bias.shape[1]
-        own = [take(full.feed_forward, (index, slice(e, e + 1))) for e in range(count)]
+        own = [take(full, (index, slice(e, e + 1))) for e in range(count)]
         if low_rank is not None:  # one stack, which shares the public expert's matrices
-            own.append(take(low_rank.feed_forward, index).with_base(own[0]))
+            own.append(take(low_rank, index).with_base(own[0]))
         return tuple(own)
 
     layers = tuple(

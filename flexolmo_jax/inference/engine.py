@@ -330,13 +330,12 @@ def generate(
 ) -> Iterator[Continuations]:
     """Continues prompts, as `decode.generate` does on accelerators, with the same arguments.
 
-    Equal prompts are read once.
+    Equal prompts, one after the other, are read once.
     """
     max_new_tokens, stop, sampling, seed, interval = options
-    engine = Engine(
-        network, slots_for(len(prompts)), max(map(len, prompts)) + max_new_tokens,
-        prefixes=int(len(prompts) > 1),
-    )  # fmt: skip
+    repeat = len(set(map(tuple, prompts))) < len(prompts)  # keeping what was read copies it
+    length = max(map(len, prompts)) + max_new_tokens
+    engine = Engine(network, slots_for(len(prompts)), length, prefixes=int(repeat))
     requests = [
         Request(prompt, max_new_tokens, mask, stop, sampling, seed, number)
         for number, (prompt, mask) in enumerate(zip(prompts, allowed, strict=True))

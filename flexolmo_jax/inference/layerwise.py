@@ -121,9 +121,8 @@ class Network:
           float32 logits after the last token of each sequence; and the sequences with them.
         """
         run = self._programs
-        x, weights, of_evidence = run.embed(self._ends, tokens, sequences.evidence)
+        x, added, weights, of_evidence = run.embed(self._ends, tokens, sequences.evidence)
         routed = None if weights is None else np.asarray(weights)
-        added = jnp.zeros_like(x)
         before: Any = self._layers[-1]  # of `added`, which is 0: nothing comes before the first
         caches, router_states, states = [], [], sequences.router_states
         for index, layer in enumerate(self._layers):
@@ -200,14 +199,14 @@ def _programs(config: ModelConfig, ends, layer_structure, structures) -> _Progra
         backbone, experts, head = jax.tree.unflatten(ends, leaves)
         x = backbone.embed[...][tokens.ids].astype(config.dtype)
         if config.evidence is None:
-            return x, None, None
+            return x, jnp.zeros_like(x), None, None
         segments = jnp.ones(tokens.ids.shape, jnp.int32)
         weights, state = evidence_weights(
             backbone, (experts,), tokens.ids, segments, _some(tokens.allowed), config, state,
             head, jnp.maximum(tokens.lengths, 1),
         )  # fmt: skip
         assert weights is not None
-        return x, jnp.where(_is_text(tokens), weights, 0), state
+        return x, jnp.zeros_like(x), jnp.where(_is_text(tokens), weights, 0), state
 
     @functools.partial(compiled, donate_argnums=(2, 3, 6, 7))
     def attend(before, leaves, x, added, tokens: Tokens, weights, cache, router_state):

@@ -225,18 +225,6 @@ class LayerExperts(NamedTuple):
         mixed = MixedFeedForward(gather(own.full, count - low_rank), gather(own.low_rank, low_rank))
         return LayerExperts(mixed, self.router)
 
-    def kinds(self) -> "tuple[LayerExperts, LayerExperts | None]":
-        """Of all layers: the full experts, and the low-rank ones, if there are any."""
-        mixed = self.feed_forward
-        if not isinstance(mixed, MixedFeedForward):
-            return self, None
-        count = mixed.full.gate.shape[1]
-        first, rest = (
-            jax.tree.map(lambda leaf, own=own: leaf[:, own], self.router)
-            for own in (slice(count), slice(count, None))
-        )
-        return LayerExperts(mixed.full, first), LayerExperts(mixed.low_rank, rest)
-
 
 class Experts(nnx.Module):
     """A stack of experts: feed-forward networks and their router rows; perhaps low-rank heads.
