@@ -95,15 +95,15 @@ def _plain_routing(args: argparse.Namespace) -> "PlainRouting":
 
     from flexolmo_jax.evaluation import folding
     from flexolmo_jax.federation.anchor import read_anchor
-    from flexolmo_jax.federation.export import PlainRouting
+    from flexolmo_jax.federation.export import PlainRouting, what_is_extra
     from flexolmo_jax.federation.loading import anchor_path
     from flexolmo_jax.federation.package import Package
     from flexolmo_jax.model import load
 
-    package = Package.open(Path(args.model))
-    model = load(args.model, anchor=args.anchor)
-    _check_has(args, model)
-    anchor = read_anchor(Path(args.anchor) if args.anchor else anchor_path(package))
+    path, of_expert = Path(args.model), args.anchor and Path(args.anchor)
+    _check_options(args, what_is_extra(path, of_expert, args.without))
+    model = load(path, anchor=of_expert)
+    anchor = read_anchor(of_expert or anchor_path(Package.open(path)))
     changed = folding.fold_biases(model, anchor) if args.fold_biases else model
     changed = folding.without_memory(changed) if args.no_memory else changed
     cost = folding.cost(model, changed, anchor, args.without)
@@ -115,12 +115,19 @@ def _plain_routing(args: argparse.Namespace) -> "PlainRouting":
     return PlainRouting(rows, keeps_memory=not args.no_memory, note=note)
 
 
-def _check_has(args: argparse.Namespace, model) -> None:
-    """Raises ValueError if the model has not what is to be left out, or could not do without."""
-    if model.config.evidence is not None:
+def _check_options(args: argparse.Namespace, extras: list[str]) -> None:
+    """Raises ValueError unless the options make a plain model of it, and each of them is needed."""
+    from flexolmo_jax.federation.export import BIASES, MEMORY
+
+    options = {BIASES: "--fold-biases", MEMORY: "--no-memory"}
+    given = {BIASES: args.fold_biases, MEMORY: args.no_memory}
+    if others := [extra for extra in extras if extra not in options]:
         raise ValueError(
-            f"{args.model}: is routed by evidence, not by rows: leave out --fold-biases and "
-            "--no-memory, or merge with --no-evidence"
+            f"{args.model}: no option makes a plain model of one with {'; '.join(others)}: leave "
+            "out --fold-biases and --no-memory"
         )
-    if args.no_memory and model.config.memory is None:
-        raise ValueError(f"{args.model}: has no router memory: leave out --no-memory")
+    for extra, option in options.items():
+        if extra in extras and not given[extra]:
+            raise ValueError(f"{args.model}: it also has {extra}: add {option}, or leave out both")
+        if given[extra] and extra not in extras:
+            raise ValueError(f"{args.model}: it does not have {extra}: leave out {option}")

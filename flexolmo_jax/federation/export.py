@@ -23,6 +23,8 @@ from flexolmo_jax.modeling.experts import with_full_feed_forward
 from flexolmo_jax.storage.files import new_directory
 from flexolmo_jax.storage.outputs import check_new_folder
 
+MEMORY, BIASES = "a router memory", "router biases"
+
 
 class PlainRouting(NamedTuple):
     """What replaces a router that the plain classes have no place for (`evaluation/folding.py`).
@@ -103,6 +105,12 @@ def export_model(
     return exported
 
 
+def what_is_extra(path: Path, anchor: Path | None = None, without: Sequence[str] = ()) -> list[str]:
+    """What a model has that the plain classes have no place for; arguments as in `export_model`."""
+    opened = open_model(Package.open(path), anchor)
+    return _extras(_mixture(opened, _kept(opened.names, without), None))
+
+
 def _kept(names: Sequence[str], without: Sequence[str]) -> list[int]:
     """The numbers of the experts that are written."""
     for name in without:
@@ -143,9 +151,9 @@ def _extras(model: Mixture) -> list[str]:
     if model.config.evidence is not None:
         return [*found, "evidence routing"]
     if model.config.memory is not None:
-        found.append("a router memory")
+        found.append(MEMORY)
     if np.any(model.biases < 0):
-        found.append("router biases")
+        found.append(BIASES)
     return found
 
 

@@ -172,6 +172,10 @@ def test_the_cache_survives_what_generation_does_to_it(headed, tmp_path):
         assert model(plain, labels=plain).loss.isfinite()
     with pytest.raises(ValueError, match="routing reads the tokens"):
         model(inputs_embeds=torch.zeros(1, 3, 32))
+    with pytest.raises(ValueError, match="found position_ids: routing reads all earlier tokens"):
+        model(prompt, position_ids=torch.arange(24)[None] % 12)
+    with pytest.raises(ValueError, match="found cache, cu_seq_lens_q"):
+        model(prompt, cache=None, cu_seq_lens_q=None)
     model.save_pretrained(tmp_path / "again")
     again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "again", trust_remote_code=True
@@ -272,21 +276,28 @@ def test_what_cannot_be_exported_is_refused(headed, refused, tmp_path):
     assert "no expert named 'nws'; there are public, news" in refused(*words, "--without", "nws")
     everyone = "--without", "public", "news", "code"
     assert "all experts are left out" in refused(*words, *everyone)
-    assert "routed by evidence" in refused(*words, "--fold-biases")
-    assert "routed by evidence" in refused(*words, "--no-memory")
-    params = tmp_path / "damaged"
-    shutil.copytree(headed, params)
-    (file,) = params.glob("news/params/state/head.bias/c/0/0/0")
+    assert "of one with heads of the experts news, code; evidence" in refused(*words, "--no-memory")
+    damaged = shutil.copytree(headed, tmp_path / "damaged")
+    (file,) = damaged.glob("news/params/state/head.bias/c/0/0/0")
     file.write_bytes(bytes(len(file.read_bytes())))
-    merged_again = params / "merged"
-    shutil.copytree(tmp_path / "merged", merged_again)
-    manifest = (merged_again / "manifest.json").read_text()
-    assert "digest" in manifest
-    text = refused("export", params / "news", "--out", tmp_path / "out")
-    assert "head.bias" in text and not (tmp_path / "out").exists()
+    assert "head.bias" in refused("export", damaged / "news", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_router_is_made_plain_at_a_price_that_is_printed(world, make_expert, flexolmo, tmp_path):
+def test_an_exported_anchor_is_the_same_anchor(world, tmp_path):
+    """Packages made for the one can be merged with the other, and exported again."""
+    export_model(world.anchor, tmp_path / "hf")
+    assert read_anchor(tmp_path / "hf").identity == read_anchor(world.anchor).identity
+    merged = tmp_path / "merged"
+    fo.merge(tmp_path / "hf", [world.experts["math"]], merged, memory=None, allow_share=None)
+    assert export_model(merged, tmp_path / "again").kind in ("flex_olmo", "flexolmo_jax")
+    embed = "model.embed_tokens.weight"
+    np.testing.assert_array_equal(stored(tmp_path / "again")[embed], stored(tmp_path / "hf")[embed])
+
+
+def test_a_router_is_made_plain_at_a_price_that_is_printed(
+    world, make_expert, flexolmo, refused, tmp_path
+):
     loud = make_expert(tmp_path / "loud", "loud", seed=5, bias=-1.0)
     packages = [world.experts["math"], loud]
     fo.merge(world.anchor, packages, tmp_path / "merged")
@@ -302,10 +313,11 @@ def test_a_router_is_made_plain_at_a_price_that_is_printed(world, make_expert, f
     assert not np.any(folded.experts.router.bias[...])
     change = folded.experts.router.row[...] - ours.experts.router.row[...]
     assert not np.any(change[:, 0]) and np.all(np.any(change[:, 2], axis=-1))
-    code, printed, error = flexolmo(*words, "--out", tmp_path / "kept")
-    assert code == 0, error
-    assert fields(tmp_path / "kept")["memory"] == {"decay": 0.8, "weight": 0.3}
-    assert not stored(tmp_path / "kept")["model.layers.0.mlp.gate.bias"].any()
+    out = "--out", tmp_path / "more"
+    assert "it also has a router memory: add --no-memory" in refused(*words, *out)
+    fo.merge(world.anchor, [world.experts["math"]], tmp_path / "rows", memory=None)
+    said = refused("export", tmp_path / "rows", "--no-memory", "--fold-biases", *out)
+    assert "it does not have a router memory: leave out --no-memory" in said
 
 
 def test_tensors_of_any_layout_are_written_as_they_are(tmp_path):

@@ -11,6 +11,7 @@ import flexolmo_jax as fo
 from flexolmo_jax.evaluation import folding
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.compress import compress
+from flexolmo_jax.federation.export import PlainRouting, export_model
 from flexolmo_jax.interop import hf_import
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -155,6 +156,18 @@ def test_what_is_written_is_read_back(world, make_expert, flexolmo, tmp_path):
     folded = folding.fold_biases(merged, read_anchor(world.anchor))
     np.testing.assert_allclose(written.logits(TOKENS), folded.logits(TOKENS), atol=1e-5)
     assert written.tokenizer.digest == merged.tokenizer.digest
+
+    # Without the public expert, which the deltas are added to, the low-rank one is a full one.
+    code, printed, error = flexolmo(*words[:2], "--without", "public", "--out", tmp_path / "full")
+    assert code == 0 and "FlexOlmoJaxForCausalLM of math, small" in printed, error
+    export_model(
+        tmp_path / "merged", tmp_path / "two", without=["public"],
+        routing=PlainRouting(np.asarray(folded.experts.router.row[...]), True, ""),
+    )  # fmt: skip
+    np.testing.assert_allclose(
+        fo.load(tmp_path / "two").logits(TOKENS), folded.logits(TOKENS, without=["public"]),
+        atol=1e-5,
+    )  # fmt: skip
 
 
 def test_what_is_no_mixture_is_not_imported(world, refused, tmp_path):

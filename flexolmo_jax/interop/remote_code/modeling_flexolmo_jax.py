@@ -157,6 +157,28 @@ def is_real(mask: torch.Tensor | None, tokens: torch.Tensor, seen: int) -> torch
     return mask[:, seen : seen + tokens.shape[1]].bool()
 
 
+def check_one_text_per_row(
+    position_ids: torch.Tensor | None, real: torch.Tensor, others: dict
+) -> None:
+    """Raises ValueError where rows hold several texts, or keys lie in a cache of another kind.
+
+    Args:
+      position_ids: [B, S] or [1, S].
+      real: as `is_real` returns it.
+      others: further arguments of the forward pass.
+    """
+    packed = {"cache", "cu_seq_lens_q"} & others.keys()  # as continuous batching passes them
+    if position_ids is not None:
+        again = position_ids[:, 1:] <= position_ids[:, :-1]
+        packed |= {"position_ids"} if bool((again & real[:, 1:] & real[:, :-1]).any()) else set()
+    if packed:
+        raise ValueError(
+            f"expected one text in each row, and its cache in past_key_values, found "
+            f"{', '.join(sorted(packed))}: routing reads all earlier tokens of a text, so packed "
+            "texts and continuous batching (generate_batch) cannot be used"
+        )
+
+
 class MixtureOfExperts(nn.Module):
     """The weighted sum of the experts' feed-forward networks; of one layer."""
 
@@ -290,6 +312,7 @@ class FlexOlmoJaxForCausalLM(FlexOlmoJaxPreTrainedModel, GenerationMixin):
             cache = DynamicCache(config=self.config)
         seen = 0 if cache is None else int(cache.get_seq_length())
         real = is_real(attention_mask, input_ids, seen)
+        check_one_text_per_row(position_ids, real, kwargs)
         weights = None
         if self.config.evidence is not None:
             weights = self.weights_by_evidence(input_ids, real, cache, seen)
