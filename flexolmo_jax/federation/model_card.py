@@ -29,8 +29,8 @@ LOADING = """
 """
 OUR_FILE = """
 `{name}.py`, in this folder, computes what no class of transformers has a place for: {extras}.
-It needs PyTorch and transformers only; read it before you trust it. Routing may read earlier
-tokens, so a text must be given as `input_ids`; generation keeps what it needs in the cache.
+It needs PyTorch and transformers 5.16 or newer; read it before you trust it. Routing may read
+earlier tokens, so a text must be given as `input_ids`; generation keeps what it needs in the cache.
 """
 PLAIN = """
 It is a `{name}` of {library}, which computes exactly this model.

@@ -1,7 +1,8 @@
 """FlexOlmo with what transformers' FlexOlmoForCausalLM has no place for, in PyTorch.
 
 `flexolmo export` writes this file beside the weights of such a model. `AutoModelForCausalLM` loads
-it with `trust_remote_code=True`; it needs PyTorch and transformers, and nothing of flexolmo_jax.
+it with `trust_remote_code=True`; it needs PyTorch and transformers 5.16 or newer, and nothing of
+flexolmo_jax.
 
 Attention, norms and feed-forward networks are those of OLMo 2. Added are, each where the config has
 it: router biases, a router memory, evidence routing, and a head for each expert.
