@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flexolmo_jax.commands.parser import Commands
 from flexolmo_jax.commands.shared_arguments import add_anchor, add_json, add_separator
-from flexolmo_jax.runtime.console import print_json, show_table, tell
+from flexolmo_jax.runtime.console import log, print_json, show_table
 
 
 def add_to(commands: Commands) -> None:
@@ -134,7 +134,7 @@ def add(args: argparse.Namespace) -> None:
         expert_mass=args.expert_mass,
     )
     print(add_key(Path(args.file), policy))
-    tell(f"this is the key of {args.name}; {args.file} keeps its digest only")
+    log(f"this is the key of {args.name}; {args.file} keeps its digest only")
 
 
 def remove(args: argparse.Namespace) -> None:

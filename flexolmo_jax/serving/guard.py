@@ -42,6 +42,13 @@ class Guard:
 
         async def counted(message: Message) -> None:
             nonlocal status
+            if size > self._most and status != 413:  # whatever was made of the exception
+                await too_large.response()(scope, receive, told)
+            elif size <= self._most:
+                await told(message)
+
+        async def told(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
@@ -50,7 +57,7 @@ class Guard:
         try:
             declared = dict(scope["headers"]).get(b"content-length", b"0")
             if declared.isdigit() and int(declared) > self._most:
-                await too_large.response()(scope, receive, counted)
+                await too_large.response()(scope, receive, told)
             else:
                 await self._app(scope, limited, counted)
         finally:

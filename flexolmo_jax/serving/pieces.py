@@ -15,7 +15,7 @@ class Piece:
     """The text that one token added.
 
     Attributes:
-      text: empty for a part of a character; the last part has all of it.
+      text: empty for a part of a character, of which the last part has all.
       index: of the token in the continuation.
     """
 
@@ -61,9 +61,9 @@ class Pieces:
         """What is left when no more tokens come: what was held back, and a broken character."""
         if self._held and self.stopped is None:
             self._held[-1].text += self._new_text(is_last=True)
-        self._released()
-        rest, self._held = self._held, []
-        return rest
+        released, rest = self._released(), self._held
+        self._held = []
+        return [*released, *rest]
 
     def _new_text(self, is_last: bool = False) -> str:
         before = self._tokenizer.decode(self._ids[self._start : self._decoded])
@@ -84,7 +84,8 @@ class Pieces:
             return released
         kept = max((_overlap(text, stop) for stop in self._stops), default=0)
         count, length = 0, 0
-        for piece in self._held:
+        of_whole_characters = len(self._held) - (len(self._ids) - self._decoded)
+        for piece in self._held[:of_whole_characters]:
             length += len(piece.text)
             if length > len(text) - kept:
                 break

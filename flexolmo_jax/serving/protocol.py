@@ -13,6 +13,8 @@ MAX_TOKEN_LISTS = 1 << 20  # ids of a prompt, so that a list is not read for not
 
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Ids = Annotated[list[Token], Field(min_length=1, max_length=MAX_TOKEN_LISTS)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+Lists = Annotated[list[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
 Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)]
 
 
@@ -70,7 +72,7 @@ class Common(Strict):
 class Completion(Common):
     """The body of /v1/completions."""
 
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | list[Ids]
+    prompt: str | Ids | Texts | Lists
     max_tokens: int | None = Field(16, ge=0, lt=1 << 31)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = False
