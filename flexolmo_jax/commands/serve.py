@@ -91,7 +91,6 @@ def run(args: argparse.Namespace) -> None:
     from flexolmo_jax.serving.run import serve
     from flexolmo_jax.serving.service import Settings
 
-    template = args.chat_template
     settings = Settings(
         path=Path(args.model),
         name=args.name or Path(args.model).resolve().name,
@@ -104,9 +103,18 @@ def run(args: argparse.Namespace) -> None:
         seconds=args.timeout,
         keys=None if args.keys is None else Path(args.keys),
         profiles=dict(map(_profile, args.experts_as)),
-        chat_template=None if template is None else Path(template).read_text(encoding="utf-8"),
+        chat_template=_read_template(args.chat_template),
     )
     serve(settings, args.host, args.port)
+
+
+def _read_template(file: str | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template: expected a file of Jinja text ({error})") from error
 
 
 def _at_least_one(option: str, value: int) -> int:

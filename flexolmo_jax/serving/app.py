@@ -16,14 +16,14 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
 
 from flexolmo_jax.model import FlexOlmo
-from flexolmo_jax.serving import answers
-from flexolmo_jax.serving.chat import as_text, find_template, parse_template
+from flexolmo_jax.serving import answers, tokens
+from flexolmo_jax.serving.chat import as_text
 from flexolmo_jax.serving.completions import Admission, Part, admit
 from flexolmo_jax.serving.errors import ApiError, Json
 from flexolmo_jax.serving.guard import Guard
 from flexolmo_jax.serving.keys import Policy
 from flexolmo_jax.serving.protocol import MAX_CHOICES, Chat, Common, Completion
-from flexolmo_jax.serving.service import Service, Settings
+from flexolmo_jax.serving.service import Service, Settings, service_of
 from flexolmo_jax.serving.sources import shares_by_name
 from flexolmo_jax.version import __version__
 
@@ -44,31 +44,24 @@ def make_app(settings: Settings, model: FlexOlmo) -> fastapi.FastAPI:
     """The server's application, for uvicorn or any other ASGI server.
 
     Raises:
-      ValueError: the file of keys, or the chat template, is damaged; a profile names an expert that
-        the model has not.
+      ValueError: as `Service`.
     """
-    stray = {x for names in settings.profiles.values() for x in names} - set(model.expert_names)
-    if stray:
-        raise ValueError(
-            f"a profile names {', '.join(sorted(stray))}; the model's experts are "
-            f"{', '.join(model.expert_names)}"
-        )
-    text = settings.chat_template or find_template(settings.path)
-    template = None if text is None else parse_template(text, str(settings.path))
+    service = Service(settings, model)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: fastapi.FastAPI) -> AsyncIterator[None]:
-        service = app.state.service = Service(settings, model)
+        service.runner.open()
         watching = asyncio.create_task(service.watch())
         yield
         watching.cancel()
         await service.runner.close()
 
     app = fastapi.FastAPI(title="flexolmo serve", version=__version__, lifespan=lifespan)
-    app.state.template = template
+    app.state.service = service
     app.include_router(routes)
+    app.include_router(tokens.routes)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.add_middleware(Guard, most=settings.body, app_state=app.state)
+    app.add_middleware(Guard, most=settings.body, metrics=service.metrics)
     for kind, handler in (
         (ApiError, _refused),
         (RequestValidationError, _invalid),
@@ -90,20 +83,20 @@ async def page() -> Response:
 @routes.get("/health")
 async def health(request: Request) -> Response:
     """The process answers, and its engine works."""
-    is_broken = _service(request).runner.is_broken
+    is_broken = service_of(request).runner.is_broken
     return Json({"status": "broken" if is_broken else "ok"}, 503 if is_broken else 200)
 
 
 @routes.get("/ready")
 async def ready(request: Request) -> Response:
     """New requests are taken."""
-    is_draining = _service(request).is_draining
+    is_draining = service_of(request).is_draining
     return Json({"status": "draining" if is_draining else "ready"}, 503 if is_draining else 200)
 
 
 @routes.get("/metrics")
 async def metrics(request: Request) -> Response:
-    service = _service(request)
+    service = service_of(request)
     text = service.metrics.text(service.runner.count)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -133,8 +126,8 @@ async def completions(request: Request, body: Completion) -> Response:
 
 @routes.post("/v1/chat/completions", responses=ERRORS)
 async def chat(request: Request, body: Chat) -> Response:
-    template = request.app.state.template
-    tokenizer = _service(request).model.tokenizer
+    service = service_of(request)
+    template, tokenizer = service.template, service.model.tokenizer
     if template is None or tokenizer is None:
         raise ApiError(
             400,
@@ -149,7 +142,7 @@ async def chat(request: Request, body: Chat) -> Response:
 
 
 def _models(request: Request) -> dict[str, dict[str, Any]]:
-    service = _service(request)
+    service = service_of(request)
     policy = service.policy(request.headers.get("authorization"))
     own = service.sources.models(policy)
     always_on = [name for name in service.sources.permitted(policy) if name in policy.always_on]
@@ -170,7 +163,7 @@ def _models(request: Request) -> dict[str, dict[str, Any]]:
 
 
 async def _complete(request: Request, body: Common, prompts: list[Any]) -> Response:
-    service = _service(request)
+    service = service_of(request)
     policy = service.policy(request.headers.get("authorization"))
     _check_mass(body, policy)
     count = len(prompts) * (body.n or 1)
@@ -285,10 +278,6 @@ async def _collect(running: _Running) -> list[Part]:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _service(request: Request) -> Service:
-    return request.app.state.service
 
 
 async def _refused(request: Request, error: ApiError) -> Response:

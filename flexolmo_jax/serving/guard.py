@@ -4,11 +4,11 @@ import json
 import logging
 import secrets
 import time
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexolmo_jax.serving.errors import ApiError
+from flexolmo_jax.serving.metrics import Metrics
 
 log = logging.getLogger("flexolmo_jax.serving.requests")
 
@@ -18,11 +18,11 @@ class Guard:
 
     Args:
       most: bytes of a body.
-      app_state: of the application, for its metrics.
+      metrics: count what passes.
     """
 
-    def __init__(self, app: ASGIApp, most: int, app_state: Any):
-        self._app, self._most, self._state = app, most, app_state
+    def __init__(self, app: ASGIApp, most: int, metrics: Metrics):
+        self._app, self._most, self._metrics = app, most, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,8 +63,8 @@ class Guard:
         finally:
             seconds = time.monotonic() - begun
             route = getattr(scope.get("route"), "path", "other")
-            self._state.service.metrics.answered(route, status, seconds)
+            self._metrics.answered(route, status, seconds)
             if route.startswith("/v1"):
-                told = {"id": number, "route": route, "status": status}
-                told |= {"seconds": round(seconds, 4), **scope.get("flexolmo", {})}
-                log.info(json.dumps(told))
+                line = {"id": number, "route": route, "status": status}
+                line |= {"seconds": round(seconds, 4), **scope.get("flexolmo", {})}
+                log.info(json.dumps(line))

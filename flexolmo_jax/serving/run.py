@@ -41,9 +41,7 @@ class _Server(uvicorn.Server):
     """Says that it is draining as soon as a signal arrives."""
 
     def handle_exit(self, sig: int, frame) -> None:
-        service = getattr(self.config.app.state, "service", None)  # type: ignore[union-attr]
-        if service is not None:
-            service.is_draining = True
+        self.config.app.state.service.is_draining = True  # type: ignore[union-attr]
         super().handle_exit(sig, frame)
 
 

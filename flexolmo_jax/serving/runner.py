@@ -71,8 +71,12 @@ class Runner:
         self._commands: list[Callable[[], None]] = []
         self._changed = threading.Condition()
         self._is_closed = False
-        self._loop = asyncio.get_running_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def open(self) -> None:
+        """Begins, for the event loop that is running."""
+        self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     @property
@@ -185,7 +189,7 @@ class Runner:
                 job.has_ended = True
                 told.append((job.events, request.ended))
         self._jobs = [job for job in self._jobs if not job.has_ended]
-        if told:
+        if told and self._loop is not None:
             self._loop.call_soon_threadsafe(_put, told)
 
 

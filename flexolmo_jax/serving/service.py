@@ -9,8 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import Request
+
 from flexolmo_jax.federation.package import MANIFEST, read_manifest
 from flexolmo_jax.model import FlexOlmo, load
+from flexolmo_jax.serving.chat import find_template, parse_template
 from flexolmo_jax.serving.errors import ApiError
 from flexolmo_jax.serving.keys import OPEN, Meter, Policy, digest, read_keys
 from flexolmo_jax.serving.metrics import Metrics
@@ -61,20 +64,35 @@ class Service:
       settings: how.
       model: that `settings.path` holds.
 
+    Raises:
+      ValueError: the file of keys, or the chat template, is damaged; a profile names an expert that
+        the model has not.
+
     Attributes:
       sources: the experts, and who may use them.
       runner: of the engine.
       is_draining: no new requests are taken.
+      template: of chats, or None; `chat_template` is its text.
       created: when it began, in seconds since 1970.
     """
 
     def __init__(self, settings: Settings, model: FlexOlmo):
         self.settings, self.metrics, self.is_draining = settings, Metrics(), False
         self.created = int(time.time())
+        stray = {x for own in settings.profiles.values() for x in own} - set(model.expert_names)
+        if stray:
+            raise ValueError(
+                f"a profile names {', '.join(sorted(stray))}; the model's experts are "
+                f"{', '.join(model.expert_names)}"
+            )
+        self.chat_template = settings.chat_template or find_template(settings.path)
+        self.template = None
+        if self.chat_template:
+            self.template = parse_template(self.chat_template, str(settings.path))
         self.sources = Sources(settings.name, model.expert_names, profiles=settings.profiles)
+        self._policies = {policy.sha256: policy for policy in self._read_keys()}
         length = settings.length or model.config.max_length
         self.runner = Runner(model, settings.slots, length)
-        self._policies = {policy.sha256: policy for policy in self._read_keys()}
         self._meters: dict[str, Meter] = {}
         self._seen = self._state_of_files()
 
@@ -212,6 +230,11 @@ class Service:
     def _state_of_files(self) -> tuple[Any, Any]:
         files = (self.settings.keys, self.settings.path / MANIFEST)
         return tuple(_state(file) for file in files)  # type: ignore[return-value]
+
+
+def service_of(request: Request) -> Service:
+    """The service of the application that a request is for."""
+    return request.app.state.service
 
 
 def _state(file: Path | None) -> tuple[int, int, int] | None:
