@@ -28,7 +28,6 @@ from flexolmo_jax.serving.sources import shares_by_name
 from flexolmo_jax.version import __version__
 
 STATIC = Path(__file__).with_name("static")
-KEEP_ALIVE_SECONDS = 15.0
 ERRORS: Any = {
     status: {"description": text}
     for status, text in {
@@ -213,14 +212,14 @@ class _Running(contextlib.AbstractContextManager):
         prompts = sum(map(len, self.admission.prompts))
         return prompts + sum(choice.generated for choice in self.admission.choices)
 
-    async def parts(self) -> AsyncIterator[Part]:
-        """Of all choices; what failed in the engine is an ApiError."""
+    async def parts(self) -> AsyncIterator[Part | None]:
+        """As `Admission.parts`; what failed in the engine is an ApiError."""
         service = self.service
         async for part in self.admission.parts(service.runner, service.settings.seconds):
-            if not self._has_begun and part.pieces:
+            if part is not None and part.pieces and not self._has_begun:
                 service.metrics.first_token(time.monotonic() - self._arrived)
                 self._has_begun = True
-            if part.ended == "error":
+            if part is not None and part.ended == "error":
                 raise ApiError(500, "the engine failed; see the server's log", code="engine_error")
             yield part
 
@@ -251,19 +250,13 @@ class _Events(StreamingResponse):
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         admission = self._running.admission
-        parts = aiter(self._running.parts())
-        waiting = None
         try:
-            while True:
-                waiting = waiting or asyncio.ensure_future(anext(parts))
-                done, _ = await asyncio.wait((waiting,), timeout=KEEP_ALIVE_SECONDS)
-                if not done:
+            async for part in self._running.parts():
+                if part is None:
                     yield answers.KEEP_ALIVE
                     continue
-                part, waiting = waiting.result(), None
                 for chunk in self._form.events(admission, part):
                     yield chunk
-        except StopAsyncIteration:
             for chunk in self._form.last_events(admission):
                 yield chunk
         except ApiError as error:
@@ -272,7 +265,7 @@ class _Events(StreamingResponse):
 
 
 async def _collect(running: _Running) -> list[Part]:
-    return [part async for part in running.parts()]
+    return [part async for part in running.parts() if part is not None]
 
 
 async def _disconnected(request: Request) -> None:

@@ -18,6 +18,8 @@ from flexolmo_jax.serving.pieces import Piece, Pieces
 from flexolmo_jax.serving.protocol import Chat, Common, Completion
 from flexolmo_jax.serving.runner import Job, NewToken, Runner
 
+SILENCE = 15.0  # seconds; proxies close connections on which nothing comes
+
 
 @dataclasses.dataclass
 class Part:
@@ -62,6 +64,8 @@ class Choice:
       prompt: ids.
       generated: how many tokens it has.
       shares: sum of the experts' shares in them, float32 [E].
+      job: that runs it, once it is queued.
+      has_ended: its last part has been made.
     """
 
     def __init__(
@@ -75,38 +79,32 @@ class Choice:
         self.index, self.request = index, request
         self.generated, self.shares = 0, np.zeros(len(request.allowed))
         self.job: Job | None = None
+        self.has_ended = self._has_echoed = False
         self._model, self._echo = model, echo
         self._pieces = None
         if model.tokenizer is not None:
             self._pieces = Pieces(model.tokenizer, request.prompt, stops)
         self._tokens: list[NewToken] = []
 
-    async def parts(self, cancel: Callable[[Job, str], None]) -> AsyncIterator[Part]:
-        """The parts of the choice as they come; a job that a text ended is cancelled."""
+    def part(self, events: Sequence[NewToken | str], cancel: Callable[[Job, str], None]) -> Part:
+        """What the engine has told since the last part; a job that a text ended is cancelled."""
         assert self.job is not None
-        echoed = None
-        while True:
-            events = [await self.job.events.get()]
-            while not self.job.events.empty():
-                events.append(self.job.events.get_nowait())
-            part = Part(self.index, [])
-            if self._echo is not None and echoed is None:
-                echoed = self._prompt_pieces()
-                part.pieces += echoed
-            for event in events:
-                if isinstance(event, str):
-                    part.ended = event
-                    part.pieces += self._shown(self._pieces.end() if self._pieces else [])
-                    break
-                part.pieces += self._take(event)
-                if self._pieces is not None and self._pieces.stopped is not None:
-                    part.ended = "stop"
-                    cancel(self.job, "stop")
-                    break
-            if part.pieces or part.ended:
-                yield part
-            if part.ended:
-                return
+        part = Part(self.index, [])
+        if self._echo is not None and not self._has_echoed:
+            self._has_echoed = True
+            part.pieces += self._prompt_pieces()
+        for event in events:
+            if isinstance(event, str):
+                part.ended = event
+                part.pieces += self._shown(self._pieces.end() if self._pieces else [])
+                break
+            part.pieces += self._take(event)
+            if self._pieces is not None and self._pieces.stopped is not None:
+                part.ended = "stop"
+                cancel(self.job, "stop")
+                break
+        self.has_ended = part.ended is not None
+        return part
 
     def _take(self, event: NewToken) -> list[Shown]:
         self._tokens.append(event)
@@ -144,43 +142,53 @@ class Admission:
     Attributes:
       prompts: ids of each prompt, before `n`.
       tokens: of all prompts and answers, at most.
+      events: what the engine tells of them.
     """
 
     choices: list[Choice]
     prompts: list[list[int]]
     tokens: int
+    events: asyncio.Queue[tuple[Job, NewToken | str] | None] = dataclasses.field(
+        default_factory=asyncio.Queue
+    )
 
     def start(self, runner: Runner) -> None:
         """Queues the requests of all choices."""
         for choice in self.choices:
-            choice.job = runner.start(choice.request)
+            choice.job = runner.start(choice.request, self.events)
 
-    async def parts(self, runner: Runner, seconds: float) -> AsyncIterator[Part]:
-        """The parts of all choices, in the order in which they come.
+    async def parts(self, runner: Runner, seconds: float) -> AsyncIterator[Part | None]:
+        """The parts of all choices, as they come; None after `SILENCE` seconds without one.
 
         Args:
           seconds: after which they end as "timeout".
         """
-        queue: asyncio.Queue[Part | None] = asyncio.Queue()
-
-        async def follow(choice: Choice) -> None:
-            async for part in choice.parts(runner.cancel):
-                queue.put_nowait(part)
-            queue.put_nowait(None)
-
-        tasks = [asyncio.create_task(follow(choice)) for choice in self.choices]
-        timer = asyncio.get_running_loop().call_later(seconds, self.cancel, runner, "timeout")
+        loop, choice_of = asyncio.get_running_loop(), {c.job: c for c in self.choices}
+        timer = loop.call_later(seconds, self.cancel, runner, "timeout")
+        silence = loop.call_later(SILENCE, self.events.put_nowait, None)
         try:
-            left = len(tasks)
-            while left:
-                part = await queue.get()
-                left -= part is None
-                if part is not None:
-                    yield part
+            while not all(choice.has_ended for choice in self.choices):
+                told: dict[Choice, list[NewToken | str]] = {}
+                for event in await self._new_events():
+                    if event is None:
+                        yield None
+                    elif not choice_of[event[0]].has_ended:
+                        told.setdefault(choice_of[event[0]], []).append(event[1])
+                silence.cancel()
+                silence = loop.call_later(SILENCE, self.events.put_nowait, None)
+                for choice, events in told.items():
+                    part = choice.part(events, runner.cancel)
+                    if part.pieces or part.ended:
+                        yield part
         finally:
             timer.cancel()
-            for task in tasks:
-                task.cancel()
+            silence.cancel()
+
+    async def _new_events(self) -> list[tuple[Job, NewToken | str] | None]:
+        events = [await self.events.get()]
+        while not self.events.empty():
+            events.append(self.events.get_nowait())
+        return events
 
     def cancel(self, runner: Runner, reason: str = "cancelled") -> None:
         """Ends the requests that still run."""

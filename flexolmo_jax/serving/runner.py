@@ -36,14 +36,14 @@ class Job:
     """A request that runs, and what has come of it.
 
     Attributes:
-      events: a `NewToken` each; then a str, why it has ended: what `Request.ended` says, or
-        "error".
+      events: gets the job with each `NewToken`; then with a str, why it has ended: what
+        `Request.ended` says, or "error".
     """
 
     request: Request
     engine: Engine
     names: tuple[str, ...]  # of the experts that `request.allowed` is about
-    events: asyncio.Queue = dataclasses.field(default_factory=asyncio.Queue)
+    events: asyncio.Queue
     has_ended: bool = False
     told: int = 0  # tokens
 
@@ -89,15 +89,15 @@ class Runner:
         """How many have a slot, or more exactly: could have."""
         return min(self.count, self._slots)
 
-    def start(self, request: Request) -> Job:
-        """Queues a request.
+    def start(self, request: Request, events: asyncio.Queue) -> Job:
+        """Queues a request, which is told to `events`.
 
         Raises:
           ValueError: the engine cannot run it.
         """
         engine = self._engine
         engine.check(request)
-        job = Job(request, engine, self.model.expert_names)
+        job = Job(request, engine, self.model.expert_names, events)
         self._do(lambda: self._add(job))
         return job
 
@@ -176,23 +176,21 @@ class Runner:
 
     def _tell(self) -> None:
         """Hands what is new to the event loop, all at once."""
-        told: list[tuple[asyncio.Queue, NewToken | str]] = []
+        told: list[tuple[Job, NewToken | str]] = []
         for job in self._jobs:
             request = job.request
             for at in range(job.told, len(request.generated)):
                 scores = request.scores[at] if request.scored else None
-                told.append(
-                    (job.events, NewToken(request.generated[at], request.shares[at], scores))
-                )
+                told.append((job, NewToken(request.generated[at], request.shares[at], scores)))
             job.told = len(request.generated)
             if request.ended is not None:
                 job.has_ended = True
-                told.append((job.events, request.ended))
+                told.append((job, request.ended))
         self._jobs = [job for job in self._jobs if not job.has_ended]
         if told and self._loop is not None:
             self._loop.call_soon_threadsafe(_put, told)
 
 
-def _put(told: list[tuple[asyncio.Queue, NewToken | str]]) -> None:
-    for events, event in told:
-        events.put_nowait(event)
+def _put(told: list[tuple[Job, NewToken | str]]) -> None:
+    for job, event in told:
+        job.events.put_nowait((job, event))
