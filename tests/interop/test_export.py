@@ -363,8 +363,8 @@ print(memory("VmHWM") - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_holds_less_than_a_shard_and_two_layers_of_an_expert(tokenizer, tmp_path):
-    config = CONFIG.replace(width=512, ffn_width=2048, num_layers=4)
-    ranks = dict.fromkeys(("one", "two", "three"), Ranks(8))
+    config = CONFIG.replace(width=512, ffn_width=2048, num_layers=3)
+    ranks = dict.fromkeys(("one", "two"), Ranks(8))
     for name, sizes in (("large", config), ("small", CONFIG)):
         write_packages(tmp_path / name, tokenizer, ranks, config=sizes)
         merged(tmp_path / name, tmp_path / name / "merged", list(ranks))
@@ -374,4 +374,4 @@ def test_memory_holds_less_than_a_shard_and_two_layers_of_an_expert(tokenizer, t
     assert ran.returncode == 0, ran.stderr
     total = sum(x.nbytes for x in named(fo.load(folders[1]).experts).values())
     print(f"{int(ran.stdout) / 1e6:.1f} MB of {total / 1e6:.0f} MB")
-    assert int(ran.stdout) < shard + 2 * layer < total / 3
+    assert int(ran.stdout) < shard + 2 * layer < total / 2
