@@ -10,6 +10,8 @@ const ENDINGS = {
   stop: "ended by the model",
   length: "limit reached",
   expert_withdrawn: "ended: a source was withdrawn",
+  timeout: "ended: the server's time limit",
+  shutdown: "ended: the server shuts down",
   stopped: "stopped by you",
   failed: "ended by an error",
 };

@@ -23,8 +23,9 @@ export class ApiError extends Error {
 
 /** The models that the key may use, in the server's order. */
 export async function readModels() {
-  const response = await call("models", {});
-  return (await response.json()).data;
+  const body = parse(await (await call("models", {})).text());
+  if (!Array.isArray(body?.data)) throw new ApiError("The server sent no list of models.");
+  return body.data;
 }
 
 /** Yields the chunks of a completion: objects as OpenAI's, with `token_mass` and `expert_mass`. */
@@ -34,10 +35,8 @@ export async function* complete(request, signal) {
     body: JSON.stringify(request),
     signal,
   });
-  let ended = false;
   for await (const data of readEvents(response.body)) {
-    ended = data === "[DONE]";
-    if (ended) return;
+    if (data === "[DONE]") return;
     const chunk = parse(data);
     if (!chunk) throw new ApiError(`The server sent an event that is not JSON: ${data.slice(0, 80)}`);
     if (chunk.error) throw new ApiError(chunk.error.message, chunk.error);

@@ -214,11 +214,19 @@ function showSources() {
   $("sources-note").textContent = "No model to show.";
   if (model) {
     sources.show(model, models.find(({ id }) => id === model.parent));
-    $("max-tokens").max = model.max_length;
+    limitTokens(model.max_length);
   } else {
     sources.clear();
   }
   showForm();
+}
+
+/** A small model has no room for the usual number of tokens; a number that was typed stays. */
+function limitTokens(length) {
+  const field = $("max-tokens");
+  field.max = length;
+  if (field.value !== field.defaultValue) return;
+  field.defaultValue = Math.min(Number(field.defaultValue), Math.floor(length / 2));
 }
 
 /** Another key may see other things: nothing of before stays on the page. */

@@ -10,7 +10,10 @@ export function explainWords(box, find) {
   const wordOf = (event) => event.target.closest?.(".word");
   box.addEventListener("pointerover", (event) => wordOf(event) && show(wordOf(event), find));
   box.addEventListener("pointerout", hideSoon);
-  box.addEventListener("click", (event) => wordOf(event)?.focus());
+  box.addEventListener("click", (event) => {
+    wordOf(event)?.focus();
+    if (wordOf(event)) show(wordOf(event), find); // a second tap brings no focus
+  });
   box.addEventListener("focusin", (event) => {
     const word = wordOf(event);
     if (!word) return;
