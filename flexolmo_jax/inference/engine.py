@@ -8,18 +8,19 @@ fixed lengths, so its tokens depend on no other request, and a new prompt length
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax.inference.continuations import Continuations, Options
-from flexolmo_jax.inference.layerwise import Network, Sequences, Tokens, place
+from flexolmo_jax.inference.layerwise import Network, Scores, Sequences, Tokens, place
 from flexolmo_jax.inference.sampling import Sampling, sample
 
 CHUNKS = (32, 128)  # tokens of a prompt that are read in one call
 PROMPT_TOKENS_PER_STEP = 512  # running requests wait for no more than these
+MAX_BIASES = 300  # of a request, as OpenAI's interface allows
 MAX_SLOTS = 64  # above, a step is bound by arithmetic, and more slots only take memory
 
 
@@ -36,7 +37,13 @@ class Request:
       seed, number: of the random choices; requests of one seed and different numbers are
         independent.
       on_token: called with each new token, from within `Engine.step`.
+      bias: what is added to the logits of tokens before one is chosen.
+      scored: score the new tokens; with `scores_prompt`, those of the prompt too, and then
+        `max_new_tokens` may be 0.
       generated: the new tokens.
+      shares: float32 [E] for each new token: the router weights, mean over the layers, at the token
+        before it.
+      scores, prompt_scores: of the new tokens, and of all tokens of the prompt but the first.
       ended: why it has ended: "stop", "length" or "cancelled"; None: it has not.
 
     Examples:
@@ -61,15 +68,24 @@ class Request:
     seed: int = 0
     number: int = 0
     on_token: Callable[[int], None] | None = None
+    bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    scored: bool = False
+    scores_prompt: bool = False
     generated: list[int] = dataclasses.field(default_factory=list, init=False)
+    shares: list[np.ndarray] = dataclasses.field(default_factory=list, init=False)
+    scores: list[Scores] = dataclasses.field(default_factory=list, init=False)
+    prompt_scores: list[Scores] = dataclasses.field(default_factory=list, init=False)
     ended: str | None = dataclasses.field(default=None, init=False)
 
-    def take(self, token: int) -> None:
+    def take(self, token: int, shares: np.ndarray, scores: Scores | None) -> None:
         """Appends a new token, or ends."""
         if token in self.stop:
             self.ended = "stop"
             return
         self.generated.append(token)
+        self.shares.append(shares)
+        if scores is not None:
+            self.scores.append(scores)
         if len(self.generated) == self.max_new_tokens:
             self.ended = "length"
         if self.on_token is not None:
@@ -84,6 +100,7 @@ class _Prompt:
     sequence: Sequences  # a batch of one
     read: int  # tokens so far
     logits: jax.Array | None = None  # after the last token of the prompt
+    shares: np.ndarray | None = None  # float32 [E, 1], at that token
 
 
 class Engine:
@@ -112,6 +129,7 @@ class Engine:
         self._network, self._length = network, length
         self._sequences = network.empty(slots, length)
         self._logits: jax.Array | None = None  # float32 [slots, V]
+        self._shares = np.zeros((network.num_experts, slots), np.float32)
         self._running: list[Request | None] = [None] * slots
         self._waiting: collections.deque[Request] = collections.deque()
         self._reading: _Prompt | None = None
@@ -125,7 +143,8 @@ class Engine:
             allows no expert.
         """
         total = len(request.prompt) + request.max_new_tokens
-        if not len(request.prompt) or request.max_new_tokens < 1 or total > self._length:
+        fewest = 0 if request.scores_prompt else 1
+        if not len(request.prompt) or request.max_new_tokens < fewest or total > self._length:
             raise ValueError(
                 f"a request needs a prompt, at least one new token, and at most {self._length} "
                 f"tokens together; found {len(request.prompt)} and {request.max_new_tokens}"
@@ -140,6 +159,12 @@ class Engine:
             raise ValueError(
                 f"allowed must be bool [{experts}], with at least one expert, found "
                 f"{np.asarray(request.allowed).astype(int).tolist()}"
+            )
+        if any(not 0 <= token < vocabulary for token in request.bias):
+            raise ValueError(f"a bias is for tokens in [0, {vocabulary}), found {request.bias}")
+        if len(request.bias) > MAX_BIASES:
+            raise ValueError(
+                f"a request has biases for at most {MAX_BIASES} tokens, found {len(request.bias)}"
             )
         request.sampling.check()
         self._waiting.append(request)
@@ -178,18 +203,21 @@ class Engine:
                 if not self._waiting:
                     return
                 self._reading = self._begin(self._waiting.popleft())
-            reading = self._reading
-            if reading.request.ended is not None:
+            reading, request = self._reading, self._reading.request
+            if request.ended is not None:
                 self._reading = None
                 continue
             if reading.logits is None:
                 budget -= self._read_chunk(reading)
             if reading.logits is not None:
-                self._place(reading, self._running.index(None))
+                if request.max_new_tokens:
+                    self._place(reading, self._running.index(None))
+                else:
+                    request.ended = "length"
                 self._reading = None
 
     def _begin(self, request: Request) -> _Prompt:
-        known = self._prefixes.longest(request)
+        known = None if request.scores_prompt else self._prefixes.longest(request)
         if known is not None:
             return _Prompt(request, *known)
         return _Prompt(request, self._network.empty(1, self._length), 0)
@@ -204,16 +232,27 @@ class Engine:
         tokens = Tokens(
             ids, np.full(1, first, np.int32), np.full(1, count, np.int32), request.allowed[None]
         )
-        logits, reading.sequence = self._network(tokens, reading.sequence)
+        following = None
+        if request.scores_prompt:
+            following = np.zeros((1, chunk), np.int32)
+            own = request.prompt[first + 1 : first + count + 1]
+            following[0, : len(own)] = own
+        logits, reading.sequence, shares, scores = self._network(
+            tokens, reading.sequence, following
+        )
+        if scores is not None:
+            row = Scores(*(np.asarray(x)[0] for x in scores))
+            request.prompt_scores += [Scores(*(x[at] for x in row)) for at in range(len(own))]
         reading.read += count
         if count == left:
-            reading.logits = logits
+            reading.logits, reading.shares = logits, shares
         self._prefixes.keep(reading)
         return chunk
 
     def _place(self, reading: _Prompt, slot: int) -> None:
         slots = len(self._running)
-        assert reading.logits is not None
+        assert reading.logits is not None and reading.shares is not None
+        self._shares[:, slot] = reading.shares[:, 0]
         if slots == 1:
             self._sequences, self._logits = reading.sequence, reading.logits
         else:
@@ -225,21 +264,43 @@ class Engine:
         self._running[slot] = reading.request
 
     def _choose_tokens(self) -> None:
-        assert self._logits is not None
+        logits = self._biased()
         rows: dict[tuple, list[int]] = {}  # slots that one program can sample for
         for slot, request in enumerate(self._running):
             if request is not None:
                 temperature, top_k, top_p = request.sampling
                 kind = () if temperature == 0 else (top_k, top_p is not None and top_p < 1)
                 rows.setdefault(kind, []).append(slot)
+        chosen = np.zeros(len(self._running), np.int32)
         for kind, slots in rows.items():
-            chosen = np.asarray(self._sampled(kind, slots) if kind else _greedy(self._logits))
-            for slot in slots:
-                request = self._running[slot]
-                assert request is not None
-                request.take(int(chosen[slot]))
+            drawn = self._sampled(logits, kind, slots) if kind else _greedy(logits)
+            chosen[slots] = np.asarray(drawn)[slots]
+        scores = None
+        if any(request is not None and request.scored for request in self._running):
+            # Without bias and temperature.
+            scores = jax.tree.map(np.asarray, _score(self._logits, chosen))
+        for slot, request in enumerate(self._running):
+            if request is not None:
+                own = None
+                if scores is not None and request.scored:
+                    own = Scores(*(x[slot] for x in scores))
+                request.take(int(chosen[slot]), self._shares[:, slot].copy(), own)
 
-    def _sampled(self, kind: tuple, slots: list[int]) -> jax.Array:
+    def _biased(self) -> jax.Array:
+        """The logits with the biases of all requests."""
+        assert self._logits is not None
+        if not any(request is not None and request.bias for request in self._running):
+            return self._logits
+        slots, vocabulary = self._logits.shape
+        tokens = np.full((slots, MAX_BIASES), vocabulary, np.int32)  # these are dropped
+        biases = np.zeros((slots, MAX_BIASES), np.float32)
+        for slot, request in enumerate(self._running):
+            if request is not None:
+                tokens[slot, : len(request.bias)] = list(request.bias)
+                biases[slot, : len(request.bias)] = list(request.bias.values())
+        return _add_biases(self._logits, tokens, biases)
+
+    def _sampled(self, logits: jax.Array, kind: tuple, slots: list[int]) -> jax.Array:
         """One token for each slot; those of other slots than `slots` mean nothing."""
         numbers = np.zeros((3, len(self._running)), np.uint32)  # seeds, numbers and steps
         temperature, top_p = np.ones((2, len(self._running), 1), np.float32)
@@ -252,7 +313,7 @@ class Engine:
                 request.sampling.top_p or 1,
             )
         top_k, is_cut = kind
-        return _draw(self._logits, numbers, temperature, top_p if is_cut else None, top_k=top_k)
+        return _draw(logits, numbers, temperature, top_p if is_cut else None, top_k=top_k)
 
     def _read_tokens(self) -> None:
         slots = len(self._running)
@@ -264,7 +325,7 @@ class Engine:
                 start[slot] = len(request.prompt) + len(request.generated) - 1
                 lengths[slot], allowed[slot] = 1, request.allowed
         tokens = Tokens(ids[:, None], start, lengths, allowed)
-        self._logits, self._sequences = self._network(tokens, self._sequences)
+        self._logits, self._sequences, self._shares, _ = self._network(tokens, self._sequences)
 
 
 class _Prefixes:
@@ -277,7 +338,9 @@ class _Prefixes:
         self._count = count
         self._known: collections.OrderedDict = collections.OrderedDict()
 
-    def longest(self, request: Request) -> tuple[Sequences, int, jax.Array | None] | None:
+    def longest(
+        self, request: Request
+    ) -> tuple[Sequences, int, jax.Array | None, np.ndarray | None] | None:
         """A copy of what is known of the longest beginning of a prompt, or None."""
         prompt, chunk = tuple(request.prompt), CHUNKS[-1]
         ends = [len(prompt), *range(len(prompt) // chunk * chunk, 0, -chunk)]
@@ -285,8 +348,8 @@ class _Prefixes:
             key = (prompt[:end], end == len(prompt), request.allowed.tobytes())
             if key in self._known:
                 self._known.move_to_end(key)
-                sequence, logits = self._known[key]
-                return jax.tree.map(jnp.copy, sequence), end, logits
+                sequence, logits, shares = self._known[key]
+                return jax.tree.map(jnp.copy, sequence), end, logits, shares
         return None
 
     def keep(self, reading: _Prompt) -> None:
@@ -295,7 +358,8 @@ class _Prefixes:
             return
         prompt, end = tuple(reading.request.prompt), reading.read
         key = (prompt[:end], reading.logits is not None, reading.request.allowed.tobytes())
-        self._known[key] = jax.tree.map(jnp.copy, reading.sequence), reading.logits
+        copied = jax.tree.map(jnp.copy, reading.sequence)
+        self._known[key] = copied, reading.logits, reading.shares
         while len(self._known) > self._count:
             self._known.popitem(last=False)
 
@@ -303,6 +367,15 @@ class _Prefixes:
 @functools.partial(jax.jit, donate_argnums=0)
 def _replace_row(rows: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(rows, row, index, 0)
+
+
+@jax.jit
+def _add_biases(logits, tokens, biases):
+    rows = jnp.arange(len(logits))[:, None]
+    return logits.at[rows, tokens].add(biases, mode="drop")
+
+
+_score = jax.jit(Scores.of)
 
 
 @jax.jit

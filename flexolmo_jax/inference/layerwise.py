@@ -31,6 +31,7 @@ from flexolmo_jax.modeling.low_rank import LowRankGroups
 from flexolmo_jax.modeling.transformer import Backbone, add_heads, evidence_weights
 
 GATHER_MIN_TOKENS = 64  # with fewer, gathering an expert's tokens costs more than it saves
+MAX_BEST = 20  # how many of the likeliest tokens are scored, as OpenAI's interface allows
 GATHER_SIZES = 4  # gathered tokens are padded to one of this many sizes
 # XLA for CPU uses half of AVX-512's width by default, which converts 8-bit integers to floats more
 # slowly than memory delivers them.
@@ -88,6 +89,37 @@ class Tokens(NamedTuple):
     allowed: Any  # bool [B, E]
 
 
+class Reading(NamedTuple):
+    """What a model says of tokens that it has read.
+
+    Attributes:
+      logits: after the last token of each sequence.
+      sequences: with the tokens.
+      shares: the experts' router weights at that token, mean over the layers; float32.
+      scores: of the tokens that follow, where they were given.
+    """
+
+    logits: Float[Array, "B V"]
+    sequences: Sequences
+    shares: Float[np.ndarray, "E B"]
+    scores: "Scores | None"
+
+
+class Scores(NamedTuple):
+    """Natural log-probabilities of tokens, and of the likeliest in their place; float32."""
+
+    own: Float[Array, "*T"]
+    best: Float[Array, "*T k"]
+    best_ids: Int[Array, "*T k"]
+
+    @classmethod
+    def of(cls, logits: Float[Array, "*T V"], ids: Int[Array, "*T"]) -> "Scores":
+        """Of the tokens `ids`, under the model's own distribution."""
+        scores = jax.nn.log_softmax(logits)
+        own = jnp.take_along_axis(scores, ids[..., None], axis=-1)[..., 0]
+        return cls(own, *jax.lax.top_k(scores, min(MAX_BEST, scores.shape[-1])))
+
+
 class Network:
     """The weights of a model, and the programs that run over them."""
 
@@ -113,18 +145,21 @@ class Network:
         return Sequences.empty(self.config, self.num_experts, batch, length)
 
     def __call__(
-        self, tokens: Tokens, sequences: Sequences
-    ) -> tuple[Float[Array, "B V"], Sequences]:
+        self, tokens: Tokens, sequences: Sequences, following: np.ndarray | None = None
+    ) -> Reading:
         """Reads the next tokens.
 
-        Returns:
-          float32 logits after the last token of each sequence; and the sequences with them.
+        Args:
+          tokens, sequences: the tokens, and what was read before them.
+          following: int32 [B, S], the token after each, to score it; a 0 where there is none.
         """
         run = self._programs
         x, added, weights, of_evidence = run.embed(self._ends, tokens, sequences.evidence)
         routed = None if weights is None else np.asarray(weights)
         before: Any = self._layers[-1]  # of `added`, which is 0: nothing comes before the first
         caches, router_states, states = [], [], sequences.router_states
+        rows, last = np.arange(len(tokens.lengths)), np.maximum(tokens.lengths, 1) - 1
+        shares = np.zeros((self.num_experts, len(rows)), np.float32)
         for index, layer in enumerate(self._layers):
             router_state = (
                 None if sequences.router_states is None else sequences.router_states[index]
@@ -134,12 +169,15 @@ class Network:
             )
             used = np.asarray(own_weights) if routed is None else routed
             added = self._add_experts(index, added, x, own_weights, used)
+            shares += used[:, rows, last] / len(self._layers)
             before = layer
             caches.append(cache)
             router_states.append(router_state)
-        logits = run.logits(self._ends, before, x, added, own_weights, tokens.lengths)
+        end = (self._ends, before, x, added, own_weights)
+        scores = None if following is None else run.scores(*end, following)
+        logits = run.logits(*end, tokens.lengths)
         next_states = None if states is None else tuple(router_states)
-        return logits, Sequences(tuple(caches), next_states, of_evidence)
+        return Reading(logits, Sequences(tuple(caches), next_states, of_evidence), shares, scores)
 
     def _add_experts(self, index, added, x, weights, used):
         is_used = used > 0  # [E, B, S]
@@ -187,6 +225,7 @@ class _Programs(NamedTuple):
     attend: Any
     add: tuple[Any, ...]  # one for each network of a layer; equal structures share one
     logits: Any
+    scores: Any
 
 
 @functools.lru_cache(maxsize=16)
@@ -236,16 +275,26 @@ def _programs(config: ModelConfig, ends, layer_structure, structures) -> _Progra
 
         return add
 
-    @compiled
-    def logits(leaves, before, x, added, weights, lengths):
+    def at(leaves, before, x, added, weights):
+        """Logits of tokens [T]; their x and `added` are [T, D], and their weights [E, T]."""
         backbone, experts, head = jax.tree.unflatten(ends, leaves)
         previous, _ = jax.tree.unflatten(layer_structure, before)
         x = x + previous.experts_norm(added, config.norm_eps)
-        rows, last = jnp.arange(len(x)), jnp.maximum(lengths, 1) - 1
-        hidden = backbone.norm(x[rows, last], config.norm_eps)
-        return add_heads(dot(hidden, head, jnp.float32), (experts,), hidden, weights[:, rows, last])
+        hidden = backbone.norm(x, config.norm_eps)
+        return add_heads(dot(hidden, head, jnp.float32), (experts,), hidden, weights)
 
-    return _Programs(embed, attend, tuple(map(adding, structures)), logits)
+    @compiled
+    def logits(leaves, before, x, added, weights, lengths):
+        rows, last = jnp.arange(len(x)), jnp.maximum(lengths, 1) - 1
+        return at(leaves, before, x[rows, last], added[rows, last], weights[:, rows, last])
+
+    @compiled
+    def scores(leaves, before, x, added, weights, following):
+        flat = (x.reshape(-1, x.shape[-1]), added.reshape(-1, x.shape[-1]))
+        all_logits = at(leaves, before, *flat, weights.reshape(len(weights), -1))
+        return Scores.of(all_logits.reshape(*following.shape, -1), following)
+
+    return _Programs(embed, attend, tuple(map(adding, structures)), logits, scores)
 
 
 def _is_text(tokens: Tokens) -> Bool[Array, "B S"]:

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.inference.engine import CHUNKS, Request
+from flexolmo_jax.inference.layerwise import MAX_BEST
 from flexolmo_jax.inference.sampling import Sampling
+from flexolmo_jax.modeling.experts import router_weights
+from flexolmo_jax.modeling.transformer import forward
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -93,10 +96,10 @@ def test_prompts_that_begin_alike_are_read_once(model, monkeypatch):
     lengths = []
     network = engine._network
 
-    def counting(tokens, sequences):
+    def counting(tokens, *args):
         if tokens.ids.shape[1] > 1:
             lengths.append(int(tokens.lengths[0]))
-        return network(tokens, sequences)
+        return network(tokens, *args)
 
     for name in ("config", "num_experts", "empty"):
         setattr(counting, name, getattr(network, name))
@@ -159,6 +162,52 @@ def test_a_model_makes_requests_of_texts_and_names(model):
         model.request(text, without=["maths"])
 
 
+def test_scores_are_log_probabilities_of_the_models_logits(model):
+    """Of a prompt longer than a chunk, and of new tokens, whatever bias and temperature."""
+    prompt, mask = list(range(5, 5 + CHUNKS[-1] + 40)), np.array([True, False, True, True])
+    options = {"sampling": Sampling(0.9), "bias": {9: 3.0}, "scored": True, "scores_prompt": True}
+    request = Request(prompt, 5, mask, **options)
+    run(model.engine(2, LENGTH), [request, Request([3, 4], 20, mask)])
+    ids = [*prompt, *request.generated]
+    logits = model.logits([ids], allowed=mask)[0]
+    expected = np.asarray(jax.nn.log_softmax(logits))
+    found = [*request.prompt_scores, *request.scores]
+    assert len(found) == len(ids) - 1
+    for at, own in enumerate(found):
+        np.testing.assert_allclose(own.own, expected[at, ids[at + 1]], atol=2e-5)
+        np.testing.assert_allclose(own.best, np.sort(expected[at])[::-1][:MAX_BEST], atol=2e-5)
+        np.testing.assert_array_equal(own.best, -np.sort(-own.best))
+        np.testing.assert_allclose(expected[at, own.best_ids], own.best, atol=2e-5)
+
+
+def test_a_prompt_can_be_scored_alone(model):
+    mask = np.ones(4, bool)
+    request = Request([5, 6, 7], 0, mask, scores_prompt=True)
+    assert run(model.engine(1, LENGTH), [request]) == [[]]
+    assert request.ended == "length" and len(request.prompt_scores) == 2
+
+
+def test_biases_change_the_choice_of_their_own_request_only(model):
+    mask = np.ones(4, bool)
+    plain = run(model.engine(2, LENGTH), [Request([5, 6, 7], 6, mask)])[0]
+    biased = Request([5, 6, 7], 6, mask, bias={11: 100.0})
+    banned = Request([5, 6, 7], 1, mask, bias={plain[0]: -100.0})
+    made = run(model.engine(3, LENGTH), [biased, Request([5, 6, 7], 6, mask), banned])
+    assert made[:2] == [[11] * 6, plain] and made[2] != plain[:1]
+
+
+def test_shares_are_the_router_weights_at_the_token_before(model):
+    mask = np.array([True, True, False, True])
+    request = Request([5, 6, 7], 4, mask)
+    run(model.engine(2, LENGTH), [Request([9] * 40, 8, ~mask), request])
+    for count, shares in enumerate(request.shares):
+        ids = jnp.array([[5, 6, 7, *request.generated[:count]]])
+        out = forward(model.backbone, (model.experts,), ids, model.config, allowed=mask)
+        weights = [router_weights(x, mask[None], model.config)[0] for x in out.router_logits]
+        np.testing.assert_allclose(shares, np.mean(weights, axis=0)[:, 0, -1], atol=1e-6)
+        assert shares[2] == 0 and abs(shares.sum() - 1) < 1e-5
+
+
 def test_what_an_engine_cannot_do_is_one_clear_error(model):
     engine, mask = model.engine(2, 64), np.ones(4, bool)
     for request, said in (
@@ -169,6 +218,8 @@ def test_what_an_engine_cannot_do_is_one_clear_error(model):
         (Request([1], 1, mask[:3]), r"allowed must be bool \[4\]"),
         (Request([1, 512], 1, mask), r"tokens in \[0, 512\), the vocabulary; found 1 to 512"),
         (Request([1], 1, mask, sampling=Sampling(-1.0)), "temperature"),
+        (Request([1], 1, mask, bias={512: 1.0}), r"tokens in \[0, 512\)"),
+        (Request([1], 1, mask, bias=dict.fromkeys(range(301), 1.0)), "at most 300 tokens"),
     ):
         with pytest.raises(ValueError, match=said):
             engine.add(request)
