@@ -9,18 +9,21 @@ import { Sources } from "./sources.js";
 import { hideTip } from "./tip.js";
 
 const $ = (id) => document.getElementById(id);
-const DETAILS = ["token", "request", null]; // the values of `expert_mass`, the most telling first
+const DETAILS = ["token", "request", "none"]; // what a key may see of the sources, the most first
 const sources = new Sources($("sources"), showForm);
 const numbers = ["temperature", "max-tokens", "seed"].map($);
 
 let models = [];
-let detail = 0; // of DETAILS: the first that the key's policy allows
+let detail = 0; // of DETAILS: what this key may see
 let running = null; // an AbortController while answers are being written
 
 const chosen = () => models.find(({ id }) => id === $("model").value) ?? models[0];
 const without = (names) => (names.length ? `Without ${names.join(", ")}` : "All sources");
 
 // What is asked
+
+/** The part of a request that asks for the sources' shares. */
+const asking = () => (DETAILS[detail] === "none" ? {} : { expert_mass: DETAILS[detail] });
 
 /** The bodies of the requests: one, or two side by side. */
 function requests() {
@@ -33,7 +36,7 @@ function requests() {
     temperature: $("temperature").valueAsNumber,
     seed: $("seed").valueAsNumber,
     ...(off.length && { experts: { without: off } }),
-    ...(DETAILS[detail] && { expert_mass: DETAILS[detail] }),
+    ...asking(),
   }));
 }
 
@@ -110,7 +113,8 @@ async function write(answer, body, signal, beside) {
   answer.end(reason, usage);
   const [first] = answer.ranking;
   const most = first?.[1] ? ` Mostly ${first[0]}, ${percent(first[1])}.` : "";
-  say(`${beside ? `${answer.title}: ${answer.text}` : reader.rest()} Answer complete.${most}`);
+  const rest = beside ? `${answer.title}: ${answer.text}` : reader.rest();
+  say(reason === "failed" ? rest : `${rest} Answer complete.${most}`);
   if (reason === "expert_withdrawn") await refresh();
 }
 
@@ -119,13 +123,13 @@ async function* stream(body, signal) {
   for (;;) {
     const used = detail;
     const { expert_mass: _, ...rest } = body;
-    const request = { ...rest, ...(DETAILS[used] && { expert_mass: DETAILS[used] }) };
+    const request = { ...rest, ...asking() };
     try {
       yield* complete({ ...request, stream: true, stream_options: { include_usage: true } }, signal);
       return;
     } catch (error) {
       const forbidden = error.status === 403 && error.param === "expert_mass";
-      if (!forbidden || !DETAILS[used]) throw error;
+      if (!forbidden || DETAILS[used] === "none") throw error;
       detail = Math.max(detail, used + 1);
       showForm();
     }
@@ -213,6 +217,7 @@ function showSources() {
   $("sources-note").hidden = Boolean(model);
   $("sources-note").textContent = "No model to show.";
   if (model) {
+    detail = Math.max(0, DETAILS.indexOf(model.expert_mass));
     sources.show(model, models.find(({ id }) => id === model.parent));
     limitTokens(model.max_length);
   } else {
@@ -232,7 +237,6 @@ function limitTokens(length) {
 /** Another key may see other things: nothing of before stays on the page. */
 async function changeKey() {
   running?.abort();
-  detail = 0;
   models = [];
   showModels();
   $("answers").replaceChildren();

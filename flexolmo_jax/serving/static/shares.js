@@ -1,6 +1,11 @@
 // A bar for each source: its share, as a length and as a number.
 
-export const percent = (share) => `${(100 * share).toFixed(1)}%`;
+/** A share as people read it; what is little is not called nothing. */
+export function percent(share) {
+  if (share > 0 && share < 0.0005) return "<0.1%";
+  if (share < 1 && share >= 0.9995) return ">99.9%";
+  return `${(100 * share).toFixed(1)}%`;
+}
 
 /** Rows of name, bar and number; `set` changes the shares. */
 export class Shares {
