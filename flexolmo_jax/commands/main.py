@@ -20,6 +20,7 @@ from flexolmo_jax.commands import (
     merge,
     plan,
     privacy,
+    serve,
     study,
     train,
 )
@@ -45,7 +46,7 @@ from flexolmo_jax.runtime.startup import (
 
 COMMANDS = (  # in the order of --help
     demo, train, compress, plan, merge, experts, privacy, audit, inspect, evaluate, study, generate,
-    data, hugging_face,
+    serve, data, hugging_face,
 )  # fmt: skip
 EVERYWHERE = ("--debug", "--no-cache")  # options that may stand before or after the command
 INTERRUPTED = 130

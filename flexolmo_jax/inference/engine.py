@@ -44,7 +44,7 @@ class Request:
       shares: float32 [E] for each new token: the router weights, mean over the layers, at the token
         before it.
       scores, prompt_scores: of the new tokens, and of all tokens of the prompt but the first.
-      ended: why it has ended: "stop", "length" or "cancelled"; None: it has not.
+      ended: why it has ended: "stop", "length", or what `Engine.cancel` says; None: it has not.
 
     Examples:
       >>> import flexolmo_jax as fo
@@ -142,6 +142,11 @@ class Engine:
           ValueError: it is empty or too long, its tokens or experts are not the model's, or it
             allows no expert.
         """
+        self.check(request)
+        self._waiting.append(request)
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError, as `add`; any thread may call it."""
         total = len(request.prompt) + request.max_new_tokens
         fewest = 0 if request.scores_prompt else 1
         if not len(request.prompt) or request.max_new_tokens < fewest or total > self._length:
@@ -167,12 +172,11 @@ class Engine:
                 f"a request has biases for at most {MAX_BIASES} tokens, found {len(request.bias)}"
             )
         request.sampling.check()
-        self._waiting.append(request)
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: Request, reason: str = "cancelled") -> None:
         """Ends a request; its slot is free from the next step on."""
         if request.ended is None:
-            request.ended = "cancelled"
+            request.ended = reason
 
     def step(self) -> bool:
         """Reads a part of the waiting prompts, and gives each running request its next token.

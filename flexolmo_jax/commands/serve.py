@@ -1,0 +1,174 @@
+"""`flexolmo serve` and `flexolmo keys`: a model for many clients, each with its experts."""
+
+import argparse
+from pathlib import Path
+
+from flexolmo_jax.commands.parser import Commands
+from flexolmo_jax.commands.shared_arguments import add_anchor, add_json, add_separator
+from flexolmo_jax.runtime.console import log, print_json, show_table
+
+
+def add_to(commands: Commands) -> None:
+    parser = commands.add(
+        "serve",
+        run,
+        "serve a model: OpenAI's interface, and a page",
+        "Serves a model over OpenAI's interface, and a page at /. Every request may choose its "
+        'experts: "experts": {"without": ["news"]}, or a model\'s name such as ours:without-news. '
+        "What `flexolmo experts add` and `remove` do to the model takes effect while it runs.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", required=True, metavar="DIR",
+        help="a merged model, a package, or a Hugging Face folder",
+    )  # fmt: skip
+    add_anchor(parser)
+    add_separator(parser)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), help="of the weights")
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--name", metavar="NAME", help="of the model, for clients (default: its folder's)"
+    )
+    parser.add_argument(
+        "--experts-as", action="append", default=[], metavar="NAME=EXPERT,...",
+        help="a further name of the model, NAME after a colon, which stands for these experts; may "
+        "be repeated. There is one for each expert without asking: without-EXPERT",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keys", metavar="FILE", help="serve only those whose API key `flexolmo keys add` made"
+    )
+    parser.add_argument(
+        "--chat-template", metavar="FILE",
+        help="Jinja, for /v1/chat/completions (default: that of a Hugging Face folder)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--slots", type=int, default=16, metavar="N",
+        help="how many requests run at a time (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--length", type=int, metavar="N",
+        help="tokens of a prompt and its answer (default: what the model was made for)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--waiting", type=int, default=256, metavar="N",
+        help="how many requests may wait for a slot (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--timeout", type=float, default=300, metavar="SECONDS",
+        help="what a request may take, and at SIGTERM what those in flight still may "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    keys = commands.group("keys", "API keys for `flexolmo serve`")
+    parser = keys.add("add", add, "make a key, and print it once")
+    parser.add_argument("file")
+    parser.add_argument("name", help="whose key it is")
+    parser.add_argument(
+        "--experts", nargs="+", metavar="NAME", help="that it may use (default: all)"
+    )
+    parser.add_argument(
+        "--always-on", nargs="+", default=[], metavar="NAME", help="that it may not switch off"
+    )
+    parser.add_argument("--tokens-per-minute", type=int, metavar="N")
+    parser.add_argument("--concurrency", type=int, metavar="N", help="requests at a time")
+    parser.add_argument(
+        "--expert-mass", choices=("token", "request", "none"), default="request",
+        help="what answers may say of the experts' shares (default: of a whole request; the share "
+        "in each token tells much of a text)",
+    )  # fmt: skip
+    parser = keys.add("remove", remove, "remove a key")
+    parser.add_argument("file")
+    parser.add_argument("name")
+    parser = keys.add("list", list_keys, "list the keys' names and what they permit")
+    parser.add_argument("file")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
+        raise ValueError("flexolmo serve needs more packages: pip install 'flexolmo_jax[serve]'")
+    from flexolmo_jax.serving.run import serve
+    from flexolmo_jax.serving.service import Settings
+
+    settings = Settings(
+        path=Path(args.model),
+        name=args.name or Path(args.model).resolve().name,
+        anchor=None if args.anchor is None else Path(args.anchor),
+        dtype=args.dtype,
+        separator=args.separator,
+        slots=_at_least_one("--slots", args.slots),
+        length=args.length and _at_least_one("--length", args.length),
+        waiting=args.waiting,
+        seconds=args.timeout,
+        keys=None if args.keys is None else Path(args.keys),
+        profiles=dict(map(_profile, args.experts_as)),
+        chat_template=_read_template(args.chat_template),
+    )
+    serve(settings, args.host, args.port)
+
+
+def _read_template(file: str | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template: expected a file of Jinja text ({error})") from error
+
+
+def _at_least_one(option: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{option}: expected at least 1, found {value}")
+    return value
+
+
+def _profile(text: str) -> tuple[str, tuple[str, ...]]:
+    name, _, experts = text.partition("=")
+    if not name or not experts or ":" in name:
+        raise ValueError(f"--experts-as: expected NAME=EXPERT,EXPERT, found {text!r}")
+    return name, tuple(experts.split(","))
+
+
+def add(args: argparse.Namespace) -> None:
+    from flexolmo_jax.serving.keys import Policy, add_key
+
+    policy = Policy(
+        args.name,
+        experts=None if args.experts is None else tuple(args.experts),
+        always_on=tuple(args.always_on),
+        tokens_per_minute=args.tokens_per_minute,
+        concurrency=args.concurrency,
+        expert_mass=args.expert_mass,
+    )
+    print(add_key(Path(args.file), policy))
+    log(f"this is the key of {args.name}; {args.file} keeps its digest only")
+
+
+def remove(args: argparse.Namespace) -> None:
+    from flexolmo_jax.serving.keys import remove_key
+
+    remove_key(Path(args.file), args.name)
+
+
+def list_keys(args: argparse.Namespace) -> None:
+    from flexolmo_jax.serving.keys import read_keys
+
+    rows = [
+        {
+            "name": policy.name,
+            "experts": None if policy.experts is None else list(policy.experts),
+            "always on": list(policy.always_on),
+            "tokens a minute": policy.tokens_per_minute,
+            "concurrency": policy.concurrency,
+            "expert mass": policy.expert_mass,
+        }
+        for policy in read_keys(Path(args.file))
+    ]
+    if args.json:
+        print_json(rows)
+        return
+    for row in rows:
+        row["experts"] = "all" if row["experts"] is None else ", ".join(row["experts"])  # type: ignore[arg-type]
+        row["always on"] = ", ".join(row["always on"])  # type: ignore[arg-type]
+    show_table(rows, title=f"keys of {args.file}", empty="no keys")

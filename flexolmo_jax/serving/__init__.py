@@ -1,0 +1,1 @@
+"""`flexolmo serve`: a merged model over OpenAI's interface, with experts chosen per request."""

@@ -1,0 +1,304 @@
+"""The routes of the server."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import fastapi
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.staticfiles import StaticFiles
+
+from flexolmo_jax.model import FlexOlmo
+from flexolmo_jax.serving import answers, tokens
+from flexolmo_jax.serving.chat import as_text
+from flexolmo_jax.serving.completions import Admission, Part, admit
+from flexolmo_jax.serving.errors import ApiError, Json
+from flexolmo_jax.serving.guard import Guard
+from flexolmo_jax.serving.keys import Policy
+from flexolmo_jax.serving.protocol import MAX_CHOICES, Chat, Common, Completion
+from flexolmo_jax.serving.service import Service, Settings, service_of
+from flexolmo_jax.serving.sources import shares_by_name
+from flexolmo_jax.version import __version__
+
+STATIC = Path(__file__).with_name("static")
+ERRORS: Any = {
+    status: {"description": text}
+    for status, text in {
+        400: "a parameter is wrong", 401: "no known key", 403: "the key does not permit it",
+        404: "no such model", 410: "the expert was withdrawn", 413: "the body is too large",
+        429: "the key's limit is reached", 503: "no room, or shutting down",
+    }.items()
+}  # fmt: skip
+log = logging.getLogger("flexolmo_jax.serving")
+
+
+def make_app(settings: Settings, model: FlexOlmo) -> fastapi.FastAPI:
+    """The server's application, for uvicorn or any other ASGI server.
+
+    Raises:
+      ValueError: as `Service`.
+    """
+    service = Service(settings, model)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: fastapi.FastAPI) -> AsyncIterator[None]:
+        service.runner.open()
+        watching = asyncio.create_task(service.watch())
+        yield
+        watching.cancel()
+        await service.runner.close()
+
+    app = fastapi.FastAPI(title="flexolmo serve", version=__version__, lifespan=lifespan)
+    app.state.service = service
+    app.include_router(routes)
+    app.include_router(tokens.routes)
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.add_middleware(Guard, most=settings.body, metrics=service.metrics)
+    for kind, handler in (
+        (ApiError, _refused),
+        (RequestValidationError, _invalid),
+        (HTTPException, _http_error),
+        (Exception, _failed),
+    ):
+        app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
+    return app
+
+
+routes = fastapi.APIRouter()
+
+
+@routes.get("/", include_in_schema=False)
+async def page() -> Response:
+    return FileResponse(STATIC / "index.html")
+
+
+@routes.get("/health")
+async def health(request: Request) -> Response:
+    """The process answers, and its engine works."""
+    is_broken = service_of(request).runner.is_broken
+    return Json({"status": "broken" if is_broken else "ok"}, 503 if is_broken else 200)
+
+
+@routes.get("/ready")
+async def ready(request: Request) -> Response:
+    """New requests are taken."""
+    is_draining = service_of(request).is_draining
+    return Json({"status": "draining" if is_draining else "ready"}, 503 if is_draining else 200)
+
+
+@routes.get("/metrics")
+async def metrics(request: Request) -> Response:
+    service = service_of(request)
+    text = service.metrics.text(service.runner.count)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@routes.get("/v1/models", responses=ERRORS)
+async def models(request: Request) -> Response:
+    """The model, and its names that stand for some of its experts."""
+    own = _models(request)
+    return Json({"object": "list", "data": list(own.values())})
+
+
+@routes.get("/v1/models/{name}", responses=ERRORS)
+async def one_model(request: Request, name: str) -> Response:
+    own = _models(request)
+    if name not in own:
+        raise ApiError(404, f"no model named {name!r}", "model", "model_not_found")
+    return Json(own[name])
+
+
+@routes.post("/v1/completions", responses=ERRORS)
+async def completions(request: Request, body: Completion) -> Response:
+    prompt: Any = body.prompt
+    is_one = isinstance(prompt, str) or isinstance(prompt[0], int)
+    prompts = [prompt] if is_one else prompt
+    return await _complete(request, body, prompts)
+
+
+@routes.post("/v1/chat/completions", responses=ERRORS)
+async def chat(request: Request, body: Chat) -> Response:
+    service = service_of(request)
+    template, tokenizer = service.template, service.model.tokenizer
+    if template is None or tokenizer is None:
+        raise ApiError(
+            400,
+            "this model has no chat template; use /v1/completions, or start the server with "
+            "--chat-template FILE",
+            "messages",
+            "no_chat_template",
+        )
+    return await _complete(
+        request, body, [as_text(template, body.messages, tokenizer.separator_text)]
+    )
+
+
+def _models(request: Request) -> dict[str, dict[str, Any]]:
+    service = service_of(request)
+    policy = service.policy(request.headers.get("authorization"))
+    own = service.sources.models(policy)
+    always_on = [name for name in service.sources.permitted(policy) if name in policy.always_on]
+    return {
+        name: {
+            "id": name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "flexolmo_jax",
+            "parent": None if name == service.settings.name else service.settings.name,
+            "experts": list(experts),
+            "always_on": always_on,
+            "max_length": service.runner.length,
+            "expert_mass": policy.expert_mass,
+        }
+        for name, experts in own.items()
+    }
+
+
+async def _complete(request: Request, body: Common, prompts: list[Any]) -> Response:
+    service = service_of(request)
+    policy = service.policy(request.headers.get("authorization"))
+    _check_mass(body, policy)
+    count = len(prompts) * (body.n or 1)
+    if count > MAX_CHOICES:
+        raise ApiError(400, f"expected at most {MAX_CHOICES} choices, found {count}", "n")
+    mask = service.sources.mask(body.model, body.experts, policy)
+    admission = admit(body, prompts, service.model, mask, service.runner.length)
+    service.check_room(policy, count, admission.tokens)
+    request.scope["flexolmo"] = {"key": policy.name, "model": body.model}
+    form = answers.Form(body, service.model.expert_names, service.model.tokenizer)
+    running = _Running(service, policy, admission, request)
+    admission.start(service.runner)
+    if body.stream:
+        return _Events(running, form)
+    with running:
+        parts = asyncio.create_task(_collect(running))
+        gone = asyncio.create_task(_disconnected(request))
+        await asyncio.wait((parts, gone), return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not parts.done():  # nobody will read it
+            parts.cancel()
+            return Response(status_code=499)
+        return Json(form.whole(admission, parts.result()))
+
+
+def _check_mass(body: Common, policy: Policy) -> None:
+    allowed = {"token": ("token", "request"), "request": ("request",), "none": ()}
+    if body.expert_mass is not None and body.expert_mass not in allowed[policy.expert_mass]:
+        raise ApiError(
+            403,
+            f"this key may not see the experts' shares of each {body.expert_mass}",
+            "expert_mass",
+            "not_permitted",
+        )
+
+
+class _Running(contextlib.AbstractContextManager):
+    """A request that runs: counted, and at its end cancelled as far as it still runs."""
+
+    def __init__(self, service: Service, policy: Policy, admission: Admission, request: Request):
+        self.service, self.admission, self.request = service, admission, request
+        self._arrived, self._has_begun = time.monotonic(), False
+        self._counted = service.counted(policy, admission.tokens, self._used)
+        self._counted.__enter__()
+
+    def _used(self) -> int:
+        prompts = sum(map(len, self.admission.prompts))
+        return prompts + sum(choice.generated for choice in self.admission.choices)
+
+    async def parts(self) -> AsyncIterator[Part | None]:
+        """As `Admission.parts`; what failed in the engine is an ApiError."""
+        service = self.service
+        async for part in self.admission.parts(service.runner, service.settings.seconds):
+            if part is not None and part.pieces and not self._has_begun:
+                service.metrics.first_token(time.monotonic() - self._arrived)
+                self._has_begun = True
+            if part is not None and part.ended == "error":
+                raise ApiError(500, "the engine failed; see the server's log", code="engine_error")
+            yield part
+
+    def __exit__(self, *_: Any) -> None:
+        self.admission.cancel(self.service.runner)
+        self._counted.__exit__(None, None, None)
+        names = self.service.model.expert_names
+        told = self.request.scope["flexolmo"]
+        told.update(prompt_tokens=sum(map(len, self.admission.prompts)), completion_tokens=0)
+        for choice in self.admission.choices:
+            told["completion_tokens"] += choice.generated
+            shares = shares_by_name(names, choice.shares)
+            self.service.metrics.completed(0, choice.generated, shares)
+        self.service.metrics.completed(told["prompt_tokens"], 0, {})
+
+
+class _Events(StreamingResponse):
+    """The answer as server-sent events; a client that vanishes frees its slots."""
+
+    def __init__(self, running: _Running, form: answers.Form):
+        self._running, self._form = running, form
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy holds it back
+        super().__init__(self._chunks(), media_type="text/event-stream", headers=headers)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with self._running:
+            await super().__call__(scope, receive, send)
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        admission = self._running.admission
+        try:
+            async for part in self._running.parts():
+                if part is None:
+                    yield answers.KEEP_ALIVE
+                    continue
+                for chunk in self._form.events(admission, part):
+                    yield chunk
+            for chunk in self._form.last_events(admission):
+                yield chunk
+        except ApiError as error:
+            yield answers.event(error.body())
+            yield answers.DONE
+
+
+async def _collect(running: _Running) -> list[Part]:
+    return [part async for part in running.parts() if part is not None]
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _refused(request: Request, error: ApiError) -> Response:
+    return error.response()
+
+
+async def _invalid(request: Request, error: RequestValidationError) -> Response:
+    """The first thing that is wrong with a body, and where."""
+    first = error.errors()[0]
+    places = [str(x) for x in first["loc"] if x not in ("body", "path", "query")]
+    param = ".".join(places) or None
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if param is None and first["type"] == "value_error":
+        name, is_named, _ = message.partition(":")
+        param = name if is_named and name.isidentifier() else None
+    if first["type"] == "extra_forbidden":
+        message = "unknown parameter"
+    if first["type"] == "json_invalid":
+        param, message = None, f"the body is not JSON: {first.get('ctx', {}).get('error', '')}"
+    said = f"{param}: {message}" if param else message
+    return ApiError(400, said, param, "invalid_value").response()
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return ApiError(error.status_code, message, headers=error.headers).response()
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    log.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed; see its log").response()

@@ -1,0 +1,70 @@
+"""What every request passes: a limit on its body, a line in the log, a count."""
+
+import json
+import logging
+import secrets
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from flexolmo_jax.serving.errors import ApiError
+from flexolmo_jax.serving.metrics import Metrics
+
+log = logging.getLogger("flexolmo_jax.serving.requests")
+
+
+class Guard:
+    """Middleware. A line of the log has no text of a prompt or an answer, and no key.
+
+    Args:
+      most: bytes of a body.
+      metrics: count what passes.
+    """
+
+    def __init__(self, app: ASGIApp, most: int, metrics: Metrics):
+        self._app, self._most, self._metrics = app, most, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, status, number = time.monotonic(), 499, secrets.token_hex(8)
+        too_large = ApiError(413, f"expected a body of at most {self._most} bytes")
+        size = 0
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._most:
+                raise too_large
+            return message
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if size > self._most and status != 413:  # whatever was made of the exception
+                await too_large.response()(scope, receive, told)
+            elif size <= self._most:
+                await told(message)
+
+        async def told(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
+            await send(message)
+
+        try:
+            declared = dict(scope["headers"]).get(b"content-length", b"0")
+            if declared.isdigit() and int(declared) > self._most:
+                await too_large.response()(scope, receive, told)
+            else:
+                await self._app(scope, limited, counted)
+        finally:
+            seconds = time.monotonic() - begun
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.answered(route, status, seconds)
+            if route.startswith("/v1"):
+                line = {"id": number, "route": route, "status": status}
+                line |= {"seconds": round(seconds, 4), **scope.get("flexolmo", {})}
+                log.info(json.dumps(line))

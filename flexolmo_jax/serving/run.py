@@ -1,0 +1,57 @@
+"""Runs the server until it is told to stop, and then lets what is in flight end."""
+
+import logging
+import socket
+import sys
+
+import uvicorn
+
+from flexolmo_jax.runtime.console import tell
+from flexolmo_jax.serving.app import make_app
+from flexolmo_jax.serving.service import Settings, load_served
+
+
+def serve(settings: Settings, host: str, port: int) -> None:
+    """Loads the model and serves it.
+
+    Raises:
+      ValueError: the model, the keys or the chat template is damaged; the port is in use.
+    """
+    listener = _listen(host, port)
+    app = make_app(settings, load_served(settings))
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            log_level="warning",
+            timeout_graceful_shutdown=int(settings.seconds) + 1,
+        )
+    )
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    tell(
+        f"serving {settings.name} at http://{shown}:{port}  (page: /, interface: /v1, docs: /docs)"
+    )
+    server.run([listener])
+
+
+class _Server(uvicorn.Server):
+    """Says that it is draining as soon as a signal arrives."""
+
+    def handle_exit(self, sig: int, frame) -> None:
+        self.config.app.state.service.is_draining = True  # type: ignore[union-attr]
+        super().handle_exit(sig, frame)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Binds first, so that a port in use is known before a model is loaded."""
+    try:
+        kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=kind, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"cannot listen at {host}:{port} ({error}); choose another --port"
+        ) from error
+    return listener

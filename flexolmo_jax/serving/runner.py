@@ -1,0 +1,196 @@
+"""The engine in a thread of its own: requests come from an event loop, and tokens go back to it.
+
+A model can be replaced while it runs: new requests go to the new one, those in flight end on the
+old one, which is then dropped. An expert is withdrawn at once, before any file is read: requests
+that may use it end, and no later request may.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from flexolmo_jax.inference.engine import Engine, Request
+from flexolmo_jax.inference.layerwise import Scores
+from flexolmo_jax.inference.sampling import Sampling
+from flexolmo_jax.model import FlexOlmo
+
+PREFIXES = 4  # read prompts that are kept, for requests that begin alike with the same experts
+log = logging.getLogger("flexolmo_jax.serving")
+
+
+@dataclasses.dataclass
+class NewToken:
+    """A token of a continuation, as it is told to the event loop."""
+
+    token: int
+    shares: np.ndarray  # of the experts, float32 [E]
+    scores: Scores | None
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A request that runs, and what has come of it.
+
+    Attributes:
+      events: gets the job with each `NewToken`; then with a str, why it has ended: what
+        `Request.ended` says, or "error".
+    """
+
+    request: Request
+    engine: Engine
+    names: tuple[str, ...]  # of the experts that `request.allowed` is about
+    events: asyncio.Queue
+    has_ended: bool = False
+    told: int = 0  # tokens
+
+
+class Runner:
+    """Runs requests.
+
+    Args:
+      model: on one CPU.
+      slots: how many requests run at a time.
+      length: the most tokens of a prompt and its continuation.
+
+    Attributes:
+      model: the newest.
+      is_broken: a step failed, and so did a step after it, over a new engine.
+    """
+
+    def __init__(self, model: FlexOlmo, slots: int, length: int):
+        if length < 2:
+            raise ValueError(f"a prompt and its answer need at least 2 tokens, found {length}")
+        self.model, self.length, self.is_broken = model, length, False
+        self._slots = slots
+        self._engine = self.new_engine(model)
+        self._jobs: list[Job] = []
+        self._commands: list[Callable[[], None]] = []
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def open(self) -> None:
+        """Begins, for the event loop that is running."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def count(self) -> int:
+        """How many requests run or wait."""
+        return len(self._jobs)
+
+    @property
+    def running(self) -> int:
+        """How many have a slot, or more exactly: could have."""
+        return min(self.count, self._slots)
+
+    def start(self, request: Request, events: asyncio.Queue) -> Job:
+        """Queues a request, which is told to `events`.
+
+        Raises:
+          ValueError: the engine cannot run it.
+        """
+        engine = self._engine
+        engine.check(request)
+        job = Job(request, engine, self.model.expert_names, events)
+        self._do(lambda: self._add(job))
+        return job
+
+    def cancel(self, job: Job, reason: str = "cancelled") -> None:
+        """Ends a request; its slot is free from the next step on."""
+        self._do(lambda: job.engine.cancel(job.request, reason))
+
+    def withdraw(self, names: Sequence[str]) -> None:
+        """Ends the requests that may use one of these experts, as "expert_withdrawn"."""
+
+        def end() -> None:
+            for job in self._jobs:
+                if np.any(job.request.allowed & np.isin(job.names, names)):
+                    job.engine.cancel(job.request, "expert_withdrawn")
+
+        self._do(end)
+
+    def new_engine(self, model: FlexOlmo) -> Engine:
+        """An engine for `replace`, whose programs are compiled; that takes seconds."""
+        engine = model.engine(self._slots, self.length, PREFIXES)
+        mask = model.allowed(1)[0]
+        for sampling in (Sampling(), Sampling(1.0), Sampling(1.0, None, 0.5)):
+            engine.add(Request([0], min(2, self.length - 1), mask, sampling=sampling, scored=True))
+        while engine.step():
+            pass
+        return engine
+
+    def replace(self, model: FlexOlmo, engine: Engine) -> None:
+        """Gives later requests another model; those in flight end on theirs."""
+        self.model, self._engine = model, engine
+
+    async def close(self, reason: str = "shutdown") -> None:
+        """Ends all requests, and the thread."""
+
+        def end() -> None:
+            for job in self._jobs:
+                job.engine.cancel(job.request, reason)
+            self._is_closed = True
+
+        self._do(end)
+        await asyncio.to_thread(self._thread.join)
+
+    def _do(self, command: Callable[[], None]) -> None:
+        with self._changed:
+            self._commands.append(command)
+            self._changed.notify()
+
+    def _add(self, job: Job) -> None:
+        self._jobs.append(job)
+        job.engine.add(job.request)
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            with self._changed:
+                while not self._commands and not self._jobs:
+                    self._changed.wait()
+                commands, self._commands = self._commands, []
+            for command in commands:
+                command()
+            for engine in {id(job.engine): job.engine for job in self._jobs}.values():
+                self._step(engine)
+            self._tell()
+
+    def _step(self, engine: Engine) -> None:
+        try:
+            engine.step()
+            self.is_broken = False
+        except Exception:  # whatever it is, clients must be told, and later requests go on
+            log.exception("a step of the engine failed; its requests end, and a new engine begins")
+            for job in self._jobs:
+                if job.engine is engine:
+                    engine.cancel(job.request, "error")
+            if engine is self._engine:
+                self._engine = self.new_engine(self.model)
+            self.is_broken = True
+
+    def _tell(self) -> None:
+        """Hands what is new to the event loop, all at once."""
+        told: list[tuple[Job, NewToken | str]] = []
+        for job in self._jobs:
+            request = job.request
+            for at in range(job.told, len(request.generated)):
+                scores = request.scores[at] if request.scored else None
+                told.append((job, NewToken(request.generated[at], request.shares[at], scores)))
+            job.told = len(request.generated)
+            if request.ended is not None:
+                job.has_ended = True
+                told.append((job, request.ended))
+        self._jobs = [job for job in self._jobs if not job.has_ended]
+        if told and self._loop is not None:
+            self._loop.call_soon_threadsafe(_put, told)
+
+
+def _put(told: list[tuple[Job, NewToken | str]]) -> None:
+    for job, event in told:
+        job.events.put_nowait((job, event))

@@ -1,0 +1,254 @@
+"""The state of a server: its model, who may use it, and what it has to do now."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+
+from flexolmo_jax.federation.package import MANIFEST, read_manifest
+from flexolmo_jax.model import FlexOlmo, load
+from flexolmo_jax.serving.chat import find_template, parse_template
+from flexolmo_jax.serving.errors import ApiError
+from flexolmo_jax.serving.keys import OPEN, Meter, Policy, digest, read_keys
+from flexolmo_jax.serving.metrics import Metrics
+from flexolmo_jax.serving.runner import Runner
+from flexolmo_jax.serving.sources import Sources
+
+WATCH_SECONDS = 1.0
+log = logging.getLogger("flexolmo_jax.serving")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a model is served.
+
+    Attributes:
+      path: of the model.
+      name: under which clients know it.
+      anchor, dtype, separator: as in `load`.
+      slots: how many requests run at a time.
+      length: the most tokens of a prompt and its answer; None: what the model was made for.
+      waiting: how many requests may wait for a slot.
+      seconds: that a request may take.
+      body: bytes of a request, at most.
+      keys: a file of keys; None: anybody may do anything.
+      profiles: further names of the model, each with the experts that it stands for.
+      chat_template: a Jinja template; None: that of a Hugging Face directory, if it has one.
+    """
+
+    path: Path
+    name: str
+    anchor: Path | None = None
+    dtype: str | None = None
+    separator: str | None = None
+    slots: int = 16
+    length: int | None = None
+    waiting: int = 256
+    seconds: float = 300.0
+    body: int = 4 << 20
+    keys: Path | None = None
+    profiles: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    chat_template: str | None = None
+
+
+class Service:
+    """A model that is served.
+
+    Args:
+      settings: how.
+      model: that `settings.path` holds.
+
+    Raises:
+      ValueError: the file of keys, or the chat template, is damaged; a profile names an expert that
+        the model has not.
+
+    Attributes:
+      sources: the experts, and who may use them.
+      runner: of the engine.
+      is_draining: no new requests are taken.
+      template: of chats, or None; `chat_template` is its text.
+      created: when it began, in seconds since 1970.
+    """
+
+    def __init__(self, settings: Settings, model: FlexOlmo):
+        self.settings, self.metrics, self.is_draining = settings, Metrics(), False
+        self.created = int(time.time())
+        stray = {x for own in settings.profiles.values() for x in own} - set(model.expert_names)
+        if stray:
+            raise ValueError(
+                f"a profile names {', '.join(sorted(stray))}; the model's experts are "
+                f"{', '.join(model.expert_names)}"
+            )
+        self.chat_template = settings.chat_template or find_template(settings.path)
+        self.template = None
+        if self.chat_template:
+            self.template = parse_template(self.chat_template, str(settings.path))
+        self.sources = Sources(settings.name, model.expert_names, profiles=settings.profiles)
+        self._policies = {policy.sha256: policy for policy in self._read_keys()}
+        length = settings.length or model.config.max_length
+        self.runner = Runner(model, settings.slots, length)
+        self._meters: dict[str, Meter] = {}
+        self._seen = self._state_of_files()
+
+    @property
+    def model(self) -> FlexOlmo:
+        return self.runner.model
+
+    def policy(self, authorization: str | None) -> Policy:
+        """Whose key a request has.
+
+        Raises:
+          ApiError: 401, it has none that is known.
+        """
+        if self.settings.keys is None:
+            return OPEN
+        kind, _, key = (authorization or "").partition(" ")
+        found = self._policies.get(digest(key.strip())) if kind.lower() == "bearer" else None
+        if found is None:
+            raise ApiError(
+                401,
+                "expected the header `Authorization: Bearer KEY`, with a key of this server",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return found
+
+    def check_room(self, policy: Policy, requests: int, tokens: int) -> None:
+        """Raises ApiError if the server, or the key's policy, has no room for requests now.
+
+        Args:
+          requests: of the engine.
+          tokens: of their prompts and answers, at most.
+        """
+        if self.is_draining:
+            raise ApiError(503, "the server is shutting down", code="shutdown")
+        waiting = self.runner.count - self.settings.slots
+        if waiting + requests > self.settings.waiting:
+            raise ApiError(
+                503,
+                f"{self.runner.count} requests run or wait already; try again later",
+                code="overloaded",
+                headers={"Retry-After": "5"},
+            )
+        meter = self._meter(policy)
+        if policy.concurrency is not None and meter.running >= policy.concurrency:
+            raise ApiError(
+                429,
+                f"this key may have {policy.concurrency} requests at a time",
+                code="concurrency",
+                headers={"Retry-After": "1"},
+            )
+        if policy.tokens_per_minute is not None:
+            self._check_rate(policy.tokens_per_minute, tokens, meter)
+
+    def _check_rate(self, per_minute: int, tokens: int, meter: Meter) -> None:
+        if tokens > per_minute:
+            raise ApiError(
+                400,
+                f"prompts and answers may have {tokens} tokens, and this key {per_minute} a minute",
+                "max_tokens",
+                "rate_limit_exceeded",
+            )
+        wait = meter.seconds_until(tokens, per_minute)
+        if wait > 0:
+            raise ApiError(
+                429,
+                f"this key may use {per_minute} tokens a minute; {tokens} more are possible in "
+                f"{wait:.0f} seconds",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(int(wait) + 1)},
+            )
+
+    @contextlib.contextmanager
+    def counted(self, policy: Policy, tokens: int, used: Any) -> Iterator[None]:
+        """Counts a request of a key while it runs.
+
+        Args:
+          tokens: that it may use at most.
+          used: says at the end how many it used.
+        """
+        meter = self._meter(policy)
+        meter.running += 1
+        meter.use(tokens)
+        try:
+            yield
+        finally:
+            meter.running -= 1
+            meter.use(used() - tokens)
+
+    def _meter(self, policy: Policy) -> Meter:
+        return self._meters.setdefault(policy.name, Meter())
+
+    async def watch(self) -> None:
+        """Follows the merged model's manifest and the file of keys, until it is cancelled."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            try:
+                await self._follow_files()
+            except Exception as error:  # a file may be gone for a while; what is served stays
+                log.warning("what changed cannot be served, so nothing changes: %s", error)
+
+    async def _follow_files(self) -> None:
+        seen = self._state_of_files()
+        if seen == self._seen:
+            return
+        keys_changed, model_changed = (a != b for a, b in zip(seen, self._seen, strict=True))
+        self._seen = seen
+        if keys_changed:
+            self._policies = {policy.sha256: policy for policy in self._read_keys()}
+            log.info("the keys were read again: %d", len(self._policies))
+        if model_changed:
+            await self._follow_model()
+
+    async def _follow_model(self) -> None:
+        manifest = read_manifest(self.settings.path)
+        known = set(self.sources.names[1:])
+        gone = known - {entry["name"] for entry in manifest.get("experts", [])}
+        # Masks take them off bit for bit, so nobody waits until the rest is loaded.
+        withdrawn = self.sources.withdrawn | gone
+        self.sources = dataclasses.replace(self.sources, withdrawn=withdrawn)
+        self.runner.withdraw(sorted(gone))
+        begun = time.monotonic()
+        model = await asyncio.to_thread(load_served, self.settings)
+        engine = await asyncio.to_thread(self.runner.new_engine, model)
+        self.runner.replace(model, engine)
+        names = model.expert_names
+        withdrawn = (withdrawn | known) - set(names)
+        self.sources = dataclasses.replace(self.sources, names=names, withdrawn=withdrawn)
+        seconds = time.monotonic() - begun
+        log.info("now serving %s (%.1f s)", ", ".join(names), seconds)
+
+    def _read_keys(self) -> list[Policy]:
+        return [] if self.settings.keys is None else read_keys(self.settings.keys)
+
+    def _state_of_files(self) -> tuple[Any, Any]:
+        files = (self.settings.keys, self.settings.path / MANIFEST)
+        return tuple(_state(file) for file in files)  # type: ignore[return-value]
+
+
+def service_of(request: Request) -> Service:
+    """The service of the application that a request is for."""
+    return request.app.state.service
+
+
+def _state(file: Path | None) -> tuple[int, int, int] | None:
+    if file is None or not file.exists():
+        return None
+    found = file.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def load_served(settings: Settings) -> FlexOlmo:
+    """The model that is served, from its files."""
+    return load(
+        settings.path,
+        anchor=settings.anchor,
+        dtype=settings.dtype,
+        separator=settings.separator,
+    )

@@ -1,0 +1,70 @@
+"""A server in a thread of its own, over a real socket."""
+
+import contextlib
+import dataclasses
+import threading
+import time
+
+import httpx
+import pytest
+import uvicorn
+
+from flexolmo_jax.serving.app import make_app
+from flexolmo_jax.serving.service import Service, Settings, load_served
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A running server."""
+
+    url: str
+    service: Service
+
+    def post(self, path="/v1/completions", key=None, **body) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.post(self.url + path, json=body, headers=headers, timeout=60)
+
+    def get(self, path, key=None) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.get(self.url + path, headers=headers, timeout=60)
+
+    def choices(self, **body) -> list[dict]:
+        answer = self.post(**{"model": "ours", "temperature": 0, **body})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"]
+
+    def text(self, **body) -> str:
+        return self.choices(**body)[0]["text"]
+
+
+@contextlib.contextmanager
+def _serving(path, **settings):
+    """Serves a model as `ours`."""
+    own = Settings(path, "ours", **{"slots": 4, **settings})
+    app = make_app(own, load_served(own))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Served(f"http://127.0.0.1:{port}", app.state.service)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def served(quick, world):
+    """The world's merged model, for everybody."""
+    with _serving(world.merged, profiles={"sums": ("public", "math")}) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def serving():
+    """with serving(path, **settings) as server: a server of one's own."""
+    return _serving
