@@ -131,6 +131,9 @@ def _mixture(opened: OpenedModel, kept: list[int], routing: PlainRouting | None)
     if routing is not None:
         rows, biases = routing.rows, np.zeros_like(biases)
         config = config if routing.keeps_memory else config.replace(memory=None)
+    if len(kept) == 1:  # its weight is 1, however it is routed
+        config = config.replace(memory=None, evidence=None)
+        biases = np.zeros_like(biases)
     return Mixture(
         opened.anchor.weights.backbone,
         [opened.own_stacks[number] for number in kept],
@@ -146,8 +149,6 @@ def _extras(model: Mixture) -> list[str]:
     """What the plain classes have no place for, in words."""
     headed = [name for name, x in zip(model.names, model.stacks, strict=True) if x.ranks.head]
     found = [f"heads of the experts {', '.join(headed)}"] if headed else []
-    if len(model.stacks) == 1:  # its weight is 1, however it is routed
-        return found
     if model.config.evidence is not None:
         return [*found, "evidence routing"]
     if model.config.memory is not None:

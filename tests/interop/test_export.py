@@ -249,6 +249,8 @@ def test_each_kind_is_named_and_says_why(headed, plain, flexolmo, tmp_path):
     assert fields(tmp_path / "hf")["evidence"]["shifts"] == [0.0, 1.5, 1.5, 1.5]
     said = export(tmp_path / "merged", "--without", "public", "news", "plain")
     assert "heads of the experts code" in said and "evidence" not in said  # its weight is 1
+    assert fields(tmp_path / "hf")["evidence"] is None
+    assert not [name for name in stored(tmp_path / "hf") if "evidence" in name]
     assert "Olmo2ForCausalLM of plain" in export(headed / "plain", "--without", "public")
     assert "Olmo2ForCausalLM of public" in export(headed / "anchor")
     assert "FlexOlmoJaxForCausalLM of public, news" in export(headed / "news")
