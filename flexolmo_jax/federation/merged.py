@@ -57,7 +57,8 @@ class OpenedModel(NamedTuple):
         return choose_routing(self.anchor, self.experts, None, None, "auto")
 
     @property
-    def _own(self) -> list[Experts]:
+    def own_stacks(self) -> list[Experts]:
+        """The public expert and the owners', each a stack of one, in order, with its own parts."""
         return [self.anchor.weights.public, *(expert.weights for expert in self.experts)]
 
     @property
@@ -70,7 +71,7 @@ class OpenedModel(NamedTuple):
 
         Low-rank feed-forward networks become full ones, unless they are kept (`with_same_parts`).
         """
-        own = self._own
+        own = self.own_stacks
         if self.routing.evidence is None:
             own = [with_parts(stack, evidence=None) for stack in own]
         return with_same_parts(own, keep_low_rank)
@@ -80,7 +81,7 @@ class OpenedModel(NamedTuple):
         """Rows and biases that make the router, end to end: the owners' own, or a tuned one."""
         if self.merged is not None and self.merged.weights:
             return [refill(Router(0, 0, 0), self.merged.weights)]
-        return [stack.router for stack in self._own]
+        return [stack.router for stack in self.own_stacks]
 
 
 def open_merged(package: Package, separator: str | None = None) -> OpenedModel:

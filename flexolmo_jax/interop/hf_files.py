@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -47,11 +47,11 @@ def open_tensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
         for name in opened.keys():
             header, read = opened.get_slice(name), functools.partial(opened.get_tensor, name)
             kind = header.get_dtype()
-            if kind not in _DTYPES:
-                raise ValueError(f"{file}: {name}: expected {'/'.join(_DTYPES)}, found {kind}")
+            if kind not in DTYPES:
+                raise ValueError(f"{file}: {name}: expected {'/'.join(DTYPES)}, found {kind}")
             if name in found:
                 raise ValueError(f"{file}: {name} is also in {found[name].file}")
-            found[name] = Tensor(file, tuple(header.get_shape()), _DTYPES[kind], read)
+            found[name] = Tensor(file, tuple(header.get_shape()), DTYPES[kind], read)
     return found
 
 

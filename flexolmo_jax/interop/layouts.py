@@ -77,7 +77,9 @@ DENSE = {  # OLMo 2: becomes the public expert, alone; its router row stays 0
     "feed_forward.up": Source(_MLP + "up_proj.weight", "F D -> D F"),
     "feed_forward.down": Source(_MLP + "down_proj.weight", "D F -> F D"),
 }
-ROUTER = {"router.row": Source(_MLP + "gate.weight", "E D -> E D")}
+ROW = Source(_MLP + "gate.weight", "E D -> E D")
+BIAS = Source(_MLP + "gate.bias", "E -> E")  # only where our own PyTorch file computes
+ROUTER = {"router.row": ROW}
 SEPARATE = {  # FlexOlmo as it is released
     "feed_forward.gate": Source(_MLP + "experts.{e}.gate_proj.weight", "F D -> D F"),
     "feed_forward.up": Source(_MLP + "experts.{e}.up_proj.weight", "F D -> D F"),
@@ -146,7 +148,7 @@ def experts_table(
         packed = any(name.endswith(".gate_up_proj") for name in experts)
         return {**ROUTER, **(_PACKED if packed else SEPARATE)}
     order = sum((group.experts for group in groups), full)
-    table = {"router.row": ROUTER["router.row"]._replace(experts=order)}
+    table = {"router.row": ROW._replace(experts=order)}
     for name, source in SEPARATE.items():
         matrix = name.removeprefix("feed_forward.")
         table[f"feed_forward.full.{matrix}"] = source._replace(experts=full)

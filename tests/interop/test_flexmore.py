@@ -8,7 +8,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import flexolmo_jax as fo
+from flexolmo_jax.evaluation import folding
+from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.compress import compress
+from flexolmo_jax.federation.export import PlainRouting, export_model
 from flexolmo_jax.interop import hf_import
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -135,10 +138,11 @@ def test_what_is_written_is_read_back(world, make_expert, flexolmo, tmp_path):
     packages = [full, tmp_path / "small"]
     fo.merge(world.anchor, packages, tmp_path / "merged", memory=None, active_experts=2)
     words = "export", tmp_path / "merged", "--out", tmp_path / "written"
-    code, _, error = flexolmo(*words)
-    assert code == 2 and "router biases" in error and "--without-biases" in error
-    code, _, error = flexolmo(*words, "--without-biases")
+    code, printed, error = flexolmo(*words, "--fold-biases")
     assert code == 0, error
+    assert "FlexMoREForCausalLM of public, math, small, 1 of them low-rank" in printed.replace(
+        "\n", " "
+    )
     config = json.loads((tmp_path / "written" / "config.json").read_text())
     rank = config["expert_ranks"][2]
     assert config["model_type"] == "flexmore" and config["expert_ranks"] == [0, 0, rank] and rank
@@ -149,14 +153,24 @@ def test_what_is_written_is_read_back(world, make_expert, flexolmo, tmp_path):
     assert stored["model.layers.1.mlp.experts.2.down_proj_b.weight"].shape == (32, rank)
     assert "model.layers.0.mlp.experts.1.gate_proj.weight" in stored
     merged, written = fo.load(tmp_path / "merged"), fo.load(tmp_path / "written")
-    merged.experts.router.bias[...] = 0 * merged.experts.router.bias[...]
-    np.testing.assert_allclose(written.logits(TOKENS), merged.logits(TOKENS), atol=1e-5)
+    folded = folding.fold_biases(merged, read_anchor(world.anchor))
+    np.testing.assert_allclose(written.logits(TOKENS), folded.logits(TOKENS), atol=1e-5)
     assert written.tokenizer.digest == merged.tokenizer.digest
 
+    # Without the public expert, which the deltas are added to, the low-rank one is a full one.
+    code, printed, error = flexolmo(*words[:2], "--without", "public", "--out", tmp_path / "full")
+    assert code == 0 and "FlexOlmoJaxForCausalLM of math, small" in printed, error
+    export_model(
+        tmp_path / "merged", tmp_path / "two", without=["public"],
+        routing=PlainRouting(np.asarray(folded.experts.router.row[...]), True, ""),
+    )  # fmt: skip
+    np.testing.assert_allclose(
+        fo.load(tmp_path / "two").logits(TOKENS), folded.logits(TOKENS, without=["public"]),
+        atol=1e-5,
+    )  # fmt: skip
 
-def test_what_the_layout_cannot_hold_is_said(world, refused, tmp_path):
+
+def test_what_is_no_mixture_is_not_imported(world, refused, tmp_path):
     out = tmp_path / "out"
-    assert "router memory" in refused("export", world.merged, "--out", out)
-    assert "expected a package of kind merged" in refused("export", world.anchor, "--out", out)
     assert "expected a Hugging Face directory" in refused("import", world.anchor, "--out", out)
     assert not out.exists()

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from flexolmo_jax.config import ExpertTraining
 from flexolmo_jax.data.window_store import prepare
+from flexolmo_jax.evaluation.folding import fold_biases
 from flexolmo_jax.federation.anchor import LoadedAnchor, read_anchor, write_anchor
 from flexolmo_jax.federation.expert import read_expert, write_expert
 from flexolmo_jax.federation.merge import merge
@@ -27,7 +28,6 @@ from flexolmo_jax.studies.baselines.costs import expert_step_flops
 from flexolmo_jax.studies.engine.commands import PACKAGE, RUN
 from flexolmo_jax.studies.engine.stages import discard
 from flexolmo_jax.training.public_data import public_batch
-from flexolmo_jax.training.router_fit.inputs import whitened_by
 from flexolmo_jax.training.stages.expert import fit_rows
 
 
@@ -228,15 +228,7 @@ def bias_folded(model: FlexOlmo, anchor: Path) -> FlexOlmo:
       model: merged.
       anchor: its anchor; from its public text follows the row that gives about 1 for every input.
     """
-    loaded = read_anchor(anchor)
-    assert loaded.tokenizer is not None
-    text = public_batch(loaded.public_text, loaded.tokenizer, loaded.config.max_length, 256)
-    inputs = whitened_by(text, loaded.weights, loaded.config)
-    constant = jnp.asarray([layer.constant for layer in inputs], jnp.float32)  # [L, D]
-    experts = jax.tree.map(jnp.array, model.experts)
-    bias = experts.router.bias[...][..., None]  # [L, E, 1]
-    experts.router.row[...] = experts.router.row[...] + bias * constant[:, None]
-    return without_bias(dataclasses.replace(model, experts=experts))
+    return fold_biases(model, read_anchor(anchor))
 
 
 def load_all(anchor: Path, dense: Mapping[str, Path]) -> list[FlexOlmo]:
