@@ -61,7 +61,7 @@ def guarded(quick, serving, merged, tmp_path_factory):
 
 @contextlib.contextmanager
 def _proxy(url, *, size, delay, most=None):
-    """A TCP proxy that passes on `size` bytes at a time; with `most`, it hangs up after so many."""
+    """A TCP proxy that passes on `size` bytes at a time; with `most`, it then hangs up."""
     host, addresses, end = url.removeprefix("http://").split(":"), queue.Queue(), asyncio.Event()
 
     async def back(server, client):

@@ -98,6 +98,7 @@ def test_a_profile_is_a_model_with_its_own_switches(site, visit):
     expect(visitor.switch("math")).to_have_count(0)
     visitor.ask()
     assert visitor.text() == visitor.said_by_api(model="ours:without-math")["text"]
+    expect(page.get_by_role("heading", name="ours:without-math")).to_be_visible()
     page.get_by_label("Model").select_option("ours")
     expect(visitor.switch("math")).to_be_checked()
 
