@@ -160,6 +160,11 @@ def load(size: Size, implementation: str) -> Run:
     return lambda: FlexOlmoForCausalLM.from_pretrained(folder)
 
 
+def write_model(folder: str, size: Size) -> None:
+    """Writes a merged model of random weights, without its tokenizer."""
+    _flex_olmo(size.merged(), "grouped_mm").save_pretrained(folder)
+
+
 def _config(config: ModelConfig) -> FlexOlmoConfig:
     return FlexOlmoConfig(
         num_experts=config.num_experts,

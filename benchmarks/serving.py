@@ -5,9 +5,13 @@
 
 The server is `flexolmo serve` in a process of its own, and so are its clients, on the same machine.
 64 clients stream answers, each with its own experts, one answer after the other; every answer is
-compared with what the model gives without a server. Then 8 clients, and one alone, measure the wait
-for a first token. `--peer URL MODEL` asks another server of OpenAI's interface, such as
-`transformers serve`, for the same texts, without choosing experts.
+compared with what the model gives without a server. Before that 8 clients, and one alone, measure
+the wait for a first token.
+
+    python -m benchmarks.serving --random 50M --seconds 60 --peer --out docs/results/serving_peer.json
+
+makes a model of this size of `benchmarks/sizes.py` with random weights, which `transformers serve`
+can serve too, and asks it for the same texts, with all experts on. Needs the extra `reference`.
 """  # noqa: E501
 
 import argparse
@@ -17,8 +21,10 @@ import itertools
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,7 +33,9 @@ import numpy as np
 
 import flexolmo_jax as fo
 from benchmarks.machine import commit, machine, versions
-from flexolmo_jax.runtime.startup import leave_libtpu_alone
+from benchmarks.sizes import SUITES
+from flexolmo_jax.data.sources import read_documents
+from flexolmo_jax.data.tokenizer import Tokenizer
 
 SLOTS, CLIENTS = 16, 64
 PROMPTS = (
@@ -128,7 +136,8 @@ async def load(
                 if time.perf_counter() - begun > seconds:
                     return
                 body = bodies[at % len(bodies)]
-                text = await _ask(http, {**body, "model": model, "stream": True}, seen)
+                options = {"stream": True, "stream_options": {"include_usage": True}}
+                text = await _ask(http, {**body, **options, "model": model}, seen)
                 seen.answers += 1
                 if expected is not None and text != expected[at % len(bodies)]:
                     seen.wrong += 1
@@ -152,10 +161,48 @@ async def _ask(http: httpx.AsyncClient, body: dict, seen: Load) -> str:
             event = json.loads(line[6:])
             if "error" in event:
                 seen.errors += 1
-            for choice in event.get("choices", ()):
-                text.append(choice["text"])
-                seen.tokens += 1
+            text += [choice["text"] for choice in event.get("choices", ())]
+            seen.tokens += (event.get("usage") or {}).get("completion_tokens", 0)
     return "".join(text)
+
+
+def random_model(size: str) -> str:
+    """A Hugging Face directory that both servers can serve."""
+    from benchmarks import pytorch
+
+    found = SUITES["cpu"].get(size) or SUITES["smoke"][size]
+    folder = tempfile.mkdtemp()
+    pytorch.write_model(folder, found)
+    texts = [document.text for document in read_documents("corpus:public")]
+    tokenizer = Tokenizer.train(texts, found.config.vocab_size)
+    (Path(folder) / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.separator_text}
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(names))
+    config = json.loads((Path(folder) / "config.json").read_text())
+    config["eos_token_id"] = tokenizer.separator
+    (Path(folder) / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def peer_served(path: str) -> tuple[subprocess.Popen, str]:
+    """Starts `transformers serve`, and waits until it answers."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = Path(sys.executable).with_name("transformers")
+    process = subprocess.Popen(
+        [command, "serve", path, "--device", "cpu", "--port", str(port), "--continuous-batching"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    while True:
+        if process.poll() is not None:
+            raise SystemExit("transformers serve did not start")
+        try:
+            httpx.get(f"{url}/health")
+            return process, url
+        except httpx.HTTPError:
+            time.sleep(0.2)
 
 
 def served(path: str) -> tuple[subprocess.Popen, str]:
@@ -177,40 +224,51 @@ def served(path: str) -> tuple[subprocess.Popen, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", required=True)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="DIR")
+    which.add_argument("--random", metavar="SIZE")
     parser.add_argument("--seconds", type=float, default=300, help="of the load; %(default)s")
     parser.add_argument("--tokens", type=int, default=64, help="of the longest answer; %(default)s")
-    parser.add_argument("--peer", nargs=2, metavar=("URL", "MODEL"))
+    parser.add_argument("--peer", action="store_true", help="measure `transformers serve` too")
     parser.add_argument("--out", required=True, help="JSON")
     args = parser.parse_args()
-    leave_libtpu_alone()
-    model = fo.load(args.model)
+    path = args.model or random_model(args.random)
+    model = fo.load(path)
     bodies = tasks_of(model, args.tokens)
     expected = offline(model, bodies)
-    rows: dict[str, dict] = {}
-    rate = engine_rate(model, bodies, max(5.0, args.seconds / 10))
-    rows["engine alone"] = {"tokens_per_second": round(rate, 1)}
     short = max(5.0, args.seconds / 10)
-    process, url = served(args.model)
+    rate = engine_rate(model, bodies, short)
+    rows: dict[str, dict] = {"engine alone": {"tokens_per_second": round(rate, 1)}}
+    loads = ((1, short), (8, short), (CLIENTS, args.seconds))
+    rows |= _measured(served(path), "ours", bodies, expected, loads)
+    if args.peer:
+        plain = [{k: v for k, v in body.items() if k != "experts"} for body in bodies]
+        both = ((served, "ours"), (peer_served, path))
+        for start, name in both:
+            found = _measured(start(path), name, plain, None, ((8, short),))
+            rows[f"{start.__name__}, all experts on"] = found["8 clients"]
+    about = {"machine": machine(), "versions": versions("jax", "fastapi", "transformers", "torch")}
+    about |= {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "model": args.random or "demo"}
+    Path(args.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+    for name, row in rows.items():
+        print(f"{name:16}", "  ".join(f"{key} {value:,}" for key, value in row.items()))
+
+
+def _measured(
+    started: tuple[subprocess.Popen, str], model: str, bodies: list[dict],
+    expected: list[str] | None, loads: tuple[tuple[int, float], ...],
+) -> dict[str, dict]:  # fmt: skip
+    process, url = started
+    rows = {}
     try:
-        for clients, seconds in ((1, short), (8, short), (CLIENTS, args.seconds)):
-            asyncio.run(load(url, "ours", bodies, expected, clients, 3))  # warm
-            seen = asyncio.run(load(url, "ours", bodies, expected, clients, seconds))
+        for clients, seconds in loads:
+            asyncio.run(load(url, model, bodies, expected, clients, 3))  # warm
+            seen = asyncio.run(load(url, model, bodies, expected, clients, seconds))
             rows[f"{clients} clients"] = seen.row()
     finally:
         process.terminate()
         process.wait()
-    if args.peer is not None:
-        plain = [{k: v for k, v in body.items() if k != "experts"} for body in bodies]
-        asyncio.run(load(args.peer[0], args.peer[1], plain, None, 8, 3))
-        rows["peer, 8 clients"] = asyncio.run(
-            load(args.peer[0], args.peer[1], plain, None, 8, short)
-        ).row()
-    about = {"machine": machine(), "versions": versions(), "commit": commit()}
-    about |= {"date": time.strftime("%Y-%m-%d"), "tokens_of_an_answer": args.tokens}
-    Path(args.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
-    for name, row in rows.items():
-        print(f"{name:16}", "  ".join(f"{key} {value:,}" for key, value in row.items()))
+    return rows
 
 
 if __name__ == "__main__":

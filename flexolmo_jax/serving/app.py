@@ -55,7 +55,13 @@ def make_app(settings: Settings, model: FlexOlmo) -> fastapi.FastAPI:
         watching.cancel()
         await service.runner.close()
 
-    app = fastapi.FastAPI(title="flexolmo serve", version=__version__, lifespan=lifespan)
+    app = fastapi.FastAPI(
+        title="flexolmo serve",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # these pages would load scripts from another site
+        redoc_url=None,
+    )
     app.state.service = service
     app.include_router(routes)
     app.include_router(tokens.routes)

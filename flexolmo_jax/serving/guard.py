@@ -10,6 +10,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flexolmo_jax.serving.errors import ApiError
 from flexolmo_jax.serving.metrics import Metrics
 
+# An upgrade must not mix old and new files, and no other site may show the page as its own.
+OF_THE_PAGE = [
+    (b"cache-control", b"no-cache"),
+    (b"content-security-policy", b"frame-ancestors 'none'"),
+]
 log = logging.getLogger("flexolmo_jax.serving.requests")
 
 
@@ -51,7 +56,10 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", number.encode())]
+                own = [(b"x-request-id", number.encode()), (b"x-content-type-options", b"nosniff")]
+                if scope["path"] == "/" or scope["path"].startswith("/static/"):
+                    own += OF_THE_PAGE
+                message["headers"] = [*message["headers"], *own]
             await send(message)
 
         try:

@@ -32,7 +32,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     tell(
-        f"serving {settings.name} at http://{shown}:{port}  (page: /, interface: /v1, docs: /docs)"
+        f"serving {settings.name} at http://{shown}:{port}  (a page, and OpenAI's interface at /v1)"
     )
     server.run([listener])
 

@@ -238,6 +238,11 @@ def test_other_paths_methods_and_sizes(served):
     assert served.get("/v2").status_code == 404
     assert served.get("/v1/completions").status_code == 405
     assert "error" in served.get("/v1/completions").json()
+    page = served.get("/").headers
+    assert (
+        page["cache-control"] == "no-cache" and "frame-ancestors" in page["content-security-policy"]
+    )
+    assert served.get("/v1/models").headers["x-content-type-options"] == "nosniff"
     large = httpx.post(served.url + "/v1/completions", content=b" " * (5 << 20))
     assert large.status_code == 413
     chunks = httpx.post(

@@ -7,7 +7,7 @@ import { Words } from "./words.js";
 const SHOWN_OF_PROMPT = 280; // characters
 
 const ENDINGS = {
-  stop: "ended by the model",
+  stop: "end of text",
   length: "limit reached",
   expert_withdrawn: "ended: a source was withdrawn",
   timeout: "ended: the server's time limit",

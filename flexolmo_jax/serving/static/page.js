@@ -18,7 +18,6 @@ let detail = 0; // of DETAILS: what this key may see
 let running = null; // an AbortController while answers are being written
 
 const chosen = () => models.find(({ id }) => id === $("model").value) ?? models[0];
-const without = (names) => (names.length ? `Without ${names.join(", ")}` : "All sources");
 
 // What is asked
 
@@ -27,8 +26,8 @@ const asking = () => (DETAILS[detail] === "none" ? {} : { expert_mass: DETAILS[d
 
 /** The bodies of the requests: one, or two side by side. */
 function requests() {
-  const sets = [sources.off];
-  if ($("compare").value) sets.push(sources.names.filter((n) => sources.off.includes(n) || n === $("compare").value));
+  const [sets, other] = [[sources.off], $("compare").value];
+  if (other) sets.push(sources.names.filter((n) => sources.off.includes(n) || n === other));
   return sets.map((off) => ({
     model: chosen()?.id ?? "",
     prompt: $("prompt").value,
@@ -38,6 +37,13 @@ function requests() {
     ...(off.length && { experts: { without: off } }),
     ...asking(),
   }));
+}
+
+/** What an answer is called: by the model's profile, if it is one, and by the sources that are off. */
+function titleOf(off) {
+  const profile = chosen().parent ? chosen().id : "";
+  if (!off.length) return profile || "All sources";
+  return `${profile ? `${profile}, without` : "Without"} ${off.join(", ")}`;
 }
 
 /** Shows what follows from the form: the choices side by side, the sampling, the request. */
@@ -78,7 +84,7 @@ async function run() {
   const [bodies, controller] = [requests(), new AbortController()];
   const answers = bodies.map(({ prompt, experts }) => {
     const off = experts?.without ?? [];
-    return new Answer(without(off), prompt, sources, off);
+    return new Answer(titleOf(off), prompt, sources, off);
   });
   $("empty").hidden = true;
   $("difference").hidden = true;
@@ -88,9 +94,10 @@ async function run() {
   bringIntoView($("answers"));
   hush();
   say("Writing.");
-  await Promise.all(answers.map((answer, i) => write(answer, bodies[i], controller.signal, answers.length > 1)));
+  const beside = answers.length > 1;
+  await Promise.all(answers.map((answer, i) => write(answer, bodies[i], controller.signal, beside)));
   showRunning(null);
-  if (answers.length > 1) showDifference(...answers.map(({ text }) => text));
+  if (beside) showDifference(...answers.map(({ text }) => text));
 }
 
 /** Writes one answer; an error ends it and is shown. */
@@ -138,11 +145,14 @@ async function* stream(body, signal) {
 
 function showDifference(one, other) {
   const [a, b] = [one, other].map((text) => text.match(/\s*\S+/g) ?? []);
-  const same = a.findIndex((word, i) => word !== b[i]);
-  const count = same < 0 ? a.length : same;
-  let text = "The two answers part at the first word.";
+  const first = a.findIndex((word, i) => word !== b[i]);
+  const count = first < 0 ? a.length : first;
+  let text = "The two answers differ from the first word on.";
   if (one === other) text = "The two answers are the same.";
-  else if (count) text = `The two answers are the same for ${count} ${count > 1 ? "words" : "word"}, up to “${a.slice(Math.max(0, count - 4), count).join("").trim()}”.`;
+  else if (count) {
+    const last = a.slice(Math.max(0, count - 4), count).join("").trim();
+    text = `The two answers are the same for ${count} ${count > 1 ? "words" : "word"}, up to “${last}”.`;
+  }
   $("difference").textContent = text;
   $("difference").hidden = false;
   say(text);

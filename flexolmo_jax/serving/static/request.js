@@ -9,13 +9,17 @@ export function asCurl(bodies) {
 function curl(body) {
   const auth = key.get() ? ` \\\n  -H "Authorization: Bearer $FLEXOLMO_API_KEY"` : "";
   const json = JSON.stringify(body, null, 2).replaceAll("'", "'\\''");
-  return `curl -N ${address("completions")} \\\n  -H "Content-Type: application/json"${auth} \\\n  -d '${json}'`;
+  const type = '-H "Content-Type: application/json"';
+  return `curl -N ${address("completions")} \\\n  ${type}${auth} \\\n  -d '${json}'`;
 }
 
 /** A Python script that prints the answers, with OpenAI's client. */
 export function asPython(bodies) {
   const { model, prompt, max_tokens, temperature, seed } = bodies[0];
-  const own = bodies.map(({ experts = {}, expert_mass }) => ({ experts, ...(expert_mass && { expert_mass }) }));
+  const own = bodies.map(({ experts, expert_mass }) => ({
+    ...(experts && { experts }),
+    ...(expert_mass && { expert_mass }),
+  }));
   const secret = key.get() ? 'os.environ["FLEXOLMO_API_KEY"]' : '"none"';
   return `${key.get() ? "import os\n\n" : ""}from openai import OpenAI
 

@@ -61,7 +61,7 @@ def guarded(quick, serving, merged, tmp_path_factory):
 
 @contextlib.contextmanager
 def _proxy(url, *, size, delay, most=None):
-    """A TCP proxy that passes on `size` bytes at a time; with `most`, it hangs up after so many."""
+    """A TCP proxy that passes on `size` bytes at a time; with `most`, it then hangs up."""
     host, addresses, end = url.removeprefix("http://").split(":"), queue.Queue(), asyncio.Event()
 
     async def back(server, client):
@@ -82,7 +82,7 @@ def _proxy(url, *, size, delay, most=None):
 
     async def connected(reader, writer):
         other_reader, other_writer = await asyncio.open_connection(*host)
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError, asyncio.CancelledError):  # at the end
             await asyncio.gather(forth(reader, other_writer), back(other_reader, writer))
 
     async def listen():
@@ -112,6 +112,7 @@ def chromium():
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
     if found is None:
         pytest.skip("no Chromium on this machine (Debian and Ubuntu: apt install chromium)")
+    expect.set_options(timeout=30_000)  # other tests may run beside these
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=FLAGS.split())
         yield browser
@@ -179,7 +180,7 @@ def visit(chromium):
     def open_page(url, **how) -> Visitor:
         contexts.append(chromium.new_context(**how))
         page = contexts[-1].new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(30_000)
         page.on("request", lambda r: r.url.startswith(url) or strangers.append(r.url))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("console", lambda m: "Failed to load resource" in m.text or said.append(m.text))
