@@ -142,7 +142,7 @@ class Admission:
     Attributes:
       prompts: ids of each prompt, before `n`.
       tokens: of all prompts and answers, at most.
-      events: what the engine tells of them.
+      events: what the engine says of them.
     """
 
     choices: list[Choice]

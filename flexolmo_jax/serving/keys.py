@@ -133,7 +133,7 @@ class Meter:
         self._used, self._at = 0.0, time.monotonic()
 
     def seconds_until(self, tokens: int, per_minute: int) -> float:
-        """How long until so many tokens may be used; 0: now."""
+        """How long until that many tokens may be used; 0: now."""
         now = time.monotonic()
         self._used = max(0.0, self._used - (now - self._at) * per_minute / 60)
         self._at = now

@@ -165,7 +165,7 @@ class Runner:
         try:
             engine.step()
             self.is_broken = False
-        except Exception:  # whatever it is, clients must be told, and later requests go on
+        except Exception:  # whatever it is, clients must be told, and later requests are answered
             log.exception("a step of the engine failed; its requests end, and a new engine begins")
             for job in self._jobs:
                 if job.engine is engine:

@@ -16,6 +16,8 @@ Letters in shapes: B batch, S new tokens, T all tokens of the cache, D width, E 
 head, V vocabulary.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -50,8 +52,8 @@ class FlexOlmoJaxConfig(Olmo2Config):
     """
 
     model_type = "flexolmo_jax"
-    base_model_tp_plan = {}  # noqa: RUF012
-    base_model_pp_plan = {}  # noqa: RUF012
+    base_model_tp_plan: ClassVar[dict] = {}
+    base_model_pp_plan: ClassVar[dict] = {}
 
     num_experts: int = 1
     num_experts_per_tok: int = 1
@@ -236,7 +238,7 @@ class FlexOlmoJaxPreTrainedModel(Olmo2PreTrainedModel):
     _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
     supports_gradient_checkpointing = False
     _can_compile_fullgraph = False  # experts that no token uses are not computed
-    _can_record_outputs = {}  # noqa: RUF012
+    _can_record_outputs: dict = {}  # noqa: RUF012
 
     def _init_weights(self, module):
         super()._init_weights(module)
