@@ -80,6 +80,9 @@ def place(batch: Sequences, one: Sequences, row: Int[Array, ""]) -> Sequences:
     )
 
 
+_empty = jax.jit(Sequences.empty, static_argnums=(0, 1, 2, 3))
+
+
 class Tokens(NamedTuple):
     """The next tokens of each sequence of a batch."""
 
@@ -141,8 +144,8 @@ class Network:
         self._numbers = [jnp.int32(i) for i in self._first]
 
     def empty(self, batch: int, length: int) -> Sequences:
-        """As `Sequences.empty`."""
-        return Sequences.empty(self.config, self.num_experts, batch, length)
+        """As `Sequences.empty`, in one program."""
+        return _empty(self.config, self.num_experts, batch, length)
 
     def __call__(
         self, tokens: Tokens, sequences: Sequences, following: np.ndarray | None = None

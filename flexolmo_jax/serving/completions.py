@@ -225,13 +225,14 @@ def admit(
     )
     choices, all_ids = [], []
     for place, prompt in enumerate(prompts):
-        ids = _ids(prompt, model, "messages" if is_chat else "prompt")
-        new = _new_tokens(body, len(ids), length)
-        all_ids.append(ids)
+        plain = _request(prompt, model, "messages" if is_chat else "prompt")
+        new = _new_tokens(body, len(plain.prompt), length)
+        all_ids.append(list(plain.prompt))
         for number in range(count):
-            request = Request(
-                ids, new, mask, model.request(ids).stop, sampling, seed, place * count + number,
-                bias=bias, scored=scored, scores_prompt=echo and (scored or not new),
+            request = dataclasses.replace(
+                plain, max_new_tokens=new, allowed=mask, sampling=sampling, seed=seed,
+                number=place * count + number, bias=bias, scored=scored,
+                scores_prompt=echo and (scored or not new),
             )  # fmt: skip
             echoed = (prompt if isinstance(prompt, str) else "") if echo else None
             choices.append(Choice(place * count + number, model, request, stops, echoed))
@@ -240,11 +241,12 @@ def admit(
     )
 
 
-def _ids(prompt: str | list[int], model: FlexOlmo, param: str) -> list[int]:
+def _request(prompt: str | list[int], model: FlexOlmo, param: str) -> Request:
+    """With the ids of the prompt, and those that end a text."""
     if isinstance(prompt, str) and model.tokenizer is None:
         raise ApiError(400, "this model has no tokenizer; give token ids instead", param)
     try:
-        return list(model.request(prompt).prompt)
+        return model.request(prompt)
     except ValueError as error:
         raise ApiError(400, str(error), param) from error
 

@@ -12,6 +12,8 @@ import time
 import httpx
 import pytest
 
+from flexolmo_jax.serving import run
+
 
 @pytest.fixture
 def process(world, tmp_path):
@@ -54,6 +56,14 @@ def test_it_drains_at_sigterm(process):
         httpx.get(f"{url}/ready")
     text = log.read_text()
     assert "Traceback" not in text and "Once" not in text and '"completion_tokens": 1500' in text
+
+
+def test_no_token_waits_for_an_acknowledgement():
+    with run.listen("127.0.0.1", 0) as listener, socket.socket() as client:
+        client.connect(listener.getsockname())
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_what_cannot_be_served_is_one_line(refused, world, tmp_path):
