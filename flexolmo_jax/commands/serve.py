@@ -88,6 +88,8 @@ def run(args: argparse.Namespace) -> None:
 
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise ValueError("flexolmo serve needs more packages: pip install 'flexolmo_jax[serve]'")
+    if not 0 < args.timeout < float("inf"):
+        raise ValueError(f"--timeout: expected seconds above 0, found {args.timeout}")
     from flexolmo_jax.serving.run import serve
     from flexolmo_jax.serving.service import Settings
 
@@ -99,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         separator=args.separator,
         slots=_at_least_one("--slots", args.slots),
         length=args.length and _at_least_one("--length", args.length),
-        waiting=args.waiting,
+        waiting=_at_least_one("--waiting", args.waiting),
         seconds=args.timeout,
         keys=None if args.keys is None else Path(args.keys),
         profiles=dict(map(_profile, args.experts_as)),

@@ -71,7 +71,6 @@ def make_app(settings: Settings, model: FlexOlmo) -> fastapi.FastAPI:
         (ApiError, _refused),
         (RequestValidationError, _invalid),
         (HTTPException, _http_error),
-        (Exception, _failed),
     ):
         app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
     return app
@@ -101,8 +100,10 @@ async def ready(request: Request) -> Response:
 
 @routes.get("/metrics")
 async def metrics(request: Request) -> Response:
+    """For Prometheus. With keys it needs one; the experts are shown to a key for all of them."""
     service = service_of(request)
-    text = service.metrics.text(service.runner.count)
+    policy = service.policy(request.headers.get("authorization"))
+    text = service.metrics.text(service.runner.count, with_experts=policy.experts is None)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -175,23 +176,24 @@ async def _complete(request: Request, body: Common, prompts: list[Any]) -> Respo
     if count > MAX_CHOICES:
         raise ApiError(400, f"expected at most {MAX_CHOICES} choices, found {count}", "n")
     mask = service.sources.mask(body.model, body.experts, policy)
-    admission = admit(body, prompts, service.model, mask, service.runner.length)
+    admission = admit(body, prompts, service.model, mask, service.length_for(policy))
     service.check_room(policy, count, admission.tokens)
     request.scope["flexolmo"] = {"key": policy.name, "model": body.model}
     form = answers.Form(body, service.model.expert_names, service.model.tokenizer)
     running = _Running(service, policy, admission, request)
-    admission.start(service.runner)
     if body.stream:
         return _Events(running, form)
     with running:
         parts = asyncio.create_task(_collect(running))
         gone = asyncio.create_task(_disconnected(request))
-        await asyncio.wait((parts, gone), return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
-        if not parts.done():  # nobody will read it
+        try:
+            await asyncio.wait((parts, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not parts.done():  # nobody will read it
+                return Response(status_code=499)
+            return Json(form.whole(admission, parts.result()))
+        finally:
             parts.cancel()
-            return Response(status_code=499)
-        return Json(form.whole(admission, parts.result()))
+            gone.cancel()
 
 
 def _check_mass(body: Common, policy: Policy) -> None:
@@ -206,13 +208,19 @@ def _check_mass(body: Common, policy: Policy) -> None:
 
 
 class _Running(contextlib.AbstractContextManager):
-    """A request that runs: counted, and at its end cancelled as far as it still runs."""
+    """A request that runs from now on: counted, and at its end cancelled if it still runs."""
 
     def __init__(self, service: Service, policy: Policy, admission: Admission, request: Request):
         self.service, self.admission, self.request = service, admission, request
         self._arrived, self._has_begun = time.monotonic(), False
+        self._names = service.model.expert_names
         self._counted = service.counted(policy, admission.tokens, self._used)
         self._counted.__enter__()
+        try:
+            admission.start(service.runner)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def _used(self) -> int:
         prompts = sum(map(len, self.admission.prompts))
@@ -232,12 +240,11 @@ class _Running(contextlib.AbstractContextManager):
     def __exit__(self, *_: Any) -> None:
         self.admission.cancel(self.service.runner)
         self._counted.__exit__(None, None, None)
-        names = self.service.model.expert_names
         told = self.request.scope["flexolmo"]
         told.update(prompt_tokens=sum(map(len, self.admission.prompts)), completion_tokens=0)
         for choice in self.admission.choices:
             told["completion_tokens"] += choice.generated
-            shares = shares_by_name(names, choice.shares)
+            shares = shares_by_name(self._names, choice.shares)
             self.service.metrics.completed(0, choice.generated, shares)
         self.service.metrics.completed(told["prompt_tokens"], 0, {})
 
@@ -303,8 +310,3 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
 async def _http_error(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
     return ApiError(error.status_code, message, headers=error.headers).response()
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    log.error("a request failed", exc_info=error)
-    return ApiError(500, "the server failed; see its log").response()

@@ -55,7 +55,8 @@ def as_text(template: jinja2.Template, messages: Sequence[Message], separator: s
     for message in messages:
         content = message.content
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        told.append({"role": message.role, "content": text})
+        named = {} if message.name is None else {"name": message.name}
+        told.append({"role": message.role, "content": text, **named})
     names = {"bos_token": separator, "eos_token": separator}
     try:
         return template.render(messages=told, add_generation_prompt=True, **names)

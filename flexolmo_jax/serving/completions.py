@@ -128,9 +128,9 @@ class Choice:
             pieces = [piece for token in prompt for piece in decoded.take(token)] + decoded.end()
             for piece in pieces:
                 texts[piece.index] += piece.text
-            lost = len("".join(texts))
-            if self._echo and lost < len(self._echo):  # decoding leaves out a space in front
-                texts[0] = self._echo[: len(self._echo) - lost] + texts[0]
+            kept = len("".join(texts))
+            if self._echo and kept < len(self._echo):  # decoding leaves out a space in front
+                texts[0] = self._echo[: len(self._echo) - kept] + texts[0]
         pairs = zip(texts, prompt, scores, strict=True)
         return [Shown(text, token, None, own) for text, token, own in pairs]
 
@@ -283,11 +283,13 @@ def _new_tokens(body: Common, prompt: int, length: int) -> int:
 def _biases(body: Common, vocabulary: int) -> dict[int, float]:
     biases = {}
     for name, bias in (body.logit_bias or {}).items():
-        if not (name.isascii() and name.isdigit()) or int(name[:12]) >= vocabulary:
+        digits = name.lstrip("0") or "0"
+        known = name.isascii() and name.isdigit() and len(digits) < 12
+        if not known or int(digits) >= vocabulary:
             raise ApiError(
                 400, f"expected token ids in [0, {vocabulary}), found {name[:40]!r}", "logit_bias"
             )
-        biases[int(name)] = bias
+        biases[int(digits)] = bias
     if len(biases) > 300:
         raise ApiError(400, f"expected at most 300 tokens, found {len(biases)}", "logit_bias")
     return biases

@@ -35,7 +35,7 @@ class Guard:
             return
         begun, status, number = time.monotonic(), 499, secrets.token_hex(8)
         too_large = ApiError(413, f"expected a body of at most {self._most} bytes")
-        size = 0
+        size, has_begun = 0, False
 
         async def limited() -> Message:
             nonlocal size
@@ -46,16 +46,15 @@ class Guard:
             return message
 
         async def counted(message: Message) -> None:
-            nonlocal status
             if size > self._most and status != 413:  # whatever was made of the exception
                 await too_large.response()(scope, receive, told)
             elif size <= self._most:
                 await told(message)
 
         async def told(message: Message) -> None:
-            nonlocal status
+            nonlocal status, has_begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, has_begun = message["status"], True
                 own = [(b"x-request-id", number.encode()), (b"x-content-type-options", b"nosniff")]
                 if scope["path"] == "/" or scope["path"].startswith("/static/"):
                     own += OF_THE_PAGE
@@ -68,6 +67,11 @@ class Guard:
                 await too_large.response()(scope, receive, told)
             else:
                 await self._app(scope, limited, counted)
+        except Exception as error:
+            log.error("a request failed", exc_info=error)
+            if has_begun:
+                raise
+            await ApiError(500, "the server failed; see its log").response()(scope, receive, told)
         finally:
             seconds = time.monotonic() - begun
             route = getattr(scope.get("route"), "path", "other")

@@ -41,7 +41,13 @@ class Policy:
     expert_mass: Mass = "token"
 
     def __post_init__(self):
-        stray = set(self.always_on) - set(self.experts or self.always_on)
+        for field in ("experts", "always_on"):
+            value = getattr(self, field)
+            if value is not None and not (
+                isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+            ):
+                raise ValueError(f"key {self.name!r}: {field} must be names, found {value!r}")
+        stray = set() if self.experts is None else set(self.always_on) - set(self.experts)
         if stray:
             raise ValueError(
                 f"key {self.name!r}: {', '.join(sorted(stray))} must stay on, but is not among "

@@ -11,7 +11,7 @@ class Metrics:
     """The metrics of one server."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
+        self._registry, self._of_experts = CollectorRegistry(), CollectorRegistry()
         own = self._registry
         self._requests = Counter(
             "flexolmo_requests", "Requests by their answer.", ["route", "status"], registry=own
@@ -21,7 +21,7 @@ class Metrics:
             "flexolmo_expert_tokens",
             "Generated tokens by the experts' shares in them.",
             ["expert"],
-            registry=own,
+            registry=self._of_experts,
         )
         self._first = Histogram(
             "flexolmo_first_token_seconds",
@@ -52,7 +52,8 @@ class Metrics:
         for name, share in shares.items():
             self._shares.labels(name).inc(share * generated)
 
-    def text(self, in_flight: int) -> bytes:
+    def text(self, in_flight: int, with_experts: bool) -> bytes:
         """In Prometheus' format."""
         self._in_flight.set(in_flight)
-        return generate_latest(self._registry)
+        text = generate_latest(self._registry)
+        return text + generate_latest(self._of_experts) if with_experts else text

@@ -81,8 +81,8 @@ class Completion(Common):
 
     @model_validator(mode="after")
     def _best_of_asks_for_nothing(self) -> "Completion":
-        if self.best_of not in (None, self.n):
-            raise ValueError(f"best_of: expected n, which is {self.n}, found {self.best_of}")
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError(f"best_of: expected n, which is {self.n or 1}, found {self.best_of}")
         return self
 
 

@@ -57,16 +57,16 @@ class Runner:
       length: the most tokens of a prompt and its continuation.
 
     Attributes:
-      model: the newest.
-      is_broken: a step failed, and so did a step after it, over a new engine.
+      count: how many requests run or wait.
+      is_broken: a step failed, and no new engine could be made.
     """
 
     def __init__(self, model: FlexOlmo, slots: int, length: int):
         if length < 2:
             raise ValueError(f"a prompt and its answer need at least 2 tokens, found {length}")
-        self.model, self.length, self.is_broken = model, length, False
+        self.length, self.count, self.is_broken = length, 0, False
         self._slots = slots
-        self._engine = self.new_engine(model)
+        self._current = (model, self.new_engine(model))  # as one, for the other thread
         self._jobs: list[Job] = []
         self._commands: list[Callable[[], None]] = []
         self._changed = threading.Condition()
@@ -80,14 +80,9 @@ class Runner:
         self._thread.start()
 
     @property
-    def count(self) -> int:
-        """How many requests run or wait."""
-        return len(self._jobs)
-
-    @property
-    def running(self) -> int:
-        """How many have a slot, or more exactly: could have."""
-        return min(self.count, self._slots)
+    def model(self) -> FlexOlmo:
+        """That new requests are for."""
+        return self._current[0]
 
     def start(self, request: Request, events: asyncio.Queue) -> Job:
         """Queues a request, which is told to `events`.
@@ -95,9 +90,10 @@ class Runner:
         Raises:
           ValueError: the engine cannot run it.
         """
-        engine = self._engine
+        model, engine = self._current
         engine.check(request)
-        job = Job(request, engine, self.model.expert_names, events)
+        job = Job(request, engine, model.expert_names, events)
+        self.count += 1
         self._do(lambda: self._add(job))
         return job
 
@@ -127,7 +123,8 @@ class Runner:
 
     def replace(self, model: FlexOlmo, engine: Engine) -> None:
         """Gives later requests another model; those in flight end on theirs."""
-        self.model, self._engine = model, engine
+        with self._changed:
+            self._current = (model, engine)
 
     async def close(self, reason: str = "shutdown") -> None:
         """Ends all requests, and the thread."""
@@ -154,25 +151,43 @@ class Runner:
             with self._changed:
                 while not self._commands and not self._jobs:
                     self._changed.wait()
-                commands, self._commands = self._commands, []
-            for command in commands:
-                command()
-            for engine in {id(job.engine): job.engine for job in self._jobs}.values():
-                self._step(engine)
-            self._tell()
+            self._turn()
+
+    def _turn(self) -> None:
+        """One step of all engines; what it knows of a replaced model ends with it."""
+        with self._changed:
+            commands, self._commands = self._commands, []
+        for command in commands:
+            command()
+        for engine in {id(job.engine): job.engine for job in self._jobs}.values():
+            self._step(engine)
+        self._tell()
 
     def _step(self, engine: Engine) -> None:
         try:
             engine.step()
-            self.is_broken = False
         except Exception:  # whatever it is, clients must be told, and later requests are answered
             log.exception("a step of the engine failed; its requests end, and a new engine begins")
             for job in self._jobs:
                 if job.engine is engine:
                     engine.cancel(job.request, "error")
-            if engine is self._engine:
-                self._engine = self.new_engine(self.model)
+            self._renew(engine)
+
+    def _renew(self, engine: Engine) -> None:
+        """Makes a new engine in place of one that failed, unless that was replaced already."""
+        model, current = self._current
+        if current is not engine:
+            return
+        try:
+            renewed = self.new_engine(model)
+        except Exception:  # the process cannot work any more; whoever watches its health ends it
             self.is_broken = True
+            log.exception("no new engine could be made")
+            return
+        with self._changed:
+            if self._current[1] is engine:
+                self._current = (model, renewed)
+        self.is_broken = False
 
     def _tell(self) -> None:
         """Hands what is new to the event loop, all at once."""
@@ -188,9 +203,9 @@ class Runner:
                 told.append((job, request.ended))
         self._jobs = [job for job in self._jobs if not job.has_ended]
         if told and self._loop is not None:
-            self._loop.call_soon_threadsafe(_put, told)
+            self._loop.call_soon_threadsafe(self._put, told)
 
-
-def _put(told: list[tuple[Job, NewToken | str]]) -> None:
-    for job, event in told:
-        job.events.put_nowait((job, event))
+    def _put(self, told: list[tuple[Job, NewToken | str]]) -> None:
+        for job, event in told:
+            self.count -= isinstance(event, str)
+            job.events.put_nowait((job, event))

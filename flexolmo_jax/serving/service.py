@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Settings:
     length: int | None = None
     waiting: int = 256
     seconds: float = 300.0
-    body: int = 4 << 20
+    body: int = 1 << 20
     keys: Path | None = None
     profiles: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     chat_template: str | None = None
@@ -94,7 +94,11 @@ class Service:
         length = settings.length or model.config.max_length
         self.runner = Runner(model, settings.slots, length)
         self._meters: dict[str, Meter] = {}
-        self._seen = self._state_of_files()
+        self._seen_keys = _state(settings.keys)
+        self._seen_model = _state(settings.path / MANIFEST)
+        self._entries: frozenset[str] | None = None  # names in a manifest that has changed
+        self._has_changed = asyncio.Event()
+        self._failed: dict[str, str] = {}  # what could not be followed, and why
 
     @property
     def model(self) -> FlexOlmo:
@@ -147,6 +151,10 @@ class Service:
         if policy.tokens_per_minute is not None:
             self._check_rate(policy.tokens_per_minute, tokens, meter)
 
+    def length_for(self, policy: Policy) -> int:
+        """The most tokens of a prompt and its answer."""
+        return min(self.runner.length, policy.tokens_per_minute or self.runner.length)
+
     def _check_rate(self, per_minute: int, tokens: int, meter: Meter) -> None:
         if tokens > per_minute:
             raise ApiError(
@@ -187,49 +195,72 @@ class Service:
 
     async def watch(self) -> None:
         """Follows the merged model's manifest and the file of keys, until it is cancelled."""
-        while True:
-            await asyncio.sleep(WATCH_SECONDS)
-            try:
-                await self._follow_files()
-            except Exception as error:  # a file may be gone for a while; what is served stays
-                log.warning("what changed cannot be served, so nothing changes: %s", error)
+        loading = asyncio.create_task(self._load_changes())
+        try:
+            while True:
+                await asyncio.sleep(WATCH_SECONDS)
+                self._try("keys", self._follow_keys)
+                self._try("model", self._follow_manifest)
+        finally:
+            loading.cancel()
 
-    async def _follow_files(self) -> None:
-        seen = self._state_of_files()
-        if seen == self._seen:
+    def _try(self, what: str, follow: Callable[[], None]) -> None:
+        """What cannot be read changes nothing, is logged once, and is tried again."""
+        try:
+            follow()
+            self._failed.pop(what, None)
+        except Exception as error:
+            if self._failed.get(what) != str(error):
+                self._failed[what] = str(error)
+                log.warning("the %s stay as they are: %s", what, error)
+
+    def _follow_keys(self) -> None:
+        seen = _state(self.settings.keys)
+        if seen == self._seen_keys:
             return
-        keys_changed, model_changed = (a != b for a, b in zip(seen, self._seen, strict=True))
-        self._seen = seen
-        if keys_changed:
-            self._policies = {policy.sha256: policy for policy in self._read_keys()}
-            log.info("the keys were read again: %d", len(self._policies))
-        if model_changed:
-            await self._follow_model()
+        self._policies = {policy.sha256: policy for policy in self._read_keys()}
+        self._seen_keys = seen
+        log.info("the keys were read again: %d", len(self._policies))
 
-    async def _follow_model(self) -> None:
+    def _follow_manifest(self) -> None:
+        """Takes experts off that are gone, at once: masks do it bit for bit, before any load."""
+        seen = _state(self.settings.path / MANIFEST)
+        if seen == self._seen_model:
+            return
         manifest = read_manifest(self.settings.path)
-        known = set(self.sources.names[1:])
-        gone = known - {entry["name"] for entry in manifest.get("experts", [])}
-        # Masks take them off bit for bit, so nobody waits until the rest is loaded.
-        withdrawn = self.sources.withdrawn | gone
-        self.sources = dataclasses.replace(self.sources, withdrawn=withdrawn)
-        self.runner.withdraw(sorted(gone))
+        self._seen_model = seen
+        if manifest["kind"] == "merged":
+            self._entries = frozenset(entry["name"] for entry in manifest["experts"])
+            gone = set(self.sources.names[1:]) - self._entries
+            withdrawn = self.sources.withdrawn | gone
+            self.sources = dataclasses.replace(self.sources, withdrawn=withdrawn)
+            self.runner.withdraw(sorted(gone))
+        self._has_changed.set()
+
+    async def _load_changes(self) -> None:
+        while True:
+            await self._has_changed.wait()
+            self._has_changed.clear()
+            try:
+                await self._load()
+            except Exception as error:
+                log.warning("the model stays as it is, less what was withdrawn: %s", error)
+
+    async def _load(self) -> None:
         begun = time.monotonic()
         model = await asyncio.to_thread(load_served, self.settings)
         engine = await asyncio.to_thread(self.runner.new_engine, model)
         self.runner.replace(model, engine)
-        names = model.expert_names
-        withdrawn = (withdrawn | known) - set(names)
+        names, known = model.expert_names, {*self.sources.names[1:], *model.expert_names[1:]}
+        # Of what is in memory, an expert may have gone again while it was loaded.
+        present = set(names) if self._entries is None else set(names) & self._entries
+        withdrawn = (self.sources.withdrawn | known) - present
         self.sources = dataclasses.replace(self.sources, names=names, withdrawn=withdrawn)
         seconds = time.monotonic() - begun
-        log.info("now serving %s (%.1f s)", ", ".join(names), seconds)
+        log.info("now serving %s (%.1f s)", ", ".join(self.sources.served), seconds)
 
     def _read_keys(self) -> list[Policy]:
         return [] if self.settings.keys is None else read_keys(self.settings.keys)
-
-    def _state_of_files(self) -> tuple[Any, Any]:
-        files = (self.settings.keys, self.settings.path / MANIFEST)
-        return tuple(_state(file) for file in files)  # type: ignore[return-value]
 
 
 def service_of(request: Request) -> Service:

@@ -85,14 +85,16 @@ class Sources:
         base, _, profile = model.partition(":")
         if base == self.model and profile.startswith("without-"):
             name = profile.removeprefix("without-")
-            if name in self.withdrawn:  # it is off anyway
+            if name in self.withdrawn and _may_use(policy, name):  # it is off anyway
                 return self.permitted(policy)
             if name in policy.always_on:
                 raise ApiError(
                     403, f"this key may not switch off {name!r}", "model", "expert_always_on"
                 )
         if base == self.model and profile in self.profiles:
-            gone = set(self.profiles[profile]) & self.withdrawn
+            gone = {
+                x for x in self.profiles[profile] if x in self.withdrawn and _may_use(policy, x)
+            }
             if gone and not set(self.profiles[profile]) & set(self.served):
                 raise ApiError(
                     410, f"withdrawn: {', '.join(sorted(gone))}", "model", "expert_withdrawn"
@@ -104,15 +106,19 @@ class Sources:
         )
 
     def _check(self, name: str, policy: Policy, param: str) -> None:
-        if name in self.withdrawn:
-            raise ApiError(410, f"the expert {name!r} was withdrawn", param, "expert_withdrawn")
-        if name not in self.names:
+        if name not in self.names and name not in self.withdrawn:
             known = ", ".join(self.permitted(policy))
             raise ApiError(
                 400, f"no expert named {name!r}; there are {known}", param, "unknown_expert"
             )
-        if name not in self.permitted(policy):
+        if not _may_use(policy, name):
             raise ApiError(403, f"this key may not use the expert {name!r}", param, "not_permitted")
+        if name in self.withdrawn:
+            raise ApiError(410, f"the expert {name!r} was withdrawn", param, "expert_withdrawn")
+
+
+def _may_use(policy: Policy, name: str) -> bool:
+    return policy.experts is None or name in policy.experts
 
 
 def shares_by_name(names: Sequence[str], shares: np.ndarray) -> dict[str, float]:

@@ -127,7 +127,7 @@ def test_a_request_may_take_so_long(serving, copied):
 
 def test_a_failing_engine_is_told_and_replaced(own, monkeypatch):
     server, _ = own
-    engine = server.service.runner._engine
+    engine = server.service.runner._current[1]
 
     def fail(*_):
         raise RuntimeError("out of memory")

@@ -78,6 +78,7 @@ def test_what_cannot_be_served_is_one_line(refused, world, tmp_path):
     assert "NAME=EXPERT" in refused(*serve, "--experts-as", "all")
     assert "keys add" in refused(*serve, "--keys", tmp_path / "none.json")
     assert "at least 1" in refused(*serve, "--slots", 0)
+    assert "above 0" in refused(*serve, "--timeout", "nan")
     template = tmp_path / "template.jinja"
     template.write_text("{% for")
     assert "not a chat template" in refused(*serve, "--chat-template", template)

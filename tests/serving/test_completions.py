@@ -204,6 +204,9 @@ WRONG = [
     ({"logit_bias": {"1": 101}}, 400, "logit_bias"),
     ({"logit_bias": {"a": 1}}, 400, "logit_bias"),
     ({"logit_bias": {"512": 1}}, 400, "logit_bias"),
+    ({"logit_bias": {"0000000000009999999": 1}}, 400, "logit_bias"),
+    ({"logit_bias": {"0" * 5000 + "1": 1}}, 200, None),
+    ({"logit_bias": {"1" * 5000: 1}}, 400, "logit_bias"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
     ({"best_of": 3}, 400, "best_of"),
     ({"presence_penalty": 1.0}, 400, "presence_penalty"),
@@ -243,9 +246,9 @@ def test_other_paths_methods_and_sizes(served):
         page["cache-control"] == "no-cache" and "frame-ancestors" in page["content-security-policy"]
     )
     assert served.get("/v1/models").headers["x-content-type-options"] == "nosniff"
-    large = httpx.post(served.url + "/v1/completions", content=b" " * (5 << 20))
+    large = httpx.post(served.url + "/v1/completions", content=b" " * (2 << 20))
     assert large.status_code == 413
     chunks = httpx.post(
-        served.url + "/v1/completions", content=(b" " * (1 << 20) for _ in range(6))
+        served.url + "/v1/completions", content=(b" " * (1 << 19) for _ in range(6))
     )
     assert chunks.status_code == 413

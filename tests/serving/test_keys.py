@@ -101,6 +101,27 @@ def test_shares_of_experts_are_shown_as_far_as_the_key_permits(guarded, key_of):
         assert answer.status_code == status, (name, mass)
 
 
+def test_metrics_name_experts_to_a_key_for_all_of_them_only(guarded, key_of):
+    guarded.post(key=key_of["everything"], model="ours", prompt=PROMPT, max_tokens=3)
+    assert guarded.get("/metrics").status_code == 401
+    assert 'expert="code"' in guarded.get("/metrics", key_of["everything"]).text
+    limited = guarded.get("/metrics", key_of["no-code"]).text
+    assert "code" not in limited and "flexolmo_tokens_total" in limited
+
+
+def test_a_request_that_cannot_start_is_not_counted(guarded, key_of, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(guarded.service.runner, "start", fail)
+        body = {"model": "ours", "prompt": PROMPT}
+        answer = guarded.post(key=key_of["one"], **body)
+        assert answer.status_code == 500 and answer.json()["error"]["message"]
+        assert answer.headers["x-request-id"]
+    assert guarded.post(key=key_of["one"], **body).status_code == 200
+
+
 def test_tokens_and_requests_are_limited(guarded, key_of):
     body = {"model": "ours", "prompt": [1, 2], "max_tokens": 10}
     first, second = (guarded.post(key=key_of["slow"], **body) for _ in range(2))
@@ -168,5 +189,7 @@ def test_the_commands(flexolmo, refused, tmp_path):
     assert flexolmo("keys", "remove", file, "clinic")[0] == 0 and keys.read_keys(file) == []
     assert "must stay on" in refused("keys", "add", file, "x", "--experts", "a", "--always-on", "b")
     assert "at least 1" in refused("keys", "add", file, "x", "--concurrency", 0)
+    file.write_text(json.dumps({"keys": [{**dataclasses.asdict(policy), "experts": "public"}]}))
+    assert "must be names" in refused("keys", "list", file)
     file.write_text(json.dumps({"keys": [{**dataclasses.asdict(policy), "admin": True}]}))
     assert "keys.json" in refused("keys", "list", file)
