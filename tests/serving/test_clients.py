@@ -1,14 +1,17 @@
 """Clients that exist, unchanged: openai, litellm, and lm-evaluation-harness."""
 
 import math
+import os
 
-import litellm
 import openai
 import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from flexolmo_jax.model import load
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it looks for a list of prices elsewhere
+import litellm  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("quick"),
