@@ -23,6 +23,7 @@ from flexolmo_jax.modeling.decode_state import (
     EvidenceState,
     SegmentedCache,
     empty_segments,
+    segment_lengths,
     write_to_segments,
 )
 from flexolmo_jax.modeling.experts import Experts, FeedForward, router_weights, with_parts
@@ -144,8 +145,9 @@ class Network:
         self._numbers = [jnp.int32(i) for i in self._first]
 
     def empty(self, batch: int, length: int) -> Sequences:
-        """As `Sequences.empty`, in one program."""
-        return _empty(self.config, self.num_experts, batch, length)
+        """As `Sequences.empty`, in one program for all lengths with the same segments."""
+        slots = sum(segment_lengths(length))
+        return _empty(self.config, self.num_experts, batch, slots)
 
     def __call__(
         self, tokens: Tokens, sequences: Sequences, following: np.ndarray | None = None
