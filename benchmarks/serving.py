@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 
 import httpx
+import jax
 import numpy as np
 
 import flexolmo_jax as fo
@@ -232,6 +233,7 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="measure `transformers serve` too")
     parser.add_argument("--out", required=True, help="JSON")
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # as the server; libtpu would print warnings
     path = args.model or random_model(args.random)
     model = fo.load(path)
     bodies = tasks_of(model, args.tokens)
