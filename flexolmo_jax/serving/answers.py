@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from flexolmo_jax.serving.completions import Admission, Choice, Part, Shown, new_id, usage
-from flexolmo_jax.serving.protocol import Chat, Common, Completion
+from flexolmo_jax.serving.protocol import Chat, Completion
 from flexolmo_jax.serving.sources import shares_by_name
 
 DONE = b"data: [DONE]\n\n"
@@ -32,13 +32,9 @@ class Form:
       tokenizer: of the model; None if it has none.
     """
 
-    def __init__(self, body: Common, names: Sequence[str], tokenizer: Any):
+    def __init__(self, body: Completion | Chat, names: Sequence[str], tokenizer: Any):
         self._body, self._names, self._words = body, names, Words(tokenizer)
         self._is_chat = isinstance(body, Chat)
-        self._best = (body.top_logprobs or 0) if isinstance(body, Chat) else 0
-        if isinstance(body, Completion):
-            self._best = body.logprobs or 0
-        self._has_scores = bool(body.logprobs) if self._is_chat else body.logprobs is not None  # type: ignore[attr-defined]
         self._offsets: dict[int, int] = {}
         self._id, self._created = new_id("chatcmpl" if self._is_chat else "cmpl")
 
@@ -90,7 +86,7 @@ class Form:
 
     def _choice(self, choice: Choice, part: Part, fields: dict[str, Any]) -> dict[str, Any]:
         made = {"index": choice.index, **fields, "logprobs": None, "finish_reason": part.ended}
-        if self._has_scores:
+        if self._body.scores is not None:
             scores = self._chat_scores if self._is_chat else self._scores
             made["logprobs"] = scores(part)
         self._offsets[part.index] = self._offsets.get(part.index, 0) + len(part.text)
@@ -129,7 +125,7 @@ class Form:
     def _best_of(self, piece: Shown) -> list[tuple[int, float]]:
         assert piece.scores is not None
         pairs = zip(piece.scores.best_ids, piece.scores.best, strict=True)
-        return [(int(token), _number(own)) for token, own in list(pairs)[: self._best]]
+        return [(int(token), _number(own)) for token, own in list(pairs)[: self._body.scores]]
 
     def _chat_scores(self, part: Part) -> dict[str, Any]:
         def entry(token: int, number: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from starlette.staticfiles import StaticFiles
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.serving import answers, tokens
 from flexolmo_jax.serving.chat import as_text
-from flexolmo_jax.serving.completions import Admission, Part, admit
+from flexolmo_jax.serving.completions import Admission, Part, admit, usage
 from flexolmo_jax.serving.errors import ApiError, Json
 from flexolmo_jax.serving.guard import Guard
 from flexolmo_jax.serving.keys import Policy
@@ -168,7 +168,7 @@ def _models(request: Request) -> dict[str, dict[str, Any]]:
     }
 
 
-async def _complete(request: Request, body: Common, prompts: list[Any]) -> Response:
+async def _complete(request: Request, body: Completion | Chat, prompts: list[Any]) -> Response:
     service = service_of(request)
     policy = service.policy(request.headers.get("authorization"))
     _check_mass(body, policy)
@@ -214,17 +214,13 @@ class _Running(contextlib.AbstractContextManager):
         self.service, self.admission, self.request = service, admission, request
         self._arrived, self._has_begun = time.monotonic(), False
         self._names = service.model.expert_names
-        self._counted = service.counted(policy, admission.tokens, self._used)
-        self._counted.__enter__()
+        self._meter = service.meter(policy)
+        self._meter.begin(admission.tokens)
         try:
             admission.start(service.runner)
         except BaseException:
             self.__exit__()
             raise
-
-    def _used(self) -> int:
-        prompts = sum(map(len, self.admission.prompts))
-        return prompts + sum(choice.generated for choice in self.admission.choices)
 
     async def parts(self) -> AsyncIterator[Part | None]:
         """As `Admission.parts`; what failed in the engine is an ApiError."""
@@ -238,15 +234,14 @@ class _Running(contextlib.AbstractContextManager):
             yield part
 
     def __exit__(self, *_: Any) -> None:
-        self.admission.cancel(self.service.runner)
-        self._counted.__exit__(None, None, None)
-        told = self.request.scope["flexolmo"]
-        told.update(prompt_tokens=sum(map(len, self.admission.prompts)), completion_tokens=0)
-        for choice in self.admission.choices:
-            told["completion_tokens"] += choice.generated
-            shares = shares_by_name(self._names, choice.shares)
-            self.service.metrics.completed(0, choice.generated, shares)
-        self.service.metrics.completed(told["prompt_tokens"], 0, {})
+        admission, metrics = self.admission, self.service.metrics
+        admission.cancel(self.service.runner)
+        used = usage(admission)
+        self._meter.end(admission.tokens, used.pop("total_tokens"))
+        self.request.scope["flexolmo"] |= used
+        metrics.read(admission.prompt_tokens)
+        for choice in admission.choices:
+            metrics.generated(choice.generated, shares_by_name(self._names, choice.shares))
 
 
 class _Events(StreamingResponse):

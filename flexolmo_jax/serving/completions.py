@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo_jax.inference.engine import Request
+from flexolmo_jax.inference.engine import MAX_BIASES, Request
 from flexolmo_jax.inference.layerwise import Scores
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.model import FlexOlmo
@@ -61,7 +61,7 @@ class Choice:
     """One continuation that a client is told of.
 
     Attributes:
-      prompt: ids.
+      request: to the engine.
       generated: how many tokens it has.
       shares: sum of the experts' shares in them, float32 [E].
       job: that runs it, once it is queued.
@@ -140,17 +140,22 @@ class Admission:
     """The choices of one body, and what it may use at most.
 
     Attributes:
-      prompts: ids of each prompt, before `n`.
+      prompt_tokens: of all prompts; one counts once, however many choices it has.
       tokens: of all prompts and answers, at most.
       events: what the engine says of them.
     """
 
     choices: list[Choice]
-    prompts: list[list[int]]
+    prompt_tokens: int
     tokens: int
     events: asyncio.Queue[tuple[Job, NewToken | str] | None] = dataclasses.field(
         default_factory=asyncio.Queue
     )
+
+    @property
+    def generated(self) -> int:
+        """How many tokens the choices have."""
+        return sum(choice.generated for choice in self.choices)
 
     def start(self, runner: Runner) -> None:
         """Queues the requests of all choices."""
@@ -198,7 +203,11 @@ class Admission:
 
 
 def admit(
-    body: Common, prompts: Sequence[str | list[int]], model: FlexOlmo, mask: np.ndarray, length: int
+    body: Completion | Chat,
+    prompts: Sequence[str | list[int]],
+    model: FlexOlmo,
+    mask: np.ndarray,
+    length: int,
 ) -> Admission:
     """Makes the requests of a body.
 
@@ -218,16 +227,15 @@ def admit(
         raise ApiError(400, "this model has no tokenizer, so it finds no texts", "stop")
     bias = _biases(body, model.config.vocab_size)
     echo = isinstance(body, Completion) and bool(body.echo)
-    is_chat = isinstance(body, Chat)
-    scored = bool(body.logprobs) if isinstance(body, Chat) else body.logprobs is not None  # type: ignore[attr-defined]
+    is_chat, scored = isinstance(body, Chat), body.scores is not None
     sampling = Sampling(
         1.0 if body.temperature is None else body.temperature, body.top_k, body.top_p
     )
-    choices, all_ids = [], []
+    choices, prompt_tokens = [], 0
     for place, prompt in enumerate(prompts):
         plain = _request(prompt, model, "messages" if is_chat else "prompt")
         new = _new_tokens(body, len(plain.prompt), length)
-        all_ids.append(list(plain.prompt))
+        prompt_tokens += len(plain.prompt)
         for number in range(count):
             request = dataclasses.replace(
                 plain, max_new_tokens=new, allowed=mask, sampling=sampling, seed=seed,
@@ -236,9 +244,8 @@ def admit(
             )  # fmt: skip
             echoed = (prompt if isinstance(prompt, str) else "") if echo else None
             choices.append(Choice(place * count + number, model, request, stops, echoed))
-    return Admission(
-        choices, all_ids, sum(len(c.request.prompt) + c.request.max_new_tokens for c in choices)
-    )
+    most = sum(len(c.request.prompt) + c.request.max_new_tokens for c in choices)
+    return Admission(choices, prompt_tokens, most)
 
 
 def _request(prompt: str | list[int], model: FlexOlmo, param: str) -> Request:
@@ -251,14 +258,13 @@ def _request(prompt: str | list[int], model: FlexOlmo, param: str) -> Request:
         raise ApiError(400, str(error), param) from error
 
 
-def _new_tokens(body: Common, prompt: int, length: int) -> int:
+def _new_tokens(body: Completion | Chat, prompt: int, length: int) -> int:
     param = "max_tokens"
     if isinstance(body, Chat) and body.max_completion_tokens is not None:
         wanted, param = body.max_completion_tokens, "max_completion_tokens"
     elif isinstance(body, Chat):
         wanted = length - prompt if body.max_tokens is None else body.max_tokens
     else:
-        assert isinstance(body, Completion)
         wanted = 16 if body.max_tokens is None else body.max_tokens
         if wanted == 0 and not body.echo:
             raise ApiError(400, "expected at least 1 without echo, found 0", param)
@@ -290,8 +296,10 @@ def _biases(body: Common, vocabulary: int) -> dict[int, float]:
                 400, f"expected token ids in [0, {vocabulary}), found {name[:40]!r}", "logit_bias"
             )
         biases[int(digits)] = bias
-    if len(biases) > 300:
-        raise ApiError(400, f"expected at most 300 tokens, found {len(biases)}", "logit_bias")
+    if len(biases) > MAX_BIASES:
+        raise ApiError(
+            400, f"expected at most {MAX_BIASES} tokens, found {len(biases)}", "logit_bias"
+        )
     return biases
 
 
@@ -301,11 +309,9 @@ def new_id(kind: str) -> tuple[str, int]:
 
 
 def usage(admission: Admission) -> dict[str, Any]:
-    """Tokens read and written; a prompt counts once, however many choices it has."""
-    prompt = sum(map(len, admission.prompts))
-    generated = sum(choice.generated for choice in admission.choices)
+    """Tokens read and written."""
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": generated,
-        "total_tokens": prompt + generated,
+        "prompt_tokens": admission.prompt_tokens,
+        "completion_tokens": admission.generated,
+        "total_tokens": admission.prompt_tokens + admission.generated,
     }

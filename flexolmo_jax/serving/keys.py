@@ -145,6 +145,12 @@ class Meter:
         self._at = now
         return max(0.0, (self._used + tokens - per_minute) * 60 / per_minute)
 
-    def use(self, tokens: int) -> None:
-        """Takes tokens, or with a negative number gives back what was not used."""
+    def begin(self, tokens: int) -> None:
+        """Counts a request that may use at most this many tokens."""
+        self.running += 1
         self._used += tokens
+
+    def end(self, tokens: int, used: int) -> None:
+        """Ends a request that `begin` counted, and gives back the tokens that it did not use."""
+        self.running -= 1
+        self._used += used - tokens

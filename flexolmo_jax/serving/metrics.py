@@ -45,12 +45,15 @@ class Metrics:
         """Counts the wait for a first token."""
         self._first.observe(seconds)
 
-    def completed(self, prompt: int, generated: int, shares: Mapping[str, float]) -> None:
-        """Counts the tokens of a completion, and the experts' shares in them."""
-        self._tokens.labels("prompt").inc(prompt)
-        self._tokens.labels("generated").inc(generated)
+    def read(self, tokens: int) -> None:
+        """Counts tokens of prompts."""
+        self._tokens.labels("prompt").inc(tokens)
+
+    def generated(self, tokens: int, shares: Mapping[str, float]) -> None:
+        """Counts tokens of a continuation, and the experts' shares in them."""
+        self._tokens.labels("generated").inc(tokens)
         for name, share in shares.items():
-            self._shares.labels(name).inc(share * generated)
+            self._shares.labels(name).inc(share * tokens)
 
     def text(self, in_flight: int, with_experts: bool) -> bytes:
         """In Prometheus' format."""

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from flexolmo_jax.inference.layerwise import MAX_BEST
+
 MAX_CHOICES = 128  # of a request: prompts times `n`
 MAX_TOKEN_LISTS = 1 << 20  # ids of a prompt, so that a list is not read for nothing
 
@@ -74,10 +76,15 @@ class Completion(Common):
 
     prompt: str | Ids | Texts | Lists
     max_tokens: int | None = Field(16, ge=0, lt=1 << 31)
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: int | None = Field(None, ge=0, le=MAX_BEST)
     echo: bool | None = False
     best_of: int | None = None
     suffix: Literal[""] | None = None
+
+    @property
+    def scores(self) -> int | None:
+        """How many of the likeliest tokens are scored beside each; None: nothing is scored."""
+        return self.logprobs
 
     @model_validator(mode="after")
     def _best_of_asks_for_nothing(self) -> "Completion":
@@ -108,8 +115,13 @@ class Chat(Common):
     max_tokens: int | None = Field(None, ge=1, lt=1 << 31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=1 << 31)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_BEST)
     response_format: TextFormat | None = None
+
+    @property
+    def scores(self) -> int | None:
+        """As of a completion."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "Chat":

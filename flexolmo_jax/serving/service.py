@@ -1,13 +1,11 @@
 """The state of a server: its model, who may use it, and what it has to do now."""
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from starlette.requests import Request
 
@@ -140,7 +138,7 @@ class Service:
                 code="overloaded",
                 headers={"Retry-After": "5"},
             )
-        meter = self._meter(policy)
+        meter = self.meter(policy)
         if policy.concurrency is not None and meter.running >= policy.concurrency:
             raise ApiError(
                 429,
@@ -173,24 +171,8 @@ class Service:
                 headers={"Retry-After": str(int(wait) + 1)},
             )
 
-    @contextlib.contextmanager
-    def counted(self, policy: Policy, tokens: int, used: Any) -> Iterator[None]:
-        """Counts a request of a key while it runs.
-
-        Args:
-          tokens: that it may use at most.
-          used: says at the end how many it used.
-        """
-        meter = self._meter(policy)
-        meter.running += 1
-        meter.use(tokens)
-        try:
-            yield
-        finally:
-            meter.running -= 1
-            meter.use(used() - tokens)
-
-    def _meter(self, policy: Policy) -> Meter:
+    def meter(self, policy: Policy) -> Meter:
+        """What a key has used."""
         return self._meters.setdefault(policy.name, Meter())
 
     async def watch(self) -> None:

@@ -105,11 +105,14 @@ TORCH = {
 }
 
 
+EXTRA = "needs the extra `reference`"
+
+
 @pytest.mark.parametrize("case", TORCH)
 def test_our_pytorch_file_computes_what_the_plain_classes_cannot(case, headed, tmp_path):
     """Logits of whole texts; greedy tokens, with the cache, in a batch of unlike prompts."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason=EXTRA)
+    transformers = pytest.importorskip("transformers", reason=EXTRA)
     names, routing, without = TORCH[case]
     path = merged(headed, tmp_path / "merged", names, **routing)
     written = export_model(path, tmp_path / "hf", without=without)
@@ -149,8 +152,8 @@ def without_end(model, prompt, new, without):
 
 def test_the_cache_survives_what_generation_does_to_it(headed, tmp_path):
     """Beams reorder it, speculation crops it; a text may come in pieces, in any cache."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason=EXTRA)
+    transformers = pytest.importorskip("transformers", reason=EXTRA)
     path = merged(headed, tmp_path / "merged", ("news", "code"), evidence=EVIDENCE)
     export_model(path, tmp_path / "hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -186,8 +189,8 @@ def test_the_cache_survives_what_generation_does_to_it(headed, tmp_path):
 
 @pytest.mark.parametrize("what", ["anchor", "merged", "one"])
 def test_plain_models_load_without_any_code(what, plain, tmp_path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason=EXTRA)
+    transformers = pytest.importorskip("transformers", reason=EXTRA)
     path, without = plain / "anchor", []
     if what != "anchor":
         path = merged(plain, tmp_path / "merged", ("news", "code"), active_experts=2)

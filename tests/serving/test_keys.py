@@ -142,9 +142,9 @@ def test_unused_tokens_are_given_back(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now)
     meter = keys.Meter()
     assert meter.seconds_until(60, 60) == 0
-    meter.use(60)
+    meter.begin(60)
     assert meter.seconds_until(30, 60) == 30
-    meter.use(-45)
+    meter.end(60, used=15)
     assert meter.seconds_until(30, 60) == 0
     now = 60.0
     assert meter.seconds_until(60, 60) == 0
