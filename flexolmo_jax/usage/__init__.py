@@ -1,0 +1,1 @@
+"""Usage: how much each owner's expert took part in answers, in a ledger that owners verify."""
