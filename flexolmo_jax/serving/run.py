@@ -10,6 +10,11 @@ from flexolmo_jax.runtime.console import tell
 from flexolmo_jax.serving.app import make_app
 from flexolmo_jax.serving.service import Settings, load_served
 
+# An idle connection stays open for longer than those of clients and proxies (httpx and so OpenAI's
+# client keep theirs for 5 s, cloud load balancers for 60). uvicorn's own 5 s are httpx's, too: a
+# request that left just then met a connection that was being closed, and its client saw a reset.
+KEEP_ALIVE = 75  # seconds
+
 
 def serve(settings: Settings, host: str, port: int) -> None:
     """Loads the model and serves it.
@@ -26,6 +31,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
             log_config=None,
             access_log=False,
             log_level="warning",
+            timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=int(settings.seconds) + 1,
         )
     )

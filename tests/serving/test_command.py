@@ -1,5 +1,7 @@
 """The command itself, as a process."""
 
+import contextlib
+import http.client
 import os
 import re
 import signal
@@ -56,6 +58,17 @@ def test_it_drains_at_sigterm(process):
         httpx.get(f"{url}/ready")
     text = log.read_text()
     assert "Traceback" not in text and "Once" not in text and '"completion_tokens": 1500' in text
+
+
+def test_an_idle_connection_outlives_that_of_a_client(process):
+    """httpx keeps idle connections for 5 s: one that the server closes just then is a reset."""
+    connection = http.client.HTTPConnection(process[1].removeprefix("http://"))
+    with contextlib.closing(connection):
+        for wait in (5.5, 0):
+            connection.request("GET", "/health")  # raises if the server has closed it
+            with connection.getresponse() as answer:
+                assert answer.status == 200 and answer.read()
+            time.sleep(wait)
 
 
 def test_no_token_waits_for_an_acknowledgement():
