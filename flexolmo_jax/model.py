@@ -19,6 +19,7 @@ from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.loading import load_model
 from flexolmo_jax.inference import continuations, decode, engine, likelihood, masks
+from flexolmo_jax.inference.compiled import CompiledNetwork
 from flexolmo_jax.inference.continuations import Continuations, Options
 from flexolmo_jax.inference.cpu_weights import round_to_int8, unstack
 from flexolmo_jax.inference.engine import Engine, Request
@@ -294,13 +295,13 @@ class FlexOlmo:
         """An engine for many requests (`flexolmo_jax.inference.engine`).
 
         Args:
-          slots: how many requests run at a time.
+          slots: how many requests run at a time; rounded up to a multiple of the mesh's devices.
           length: the most tokens of a prompt and its continuation. Default: what the model was made
             for.
           prefixes: how many read prompts are kept, for requests that begin alike.
 
         Raises:
-          ValueError: the model is spread over several devices, or too little memory.
+          ValueError: too little memory.
 
         Examples:
           >>> import flexolmo_jax as fo
@@ -314,11 +315,13 @@ class FlexOlmo:
           >>> {request.ended for request in requests} <= {"length", "stop"}
           True
         """
-        if self.mesh is not None:
-            raise ValueError("an engine runs on one device: load the model without a mesh")
         length = length or self.config.max_length
         continuations.check_memory(self.config, slots + prefixes, length, length)
-        return Engine(self._network(slots), slots, length, prefixes)
+        if self._runs_layer_by_layer():
+            return Engine(self._network(slots), slots, length, prefixes)
+        count = len(self.expert_names)
+        network = CompiledNetwork(self.backbone, self.experts, self.config, count, self.mesh)
+        return Engine(network, -(-slots // network.rows) * network.rows, length, prefixes)
 
     def request(
         self,
@@ -333,7 +336,8 @@ class FlexOlmo:
     ) -> Request:
         """A request for `engine`; arguments and errors are those of `generate`."""
         sampling = Sampling(temperature, top_k, top_p)
-        (ids,), mask = self._prompt_ids([prompt]), self.allowed(1, without, only)[0]
+        (ids,) = self._prompt_ids([prompt])
+        mask = masks.expert_mask(self.expert_names, 1, without, only, None)[0]
         return Request(ids, max_new_tokens, mask, self._stop(), sampling, seed)
 
     def _runs_layer_by_layer(self) -> bool:

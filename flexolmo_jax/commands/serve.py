@@ -4,7 +4,12 @@ import argparse
 from pathlib import Path
 
 from flexolmo_jax.commands.parser import Commands
-from flexolmo_jax.commands.shared_arguments import add_anchor, add_json, add_separator
+from flexolmo_jax.commands.shared_arguments import (
+    add_anchor,
+    add_json,
+    add_processes,
+    add_separator,
+)
 from flexolmo_jax.runtime.console import log, print_json, show_table
 
 
@@ -58,6 +63,12 @@ def add_to(commands: Commands) -> None:
         help="what a request may take, and at SIGTERM what those in flight still may "
         "(default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--expert-parallel", type=int, metavar="N",
+        help="spread the model over all devices: N of them share the experts, and all of them the "
+        "requests",
+    )  # fmt: skip
+    add_processes(parser)
     keys = commands.group("keys", "API keys for `flexolmo serve`")
     parser = keys.add("add", add, "make a key, and print it once")
     parser.add_argument("file")
@@ -103,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
         length=args.length and _at_least_one("--length", args.length),
         waiting=_at_least_one("--waiting", args.waiting),
         seconds=args.timeout,
+        expert_parallel=args.expert_parallel,
         keys=None if args.keys is None else Path(args.keys),
         profiles=dict(map(_profile, args.experts_as)),
         chat_template=_read_template(args.chat_template),

@@ -9,13 +9,15 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexolmo_jax.inference.compiled import CompiledNetwork
 from flexolmo_jax.inference.continuations import Continuations, Options
-from flexolmo_jax.inference.layerwise import Network, Scores, Sequences, Tokens, place
+from flexolmo_jax.inference.layerwise import Network, Scores, Tokens
 from flexolmo_jax.inference.sampling import Sampling, sample
 
 CHUNKS = (32, 128)  # tokens of a prompt that are read in one call
@@ -97,18 +99,18 @@ class _Prompt:
     """A request whose prompt is being read."""
 
     request: Request
-    sequence: Sequences  # a batch of one
+    sequence: Any  # of the network, a batch of one
     read: int  # tokens so far
     logits: jax.Array | None = None  # after the last token of the prompt
     shares: np.ndarray | None = None  # float32 [E, 1], at that token
 
 
 class Engine:
-    """Runs requests over one model, on one device.
+    """Runs requests over one model.
 
     Args:
       network: the model.
-      slots: how many requests run at a time.
+      slots: how many requests run at a time; a multiple of the network's `rows`.
       length: the most tokens of a prompt and its continuation.
       prefixes: how many read prompts are kept, for requests that begin alike with the same experts.
 
@@ -125,9 +127,11 @@ class Engine:
       (3, 'cancelled')
     """
 
-    def __init__(self, network: Network, slots: int, length: int, prefixes: int = 0):
+    def __init__(
+        self, network: Network | CompiledNetwork, slots: int, length: int, prefixes: int = 0
+    ):
         self._network, self._length = network, length
-        self._sequences = network.empty(slots, length)
+        self._sequences: Any = network.empty(slots, length)
         self._logits: jax.Array | None = None  # float32 [slots, V]
         self._shares = np.zeros((network.num_experts, slots), np.float32)
         self._running: list[Request | None] = [None] * slots
@@ -263,7 +267,7 @@ class Engine:
             if self._logits is None:
                 self._logits = jnp.zeros((slots, reading.logits.shape[-1]))
             row = np.int32(slot)
-            self._sequences = place(self._sequences, reading.sequence, row)
+            self._sequences = self._network.place(self._sequences, reading.sequence, row)
             self._logits = _replace_row(self._logits, reading.logits, row)
         self._running[slot] = reading.request
 
@@ -344,7 +348,7 @@ class _Prefixes:
 
     def longest(
         self, request: Request
-    ) -> tuple[Sequences, int, jax.Array | None, np.ndarray | None] | None:
+    ) -> tuple[Any, int, jax.Array | None, np.ndarray | None] | None:
         """A copy of what is known of the longest beginning of a prompt, or None."""
         prompt, chunk = tuple(request.prompt), CHUNKS[-1]
         ends = [len(prompt), *range(len(prompt) // chunk * chunk, 0, -chunk)]

@@ -64,8 +64,7 @@ class Sequences(NamedTuple):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def place(batch: Sequences, one: Sequences, row: Int[Array, ""]) -> Sequences:
-    """The batch with its sequence `row` replaced; `one` is a batch of one."""
+def _place(batch: Sequences, one: Sequences, row: Any) -> Sequences:
 
     def put(axis):
         return lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, axis)
@@ -98,13 +97,13 @@ class Reading(NamedTuple):
 
     Attributes:
       logits: after the last token of each sequence.
-      sequences: with the tokens.
+      sequences: with the tokens; `compiled.Stacked` where the network is one program.
       shares: the experts' router weights at that token, mean over the layers; float32.
       scores: of the tokens that follow, where they were given.
     """
 
     logits: Float[Array, "B V"]
-    sequences: Sequences
+    sequences: Any
     shares: Float[np.ndarray, "E B"]
     scores: "Scores | None"
 
@@ -148,6 +147,10 @@ class Network:
         """As `Sequences.empty`, in one program for all lengths with the same segments."""
         slots = sum(segment_lengths(length))
         return _empty(self.config, self.num_experts, batch, slots)
+
+    def place(self, batch: Sequences, one: Sequences, row: np.int32) -> Sequences:
+        """The batch, which is donated, with its sequence `row` replaced by `one`."""
+        return _place(batch, one, row)
 
     def __call__(
         self, tokens: Tokens, sequences: Sequences, following: np.ndarray | None = None
@@ -246,7 +249,7 @@ def _programs(config: ModelConfig, ends, layer_structure, structures) -> _Progra
             return x, jnp.zeros_like(x), None, None
         segments = jnp.ones(tokens.ids.shape, jnp.int32)
         weights, state = evidence_weights(
-            backbone, (experts,), tokens.ids, segments, _some(tokens.allowed), config, state,
+            backbone, (experts,), tokens.ids, segments, some_allowed(tokens.allowed), config, state,
             head, jnp.maximum(tokens.lengths, 1),
         )  # fmt: skip
         assert weights is not None
@@ -264,7 +267,7 @@ def _programs(config: ModelConfig, ends, layer_structure, structures) -> _Progra
         x = x + layer.attention_norm(out, config.norm_eps)
         if weights is None:
             weights, router_state = router_weights(
-                router(x), _some(tokens.allowed), config, router_state=router_state,
+                router(x), some_allowed(tokens.allowed), config, router_state=router_state,
                 lengths=tokens.lengths,
             )  # fmt: skip
             weights = jnp.where(_is_text(tokens), weights, 0)
@@ -307,6 +310,6 @@ def _is_text(tokens: Tokens) -> Bool[Array, "B S"]:
     return jnp.arange(tokens.ids.shape[1]) < tokens.lengths[:, None]
 
 
-def _some(allowed: Bool[Array, "B E"]) -> Bool[Array, "B E"]:
+def some_allowed(allowed: Bool[Array, "B E"]) -> Bool[Array, "B E"]:
     """All experts where a row, which is not in use, allows none: a softmax needs one."""
     return allowed | ~jnp.any(allowed, axis=1, keepdims=True)

@@ -45,6 +45,21 @@ class KVCache(NamedTuple):
 
         return KVCache(put(self.keys, keys), put(self.values, values))
 
+    def write_at(
+        self,
+        keys: Float[Array, "B S K H"],
+        values: Float[Array, "B S K H"],
+        positions: Int[Array, "B S"],
+        layer_index: Int[Array, ""],
+    ) -> "KVCache":
+        """The stacked cache with each token's keys and values in the slot of its position."""
+        rows = jnp.arange(len(positions))[:, None]
+
+        def put(old, new):
+            return old.at[layer_index, rows, :, positions].set(new.astype(old.dtype), mode="drop")
+
+        return KVCache(put(self.keys, keys), put(self.values, values))
+
     def layer(self, layer_index: Int[Array, ""] | None) -> "KVCache":
         """The cache of one layer."""
         if layer_index is None:
@@ -119,17 +134,21 @@ class DecodeState(NamedTuple):
 
     Attributes:
       cache: keys and values, stacked over the layers.
-      offset: the cache slot of this call's first token.
+      offset: the cache slot of this call's first token; None: each token goes to the slot of its
+        position, and attends to those up to it.
       positions: of this call's tokens in their documents.
       visible: the cache slots that the new token attends to (S = 1). None in the
         prefill: this call's tokens attend to each other.
       router_state: float32, as in `router.add_decayed_logits`; None: no earlier tokens.
       evidence: with `config.evidence`; None: no earlier tokens.
+      lengths: how many of this call's tokens the router's memory and the evidence know afterwards;
+        what comes after them is padding. None: all.
     """
 
     cache: KVCache
-    offset: Int[Array, ""] | int
+    offset: Int[Array, ""] | int | None
     positions: Int[Array, "B S"]
     visible: Bool[Array, "B S_max"] | None = None
     router_state: Float[Array, "*L E B"] | None = None
     evidence: EvidenceState | None = None
+    lengths: Int[Array, " B"] | None = None

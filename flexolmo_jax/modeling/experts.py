@@ -54,6 +54,7 @@ def moe(
     segments: Int[Array, "B S"] | None = None,
     router_state: Float[Array, "E B"] | None = None,
     weights: Float[Array, "E B S"] | None = None,
+    lengths: Int[Array, " B"] | None = None,
 ) -> "MoeOutput":
     """The weighted sum of all experts of all stacks.
 
@@ -64,15 +65,17 @@ def moe(
       stacks: one or more stacks, without the layer axis; experts are numbered through them.
       allowed: an expert that is not allowed gets weight exactly 0.
       config: the number of active experts, renormalization, and the router memory.
-      segments, router_state: with `config.memory`, as in `add_decayed_logits`. Default: one
-        document per sequence, and no earlier tokens.
+      segments, router_state, lengths: with `config.memory`, as in `add_decayed_logits`. Default:
+        one document per sequence, no earlier tokens, and no padding.
       weights: of the experts, if they are known (`evidence.py`); default: the router's.
     """
     logits = None
     active = config.active_experts or allowed.shape[1]
     if weights is None:
         logits = jnp.concatenate([stack.router(x) for stack in stacks])
-        weights, router_state = router_weights(logits, allowed, config, segments, router_state)
+        weights, router_state = router_weights(
+            logits, allowed, config, segments, router_state, lengths
+        )
     out, first = jnp.zeros_like(x), 0
     for network, count in (each for stack in stacks for each in _networks(stack)):
         add: Callable = network.add_dense

@@ -88,6 +88,7 @@ class Layer(nnx.Module):
         mixed = moe(
             x, experts, allowed, config,
             segments=segments, router_state=state and state.router_state, weights=weights,
+            lengths=state and state.lengths,
         )  # fmt: skip
         x = x + self.experts_norm(checkpoint_name(mixed.out, OUTPUT), config.norm_eps)
         return LayerOutput(x, experts_input, mixed.logits, mixed.weights, cache, mixed.router_state)
@@ -127,6 +128,7 @@ class Output(NamedTuple):
     hidden: Float[Array, "B S D"]  # after the last norm
     router_logits: Float[Array, "L E B S"] | None  # float32; None in evidence routing
     weights: Float[Array, "E B S"]  # float32, of the last layer: the experts' heads have them too
+    mean_weights: Float[Array, "E B S"]  # float32, over the layers
 
 
 def init_anchor(config: ModelConfig, key: jax.Array, ranks: Ranks = NO_HEADS) -> Anchor:
@@ -175,7 +177,8 @@ def forward(
     x = collectives.embedding_lookup(backbone.embed[...], tokens, config)
     weights, _ = evidence_weights(backbone, stacks, tokens, segments, allowed, config)
     out = _scan_layers(backbone.layers, stacks, x, *inputs, weights=weights)
-    return Output(backbone.norm(out.x, config.norm_eps), out.router_logits, out.weights)
+    hidden = backbone.norm(out.x, config.norm_eps)
+    return Output(hidden, out.router_logits, out.weights, out.mean_weights)
 
 
 def forward_step(
@@ -203,11 +206,12 @@ def forward_step(
     inputs = (state.positions, segments, allowed, config)
     x = collectives.embedding_lookup(backbone.embed[...], tokens, config)
     weights, of_evidence = evidence_weights(
-        backbone, stacks, tokens, segments, allowed, config, state.evidence
+        backbone, stacks, tokens, segments, allowed, config, state.evidence, lengths=state.lengths
     )
     out = _scan_layers(backbone.layers, stacks, x, *inputs, state, weights)
     state = state._replace(cache=out.cache, router_state=out.router_state, evidence=of_evidence)
-    return Output(backbone.norm(out.x, config.norm_eps), out.router_logits, out.weights), state
+    hidden = backbone.norm(out.x, config.norm_eps)
+    return Output(hidden, out.router_logits, out.weights, out.mean_weights), state
 
 
 def evidence_weights(
@@ -319,6 +323,7 @@ class _LayersOutput(NamedTuple):
     x: jax.Array
     router_logits: jax.Array | None  # stacked
     weights: jax.Array  # of the last layer
+    mean_weights: jax.Array  # over the layers
     cache: Any
     router_state: jax.Array | None  # stacked
 
@@ -346,4 +351,5 @@ def _scan_layers(
         layer_step, (x, cache), (layers, stacks, layer_indices, router_state), unroll=config.unroll
     )
     last = of_layers[-1] if weights is None else weights
-    return _LayersOutput(x, router_logits, last, cache, router_state)
+    mean = jnp.mean(of_layers, axis=0) if weights is None else weights
+    return _LayersOutput(x, router_logits, last, mean, cache, router_state)

@@ -42,6 +42,11 @@ def psum_batch(tree: Any) -> Any:
     return jax.lax.psum(tree, AXES) if inside_shard_map() else tree
 
 
+def all_gather_batch(x: jax.Array, axis: int = 0) -> jax.Array:
+    """The whole batch, of which each device holds some sequences along an axis."""
+    return jax.lax.all_gather(x, AXES, axis=axis, tiled=True) if inside_shard_map() else x
+
+
 def first_sequence(sequences: int) -> jax.Array | int:
     """The index in the whole batch of this device's first sequence, of `sequences` per device."""
     return jax.lax.axis_index(AXES) * sequences if inside_shard_map() else 0

@@ -6,19 +6,23 @@ that may use it end, and no later request may.
 """
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from flexolmo_jax.inference.engine import Engine, Request
 from flexolmo_jax.inference.layerwise import Scores
+from flexolmo_jax.inference.lockstep import Leader, tell_to_end, tell_to_load
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.model import FlexOlmo
 
 PREFIXES = 4  # read prompts that are kept, for requests that begin alike with the same experts
+HEARTBEAT = 1.0  # seconds after which the other processes hear that there is nothing to do
 log = logging.getLogger("flexolmo_jax.serving")
 
 
@@ -41,7 +45,7 @@ class Job:
     """
 
     request: Request
-    engine: Engine
+    engine: Engine | Leader
     names: tuple[str, ...]  # of the experts that `request.allowed` is about
     events: asyncio.Queue
     has_ended: bool = False
@@ -52,7 +56,7 @@ class Runner:
     """Runs requests.
 
     Args:
-      model: on one CPU.
+      model: that requests are for; where several processes hold it, this is process 0.
       slots: how many requests run at a time.
       length: the most tokens of a prompt and its continuation.
 
@@ -65,8 +69,8 @@ class Runner:
         if length < 2:
             raise ValueError(f"a prompt and its answer need at least 2 tokens, found {length}")
         self.length, self.count, self.is_broken = length, 0, False
-        self._slots = slots
-        self._current = (model, self.new_engine(model))  # as one, for the other thread
+        self._slots, self._leads = slots, jax.process_count() > 1
+        self._current = (model, self._new_engine(model))  # as one, for the other thread
         self._jobs: list[Job] = []
         self._commands: list[Callable[[], None]] = []
         self._changed = threading.Condition()
@@ -111,20 +115,38 @@ class Runner:
 
         self._do(end)
 
-    def new_engine(self, model: FlexOlmo) -> Engine:
-        """An engine for `replace`, whose programs are compiled; that takes seconds."""
-        engine = model.engine(self._slots, self.length, PREFIXES)
-        mask = model.allowed(1)[0]
-        for sampling in (Sampling(), Sampling(1.0), Sampling(1.0, None, 0.5)):
-            engine.add(Request([0], min(2, self.length - 1), mask, sampling=sampling, scored=True))
-        while engine.step():
-            pass
-        return engine
+    async def replace(self, load: Callable[[], FlexOlmo]) -> FlexOlmo:
+        """Gives later requests another model; those in flight end on theirs.
 
-    def replace(self, model: FlexOlmo, engine: Engine) -> None:
-        """Gives later requests another model; those in flight end on theirs."""
+        Args:
+          load: reads the model, in another thread. Several processes do it together, between two
+            steps, so that requests wait for it.
+
+        Raises:
+          ValueError, OSError: of `load`; requests still go to the model of before.
+        """
+        if not self._leads:
+            model = await asyncio.to_thread(load)
+            engine = await asyncio.to_thread(self._new_engine, model)
+        else:
+            made: concurrent.futures.Future = concurrent.futures.Future()
+            self._do(lambda: self._load_together(load, made))
+            model, engine = await asyncio.wrap_future(made)
         with self._changed:
             self._current = (model, engine)
+        return model
+
+    def _load_together(self, load: Callable[[], FlexOlmo], made: concurrent.futures.Future) -> None:
+        tell_to_load()
+        try:
+            model = load()
+            made.set_result((model, self._new_engine(model)))
+        except Exception as error:
+            made.set_exception(error)
+
+    def _new_engine(self, model: FlexOlmo) -> Engine | Leader:
+        engine = new_engine(model, self._slots, self.length)
+        return Leader(engine) if self._leads else engine
 
     async def close(self, reason: str = "shutdown") -> None:
         """Ends all requests, and the thread."""
@@ -149,9 +171,12 @@ class Runner:
     def _run(self) -> None:
         while not self._is_closed:
             with self._changed:
-                while not self._commands and not self._jobs:
-                    self._changed.wait()
+                self._changed.wait_for(
+                    lambda: self._commands or self._jobs, HEARTBEAT if self._leads else None
+                )
             self._turn()
+        if self._leads:
+            tell_to_end()
 
     def _turn(self) -> None:
         """One step of all engines; what it knows of a replaced model ends with it."""
@@ -159,11 +184,14 @@ class Runner:
             commands, self._commands = self._commands, []
         for command in commands:
             command()
-        for engine in {id(job.engine): job.engine for job in self._jobs}.values():
+        engines = {id(job.engine): job.engine for job in self._jobs}
+        if self._leads and not engines and not self._is_closed:
+            engines[0] = self._current[1]  # its heartbeat
+        for engine in engines.values():
             self._step(engine)
         self._tell()
 
-    def _step(self, engine: Engine) -> None:
+    def _step(self, engine: Engine | Leader) -> None:
         try:
             engine.step()
         except Exception:  # whatever it is, clients must be told, and later requests are answered
@@ -173,13 +201,16 @@ class Runner:
                     engine.cancel(job.request, "error")
             self._renew(engine)
 
-    def _renew(self, engine: Engine) -> None:
+    def _renew(self, engine: Engine | Leader) -> None:
         """Makes a new engine in place of one that failed, unless that was replaced already."""
         model, current = self._current
         if current is not engine:
             return
+        if self._leads:  # the others may have come further
+            self.is_broken = True
+            return
         try:
-            renewed = self.new_engine(model)
+            renewed = self._new_engine(model)
         except Exception:  # the process cannot work any more; whoever watches its health ends it
             self.is_broken = True
             log.exception("no new engine could be made")
@@ -209,3 +240,17 @@ class Runner:
         for job, event in told:
             self.count -= isinstance(event, str)
             job.events.put_nowait((job, event))
+
+
+def new_engine(model: FlexOlmo, slots: int, length: int) -> Engine:
+    """An engine whose programs are compiled; that takes seconds.
+
+    Several processes that hold a model together make it together.
+    """
+    engine = model.engine(slots, length, PREFIXES)
+    mask = np.ones(len(model.expert_names), bool)
+    for sampling in (Sampling(), Sampling(1.0), Sampling(1.0, None, 0.5)):
+        engine.add(Request([0], min(2, length - 1), mask, sampling=sampling, scored=True))
+    while engine.step():
+        pass
+    return engine

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 from starlette.requests import Request
 
 from flexolmo_jax.federation.package import MANIFEST, read_manifest
 from flexolmo_jax.model import FlexOlmo, load
+from flexolmo_jax.parallel.mesh import make_mesh
 from flexolmo_jax.serving.chat import find_template, parse_template
 from flexolmo_jax.serving.errors import ApiError
 from flexolmo_jax.serving.keys import OPEN, Meter, Policy, digest, read_keys
@@ -36,6 +38,8 @@ class Settings:
       seconds: that a request may take.
       body: bytes of a request, at most.
       keys: a file of keys; None: anybody may do anything.
+      expert_parallel: spread the model over all devices, of which so many share its experts; None:
+        one device, if there is one process.
       profiles: further names of the model, each with the experts that it stands for.
       chat_template: a Jinja template; None: that of a Hugging Face directory, if it has one.
     """
@@ -51,6 +55,7 @@ class Settings:
     seconds: float = 300.0
     body: int = 1 << 20
     keys: Path | None = None
+    expert_parallel: int | None = None
     profiles: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     chat_template: str | None = None
 
@@ -230,9 +235,7 @@ class Service:
 
     async def _load(self) -> None:
         begun = time.monotonic()
-        model = await asyncio.to_thread(load_served, self.settings)
-        engine = await asyncio.to_thread(self.runner.new_engine, model)
-        self.runner.replace(model, engine)
+        model = await self.runner.replace(lambda: load_served(self.settings))
         names, known = model.expert_names, {*self.sources.names[1:], *model.expert_names[1:]}
         # Of what is in memory, an expert may have gone again while it was loaded.
         present = set(names) if self._entries is None else set(names) & self._entries
@@ -259,9 +262,11 @@ def _state(file: Path | None) -> tuple[int, int, int] | None:
 
 def load_served(settings: Settings) -> FlexOlmo:
     """The model that is served, from its files."""
+    share = settings.expert_parallel or (1 if jax.process_count() > 1 else None)
     return load(
         settings.path,
         anchor=settings.anchor,
         dtype=settings.dtype,
         separator=settings.separator,
+        mesh=None if share is None else make_mesh(share),
     )

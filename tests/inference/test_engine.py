@@ -101,7 +101,7 @@ def test_prompts_that_begin_alike_are_read_once(model, monkeypatch):
             lengths.append(int(tokens.lengths[0]))
         return network(tokens, *args)
 
-    for name in ("config", "num_experts", "empty"):
+    for name in ("config", "num_experts", "empty", "place"):
         setattr(counting, name, getattr(network, name))
     monkeypatch.setattr(engine, "_network", counting)
     first = run(engine, [Request([*beginning, 5, 6], 4, mask)])

@@ -221,6 +221,32 @@ def test_logits_and_generation_are_those_of_one_device(models, without):
     )
 
 
+@pytest.mark.parametrize(
+    "models", [("memory", "8x1"), ("evidence", "2x4")], ids="-".join, indirect=True
+)
+def test_an_engine_gives_the_tokens_of_one_device(models):
+    """With masks of their own, in slots that are used again, and with prefixes that are kept."""
+    plain, spread = models
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(1, 96, n).tolist() for n in (1, 40, 5, 33, 160, 2, 7, 12, 3, 40)]
+
+    def run(model, slots, prefixes):
+        engine = model.engine(slots, 200, prefixes)
+        requests = [
+            model.request(prompt, 6, without=["ab"[i % 2]], temperature=0.8 * (i % 3 > 1), seed=i)
+            for i, prompt in enumerate([*prompts, prompts[1]])
+        ]
+        for request in requests:
+            engine.add(request)
+        while engine.step():
+            pass
+        return requests
+
+    for one, other in zip(run(plain, 4, 0), run(spread, 4, 2), strict=True):
+        assert other.generated == one.generated and len(one.generated) == 6
+        np.testing.assert_allclose(other.shares, one.shares, atol=1e-5)
+
+
 def test_masks_of_each_sequence_go_where_their_sequence_goes(models):
     plain, spread = models
     allowed = np.random.default_rng(0).random((5, 7)) < 0.5
