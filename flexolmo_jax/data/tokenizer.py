@@ -145,7 +145,8 @@ class Tokenizer:
                 f"the prompt is not valid UTF-8 at character {error.start + 1} ({ascii(near)}): "
                 "was it typed or read in another encoding, such as Latin-1?"
             ) from error
-        encoded = self._tokenizer.encode(text)
+        # `encode` would hold Python's lock meanwhile: a server would answer nobody else.
+        [encoded] = self._tokenizer.encode_batch([text])
         ids, is_put_in = encoded.ids, encoded.special_tokens_mask
         own = [number for number, put_in in zip(ids, is_put_in, strict=True) if not put_in]
         while own and is_put_in[len(ids) - 1]:
