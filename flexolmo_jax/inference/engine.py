@@ -18,7 +18,7 @@ import numpy as np
 from flexolmo_jax.inference.compiled import CompiledNetwork
 from flexolmo_jax.inference.continuations import Continuations, Options
 from flexolmo_jax.inference.layerwise import Network, Scores, Tokens
-from flexolmo_jax.inference.sampling import Sampling, sample
+from flexolmo_jax.inference.sampling import Sampling, num_candidates, sample
 
 CHUNKS = (32, 128)  # tokens of a prompt that are read in one call
 PROMPT_TOKENS_PER_STEP = 512  # running requests wait for no more than these
@@ -277,7 +277,7 @@ class Engine:
         for slot, request in enumerate(self._running):
             if request is not None:
                 temperature, top_k, top_p = request.sampling
-                kind = () if temperature == 0 else (top_k, top_p is not None and top_p < 1)
+                kind = () if temperature == 0 else _kind(top_k, top_p, logits.shape[-1])
                 rows.setdefault(kind, []).append(slot)
         chosen = np.zeros(len(self._running), np.int32)
         for kind, slots in rows.items():
@@ -312,16 +312,19 @@ class Engine:
         """One token for each slot; those of other slots than `slots` mean nothing."""
         numbers = np.zeros((3, len(self._running)), np.uint32)  # seeds, numbers and steps
         temperature, top_p = np.ones((2, len(self._running), 1), np.float32)
+        top_k = np.ones((len(self._running), 1), np.int32)
         for slot in slots:
             request = self._running[slot]
             assert request is not None
             numbers[:, slot] = request.seed % 2**32, request.number, len(request.generated)
-            temperature[slot], top_p[slot] = (
-                request.sampling.temperature,
-                request.sampling.top_p or 1,
-            )
-        top_k, is_cut = kind
-        return _draw(logits, numbers, temperature, top_p if is_cut else None, top_k=top_k)
+            own = request.sampling
+            temperature[slot], top_p[slot] = own.temperature, own.top_p or 1
+            top_k[slot] = own.top_k or 1
+        size, is_top_k, is_top_p = kind
+        return _draw(
+            logits, numbers, temperature, top_k if is_top_k else None, top_p if is_top_p else None,
+            size=size,
+        )  # fmt: skip
 
     def _read_tokens(self) -> None:
         slots = len(self._running)
@@ -391,14 +394,20 @@ def _greedy(logits: jax.Array) -> jax.Array:
     return sample(logits, jnp.zeros(()), Sampling())
 
 
-@functools.partial(jax.jit, static_argnames="top_k")
-def _draw(logits, numbers, temperature, top_p, *, top_k):
+def _kind(top_k: int | None, top_p: float | None, vocabulary: int) -> tuple[int, bool, bool]:
+    """What the program of a way of sampling is compiled for."""
+    is_top_k = top_k is not None and top_k < vocabulary
+    return num_candidates(top_k, vocabulary), is_top_k, top_p is not None and top_p < 1
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _draw(logits, numbers, temperature, top_k, top_p, *, size):
     """Tokens [B] of logits [B, V]; `numbers` are seeds, numbers and steps, uint32 [3, B]."""
 
     def key(seed, number, step):
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), step)
 
-    return sample(logits, jax.vmap(key)(*numbers), Sampling(temperature, top_k, top_p))
+    return sample(logits, jax.vmap(key)(*numbers), Sampling(temperature, top_k, top_p), size)
 
 
 def slots_for(prompts: int) -> int:

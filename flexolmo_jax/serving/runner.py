@@ -249,7 +249,7 @@ def new_engine(model: FlexOlmo, slots: int, length: int) -> Engine:
     """
     engine = model.engine(slots, length, PREFIXES)
     mask = np.ones(len(model.expert_names), bool)
-    for sampling in (Sampling(), Sampling(1.0), Sampling(1.0, None, 0.5)):
+    for sampling in (Sampling(), Sampling(1.0), Sampling(1.0, None, 0.5), Sampling(1.0, 50)):
         engine.add(Request([0], min(2, length - 1), mask, sampling=sampling, scored=True))
     while engine.step():
         pass

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flexolmo_jax.inference import engine as engine_module
 from flexolmo_jax.inference.engine import CHUNKS, Request
 from flexolmo_jax.inference.layerwise import MAX_BEST
 from flexolmo_jax.inference.sampling import Sampling
@@ -115,6 +116,18 @@ def test_prompts_that_begin_alike_are_read_once(model, monkeypatch):
     made = run(engine, [Request([*beginning, 8], 4, masked)])  # other experts: nothing in common
     assert lengths == [CHUNKS[-1], 2, 1, CHUNKS[-1], 1]
     assert made == run(model.engine(SLOTS, LENGTH), [Request([*beginning, 8], 4, masked)])
+
+
+def test_another_top_k_compiles_nothing_and_disturbs_nobody(model):
+    samplings = [Sampling(1.0, k) for k in (1, 7, 40, 64)]
+    requests = [Request([5, 6], 6, np.ones(4, bool), (), own, 3) for own in samplings]
+    alone = [run(model.engine(4, 60), [dataclasses.replace(one)])[0] for one in requests]
+    compiled = engine_module._draw._cache_size()
+    assert run(model.engine(4, 60), requests) == alone
+    assert run(model.engine(4, 60), [Request([5, 6], 6, np.ones(4, bool), (), Sampling(1.0, 33))])
+    assert engine_module._draw._cache_size() == compiled
+    greedy = Request([5, 6], 6, np.ones(4, bool))
+    assert alone[0] == run(model.engine(4, 60), [greedy])[0]
 
 
 def test_a_new_request_soon_has_its_first_token(model):
