@@ -39,6 +39,14 @@ def test_the_papers_claims(study, tmp_path):
     assert (tmp_path / "page.md").read_text() == (DOCS / "reproduction.md").read_text()
 
 
+def test_the_papers_claims_with_heads(study, tmp_path):
+    copied = RESULTS / "heads" / "study_full"
+    where = ("--page", tmp_path / "page.md", "--results", tmp_path / "results")
+    study("reproduction", copied, *where)
+    found, expected = tmp_path / "page.md", DOCS / "reproduction_heads.md"
+    assert table_rows(found.read_text()) == table_rows(expected.read_text())
+
+
 @pytest.mark.parametrize("size", ["ci", "large"])
 def test_the_privacy_curve(size, tmp_path):
     curve = recorded(f"privacy_curve_{size}.json")

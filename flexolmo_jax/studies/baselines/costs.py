@@ -69,6 +69,9 @@ def costs(config: StudyConfig, active: Mapping[str, int | None]) -> dict[str, Co
         for name in ("evidence", "btx_evidence"):
             with_heads = _with_heads(config, merged(name), active[name])
             found[name] = _by_evidence(config, with_heads)
+        for few in config.active:
+            fewer = Cost(forward_flops(model, config.length, few), mixture)
+            found[f"evidence_top{few}"] = _by_evidence(config, _with_heads(config, fewer, few))
     return found
 
 

@@ -233,6 +233,8 @@ def costs_table(costs: Mapping[str, Mapping[str, float]]) -> list[str]:
         "flexolmo": "FlexOlmo, routed as chosen",
         "headed_rows": "FlexOlmo + heads, routed by rows",
         "evidence": "FlexOlmo + heads, routed by evidence",
+        "evidence_top4": "by evidence, 4 active experts",
+        "evidence_top2": "by evidence, 2 active experts",
     }  # fmt: skip
     rows = []
     for name, cost in costs.items():
