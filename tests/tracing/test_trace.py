@@ -34,7 +34,7 @@ def make_index(folder, owner, texts, tokenizer):
         {"text": t, "source": f"{owner}/{i}", "licence": "CC0-1.0"} for i, t in enumerate(texts)
     ]
     source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    build_index([str(source)], tokenizer, folder / owner, owner)
+    build_index([str(source)], tokenizer / "tokenizer.json", folder / owner)
     return folder / owner
 
 
