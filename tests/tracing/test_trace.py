@@ -197,3 +197,13 @@ def test_the_similar_are_no_verbatim_ones_and_at_most_one_of_a_document(indexes)
     result = trace(exact, indexes, similar=30)
     named = {passage.document for span in result.spans for passage in span.passages}
     assert named and named.isdisjoint({passage.document for passage in result.similar})
+
+
+def test_a_withdrawn_document_is_neither_counted_nor_named(flexolmo, tokenizer, tmp_path):
+    folder = make_index(tmp_path, "news", OWNERS["news"], tokenizer)
+    [span] = found("the mayor of the town", [Index.open(folder)]).values()
+    taken = [passage.document for passage in span.passages]
+    assert flexolmo("trace", "withdraw", folder, "--document", *taken)[0] == 0
+    [span] = found("the mayor of the town", [Index.open(folder)]).values()
+    assert span.counts == {"news": 20}
+    assert not {passage.document for passage in span.passages} & set(taken)
