@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,16 +77,22 @@ class Index:
       folder: where it is.
       owner: whose documents they are.
       tokenizer: that of the documents.
+      tokenizer_digest: sha256 of its tokenizer.json.
       vocabulary_size: V: ids are below it.
       num_tokens, num_documents: without withdrawn documents.
       counts: int64 [V]: how often each token occurs.
     """
 
     def __init__(
-        self, folder: Path, owner: str, tokenizer: tokenizers.Tokenizer, shards: list[Shard]
+        self,
+        folder: Path,
+        owner: str,
+        tokenizer: tuple[tokenizers.Tokenizer, str],
+        shards: list[Shard],
     ):
         """Use `open`."""
-        self.folder, self.owner, self.tokenizer = folder, owner, tokenizer
+        self.folder, self.owner = folder, owner
+        self.tokenizer, self.tokenizer_digest = tokenizer
         self.num_documents = sum(int((np.diff(s.lines) > 0).sum()) for s in shards)
         self.counts = np.sum([np.diff(shard.suffixes.buckets) for shard in shards], axis=0)
         self.vocabulary_size = len(self.counts)
@@ -104,13 +111,13 @@ class Index:
         """
         about, maps = open_files(Path(folder))
         where = Path(folder) / TOKENIZER
-        tokenizer, vocabulary, _ = read_tokenizer(bytes(maps[TOKENIZER]).decode(), where)
+        tokenizer, vocabulary, digest = read_tokenizer(bytes(maps[TOKENIZER]).decode(), where)
         if vocabulary != about["vocabulary_size"]:
             raise ValueError(
                 f"{where}: expected {about['vocabulary_size']} ids, found {vocabulary}; index again"
             )
         shards = [_shard(maps, name) for name in about["shards"]]
-        return cls(Path(folder), about["owner"], tokenizer, shards)
+        return cls(Path(folder), about["owner"], (tokenizer, digest), shards)
 
     def encode(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """A text's tokens, as the documents' were made.
@@ -164,6 +171,11 @@ class Index:
                 Occurrence(int(self._first[number]) + document, place - int(shard.starts[document]))
             )
         return count, found
+
+    def numbers(self) -> Iterator[int]:
+        """The numbers of all documents that are not withdrawn, in order."""
+        for first, shard in zip(self._first.tolist(), self.shards, strict=False):
+            yield from (first + np.flatnonzero(np.diff(shard.lines))).tolist()
 
     def document(self, number: int) -> DocumentRecord:
         """What is known of a document. Raises ValueError if there is none of this number."""
