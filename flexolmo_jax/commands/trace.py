@@ -42,6 +42,7 @@ def add_to(commands: Commands) -> None:
         help="tokens that are sorted at a time; 20 bytes of memory for each (default: %(default)s)",
     )  # fmt: skip
     add_json(parser)
+    trace_find.add_to(actions)
     parser = actions.add(
         "withdraw", withdraw, "take documents down from an index",
         "Takes documents down: their text leaves the files of the index, and whoever opens it from "

@@ -100,6 +100,8 @@ def _trace_text(args: argparse.Namespace, indexes: list["Index"]) -> "Trace":
             )
     kept = of_owners(indexes, [name for name in owners if name not in args.without], owners)
     text = args.text if args.file is None else _read(Path(args.file))
+    if not any(character.isalnum() for character in text):
+        raise ValueError(f"the text to trace has no word: {text[:40]!r}")
     return trace(text, kept, prompt=args.prompt, similar=args.similar)
 
 
