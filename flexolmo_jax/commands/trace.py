@@ -57,7 +57,6 @@ def add_to(commands: Commands) -> None:
         help="all documents of this group",
     )  # fmt: skip
     add_json(parser)
-    trace_find.add_to(actions)
 
 
 def index(args: argparse.Namespace) -> None:
