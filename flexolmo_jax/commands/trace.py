@@ -11,7 +11,11 @@ from flexolmo_jax.runtime.console import print_json, tell
 
 
 def add_to(commands: Commands) -> None:
-    actions = commands.group("trace", "index an owner's text, and find where words stand in it")
+    actions = commands.group(
+        "trace",
+        "index owners' documents, and find where they hold the words of a text",
+        dest="trace",
+    )
     parser = actions.add(
         "index", index, "index an owner's documents",
         "Indexes an owner's documents, so that `flexolmo trace find` finds where they hold the "
@@ -84,16 +88,15 @@ def index(args: argparse.Namespace) -> None:
 
 
 def _tokenizer_of(path: Path) -> Path:
-    """The tokenizer.json that is meant: the file, or that of a folder, or of a model's anchor."""
-    file = path / "tokenizer.json"
-    if not path.is_dir() or file.is_file():
-        return file if path.is_dir() else path
+    """The tokenizer.json of a merged model is that of its anchor; others are where they are."""
+    if not path.is_dir() or (path / "tokenizer.json").is_file():
+        return path
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        anchor = path / manifest["anchor"]["path"] / "tokenizer.json"
+        anchor = path / manifest["anchor"]["path"]
     except (OSError, ValueError, KeyError, TypeError):
-        anchor = file
-    if not anchor.is_file():
+        anchor = path
+    if not (anchor / "tokenizer.json").is_file():
         raise ValueError(
             f"{path}: expected a tokenizer.json there, or a merged model whose anchor has one"
         )

@@ -158,20 +158,21 @@ class Index:
         if not len(ids):
             raise ValueError("find: expected at least one token, found none")
         ranges = [suffixes.find(shard.suffixes, ids) for shard in self.shards]
-        before = np.cumsum([0, *(stop - start for start, stop in ranges)])
-        count = int(before[-1])
+        count = sum(stop - start for start, stop in ranges)
         kept = count if most is None else min(most, count)
-        picked = (2 * np.arange(kept) + 1) * count // (2 * max(kept, 1))
-        of_shard = np.searchsorted(before, picked, side="right") - 1
-        found = []
-        for rank, number in zip(picked.tolist(), of_shard.tolist(), strict=True):
-            shard = self.shards[number]
-            place = int(shard.suffixes.order[ranges[number][0] + rank - before[number]])
-            document = int(np.searchsorted(shard.starts, place, side="right")) - 1
-            found.append(
-                Occurrence(int(self._first[number]) + document, place - int(shard.starts[document]))
-            )
-        return count, found
+        places: list[Occurrence] = []
+        if not kept:
+            return count, places
+        picked = (2 * np.arange(kept) + 1) * count // (2 * kept)
+        before = 0
+        for first, shard, (start, stop) in zip(self._first, self.shards, ranges, strict=False):
+            own = picked[(picked >= before) & (picked < before + stop - start)]
+            found = shard.suffixes.order[start + own - before]
+            documents = np.searchsorted(shard.starts, found, side="right") - 1
+            at = zip((first + documents).tolist(), (found - shard.starts[documents]).tolist())
+            places += map(Occurrence._make, at)
+            before += stop - start
+        return count, places
 
     def numbers(self) -> Iterator[int]:
         """The numbers of all documents that are not withdrawn, in order."""
