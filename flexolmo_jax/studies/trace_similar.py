@@ -74,8 +74,8 @@ def read_synonyms(wordnet: Path) -> dict[str, list[str]]:
     return synonyms
 
 
-def with_synonyms(synonyms: dict[str, list[str]], mixed: bool) -> Change:
-    """Replaces words of four and more letters that have a synonym; `mixed`: in random order."""
+def with_synonyms(synonyms: dict[str, list[str]], alone: bool) -> Change:
+    """Replaces words of four and more letters that have a synonym; `alone`: drops all others."""
 
     def change(words: list[str], random: np.random.Generator) -> list[str]:
         changed = []
@@ -83,8 +83,11 @@ def with_synonyms(synonyms: dict[str, list[str]], mixed: bool) -> Change:
             known = word.lower().strip(".,;:!?()\"'")
             is_plural = known.endswith("s") and known not in synonyms
             found = synonyms.get(known[:-1] if is_plural else known) if len(known) > 3 else None
-            changed.append(found[0] + "s" * is_plural if found else word)
-        return shuffled(changed, random) if mixed else changed
+            if found:
+                changed.append(found[0] + "s" * is_plural)
+            elif not alone:
+                changed.append(word)
+        return changed
 
     return change
 
@@ -105,8 +108,8 @@ def run(args: argparse.Namespace) -> None:
     if args.wordnet is not None:
         synonyms = read_synonyms(args.wordnet)
         changes |= {
-            "synonyms": with_synonyms(synonyms, mixed=False),
-            "synonyms, in random order": with_synonyms(synonyms, mixed=True),
+            "synonyms where there are any": with_synonyms(synonyms, alone=False),
+            "only synonyms, no word of the passage": with_synonyms(synonyms, alone=True),
         }
     rows, started = [], time.monotonic()
     for change, changed in changes.items():

@@ -22,7 +22,7 @@ _END = re.compile(
     r"|[。！？]+[」』”’]*"
     r"|[\n\r\v\f\x85\u2028\u2029]"  # a line's
 )
-_CLOSERS = frozenset(""",.;:!?…%)]}’”»、。，；：！？」』）""")  # no span begins with one
+_NOT_FIRST = frozenset(""",.;:!?…%)]}’”»、。，；：！？」』）-–—""")  # no span begins with one
 # Scripts that put no space between words: every character may begin or end a span.
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
@@ -100,11 +100,11 @@ def _asked(text: str, encode: Encode) -> Asked:
     starts = raw[:, 0] + np.array([len(p) - len(p.lstrip()) for p in shown], np.int64)
     stops = raw[:, 1] - np.array([len(p) - len(p.rstrip()) for p in shown], np.int64)
     inside = _inside_words(text)
-    closes = np.array([piece.strip()[:1] in _CLOSERS for piece in shown], bool)
+    is_inner = np.array([piece.strip()[:1] in _NOT_FIRST for piece in shown], bool)
     # Tokens that share a character, of which each is some bytes, stay together.
     is_joined = raw[1:, 0] < raw[:-1, 1]
     alone = np.zeros(min(count, 1), bool)
-    begins = is_shown & ~closes & ~inside[starts] & ~np.concatenate([alone, is_joined])
+    begins = is_shown & ~is_inner & ~inside[starts] & ~np.concatenate([alone, is_joined])
     ends = is_shown & ~inside[stops] & ~np.concatenate([is_joined, alone])
     return Asked(np.asarray(ids, np.uint32), starts, stops, begins, ends, _cuts(text, raw, stops))
 
@@ -189,13 +189,23 @@ def log_probability(match: Match, counts: np.ndarray) -> float:
 def rarest(found: Sequence[Match], counts: np.ndarray, tokens: int) -> list[Match]:
     """The ceil(0.05 L) spans with the lowest unigram probability, in the order of the text.
 
+    Where the text repeats one of them, every place is kept, and counts as one.
+
     Args:
       counts: int64 [V].
       tokens: L, how many tokens the text has.
     """
     most = math.ceil(DENSITY * tokens)
-    kept = sorted(found, key=lambda match: (log_probability(match, counts), match.start))[:most]
-    return sorted(kept)  # places differ, so that ids are never compared
+    ranks: dict[bytes, tuple[float, int]] = {}
+    for match in found:
+        ranks.setdefault(_words(match), (log_probability(match, counts), match.start))
+    kept = set(sorted(ranks, key=lambda words: ranks[words])[:most])
+    return [match for match in found if _words(match) in kept]
+
+
+def _words(match: Match) -> bytes:
+    """Equal for spans of the same tokens."""
+    return match.forms[0].tobytes()
 
 
 def stretches(places: Sequence[tuple[int, int]]) -> list[list[int]]:

@@ -29,9 +29,12 @@ def trace(text: str, indexes: Sequence[Index], *, prompt: str = "", similar: int
     check_indexes(indexes)
     found, length = find_matches(text, indexes)
     counts = np.sum([index.counts for index in indexes], axis=0)
-    spans = []
+    spans, known = [], {}
     for match in rarest(found, counts, length):
-        by_owner, passages = find_passages(match, indexes)
+        words = text[match.start : match.stop]  # which a text may repeat
+        if words not in known:
+            known[words] = find_passages(match, indexes)
+        by_owner, passages = known[words]
         tokens, probability = len(match.forms[0]), log_probability(match, counts)
         places = tuple(passages)
         spans.append(Span(match.start, match.stop, tokens, probability, by_owner, places))
