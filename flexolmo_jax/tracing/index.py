@@ -138,6 +138,7 @@ class Index:
         Returns:
           int32 [L].
         """
+        ids = np.asarray(ids, np.uint32)
         longest = np.zeros(len(ids), np.int32)
         for shard in self.shards:
             np.maximum(longest, suffixes.longest_matches(shard.suffixes, ids), out=longest)
@@ -169,8 +170,8 @@ class Index:
             own = picked[(picked >= before) & (picked < before + stop - start)]
             found = shard.suffixes.order[start + own - before]
             documents = np.searchsorted(shard.starts, found, side="right") - 1
-            at = zip((first + documents).tolist(), (found - shard.starts[documents]).tolist())
-            places += map(Occurrence._make, at)
+            at = (first + documents).tolist(), (found - shard.starts[documents]).tolist()
+            places += map(Occurrence, *at)
             before += stop - start
         return count, places
 
