@@ -18,4 +18,6 @@ STUDIES: dict[str, str] = {
     "scaling": "flexolmo_jax.studies.scaling",
     "shares": "flexolmo_jax.studies.shares",
     "tasks-compared": "flexolmo_jax.studies.tasks_compared",
+    "trace-memorized": "flexolmo_jax.studies.trace_memorized",
+    "trace-similar": "flexolmo_jax.studies.trace_similar",
 }
