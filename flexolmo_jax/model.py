@@ -5,12 +5,10 @@ model.generate(["The theorem"], without=["math"])
 """
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -24,11 +22,12 @@ from flexolmo_jax.inference.cpu_weights import round_to_int8, unstack
 from flexolmo_jax.inference.engine import Engine, Request
 from flexolmo_jax.inference.layerwise import Network
 from flexolmo_jax.inference.likelihood import LogLikelihoods
+from flexolmo_jax.inference.mass import mass_by_name, read_mass
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.experts import Experts
-from flexolmo_jax.modeling.transformer import Backbone, forward, output_logits
+from flexolmo_jax.modeling.transformer import Backbone
 from flexolmo_jax.parallel import placement
-from flexolmo_jax.parallel.mesh import BATCH, SERVING, TENSOR, specs_of
+from flexolmo_jax.parallel.mesh import SERVING, TENSOR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +95,9 @@ class FlexOlmo:
         """
         tokens = self._check_tokens(np.asarray(tokens))
         mask = self.allowed(len(tokens), without, only, allowed)
-        rows = placement.put_batch(self.pad_batch((tokens, mask)), self.mesh)
+        rows = placement.put_padded_batch((tokens, mask), self.mesh)
         with placement.use_mesh(self.mesh):
-            logits = _logits(self.backbone, self.experts, *rows, self.config, self.mesh)
+            logits = likelihood.logits(self.backbone, self.experts, *rows, self.config, self.mesh)
         if self.mesh is not None and len(logits) > len(tokens):  # cannot stay sharded unevenly
             logits = jax.device_put(logits, jax.NamedSharding(self.mesh, P()))
         return logits[: len(tokens)]
@@ -138,20 +137,12 @@ class FlexOlmo:
         if lengths is None:
             lengths = np.full(len(tokens), tokens.shape[1], np.int32)
         mask = self.allowed(len(tokens), without, only)
-        rows = self.pad_batch((tokens, lengths, targets, mask))
-        rows = placement.put_batch(rows, self.mesh)
+        rows = placement.put_padded_batch((tokens, lengths, targets, mask), self.mesh)
         with placement.use_mesh(self.mesh):
             scores = likelihood.log_likelihoods(
                 self.backbone, self.experts, *rows, self.config, self.mesh, sampling
             )
         return LogLikelihoods(*(placement.to_host(x)[: len(tokens)] for x in scores))
-
-    def pad_batch(self, rows):
-        """Pads arrays [B, ...] to a multiple of the mesh size by repeating the last row."""
-        num_devices = 1 if self.mesh is None else self.mesh.size
-        return jax.tree.map(
-            lambda x: np.concatenate([x, np.repeat(x[-1:], -len(x) % num_devices, axis=0)]), rows
-        )
 
     def generate(
         self,
@@ -165,6 +156,7 @@ class FlexOlmo:
         top_p: float | None = None,
         seed: int = 0,
         until: Sequence[str] = (),
+        on_mass: Callable[[dict[str, float]], None] | None = None,
     ) -> list[str] | list[list[int]]:
         """Continues prompts, all in one batch.
 
@@ -180,6 +172,8 @@ class FlexOlmo:
           seed: of the random choices.
           until: texts that end a continuation, which stops before the first of them. Ids may
             contain a few tokens more.
+          on_mass: called at the end with each continuation's routing mass: tokens by the name of
+            the expert (`inference/mass.py`).
 
         Returns:
           the continuations, without the prompts: texts for texts, ids for ids.
@@ -205,12 +199,14 @@ class FlexOlmo:
         ends = continuations.checked_ends(until)
         texts: list[str] = []
         pieces = self._continue(ids, max_new_tokens, mask, sampling, seed, 16 if ends else None)
-        for generated, ended in pieces:
+        for made in pieces:
+            generated, ended, _ = made
             if are_texts or ends:
                 decode_after = self._need_tokenizer().decode_after
                 texts = [decode_after(*pair) for pair in zip(ids, generated, strict=True)]
             if ends and continuations.all_ended(ended, texts, ends):
                 break
+        self._tell_mass(on_mass, ids, mask, made)
         return (
             [continuations.before_first(text, ends) for text in texts] if are_texts else generated
         )
@@ -226,6 +222,7 @@ class FlexOlmo:
         top_p: float | None = None,
         seed: int = 0,
         interval: int = 4,
+        on_mass: Callable[[dict[str, float]], None] | None = None,
     ) -> Iterator[str] | Iterator[list[int]]:
         """Continues one prompt, piece by piece; the pieces add up to the result of `generate`.
 
@@ -244,7 +241,9 @@ class FlexOlmo:
         sampling = Sampling(temperature, top_k, top_p)
         yielded_ids = 0
         text = yielded = ""
-        for (generated,), _ in self._continue(ids, max_new_tokens, mask, sampling, seed, interval):
+        pieces = self._continue(ids, max_new_tokens, mask, sampling, seed, interval)
+        for made in pieces:
+            (generated,) = made.generated
             if not isinstance(prompt, str):
                 yield generated[yielded_ids:]
                 yielded_ids = len(generated)
@@ -255,6 +254,17 @@ class FlexOlmo:
                 yielded = text
         if len(text) > len(yielded):
             yield text[len(yielded) :]
+        self._tell_mass(on_mass, ids, mask, made)
+
+    def _tell_mass(self, tell, prompts, mask, made: Continuations) -> None:
+        if tell is None:
+            return
+        mass = made.mass
+        if mass is None:
+            weights, texts = (self.backbone, self.experts), (prompts, made.generated)
+            mass = read_mass(*weights, *texts, mask, self.config, self.mesh)
+        for own in mass:
+            tell(mass_by_name(self.expert_names, own))
 
     def _prompt_ids(self, prompts: Sequence) -> list[list[int]]:
         if isinstance(prompts[0], str):
@@ -436,14 +446,3 @@ def load(
     return FlexOlmo(
         backbone, experts, config, loaded.names, loaded.tokenizer, int8, mesh, loaded.ends
     )
-
-
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _logits(backbone, experts, tokens, allowed, config: ModelConfig, mesh) -> jax.Array:
-    def local(backbone, experts, tokens, allowed):
-        out = forward(backbone, (experts,), jnp.asarray(tokens), config, allowed=allowed)
-        return output_logits(backbone, (experts,), out.hidden, out.weights, config)
-
-    weights, rows = (backbone, experts), BATCH
-    where = mesh and (*specs_of(weights, mesh), rows, rows)
-    return placement.shard_map(local, mesh, where, rows)(*weights, tokens, allowed)

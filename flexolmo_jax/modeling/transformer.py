@@ -127,6 +127,7 @@ class Output(NamedTuple):
     hidden: Float[Array, "B S D"]  # after the last norm
     router_logits: Float[Array, "L E B S"] | None  # float32; None in evidence routing
     weights: Float[Array, "E B S"]  # float32, of the last layer: the experts' heads have them too
+    mean_weights: Float[Array, "E B S"]  # float32, mean over the layers
 
 
 def init_anchor(config: ModelConfig, key: jax.Array, ranks: Ranks = NO_HEADS) -> Anchor:
@@ -175,7 +176,8 @@ def forward(
     x = collectives.embedding_lookup(backbone.embed[...], tokens, config)
     weights, _ = evidence_weights(backbone, stacks, tokens, segments, allowed, config)
     out = _scan_layers(backbone.layers, stacks, x, *inputs, weights=weights)
-    return Output(backbone.norm(out.x, config.norm_eps), out.router_logits, out.weights)
+    hidden = backbone.norm(out.x, config.norm_eps)
+    return Output(hidden, out.router_logits, out.weights, out.mean_weights)
 
 
 def forward_step(
@@ -207,7 +209,8 @@ def forward_step(
     )
     out = _scan_layers(backbone.layers, stacks, x, *inputs, state, weights)
     state = state._replace(cache=out.cache, router_state=out.router_state, evidence=of_evidence)
-    return Output(backbone.norm(out.x, config.norm_eps), out.router_logits, out.weights), state
+    hidden = backbone.norm(out.x, config.norm_eps)
+    return Output(hidden, out.router_logits, out.weights, out.mean_weights), state
 
 
 def evidence_weights(
@@ -319,6 +322,7 @@ class _LayersOutput(NamedTuple):
     x: jax.Array
     router_logits: jax.Array | None  # stacked
     weights: jax.Array  # of the last layer
+    mean_weights: jax.Array
     cache: Any
     router_state: jax.Array | None  # stacked
 
@@ -345,5 +349,7 @@ def _scan_layers(
     (x, cache), (router_logits, router_state, of_layers) = jax.lax.scan(
         layer_step, (x, cache), (layers, stacks, layer_indices, router_state), unroll=config.unroll
     )
-    last = of_layers[-1] if weights is None else weights
-    return _LayersOutput(x, router_logits, last, cache, router_state)
+    last = mean = weights
+    if weights is None:
+        last, mean = of_layers[-1], jnp.mean(of_layers, axis=0)
+    return _LayersOutput(x, router_logits, last, mean, cache, router_state)

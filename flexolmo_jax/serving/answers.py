@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from flexolmo_jax.inference.mass import shares_by_name
 from flexolmo_jax.serving.completions import Admission, Choice, Part, Shown, new_id, usage
 from flexolmo_jax.serving.protocol import Chat, Completion
-from flexolmo_jax.serving.sources import shares_by_name
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
