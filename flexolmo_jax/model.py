@@ -28,6 +28,9 @@ from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Backbone
 from flexolmo_jax.parallel import placement
 from flexolmo_jax.parallel.mesh import SERVING, TENSOR
+from flexolmo_jax.tracing.index import Index
+from flexolmo_jax.tracing.results import Trace
+from flexolmo_jax.tracing.trace import of_owners, trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,6 +349,32 @@ class FlexOlmo:
         (ids,), mask = self._prompt_ids([prompt]), self.allowed(1, without, only)[0]
         return Request(ids, max_new_tokens, mask, self._stop(), sampling, seed)
 
+    def trace(
+        self,
+        text: str,
+        indexes: Sequence[Index],
+        *,
+        prompt: str = "",
+        without: Sequence[str] = (),
+        only: Sequence[str] | None = None,
+        similar: int = 0,
+    ) -> Trace:
+        """Where the words of a text, as an answer, stand in the documents of owners.
+
+        Args:
+          text, indexes, prompt, similar: as in `flexolmo_jax.tracing.trace.trace`; the owner of
+            each index has the name of an expert.
+          without, only: experts, as in `logits`. If one is off, its owner's documents are not
+            searched, and none is named.
+
+        Raises:
+          ValueError: as both; an index of an owner without an expert; no index is left.
+        """
+        is_used = self.allowed(1, without, only)[0]
+        used = [name for name, on in zip(self.expert_names, is_used, strict=False) if on]
+        kept = of_owners(indexes, used, self.expert_names)
+        return trace(text, kept, prompt=prompt, similar=similar)
+
     def _runs_layer_by_layer(self) -> bool:
         return jax.default_backend() == "cpu" and self.mesh is None
 
@@ -376,18 +405,7 @@ class FlexOlmo:
         return np.pad(mask, ((0, 0), (0, padding_experts)))
 
     def _check_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(
-                f"tokens must be integers of shape [B, S] with at least one token, found "
-                f"{tokens.dtype} {list(tokens.shape)}"
-            )
-        low, high = tokens.min(), tokens.max()
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"tokens must be in [0, {self.config.vocab_size}), the vocabulary; found "
-                f"{low if low < 0 else high}"
-            )
-        return tokens.astype(np.int32)
+        return continuations.checked_tokens(tokens, self.config.vocab_size)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
