@@ -27,7 +27,7 @@ from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Backbone
 from flexolmo_jax.parallel import placement
-from flexolmo_jax.parallel.mesh import SERVING, TENSOR
+from flexolmo_jax.parallel.mesh import SERVING, check_for_use
 from flexolmo_jax.tracing.index import Index
 from flexolmo_jax.tracing.results import Trace
 from flexolmo_jax.tracing.trace import of_owners, trace
@@ -131,21 +131,14 @@ class FlexOlmo:
         Raises:
           ValueError: as `logits`.
         """
-        tokens = self._check_tokens(np.asarray(tokens))
-        if targets is None:
-            tokens, targets = self._check_tokens(tokens[:, :-1]), tokens[:, 1:, None]
-        targets = np.asarray(targets, np.int32)
-        if targets.max() >= self.config.vocab_size:
-            self._check_tokens(targets.max().reshape(1, 1))
-        if lengths is None:
-            lengths = np.full(len(tokens), tokens.shape[1], np.int32)
-        mask = self.allowed(len(tokens), without, only)
-        rows = placement.put_padded_batch((tokens, lengths, targets, mask), self.mesh)
+        texts = likelihood.checked(np.asarray(tokens), targets, lengths, self.config.vocab_size)
+        mask = self.allowed(len(texts[0]), without, only)
+        rows = placement.put_padded_batch((*texts, mask), self.mesh)
         with placement.use_mesh(self.mesh):
             scores = likelihood.log_likelihoods(
                 self.backbone, self.experts, *rows, self.config, self.mesh, sampling
             )
-        return LogLikelihoods(*(placement.to_host(x)[: len(tokens)] for x in scores))
+        return LogLikelihoods(*(placement.to_host(x)[: len(mask)] for x in scores))
 
     def generate(
         self,
@@ -244,8 +237,7 @@ class FlexOlmo:
         sampling = Sampling(temperature, top_k, top_p)
         yielded_ids = 0
         text = yielded = ""
-        pieces = self._continue(ids, max_new_tokens, mask, sampling, seed, interval)
-        for made in pieces:
+        for made in self._continue(ids, max_new_tokens, mask, sampling, seed, interval):
             (generated,) = made.generated
             if not isinstance(prompt, str):
                 yield generated[yielded_ids:]
@@ -262,10 +254,9 @@ class FlexOlmo:
     def _tell_mass(self, tell, prompts, mask, made: Continuations) -> None:
         if tell is None:
             return
-        mass = made.mass
+        mass, texts = made.mass, (prompts, made.generated, mask)
         if mass is None:
-            weights, texts = (self.backbone, self.experts), (prompts, made.generated)
-            mass = read_mass(*weights, *texts, mask, self.config, self.mesh)
+            mass = read_mass(self.backbone, self.experts, *texts, self.config, self.mesh)
         for own in mass:
             tell(mass_by_name(self.expert_names, own))
 
@@ -445,16 +436,9 @@ def load(
       >>> model.expert_names
       ('public', 'math', 'code')
     """
-    if mesh is not None and mesh.shape[TENSOR] > 1:
-        raise ValueError(
-            "a model in use cannot share its layers among devices: make its mesh without "
-            "tensor_parallel"
-        )
     int8 = dtype == "int8"
-    if int8 and (jax.default_backend() != "cpu" or mesh is not None):
-        raise ValueError("int8 weights are for one CPU; on GPU, TPU or a mesh use bfloat16")
-    stored_as = None if int8 else dtype
-    loaded = load_model(Path(path), anchor, stored_as, mesh, SERVING, separator)
+    check_for_use(mesh, int8)
+    loaded = load_model(Path(path), anchor, None if int8 else dtype, mesh, SERVING, separator)
     backbone, experts, config = loaded.backbone, loaded.experts, loaded.config
     if int8:
         rounded = round_to_int8(backbone, experts)
