@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
 
+from flexolmo_jax.inference.mass import shares_by_name
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.serving import answers, tokens
 from flexolmo_jax.serving.chat import as_text
@@ -24,7 +25,6 @@ from flexolmo_jax.serving.guard import Guard
 from flexolmo_jax.serving.keys import Policy
 from flexolmo_jax.serving.protocol import MAX_CHOICES, Chat, Common, Completion
 from flexolmo_jax.serving.service import Service, Settings, service_of
-from flexolmo_jax.serving.sources import shares_by_name
 from flexolmo_jax.version import __version__
 
 STATIC = Path(__file__).with_name("static")
@@ -54,6 +54,8 @@ def make_app(settings: Settings, model: FlexOlmo) -> fastapi.FastAPI:
         yield
         watching.cancel()
         await service.runner.close()
+        if service.usage is not None:
+            await asyncio.to_thread(service.usage.close)
 
     app = fastapi.FastAPI(
         title="flexolmo serve",
@@ -216,6 +218,8 @@ class _Running(contextlib.AbstractContextManager):
         self._names = service.model.expert_names
         self._meter = service.meter(policy)
         self._meter.begin(admission.tokens)
+        usage_log = service.usage
+        self._record = None if usage_log is None else usage_log.begin(admission, policy.name)
         try:
             admission.start(service.runner)
         except BaseException:
@@ -242,6 +246,8 @@ class _Running(contextlib.AbstractContextManager):
         metrics.read(admission.prompt_tokens)
         for choice in admission.choices:
             metrics.generated(choice.generated, shares_by_name(self._names, choice.shares))
+        if self._record is not None:
+            self._record()
 
 
 class _Events(StreamingResponse):

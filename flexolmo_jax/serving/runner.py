@@ -57,6 +57,7 @@ class Runner:
       length: the most tokens of a prompt and its continuation.
 
     Attributes:
+      slots, length: as given.
       count: how many requests run or wait.
       is_broken: a step failed, and no new engine could be made.
     """
@@ -65,7 +66,7 @@ class Runner:
         if length < 2:
             raise ValueError(f"a prompt and its answer need at least 2 tokens, found {length}")
         self.length, self.count, self.is_broken = length, 0, False
-        self._slots = slots
+        self.slots = slots
         self._current = (model, self.new_engine(model))  # as one, for the other thread
         self._jobs: list[Job] = []
         self._commands: list[Callable[[], None]] = []
@@ -113,7 +114,7 @@ class Runner:
 
     def new_engine(self, model: FlexOlmo) -> Engine:
         """An engine for `replace`, whose programs are compiled; that takes seconds."""
-        engine = model.engine(self._slots, self.length, PREFIXES)
+        engine = model.engine(self.slots, self.length, PREFIXES)
         mask = model.allowed(1)[0]
         for sampling in (Sampling(), Sampling(1.0), Sampling(1.0, None, 0.5)):
             engine.add(Request([0], min(2, self.length - 1), mask, sampling=sampling, scored=True))

@@ -17,6 +17,9 @@ from flexolmo_jax.serving.keys import OPEN, Meter, Policy, digest, read_keys
 from flexolmo_jax.serving.metrics import Metrics
 from flexolmo_jax.serving.runner import Runner
 from flexolmo_jax.serving.sources import Sources
+from flexolmo_jax.serving.usage import Usage, digest_of
+from flexolmo_jax.usage.ledger import Ledger
+from flexolmo_jax.usage.signing import read_private
 
 WATCH_SECONDS = 1.0
 log = logging.getLogger("flexolmo_jax.serving")
@@ -37,6 +40,10 @@ class Settings:
       body: bytes of a request, at most.
       keys: a file of keys; None: anybody may do anything.
       profiles: further names of the model, each with the experts that it stands for.
+      usage: a ledger of what every expert did; None: none is kept.
+      usage_key: the private key that signs it.
+      usage_askers: name the keys in it.
+      counterfactual: the share of answers that are scored again without each expert.
       chat_template: a Jinja template; None: that of a Hugging Face directory, if it has one.
     """
 
@@ -52,6 +59,10 @@ class Settings:
     body: int = 1 << 20
     keys: Path | None = None
     profiles: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    usage: Path | None = None
+    usage_key: Path | None = None
+    usage_askers: bool = False
+    counterfactual: float = 0.0
     chat_template: str | None = None
 
 
@@ -63,14 +74,15 @@ class Service:
       model: that `settings.path` holds.
 
     Raises:
-      ValueError: the file of keys, or the chat template, is damaged; a profile names an expert that
-        the model has not.
+      ValueError: the file of keys, the chat template, or the ledger, is damaged; a profile names an
+        expert that the model has not.
 
     Attributes:
       sources: the experts, and who may use them.
       runner: of the engine.
       is_draining: no new requests are taken.
       template: of chats, or None; `chat_template` is its text.
+      usage: tells the ledger, if there is one.
       created: when it began, in seconds since 1970.
     """
 
@@ -97,6 +109,7 @@ class Service:
         self._entries: frozenset[str] | None = None  # names in a manifest that has changed
         self._has_changed = asyncio.Event()
         self._failed: dict[str, str] = {}  # what could not be followed, and why
+        self.usage = self._open_usage()
 
     @property
     def model(self) -> FlexOlmo:
@@ -177,14 +190,17 @@ class Service:
 
     async def watch(self) -> None:
         """Follows the merged model's manifest and the file of keys, until it is cancelled."""
-        loading = asyncio.create_task(self._load_changes())
+        tasks = [asyncio.create_task(self._load_changes())]
+        if self.usage is not None:
+            tasks.append(asyncio.create_task(self.usage.watch()))
         try:
             while True:
                 await asyncio.sleep(WATCH_SECONDS)
                 self._try("keys", self._follow_keys)
                 self._try("model", self._follow_manifest)
         finally:
-            loading.cancel()
+            for task in tasks:
+                task.cancel()
 
     def _try(self, what: str, follow: Callable[[], None]) -> None:
         """What cannot be read changes nothing, is logged once, and is tried again."""
@@ -230,9 +246,12 @@ class Service:
 
     async def _load(self) -> None:
         begun = time.monotonic()
+        digest = digest_of(self.settings.path)
         model = await asyncio.to_thread(load_served, self.settings)
         engine = await asyncio.to_thread(self.runner.new_engine, model)
         self.runner.replace(model, engine)
+        if self.usage is not None:
+            self.usage.digest = digest
         names, known = model.expert_names, {*self.sources.names[1:], *model.expert_names[1:]}
         # Of what is in memory, an expert may have gone again while it was loaded.
         present = set(names) if self._entries is None else set(names) & self._entries
@@ -240,6 +259,14 @@ class Service:
         self.sources = dataclasses.replace(self.sources, names=names, withdrawn=withdrawn)
         seconds = time.monotonic() - begun
         log.info("now serving %s (%.1f s)", ", ".join(self.sources.served), seconds)
+
+    def _open_usage(self) -> Usage | None:
+        own = self.settings
+        if own.usage is None or own.usage_key is None:
+            return None
+        digest, ledger = digest_of(own.path), Ledger(own.usage, read_private(own.usage_key))
+        sampled = (own.counterfactual, own.usage_askers)
+        return Usage(ledger, self.runner, lambda: self.sources, digest, *sampled)
 
     def _read_keys(self) -> list[Policy]:
         return [] if self.settings.keys is None else read_keys(self.settings.keys)
