@@ -82,6 +82,16 @@ def test_totals_that_a_checkpoint_invents_are_refused(kept):
         excerpts.verify_ledger(kept.file, kept.key)
 
 
+def test_what_a_checkpoint_says_is_believed_only_if_the_own_key_signed_it(filled):
+    """Nobody without the key can make the coordinator continue from other totals."""
+    *lines, last = filled.file.read_bytes().splitlines(keepends=True)
+    record = json.loads(last)
+    record["owners"]["math"]["tokens"] += 1
+    filled.file.write_bytes(b"".join([*lines, json.dumps(record).encode() + b"\n"]))
+    with pytest.raises(ValueError, match=r"a signature is wrong \(math\)"):
+        filled.open()
+
+
 def test_no_line_says_when_within_the_hour_or_what(filled):
     lines = [json.loads(x) for x in filled.file.read_text().splitlines()]
     uses = [x for x in lines if x["kind"] in ("use", "sample")]
