@@ -20,7 +20,7 @@ def add_to(commands: Commands) -> None:
     )
     parser.add_argument("ledger", metavar="LEDGER", help="of `flexolmo serve --usage`")
     parser.add_argument("--month", metavar="YYYY-MM", help="default: the last that has a request")
-    parser.add_argument("--out", metavar="DIR", help="a new folder for report.json and usage.png")
+    parser.add_argument("--out", metavar="DIR", help="a new folder for report.json and month.png")
     add_json(parser)
     parser = actions.add(
         "extract", extract, "an owner's own lines, with what proves that they are all",
@@ -72,7 +72,7 @@ def report(args: argparse.Namespace) -> None:
     for text in sentences(made):
         tell(text)
     if args.out is not None:
-        tell(f"wrote {args.out}/report.json and usage.png")
+        tell(f"wrote {args.out}/report.json and month.png")
 
 
 def extract(args: argparse.Namespace) -> None:

@@ -153,7 +153,7 @@ def sentences(report: Report) -> list[str]:
 
 
 def write_report(report: Report, out: Path) -> None:
-    """Writes report.json and usage.png into a new folder.
+    """Writes report.json and month.png into a new folder.
 
     Raises:
       ValueError: `out` is there, and not empty.
@@ -162,7 +162,7 @@ def write_report(report: Report, out: Path) -> None:
     with new_directory(out) as folder:
         text = json.dumps(report.to_json(), indent=1) + "\n"
         (folder / "report.json").write_text(text, encoding="utf-8")
-        plot(report, folder / "usage.png")
+        plot(report, folder / "month.png")
 
 
 def plot(report: Report, file: Path) -> None:

@@ -84,7 +84,7 @@ def test_the_command_reports_in_80_columns(filled, flexolmo, refused, tmp_path, 
     code, printed, error = flexolmo("usage", "report", filled.file, "--out", tmp_path / "out")
     assert code == 0, error
     assert max(map(len, printed.splitlines())) <= 80 and "rank correlation" in printed
-    assert (tmp_path / "out" / "usage.png").stat().st_size > 3000
+    assert (tmp_path / "out" / "month.png").stat().st_size > 3000
     made = json.loads((tmp_path / "out" / "report.json").read_text())
     code, printed, _ = flexolmo("usage", "report", filled.file, "--json")
     assert json.loads(printed) == made and made["requests"] == 18
