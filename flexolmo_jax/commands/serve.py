@@ -133,7 +133,7 @@ def _profile(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def add(args: argparse.Namespace) -> None:
-    from flexolmo_jax.serving.keys import Policy, add_key
+    from flexolmo_jax.serving.keys import KEYS, Policy
 
     policy = Policy(
         args.name,
@@ -143,18 +143,18 @@ def add(args: argparse.Namespace) -> None:
         concurrency=args.concurrency,
         expert_mass=args.expert_mass,
     )
-    print(add_key(Path(args.file), policy))
+    print(KEYS.add(Path(args.file), policy))
     log(f"this is the key of {args.name}; {args.file} keeps its digest only")
 
 
 def remove(args: argparse.Namespace) -> None:
-    from flexolmo_jax.serving.keys import remove_key
+    from flexolmo_jax.serving.keys import KEYS
 
-    remove_key(Path(args.file), args.name)
+    KEYS.remove(Path(args.file), args.name)
 
 
 def list_keys(args: argparse.Namespace) -> None:
-    from flexolmo_jax.serving.keys import read_keys
+    from flexolmo_jax.serving.keys import KEYS
 
     rows = [
         {
@@ -165,7 +165,7 @@ def list_keys(args: argparse.Namespace) -> None:
             "concurrency": policy.concurrency,
             "expert mass": policy.expert_mass,
         }
-        for policy in read_keys(Path(args.file))
+        for policy in KEYS.read(Path(args.file))
     ]
     if args.json:
         print_json(rows)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import fastapi
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
@@ -19,13 +17,14 @@ from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.serving import answers, tokens
 from flexolmo_jax.serving.chat import as_text
 from flexolmo_jax.serving.completions import Admission, Part, admit, usage
-from flexolmo_jax.serving.errors import ApiError, Json
-from flexolmo_jax.serving.guard import Guard
 from flexolmo_jax.serving.keys import Policy
 from flexolmo_jax.serving.protocol import MAX_CHOICES, Chat, Common, Completion
 from flexolmo_jax.serving.service import Service, Settings, service_of
 from flexolmo_jax.serving.sources import shares_by_name
 from flexolmo_jax.version import __version__
+from flexolmo_jax.web.errors import ApiError, Json
+from flexolmo_jax.web.guard import Guard
+from flexolmo_jax.web.handlers import add_handlers
 
 STATIC = Path(__file__).with_name("static")
 ERRORS: Any = {
@@ -66,13 +65,13 @@ def make_app(settings: Settings, model: FlexOlmo) -> fastapi.FastAPI:
     app.include_router(routes)
     app.include_router(tokens.routes)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.add_middleware(Guard, most=settings.body, metrics=service.metrics)
-    for kind, handler in (
-        (ApiError, _refused),
-        (RequestValidationError, _invalid),
-        (HTTPException, _http_error),
-    ):
-        app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
+    app.add_middleware(
+        Guard,
+        most=settings.body,
+        seconds=settings.seconds,
+        answered=service.metrics.answered,
+    )
+    add_handlers(app)
     return app
 
 
@@ -279,29 +278,3 @@ async def _collect(running: _Running) -> list[Part]:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _refused(request: Request, error: ApiError) -> Response:
-    return error.response()
-
-
-async def _invalid(request: Request, error: RequestValidationError) -> Response:
-    """The first thing that is wrong with a body, and where."""
-    first = error.errors()[0]
-    places = [str(x) for x in first["loc"] if x not in ("body", "path", "query")]
-    param = ".".join(places) or None
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if param is None and first["type"] == "value_error":
-        name, is_named, _ = message.partition(":")
-        param = name if is_named and name.isidentifier() else None
-    if first["type"] == "extra_forbidden":
-        message = "unknown parameter"
-    if first["type"] == "json_invalid":
-        param, message = None, f"the body is not JSON: {first.get('ctx', {}).get('error', '')}"
-    said = f"{param}: {message}" if param else message
-    return ApiError(400, said, param, "invalid_value").response()
-
-
-async def _http_error(request: Request, error: HTTPException) -> Response:
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return ApiError(error.status_code, message, headers=error.headers).response()

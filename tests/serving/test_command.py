@@ -12,7 +12,7 @@ import time
 import httpx
 import pytest
 
-from flexolmo_jax.serving import run
+from flexolmo_jax.web import listening
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_it_drains_at_sigterm(process):
 
 
 def test_no_token_waits_for_an_acknowledgement():
-    with run.listen("127.0.0.1", 0) as listener, socket.socket() as client:
+    with listening.listen("127.0.0.1", 0) as listener, socket.socket() as client:
         client.connect(listener.getsockname())
         connection, _ = listener.accept()
         with connection:
