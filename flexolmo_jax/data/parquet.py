@@ -1,6 +1,6 @@
 """Rows of Parquet files, through pyarrow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from flexolmo_jax.data.readers import Bad, Row, check_columns
 ROWS = 256  # decoded at a time
 
 
-def rows(file: Path, text_field: str, group_field: str) -> Iterator[tuple[int, Row]]:
+def rows(
+    file: Path, text_field: str, group_field: str, others: Sequence[str] = ()
+) -> Iterator[tuple[int, Row]]:
     """Every row of a file, numbered from 1; arguments and errors as `readers.read_rows`."""
     try:
         table = pyarrow.parquet.ParquetFile(file)
@@ -22,6 +24,7 @@ def rows(file: Path, text_field: str, group_field: str) -> Iterator[tuple[int, R
         names = table.schema_arrow.names
         check_columns(file, names, text_field, group_field)
         columns = [text_field] + [group_field] * (group_field in names)
+        columns += [name for name in others if names.count(name) == 1 and name not in columns]
         kind = table.schema_arrow.field(text_field).type
         if not (_holds_text(kind) or pyarrow.types.is_null(kind)):
             raise ValueError(

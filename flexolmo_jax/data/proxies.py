@@ -70,9 +70,9 @@ def pick_proxies(
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_file(out) as file:
         for index in best:
-            text, group, _ = public_documents[index]
-            row = {"text": text, "probability": float(scores[index])}
-            if group != text:  # so that a held-out document stays held out under its group
-                row["group"] = group.removeprefix("group:")
+            document = public_documents[index]
+            row = {"text": document.text, "probability": float(scores[index])}
+            if document.group != document.text:  # so that it stays held out under its group
+                row["group"] = document.group.removeprefix("group:")
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return Proxies(count, len(public_documents), float(accuracy.mean()))

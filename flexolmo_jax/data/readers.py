@@ -14,7 +14,7 @@ import itertools
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,12 +30,15 @@ class Bad(str):
 Row = Mapping[str, Any] | Bad
 
 
-def read_rows(file: Path, text_field: str, group_field: str) -> Iterator[tuple[int | None, Row]]:
+def read_rows(
+    file: Path, text_field: str, group_field: str, others: Sequence[str] = ()
+) -> Iterator[tuple[int | None, Row]]:
     """Every row of a file; a text file is one row, with its text in the field of that name.
 
     Args:
       file: of a kind that `files.kind_of` knows.
       text_field, group_field: the fields that are wanted.
+      others: fields that are wanted where a row has them; rows may hold more.
 
     Yields:
       the place in the file, None for all of it, and the row.
@@ -52,7 +55,7 @@ def read_rows(file: Path, text_field: str, group_field: str) -> Iterator[tuple[i
     if kind.suffix in PARQUET:
         from flexolmo_jax.data import parquet  # pyarrow is large, and not on every machine
 
-        return parquet.rows(file, text_field, group_field)
+        return parquet.rows(file, text_field, group_field, others)
     if kind.suffix in TABLES:
         delimiter = "\t" if kind.suffix == ".tsv" else ","
         return _table(file, text_field, group_field, delimiter)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,8 @@ from flexolmo_jax.runtime.console import visible
 from flexolmo_jax.storage.files import file_digest
 
 BOM = "\ufeff"  # the byte order mark, which some programs put in front of a text
+# What a document's row may say of it, and the fields where it does.
+ABOUT = {"id": ("id",), "source": ("source", "url"), "licence": ("licence", "license")}
 CORPUS = Path(__file__).parent.parent / "corpus"
 
 
@@ -33,6 +35,9 @@ class Document(NamedTuple):
     text: str
     group: str  # documents of one group (a book, a patient) are held out together
     where: str = ""  # file:row
+    id: str = ""  # these three as the row says, if it does
+    source: str = ""
+    licence: str = ""
 
 
 @dataclasses.dataclass
@@ -204,7 +209,8 @@ def _bundled(name: str) -> Path:
 def _file_rows(files: list[Path], text_field: str, group_field: str) -> Iterator[tuple[str, Row]]:
     """("file:place", row) of all files."""
     for file in files:
-        for place, row in read_rows(file, text_field, group_field):
+        others = [name for names in ABOUT.values() for name in names]
+        for place, row in read_rows(file, text_field, group_field, others):
             yield str(file) if place is None else f"{file}:{place}", row
 
 
@@ -265,7 +271,19 @@ def _document(row: Row, where: str, text_field: str, group_field: str) -> Docume
         return BadGroup(f"{group_field}: nested too deeply")
     except ValueError as error:
         return BadGroup(f"{group_field}: {error}")
-    return Document(text, text if name is None else f"group:{name}", where)
+    about = {field: _first(row, names) for field, names in ABOUT.items()}
+    return Document(text, text if name is None else f"group:{name}", where, **about)
+
+
+def _first(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The first of a row's fields that is a text or a whole number, as a text; else nothing."""
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, bytes):
+            value = value.decode(errors="replace")
+        if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
+            return str(value).encode(errors="replace").decode()
+    return ""
 
 
 def _decoded(value: Any) -> Any:

@@ -53,7 +53,7 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(json)
         except Exception as error:  # the library raises a bare Exception
             raise ValueError(f"{where}: not a tokenizer.json ({error})") from error
-        self.json = _as_used(json)
+        self.json = as_used(json)
         if self.json != json:
             self._tokenizer = tokenizers.Tokenizer.from_str(self.json)
         found = self._tokenizer.token_to_id(separator)
@@ -269,7 +269,7 @@ class Tokenizer:
         return both[len(start) :] if both.startswith(start) else self.decode(ids)
 
 
-def _as_used(json: str) -> str:
+def as_used(json: str) -> str:
     """A tokenizer.json without truncation, padding and dropout, otherwise byte for byte."""
     fields = json_text.loads(json)
     for path in (("truncation",), ("padding",), ("model", "dropout")):
