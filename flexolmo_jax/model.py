@@ -5,12 +5,10 @@ model.generate(["The theorem"], without=["math"])
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -26,9 +24,12 @@ from flexolmo_jax.inference.layerwise import Network
 from flexolmo_jax.inference.likelihood import LogLikelihoods
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.experts import Experts
-from flexolmo_jax.modeling.transformer import Backbone, forward, output_logits
+from flexolmo_jax.modeling.transformer import Backbone
 from flexolmo_jax.parallel import placement
-from flexolmo_jax.parallel.mesh import BATCH, SERVING, TENSOR, specs_of
+from flexolmo_jax.parallel.mesh import SERVING, TENSOR
+from flexolmo_jax.tracing.index import Index
+from flexolmo_jax.tracing.results import Trace
+from flexolmo_jax.tracing.trace import of_owners, trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +97,9 @@ class FlexOlmo:
         """
         tokens = self._check_tokens(np.asarray(tokens))
         mask = self.allowed(len(tokens), without, only, allowed)
-        rows = placement.put_batch(self.pad_batch((tokens, mask)), self.mesh)
+        rows = placement.put_padded_batch((tokens, mask), self.mesh)
         with placement.use_mesh(self.mesh):
-            logits = _logits(self.backbone, self.experts, *rows, self.config, self.mesh)
+            logits = likelihood.logits(self.backbone, self.experts, *rows, self.config, self.mesh)
         if self.mesh is not None and len(logits) > len(tokens):  # cannot stay sharded unevenly
             logits = jax.device_put(logits, jax.NamedSharding(self.mesh, P()))
         return logits[: len(tokens)]
@@ -138,20 +139,12 @@ class FlexOlmo:
         if lengths is None:
             lengths = np.full(len(tokens), tokens.shape[1], np.int32)
         mask = self.allowed(len(tokens), without, only)
-        rows = self.pad_batch((tokens, lengths, targets, mask))
-        rows = placement.put_batch(rows, self.mesh)
+        rows = placement.put_padded_batch((tokens, lengths, targets, mask), self.mesh)
         with placement.use_mesh(self.mesh):
             scores = likelihood.log_likelihoods(
                 self.backbone, self.experts, *rows, self.config, self.mesh, sampling
             )
         return LogLikelihoods(*(placement.to_host(x)[: len(tokens)] for x in scores))
-
-    def pad_batch(self, rows):
-        """Pads arrays [B, ...] to a multiple of the mesh size by repeating the last row."""
-        num_devices = 1 if self.mesh is None else self.mesh.size
-        return jax.tree.map(
-            lambda x: np.concatenate([x, np.repeat(x[-1:], -len(x) % num_devices, axis=0)]), rows
-        )
 
     def generate(
         self,
@@ -336,6 +329,32 @@ class FlexOlmo:
         (ids,), mask = self._prompt_ids([prompt]), self.allowed(1, without, only)[0]
         return Request(ids, max_new_tokens, mask, self._stop(), sampling, seed)
 
+    def trace(
+        self,
+        text: str,
+        indexes: Sequence[Index],
+        *,
+        prompt: str = "",
+        without: Sequence[str] = (),
+        only: Sequence[str] | None = None,
+        similar: int = 0,
+    ) -> Trace:
+        """Where the words of a text, as an answer, stand in the documents of owners.
+
+        Args:
+          text, indexes, prompt, similar: as in `flexolmo_jax.tracing.trace.trace`; the owner of
+            each index has the name of an expert.
+          without, only: experts, as in `logits`. If one is off, its owner's documents are not
+            searched, and none is named.
+
+        Raises:
+          ValueError: as both; an index of an owner without an expert; no index is left.
+        """
+        is_used = self.allowed(1, without, only)[0]
+        used = [name for name, on in zip(self.expert_names, is_used, strict=False) if on]
+        kept = of_owners(indexes, used, self.expert_names)
+        return trace(text, kept, prompt=prompt, similar=similar)
+
     def _runs_layer_by_layer(self) -> bool:
         return jax.default_backend() == "cpu" and self.mesh is None
 
@@ -366,18 +385,7 @@ class FlexOlmo:
         return np.pad(mask, ((0, 0), (0, padding_experts)))
 
     def _check_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(
-                f"tokens must be integers of shape [B, S] with at least one token, found "
-                f"{tokens.dtype} {list(tokens.shape)}"
-            )
-        low, high = tokens.min(), tokens.max()
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"tokens must be in [0, {self.config.vocab_size}), the vocabulary; found "
-                f"{low if low < 0 else high}"
-            )
-        return tokens.astype(np.int32)
+        return continuations.checked_tokens(tokens, self.config.vocab_size)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -436,14 +444,3 @@ def load(
     return FlexOlmo(
         backbone, experts, config, loaded.names, loaded.tokenizer, int8, mesh, loaded.ends
     )
-
-
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def _logits(backbone, experts, tokens, allowed, config: ModelConfig, mesh) -> jax.Array:
-    def local(backbone, experts, tokens, allowed):
-        out = forward(backbone, (experts,), jnp.asarray(tokens), config, allowed=allowed)
-        return output_logits(backbone, (experts,), out.hidden, out.weights, config)
-
-    weights, rows = (backbone, experts), BATCH
-    where = mesh and (*specs_of(weights, mesh), rows, rows)
-    return placement.shard_map(local, mesh, where, rows)(*weights, tokens, allowed)

@@ -22,6 +22,7 @@ from flexolmo_jax.commands import (
     privacy,
     serve,
     study,
+    trace,
     train,
 )
 from flexolmo_jax.commands.parser import (
@@ -46,7 +47,7 @@ from flexolmo_jax.runtime.startup import (
 
 COMMANDS = (  # in the order of --help
     demo, train, compress, plan, merge, experts, privacy, audit, inspect, evaluate, study, generate,
-    serve, data, hugging_face,
+    serve, trace, data, hugging_face,
 )  # fmt: skip
 EVERYWHERE = ("--debug", "--no-cache")  # options that may stand before or after the command
 INTERRUPTED = 130

@@ -30,7 +30,11 @@ def domain_embedding(method: str, texts: Sequence[str], width: int) -> np.ndarra
     Raises:
       ValueError: the package or file is missing, or its array has no such shape.
     """
-    vectors = _wordllama(texts[:DOCUMENTS]) if method == "wordllama" else _from_file(method)
+    if method == "wordllama":
+        vectors = WordVectors().means(texts[:DOCUMENTS])
+        vectors = vectors[vectors.any(axis=1)]
+    else:
+        vectors = _from_file(method)
     finite = vectors[np.isfinite(vectors).all(axis=1)]
     if not len(finite):
         raise ValueError(f"domain embedding {method}: no row of finite numbers")
@@ -61,24 +65,49 @@ def _from_file(path: str) -> np.ndarray:
     return np.atleast_2d(array)
 
 
-def _wordllama(texts: Sequence[str]) -> np.ndarray:
-    """Unit-length mean word vectors, [documents, 256]; read from the installed package's files."""
-    from safetensors.numpy import load_file
+class WordVectors:
+    """Static word vectors from the files of the package wordllama (the extra `embeddings`).
 
-    package = importlib.util.find_spec("wordllama")
-    if package is None or package.origin is None:
-        raise ValueError(
-            "domain embedding 'wordllama' needs the package of that name: "
-            "in a clone of flexolmo_jax, run pip install -e '.[embeddings]'"
-        )
-    folder = Path(package.origin).parent
-    table = load_file(folder / "weights/l2_supercat_256.safetensors")["embedding.weight"]
-    json_text = (folder / "tokenizers/l2_supercat_tokenizer_config.json").read_text()
-    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(json.loads(json_text)))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = True  # what spells a control token is text
-    encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    means = [table[text.ids].astype(np.float32).mean(axis=0) for text in encoded if text.ids]
-    vectors = np.stack(means)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    Raises:
+      ValueError: the package is not installed.
+    """
+
+    def __init__(self) -> None:
+        from safetensors.numpy import load_file
+
+        package = importlib.util.find_spec("wordllama")
+        if package is None or package.origin is None:
+            raise ValueError(
+                "static word vectors need the package wordllama: "
+                "in a clone of flexolmo_jax, run pip install -e '.[embeddings]'"
+            )
+        folder = Path(package.origin).parent
+        table = load_file(folder / "weights/l2_supercat_256.safetensors")["embedding.weight"]
+        self._table = table.astype(np.float32)
+        json_text = (folder / "tokenizers/l2_supercat_tokenizer_config.json").read_text()
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(json.loads(json_text)))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True  # what spells a control token is text
+
+    def sums(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The sum of each text's word vectors, float32 [texts, 256], and how many they are."""
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids = [text.ids for text in encoded]
+        counts = np.array([len(own) for own in ids], np.int64)
+        sums = np.zeros((len(ids), self._table.shape[1]), np.float32)
+        vectors = self._table[np.concatenate([*ids, []]).astype(np.int64)]
+        full = np.flatnonzero(counts)
+        if len(full):
+            sums[full] = np.add.reduceat(vectors, (np.cumsum(counts) - counts)[full], axis=0)
+        return sums, counts
+
+    def means(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit-length mean word vectors, float32 [texts, 256]; zero where a text is empty."""
+        return unit(self.sums(texts)[0])
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows [N, D] divided by their lengths; rows of zeros stay."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(lengths, lengths, 1)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.inference.sampling import Sampling
@@ -88,3 +89,22 @@ def before_first(text: str, ends: Sequence[str]) -> str:
     for end in ends:
         text = text.split(end)[0]
     return text
+
+
+def checked_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Tokens as int32 [B, S].
+
+    Raises:
+      ValueError: they are no integers of this shape, none, or not below `vocab_size`.
+    """
+    if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"tokens must be integers of shape [B, S] with at least one token, found "
+            f"{tokens.dtype} {list(tokens.shape)}"
+        )
+    low, high = tokens.min(), tokens.max()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"tokens must be in [0, {vocab_size}), the vocabulary; found {low if low < 0 else high}"
+        )
+    return tokens.astype(np.int32)

@@ -1,4 +1,4 @@
-"""Log-likelihoods of given tokens, without the logits of all positions in memory at once."""
+"""Logits; and log-likelihoods of given tokens, without all positions' logits in memory at once."""
 
 import functools
 import math
@@ -22,6 +22,26 @@ CHUNK_POSITIONS = 512  # of a batch whose logits are in memory at a time
 class LogLikelihoods(NamedTuple):
     log_probabilities: Float[Array, "B C k"]  # float32; 0 where there is no target
     is_greedy: Bool[Array, "B C k"]  # the target is the likeliest token, or there is none
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def logits(
+    backbone: Backbone,
+    experts: Experts,
+    tokens: Int[Array, "B S"],
+    allowed: Bool[Array, "B E"],
+    config: ModelConfig,
+    mesh: Mesh | None,
+) -> Float[Array, "B S V"]:
+    """The logits after every token; arguments as in `log_likelihoods`."""
+
+    def local(backbone, experts, tokens, allowed):
+        out = forward(backbone, (experts,), jnp.asarray(tokens), config, allowed=allowed)
+        return output_logits(backbone, (experts,), out.hidden, out.weights, config)
+
+    weights, rows = (backbone, experts), BATCH
+    where = mesh and (*specs_of(weights, mesh), rows, rows)
+    return placement.shard_map(local, mesh, where, rows)(*weights, tokens, allowed)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "sampling"))

@@ -82,6 +82,15 @@ def put_batch(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(put, tree)
 
 
+def put_padded_batch(tree: Any, mesh: Mesh | None) -> Any:
+    """As `put_batch`, of any B: the last row is repeated until the devices divide it."""
+    num_devices = 1 if mesh is None else mesh.size
+    padded = jax.tree.map(
+        lambda x: np.concatenate([x, np.repeat(x[-1:], -len(x) % num_devices, axis=0)]), tree
+    )
+    return put_batch(padded, mesh)
+
+
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """The context in which programs for a mesh are compiled and called."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +80,7 @@ class Index:
       folder: where it is.
       owner: whose documents they are.
       tokenizer: that of the documents.
+      tokenizer_digest: sha256 of its tokenizer.json.
       vocabulary_size: V: ids are below it.
       num_tokens, num_documents: without withdrawn documents.
       counts: int64 [V]: how often each token occurs.
@@ -88,6 +90,7 @@ class Index:
         self.folder, self.owner = folder, about["owner"]
         self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer)
         self.tokenizer.encode_special_tokens = True  # a text is only ever text
+        self.tokenizer_digest = about["tokenizer"]
         self.vocabulary_size = about["vocabulary_size"]
         self.num_documents = sum(int((np.diff(s.lines) > 0).sum()) for s in shards)
         self.counts = sum(
@@ -165,6 +168,11 @@ class Index:
                 Occurrence(int(self._first[number]) + document, place - int(shard.starts[document]))
             )
         return count, found
+
+    def numbers(self) -> Iterator[int]:
+        """The numbers of all documents that are not withdrawn, in order."""
+        for first, shard in zip(self._first.tolist(), self._shards, strict=False):
+            yield from (first + np.flatnonzero(np.diff(shard.lines))).tolist()
 
     def document(self, number: int) -> DocumentRecord:
         """What is known of a document. Raises ValueError if there is none of this number."""

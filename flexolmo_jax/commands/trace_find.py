@@ -1,0 +1,120 @@
+"""`flexolmo trace find`: where the words of a text stand in owners' documents."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexolmo_jax.commands.parser import Commands, check_text
+from flexolmo_jax.commands.shared_arguments import add_anchor, add_json, add_seed, add_separator
+from flexolmo_jax.runtime.console import log, print_json
+
+if TYPE_CHECKING:
+    from flexolmo_jax.tracing.index import Index
+    from flexolmo_jax.tracing.results import Trace
+
+
+def add_to(actions: Commands) -> None:
+    """Adds `find` to the actions of `flexolmo trace`."""
+    parser = actions.add(
+        "find",
+        run,
+        "find where the words of a text stand in indexed documents",
+        "Finds the spans of a text, or of what a model generates, that stand verbatim in indexed "
+        "documents: how often, with whom, and where. It says nothing about causes.",
+    )
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="what to trace")
+    parser.add_argument("--file", metavar="FILE", help="or: a file that holds it")
+    parser.add_argument("--model", metavar="DIR", help="or: a model, which answers --prompt")
+    parser.add_argument("--prompt", default="", metavar="P", help="what the text answers")
+    parser.add_argument(
+        "--index", required=True, action="extend", nargs="+", metavar="DIR",
+        help="indexes that `flexolmo trace index` made, of one tokenizer",
+    )  # fmt: skip
+    parser.add_argument(
+        "--without", action="extend", nargs="+", default=[], metavar="NAME",
+        help="owners to leave out: their experts are switched off, and their documents neither "
+        "searched nor named",
+    )  # fmt: skip
+    parser.add_argument(
+        "--similar", type=int, nargs="?", const=5, default=0, metavar="N",
+        help="add N passages that are similar, not verbatim (default without a number: 5); this "
+        "reads all documents, and needs the extra `embeddings`",
+    )  # fmt: skip
+    parser.add_argument("--page", metavar="FILE", help="write the trace as one HTML page")
+    add_json(parser)
+    add_anchor(parser)
+    add_separator(parser)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N",
+        help="of the model's answer (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="of the model; 0 decodes greedily (default)"
+    )
+    add_seed(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from flexolmo_jax.storage.files import replace_file
+    from flexolmo_jax.tracing.index import Index
+    from flexolmo_jax.tracing.page import trace_page
+    from flexolmo_jax.tracing.table import show_trace
+    from flexolmo_jax.tracing.trace import check_indexes
+
+    _check(args)
+    indexes = [Index.open(Path(folder)) for folder in args.index]
+    check_indexes(indexes)
+    found = _trace_answer(args, indexes) if args.model else _trace_text(args, indexes)
+    if args.page:
+        replace_file(Path(args.page), trace_page(found, args.prompt))
+        log(f"wrote {args.page}")
+    if args.json:
+        print_json(found.to_json())
+    else:
+        show_trace(found, args.prompt)
+
+
+def _check(args: argparse.Namespace) -> None:
+    given = [name for name in ("text", "file", "model") if getattr(args, name) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            "expected one of TEXT, --file FILE, and --model DIR with --prompt, found "
+            f"{' and '.join('TEXT' if name == 'text' else f'--{name}' for name in given) or 'none'}"
+        )
+    if args.text is not None:
+        check_text("TEXT", args.text)
+    if args.model is not None and not args.prompt:
+        raise ValueError("--model: expected --prompt P, which the model answers, found none")
+    if args.similar < 0:
+        raise ValueError(f"--similar: expected 0 or more passages, found {args.similar}")
+
+
+def _trace_text(args: argparse.Namespace, indexes: list["Index"]) -> "Trace":
+    from flexolmo_jax.tracing.trace import of_owners, trace
+
+    owners = sorted({index.owner for index in indexes})
+    for name in args.without:
+        if name not in owners:
+            raise ValueError(
+                f"--without: expected owners of the indexes ({', '.join(owners)}), found {name!r}"
+            )
+    kept = of_owners(indexes, [name for name in owners if name not in args.without], owners)
+    text = args.text if args.file is None else _read(Path(args.file))
+    return trace(text, kept, prompt=args.prompt, similar=args.similar)
+
+
+def _trace_answer(args: argparse.Namespace, indexes: list["Index"]) -> "Trace":
+    from flexolmo_jax.model import load
+
+    model = load(args.model, anchor=args.anchor, separator=args.separator)
+    options = {name: getattr(args, name) for name in ("without", "temperature", "seed")}
+    [answer] = model.generate([args.prompt], args.max_new_tokens, **options)
+    more = {"prompt": args.prompt, "without": args.without, "similar": args.similar}
+    return model.trace(str(answer), indexes, **more)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--file: expected a file of text in UTF-8 ({error})") from error
