@@ -42,6 +42,11 @@ def add_to(commands: Commands) -> None:
         help="Jinja, for /v1/chat/completions (default: that of a Hugging Face folder)",
     )  # fmt: skip
     parser.add_argument(
+        "--trace-owners", metavar="FILE",
+        help='owners to ask where the words of an answer stand ("trace": true, and a button on the '
+        "page); see docs/tracing_service.md",
+    )  # fmt: skip
+    parser.add_argument(
         "--slots", type=int, default=16, metavar="N",
         help="how many requests run at a time (default: %(default)s)",
     )  # fmt: skip
@@ -105,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
         seconds=args.timeout,
         keys=None if args.keys is None else Path(args.keys),
         profiles=dict(map(_profile, args.experts_as)),
+        trace_owners=None if args.trace_owners is None else Path(args.trace_owners),
         chat_template=_read_template(args.chat_template),
     )
     serve(settings, args.host, args.port)

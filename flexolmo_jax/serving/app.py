@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from flexolmo_jax.serving import answers, tokens
 from flexolmo_jax.serving.chat import as_text
 from flexolmo_jax.serving.completions import Admission, Part, admit, usage
 from flexolmo_jax.serving.keys import Policy
-from flexolmo_jax.serving.protocol import MAX_CHOICES, Chat, Common, Completion
+from flexolmo_jax.serving.protocol import MAX_CHOICES, Chat, Common, Completion, TraceOf
 from flexolmo_jax.serving.service import Service, Settings, service_of
 from flexolmo_jax.serving.sources import shares_by_name
 from flexolmo_jax.version import __version__
@@ -146,6 +146,19 @@ async def chat(request: Request, body: Chat) -> Response:
     )
 
 
+@routes.post("/v1/trace", responses=ERRORS)
+async def trace(request: Request, body: TraceOf) -> Response:
+    """Where the words of an answer stand in owners' documents, as far as the owners say it."""
+    service = service_of(request)
+    policy = service.policy(request.headers.get("authorization"))
+    request.scope["flexolmo"] = {"key": policy.name}
+    if service.traces is None:
+        raise ApiError(
+            404, "this server traces no answers (it has no --trace-owners)", code="no_traces"
+        )
+    return Json(await service.traces.trace(body.id, policy, service.sources.served))
+
+
 def _models(request: Request) -> dict[str, dict[str, Any]]:
     service = service_of(request)
     policy = service.policy(request.headers.get("authorization"))
@@ -162,6 +175,7 @@ def _models(request: Request) -> dict[str, dict[str, Any]]:
             "always_on": always_on,
             "max_length": service.runner.length,
             "expert_mass": policy.expert_mass,
+            "traces": [] if service.traces is None else service.traces.names(experts),
         }
         for name, experts in own.items()
     }
@@ -175,24 +189,38 @@ async def _complete(request: Request, body: Completion | Chat, prompts: list[Any
     if count > MAX_CHOICES:
         raise ApiError(400, f"expected at most {MAX_CHOICES} choices, found {count}", "n")
     mask = service.sources.mask(body.model, body.experts, policy)
+    if body.trace:
+        _check_trace(service, count)
     admission = admit(body, prompts, service.model, mask, service.length_for(policy))
     service.check_room(policy, count, admission.tokens)
     request.scope["flexolmo"] = {"key": policy.name, "model": body.model}
     form = answers.Form(body, service.model.expert_names, service.model.tokenizer)
     running = _Running(service, policy, admission, request)
+    prompt = prompts[0] if isinstance(prompts[0], str) else ""
+    experts = [name for name, on in zip(service.sources.names, mask, strict=True) if on]
+    answer = _Answer(running, form, body, prompt, experts)
     if body.stream:
-        return _Events(running, form)
+        return _Events(running, answer.events())
     with running:
-        parts = asyncio.create_task(_collect(running))
+        whole = asyncio.create_task(answer.whole())
         gone = asyncio.create_task(_disconnected(request))
         try:
-            await asyncio.wait((parts, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not parts.done():  # nobody will read it
+            await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not whole.done():  # nobody will read it
                 return Response(status_code=499)
-            return Json(form.whole(admission, parts.result()))
+            return Json(whole.result())
         finally:
-            parts.cancel()
+            whole.cancel()
             gone.cancel()
+
+
+def _check_trace(service: Service, count: int) -> None:
+    if service.traces is None:
+        raise ApiError(
+            400, "this server traces no answers (it has no --trace-owners)", "trace", "no_traces"
+        )
+    if count != 1:
+        raise ApiError(400, f"trace: expected one choice, found {count}", "trace")
 
 
 def _check_mass(body: Common, policy: Policy) -> None:
@@ -210,7 +238,8 @@ class _Running(contextlib.AbstractContextManager):
     """A request that runs from now on: counted, and at its end cancelled if it still runs."""
 
     def __init__(self, service: Service, policy: Policy, admission: Admission, request: Request):
-        self.service, self.admission, self.request = service, admission, request
+        self.service, self.policy = service, policy
+        self.admission, self.request = admission, request
         self._arrived, self._has_begun = time.monotonic(), False
         self._names = service.model.expert_names
         self._meter = service.meter(policy)
@@ -243,36 +272,82 @@ class _Running(contextlib.AbstractContextManager):
             metrics.generated(choice.generated, shares_by_name(self._names, choice.shares))
 
 
-class _Events(StreamingResponse):
-    """The answer as server-sent events; a client that vanishes frees its slots."""
+class _Answer:
+    """The answer to one body, whole or as events; it is traced at its end, where that is asked for.
 
-    def __init__(self, running: _Running, form: answers.Form):
-        self._running, self._form = running, form
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy holds it back
-        super().__init__(self._chunks(), media_type="text/event-stream", headers=headers)
+    Args:
+      running: the request.
+      form: how it is answered.
+      body, prompt: what was asked.
+      experts: that may take part in it.
+    """
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        with self._running:
-            await super().__call__(scope, receive, send)
+    def __init__(
+        self,
+        running: _Running,
+        form: answers.Form,
+        body: Common,
+        prompt: str,
+        experts: Sequence[str],
+    ):
+        self._running, self._form, self._body = running, form, body
+        self._prompt, self._experts, self._text = prompt, experts, ""
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
+    async def whole(self) -> dict[str, Any]:
+        parts = [part async for part in self._parts() if part is not None]
+        made = self._form.whole(self._running.admission, parts)
+        trace = await self._trace()
+        return made if trace is None else {**made, "trace": trace}
+
+    async def events(self) -> AsyncIterator[bytes]:
         admission = self._running.admission
         try:
-            async for part in self._running.parts():
+            async for part in self._parts():
                 if part is None:
                     yield answers.KEEP_ALIVE
                     continue
                 for chunk in self._form.events(admission, part):
                     yield chunk
-            for chunk in self._form.last_events(admission):
+            for chunk in self._form.usage_events(admission):
                 yield chunk
+            trace = await self._trace()
+            if trace is not None:
+                yield self._form.trace_event(trace)
         except ApiError as error:
             yield answers.event(error.body())
-            yield answers.DONE
+        yield answers.DONE
+
+    async def _parts(self) -> AsyncIterator[Part | None]:
+        async for part in self._running.parts():
+            if part is not None:  # without the prompt's pieces, which `echo` puts first
+                self._text += "".join(x.text for x in part.pieces if x.shares is not None)
+            yield part
+
+    async def _trace(self) -> dict[str, Any] | None:
+        """Where the owners say that the answer's words stand; or why that is not known."""
+        service, policy = self._running.service, self._running.policy
+        if service.traces is None or len(self._running.admission.choices) != 1:
+            return None
+        service.traces.keep(self._form.id, policy, self._prompt, self._text, self._experts)
+        if not self._body.trace:
+            return None
+        try:
+            return await service.traces.trace(self._form.id, policy, service.sources.served)
+        except ApiError as error:  # the answer itself is there
+            return error.body()
 
 
-async def _collect(running: _Running) -> list[Part]:
-    return [part async for part in running.parts() if part is not None]
+class _Events(StreamingResponse):
+    """The answer as server-sent events; a client that vanishes frees its slots."""
+
+    def __init__(self, running: _Running, events: AsyncIterator[bytes]):
+        self._running = running
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy holds it back
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with self._running:
+            await super().__call__(scope, receive, send)
 
 
 async def _disconnected(request: Request) -> None:

@@ -16,6 +16,7 @@ from flexolmo_jax.serving.keys import KEYS, OPEN, Policy
 from flexolmo_jax.serving.metrics import Metrics
 from flexolmo_jax.serving.runner import Runner
 from flexolmo_jax.serving.sources import Sources
+from flexolmo_jax.serving.traces import Traces
 from flexolmo_jax.web.errors import ApiError
 from flexolmo_jax.web.followed import state
 from flexolmo_jax.web.keys import Meter, holder_of
@@ -39,6 +40,7 @@ class Settings:
       body: bytes of a request, at most.
       keys: a file of keys; None: anybody may do anything.
       profiles: further names of the model, each with the experts that it stands for.
+      trace_owners: a file of owners who answer traces; None: answers are not traced.
       chat_template: a Jinja template; None: that of a Hugging Face directory, if it has one.
     """
 
@@ -54,6 +56,7 @@ class Settings:
     body: int = 1 << 20
     keys: Path | None = None
     profiles: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    trace_owners: Path | None = None
     chat_template: str | None = None
 
 
@@ -73,6 +76,7 @@ class Service:
       runner: of the engine.
       is_draining: no new requests are taken.
       template: of chats, or None; `chat_template` is its text.
+      traces: of answers, or None.
       created: when it began, in seconds since 1970.
     """
 
@@ -90,6 +94,7 @@ class Service:
         if self.chat_template:
             self.template = parse_template(self.chat_template, str(settings.path))
         self.sources = Sources(settings.name, model.expert_names, profiles=settings.profiles)
+        self.traces = None if settings.trace_owners is None else Traces(settings.trace_owners)
         self._policies = {policy.sha256: policy for policy in self._read_keys()}
         length = settings.length or model.config.max_length
         self.runner = Runner(model, settings.slots, length)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flexolmo_jax.tracing.documents import read_passage
-from flexolmo_jax.tracing.index import Index
+from flexolmo_jax.tracing.index import Index, Occurrence
 from flexolmo_jax.tracing.results import Passage, Span
 from flexolmo_jax.tracing.service.policy import Policy
 from flexolmo_jax.tracing.spans import Asked, Match, as_asked, log_probability, matches, rarest
@@ -125,7 +125,7 @@ def _span(index: Index, match: Match, policy: Policy) -> Span:
 
 def _passages(index: Index, match: Match, policy: Policy, left: int) -> tuple[Passage, ...]:
     """Places of different documents, in the index's order; without text where none is `left`."""
-    places = {}
+    places: dict[int, tuple[Occurrence, int]] = {}
     for ids in match.forms:
         for place in index.find(ids, most=PASSAGES)[1]:
             places.setdefault(place.document, (place, len(ids)))

@@ -145,3 +145,24 @@ def test_a_wrong_file_of_owners_is_refused(tmp_path, text, named):
     with pytest.raises(ValueError, match="owners.toml|pem") as refusal:
         read_owners(file)
     assert named in str(refusal.value)
+
+
+def test_the_command_asks_owners(serve, flexolmo, refused, common, tmp_path):
+    file = tmp_path / "owners.toml"
+    with serve(level="ids") as clinic:
+        tables = {"clinic": clinic.url, "ward": "http://127.0.0.1:9"}
+        lines = [f"[[owners]]\nname = '{name}'\nurl = '{url}'\n" for name, url in tables.items()]
+        file.write_text("".join(lines))
+        _, shown, _ = flexolmo("trace", "find", common, "--owners", file, "--json")
+        trace = json.loads(shown)
+        assert trace["spans"][0]["counts"] == {"clinic": 5} and list(trace["missing"]) == ["ward"]
+        code, shown, _ = flexolmo("trace", "find", common, "--owners", file)
+        assert code == 0 and "ward" in shown and "cannot be asked" in shown
+        _, shown, _ = flexolmo(
+            "trace", "find", common, "--owners", file, "--json", "--without", "clinic"
+        )
+        assert json.loads(shown)["asked"] == ["ward"] and "clinic" not in shown
+    find = ("trace", "find", common)
+    assert "nobody is left" in refused(*find, "--owners", file, "--without", "clinic", "ward")
+    assert "clinic, ward" in refused(*find, "--owners", file, "--without", "nobody")
+    assert "either" in refused(*find) and "either" in refused(*find, "--owners", file, "--index", 1)
