@@ -106,7 +106,7 @@ def _ask_owners(args: argparse.Namespace) -> "Trace":
     import importlib.util
 
     if importlib.util.find_spec("httpx") is None or importlib.util.find_spec("pydantic") is None:
-        raise ValueError("--owners needs more packages: pip install 'flexolmo_jax[serve,trace]'")
+        raise ValueError("--owners needs more packages: pip install 'flexolmo_jax[serve]'")
     from flexolmo_jax.tracing.service.ask import ask
     from flexolmo_jax.tracing.service.owners import read_owners
 

@@ -58,11 +58,10 @@ def add_to(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    for package in ("fastapi", "uvicorn", "bm25s"):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(
-                "flexolmo trace serve needs more packages: pip install 'flexolmo_jax[serve,trace]'"
-            )
+    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
+        raise ValueError(
+            "flexolmo trace serve needs more packages: pip install 'flexolmo_jax[serve]'"
+        )
     if args.private_key is not None and args.certificate is None:
         raise ValueError("--private-key: expected --certificate with it")
     from flexolmo_jax.tracing.service.app import serve

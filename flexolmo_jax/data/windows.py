@@ -30,7 +30,7 @@ def tokenized(
     Documents are encoded in batches, for speed, of limited size, to bound memory. A long document
     is encoded in pieces where that gives the same tokens.
     """
-    for batch in _together(documents):
+    for batch in together(documents):
         if len(batch) == 1 and len(batch[0].text) > BATCH_CHARACTERS:
             yield _of_long(batch[0], tokenizer, whole)
             continue
@@ -39,7 +39,7 @@ def tokenized(
             yield np.asarray(ids, np.int32)
 
 
-def _together(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def together(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Batches of at most 512 documents and BATCH_CHARACTERS; a longer document is one by itself."""
     batch: list[Document] = []
     size = 0

@@ -28,8 +28,6 @@ from flexolmo_jax.federation.package_files import (
     Expected,
     check_bytes,
     check_listed,
-    list_files,
-    open_regular,
     tensor_of,
 )
 from flexolmo_jax.modeling.experts import Experts, Ranks
@@ -43,6 +41,7 @@ from flexolmo_jax.storage.files import (
     new_directory,
     replace_file,
 )
+from flexolmo_jax.storage.regular_files import list_files, open_regular
 from flexolmo_jax.version import __version__
 
 MANIFEST = "manifest.json"

@@ -1,125 +1,274 @@
-"""Builds an index from an owner's documents, shard by shard."""
+"""Builds an index from an owner's documents, or adds documents to one; resumes after a kill."""
 
+import contextlib
+import dataclasses
 import hashlib
-import json
-from collections.abc import Iterable, Sequence
+import itertools
+import shutil
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import tokenizers
 
-from flexolmo_jax.data.sources import Document, read_documents
+from flexolmo_jax.data.sources import Document, Report, read_documents
 from flexolmo_jax.data.tokenizer import as_used
-from flexolmo_jax.storage.files import new_directory
-from flexolmo_jax.tracing.layout import DTYPES, FORMAT, TOKENIZER, entry, write_index
-from flexolmo_jax.tracing.suffixes import SEPARATOR, sort
+from flexolmo_jax.runtime.console import Bar, log, progress
+from flexolmo_jax.storage.files import replace_file
+from flexolmo_jax.storage.locks import locked
+from flexolmo_jax.storage.outputs import check_kept_folder
+from flexolmo_jax.tracing.layout import (
+    FORMAT,
+    INDEX,
+    LOCK,
+    TOKENIZER,
+    digests,
+    entry,
+    new_shard,
+    read_index,
+    read_tokenizer,
+    write_index,
+)
+from flexolmo_jax.tracing.shard_writer import MOST_TOKENS, ShardWriter, digest_of, encoded
 
-SHARD_TOKENS = 2**26
-_BATCH = 64
+SHARD_TOKENS = 2**26  # sorting needs 15 bytes of memory for each
+
+
+class Built(NamedTuple):
+    """What was added to an index.
+
+    Attributes:
+      documents, tokens: how many.
+      shards: how many the index has now.
+    """
+
+    documents: int
+    tokens: int
+    shards: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What is asked for; `index` is the content of `index.json`, and says how far it is."""
+
+    folder: Path
+    index: dict[str, Any]
+    sources: Sequence[str]
+    shard_tokens: int
 
 
 def build_index(
-    sources: Sequence[str], tokenizer: Path, out: Path, owner: str, shard_tokens: int = SHARD_TOKENS
-) -> dict[str, Any]:
-    """Indexes documents.
+    sources: Sequence[str],
+    tokenizer: Path,
+    out: Path,
+    owner: str | None = None,
+    *,
+    update: bool = False,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Built:
+    """Indexes documents: each distinct text once, with what its row says of it.
+
+    A build that was killed continues where its last complete shard ends, if it is called again
+    with the same arguments.
 
     Args:
       sources: as `read_documents`.
       tokenizer: a tokenizer.json, or a folder with one.
       out: the folder of the index.
-      owner: whose documents they are.
-      shard_tokens: tokens of a shard, about.
-
-    Returns:
-      what `index.json` holds.
+      owner: whose documents they are (default: the name of the folder).
+      update: add the documents that are not in the index yet, and were not withdrawn from it, as
+        further shards. Readers use the index as it was until all are added.
+      shard_tokens: tokens of a shard. Memory is at most 20 bytes for each, and about 200 bytes for
+        each document of all sources.
 
     Raises:
-      ValueError: a source holds no document, or the tokenizer is none.
+      ValueError: there is an index already (or none to update); the tokenizer, the owner or
+        unfinished work is another; a source holds no usable document.
     """
-    file = tokenizer / TOKENIZER if tokenizer.is_dir() else tokenizer
-    text = as_used(file.read_text(encoding="utf-8"))
-    encoder = tokenizers.Tokenizer.from_str(text)
-    encoder.encode_special_tokens = True
-    vocabulary = 1 + max(encoder.get_vocab().values())
-    with new_directory(out) as folder:
-        (folder / TOKENIZER).write_text(text, encoding="utf-8")
-        files: dict[str, Any] = {TOKENIZER: entry(folder / TOKENIZER)}
-        shards: list[str] = []
-        for part in _parts(_documents(sources), encoder, shard_tokens):
-            name = f"{len(shards):05d}"
-            (folder / name).mkdir()
-            files |= _write_shard(folder, name, part, vocabulary)
-            shards.append(name)
-        index = {
+    if not 1 <= shard_tokens <= MOST_TOKENS:
+        raise ValueError(f"--shard-tokens: expected 1 to {MOST_TOKENS:,}, found {shard_tokens:,}")
+    check_kept_folder(out, sources, holding=(INDEX,))
+    text, encoder = _read(tokenizer)
+    if update and not (out / INDEX).exists():
+        raise ValueError(f"{out}: there is no index to update; make one without --update")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(out / LOCK, "is changing this index", "try again when it has ended"):
+            index = _begin(out, text, owner, update)
+            return _build(_Work(out, index, sources, shard_tokens), encoder, text)
+    finally:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # if nothing was written
+
+
+def _read(file: Path) -> tuple[str, tokenizers.Tokenizer]:
+    file = file / TOKENIZER if file.is_dir() else file
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: cannot read the tokenizer ({error})") from error
+    read_tokenizer(text, file)
+    text = as_used(text)
+    return text, read_tokenizer(text, file)[0]
+
+
+def _begin(out: Path, tokenizer: str, owner: str | None, update: bool) -> dict[str, Any]:
+    """The `index.json` to begin with: a new one, that of unfinished work, or the one to add to."""
+    _, vocabulary, digest = read_tokenizer(tokenizer, out)
+    if not (out / INDEX).exists():
+        return {
             "format": FORMAT,
-            "owner": owner,
-            "tokenizer": hashlib.sha256(text.encode()).hexdigest(),
+            "owner": owner or out.resolve().name,
+            "tokenizer": digest,
             "vocabulary_size": vocabulary,
-            "shards": shards,
-            "files": files,
+            "shards": [],
+            "unused": [],
+            "building": None,
+            "files": {},
         }
-        write_index(folder, index)
+    index = read_index(out)
+    if index["shards"] and not update:
+        raise ValueError(
+            f"{out}: already an index; add documents to it with --update, or choose another --out"
+        )
+    if digest != index["tokenizer"]:
+        raise ValueError(
+            f"{out}: made with another tokenizer (expected sha256 {index['tokenizer'][:12]}..., "
+            f"found {digest[:12]}...); use that one, {out / TOKENIZER}"
+        )
+    if owner not in (None, index["owner"]):
+        raise ValueError(f"{out}: the index of {index['owner']!r}, not of {owner!r}")
     return index
 
 
-def _documents(sources: Iterable[str]) -> Iterable[Document]:
-    for source in sources:
-        yield from read_documents(source)
+def _build(work: _Work, encoder: tokenizers.Tokenizer, json_text: str) -> Built:
+    index = work.index
+    asked, characters, count = _survey(work)
+    building = _unfinished(work, asked)
+    if not count:
+        return Built(0, 0, len(index["shards"]))
+    if TOKENIZER not in index["files"]:
+        replace_file(work.folder / TOKENIZER, json_text)
+        index["files"][TOKENIZER] = entry(work.folder / TOKENIZER)
+    clean(work.folder, index)
+    documents = itertools.islice(_new_documents(work), building["documents"], None)
+    with progress("index", characters, building["characters"], "character") as bar:
+        for shard in _shards(work, encoded(documents, encoder, json_text), bar):
+            index["unused"] = []
+            building["shards"].append(shard.folder.name)
+            building["files"] |= shard.close()
+            building["documents"] += shard.documents
+            building["tokens"] += shard.tokens
+            building["characters"] = bar.done
+            write_index(work.folder, index)
+    index["shards"] += building["shards"]
+    index["files"] |= building["files"]
+    index["building"] = None
+    write_index(work.folder, index)
+    tokens = building["tokens"] - building["documents"]  # without separators
+    return Built(building["documents"], tokens, len(index["shards"]))
 
 
-def _parts(documents, encoder, shard_tokens):
-    part, size = [], 0
-    batch = []
-
-    def encoded():
-        for document, one in zip(
-            batch,
-            encoder.encode_batch_fast([d.text for d in batch], add_special_tokens=False),
-            strict=True,
-        ):
-            yield document, np.array([*one.ids, SEPARATOR], np.uint32)
-
-    for document in documents:
-        batch.append(document)
-        if len(batch) == _BATCH:
-            part += encoded()
-            size = sum(len(ids) for _, ids in part)
-            batch = []
-            if size >= shard_tokens:
-                yield part
-                part = []
-    part += encoded()
-    if part:
-        yield part
+def _unfinished(work: _Work, asked: str) -> dict[str, Any]:
+    """The record of unfinished work of the same kind, or a new one; it is a part of the index."""
+    index, found = work.index, work.index["building"]
+    if found and found["of"] == asked:
+        return found
+    if found and not index["shards"]:
+        raise ValueError(
+            f"{work.folder}: an unfinished index of other documents, or of shards of another size; "
+            "continue it with the arguments that it was begun with, or delete the folder"
+        )
+    if found:
+        log(f"{work.folder}: an unfinished update of other documents is discarded")
+        index["unused"] += found["shards"]
+    new = {"of": asked, "documents": 0, "tokens": 0, "characters": 0, "shards": [], "files": {}}
+    index["building"] = new
+    return new
 
 
-def _write_shard(folder: Path, name: str, part, vocabulary: int) -> dict[str, Any]:
-    tokens = np.concatenate([ids for _, ids in part])
-    counts = np.bincount(tokens[tokens != SEPARATOR], minlength=vocabulary)
-    records = [
-        json.dumps(
-            {
-                "id": d.id or Path(d.where).name,
-                "group": "" if d.group == d.text else d.group.removeprefix("group:"),
-                "source": d.source,
-                "licence": d.licence,
-                "where": d.where,
-            }
-        ).encode()
-        for d, _ in part
-    ]
-    arrays: dict[str, np.ndarray] = {
-        "tokens": tokens,
-        "order": sort(tokens, counts),
-        "counts": counts,
-        "starts": np.cumsum([0, *(len(ids) for _, ids in part)]),
-        "lines": np.cumsum([0, *map(len, records)]),
-        "records": np.frombuffer(b"".join(records), "u1"),
-        "digests": np.frombuffer(
-            b"".join(hashlib.sha256(d.text.encode()).digest() for d, _ in part), "V32"
-        ),
-    }
-    for kind, array in arrays.items():
-        array.astype(DTYPES[kind], copy=False).tofile(folder / name / kind)
-    return {f"{name}/{kind}": entry(folder / name / kind) for kind in arrays}
+def _survey(work: _Work) -> tuple[str, int, int]:
+    """Reads all that will be added once: a digest of it, its characters, and how many documents.
+
+    That takes a small part of the time of the tokenizer, and all errors of the sources come before
+    any work; the time that is left is known; and unfinished work is known to be the same.
+    """
+    about = f"{work.shard_tokens} {work.index['shards']}"
+    digest, characters, count = hashlib.sha256(about.encode()), 0, 0
+    for document in _new_documents(work, tell=True):
+        digest.update(digest_of(document))
+        characters += len(document.text)
+        count += 1
+    return digest.hexdigest(), characters, count
+
+
+def _new_documents(work: _Work, tell: bool = False) -> Iterator[Document]:
+    """The distinct documents of all sources that the index never had, in a fixed order."""
+    known = set(digests(work.folder, work.index["shards"]))
+    for source in work.sources:
+        report = Report()
+        for document in read_documents(source, report=report):
+            digest = digest_of(document)
+            if digest not in known:
+                known.add(digest)
+                yield document._replace(id=document.id or _place(document.where, source))
+        if tell:
+            report.tell()
+
+
+def _place(where: str, source: str) -> str:
+    """The file:row of a document without an id, below the source: no place of this machine."""
+    if source.startswith("tfds:"):
+        return where
+    below = where.removeprefix(f"{source.rstrip('/')}/")
+    return below if below != where else Path(where).name
+
+
+def _shards(work: _Work, documents, bar: Bar) -> Iterator[ShardWriter]:
+    """Shards with all of their documents, ready to be sorted."""
+    shard, begun, tokens = None, time.monotonic(), 0
+
+    def note(what: str = "") -> None:
+        rate = tokens / max(time.monotonic() - begun, 1e-9)
+        bar.update(bar.done, what, f"{rate:,.0f} tokens a second")
+
+    def full() -> ShardWriter:
+        assert shard is not None
+        note(f"sorting {shard.tokens:,} tokens")
+        return shard
+
+    try:
+        for document, ids in documents:
+            if len(ids) >= MOST_TOKENS:
+                raise ValueError(
+                    f"{document.where}: expected a document of fewer than {MOST_TOKENS:,} tokens, "
+                    f"found {len(ids):,}; divide it"
+                )
+            if shard and shard.tokens + len(ids) >= work.shard_tokens:
+                yield full()
+                shard = None
+            if shard is None:
+                name = new_shard(work.index)
+                work.index["unused"] = [name]
+                write_index(work.folder, work.index)
+                shard = ShardWriter(work.folder / name, work.index["vocabulary_size"])
+            shard.add(document, ids)
+            tokens += len(ids)
+            bar.done += len(document.text)
+            note()
+        if shard:
+            yield full()
+    finally:
+        if shard:
+            shard.abandon()
+
+
+def clean(folder: Path, index: dict[str, Any]) -> None:
+    """Removes folders that do not belong to an index: what a killed writer left, or replaced."""
+    for name in index["unused"]:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        if (folder / name).exists():
+            raise ValueError(f"{folder / name}: cannot be deleted; delete it, and try again")
+    index["unused"] = []
+    write_index(folder, index)

@@ -1,20 +1,17 @@
 """An owner's index: which documents hold which tokens, verbatim. Opened only if it is intact."""
 
-import concurrent.futures
 import dataclasses
-import hashlib
 import json
-import mmap
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 
 from flexolmo_jax.tracing import suffixes
-from flexolmo_jax.tracing.layout import DTYPES, LOCK, TOKENIZER, read_index
+from flexolmo_jax.tracing.layout import TOKENIZER, read_tokenizer
+from flexolmo_jax.tracing.verified import Maps, array, open_files
 
 
 class Occurrence(NamedTuple):
@@ -86,19 +83,21 @@ class Index:
       counts: int64 [V]: how often each token occurs.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], tokenizer: str, shards: list[Shard]):
-        self.folder, self.owner = folder, about["owner"]
-        self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer)
-        self.tokenizer.encode_special_tokens = True  # a text is only ever text
-        self.tokenizer_digest = about["tokenizer"]
-        self.vocabulary_size = about["vocabulary_size"]
+    def __init__(
+        self,
+        folder: Path,
+        owner: str,
+        tokenizer: tuple[tokenizers.Tokenizer, str],
+        shards: list[Shard],
+    ):
+        """Use `open`."""
+        self.folder, self.owner = folder, owner
+        self.tokenizer, self.tokenizer_digest = tokenizer
         self.num_documents = sum(int((np.diff(s.lines) > 0).sum()) for s in shards)
-        self.counts = sum(
-            (np.diff(shard.suffixes.buckets) for shard in shards),
-            start=np.zeros(self.vocabulary_size, np.int64),
-        )
+        self.counts = np.sum([np.diff(shard.suffixes.buckets) for shard in shards], axis=0)
+        self.vocabulary_size = len(self.counts)
         self.num_tokens = int(self.counts.sum())
-        self._shards = shards
+        self.shards = shards
         sizes = [len(shard.lines) - 1 for shard in shards]
         self._first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
@@ -110,11 +109,15 @@ class Index:
           ValueError: the folder holds no complete index, or a file of it was changed, cut,
             exchanged, added or removed; names the first one.
         """
-        folder = Path(folder)
-        about = read_index(folder)
-        maps = _verified(folder, about["files"])
-        shards = [_shard(maps, name, about["vocabulary_size"]) for name in about["shards"]]
-        return cls(folder, about, bytes(maps[TOKENIZER]).decode(), shards)
+        about, maps = open_files(Path(folder))
+        where = Path(folder) / TOKENIZER
+        tokenizer, vocabulary, digest = read_tokenizer(bytes(maps[TOKENIZER]).decode(), where)
+        if vocabulary != about["vocabulary_size"]:
+            raise ValueError(
+                f"{where}: expected {about['vocabulary_size']} ids, found {vocabulary}; index again"
+            )
+        shards = [_shard(maps, name) for name in about["shards"]]
+        return cls(Path(folder), about["owner"], (tokenizer, digest), shards)
 
     def encode(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """A text's tokens, as the documents' were made.
@@ -135,7 +138,7 @@ class Index:
           int32 [L].
         """
         longest = np.zeros(len(ids), np.int32)
-        for shard in self._shards:
+        for shard in self.shards:
             np.maximum(longest, suffixes.longest_matches(shard.suffixes, ids), out=longest)
         return longest
 
@@ -153,7 +156,7 @@ class Index:
         ids = np.asarray(ids, np.uint32)
         if not len(ids):
             raise ValueError("find: expected at least one token, found none")
-        ranges = [suffixes.find(shard.suffixes, ids) for shard in self._shards]
+        ranges = [suffixes.find(shard.suffixes, ids) for shard in self.shards]
         before = np.cumsum([0, *(stop - start for start, stop in ranges)])
         count = int(before[-1])
         kept = count if most is None else min(most, count)
@@ -161,7 +164,7 @@ class Index:
         of_shard = np.searchsorted(before, picked, side="right") - 1
         found = []
         for rank, number in zip(picked.tolist(), of_shard.tolist(), strict=True):
-            shard = self._shards[number]
+            shard = self.shards[number]
             place = int(shard.suffixes.order[ranges[number][0] + rank - before[number]])
             document = int(np.searchsorted(shard.starts, place, side="right")) - 1
             found.append(
@@ -171,7 +174,7 @@ class Index:
 
     def numbers(self) -> Iterator[int]:
         """The numbers of all documents that are not withdrawn, in order."""
-        for first, shard in zip(self._first.tolist(), self._shards, strict=False):
+        for first, shard in zip(self._first.tolist(), self.shards, strict=False):
             yield from (first + np.flatnonzero(np.diff(shard.lines))).tolist()
 
     def document(self, number: int) -> DocumentRecord:
@@ -194,49 +197,13 @@ class Index:
         if not 0 <= number < self._first[-1]:
             raise ValueError(f"{self.folder}: there is no document {number}")
         shard = int(np.searchsorted(self._first, number, side="right")) - 1
-        return self._shards[shard], number - int(self._first[shard])
+        return self.shards[shard], number - int(self._first[shard])
 
 
-def _verified(folder: Path, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Memory maps of all files, which are exactly those listed, and hold the listed bytes."""
-    found = {
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if not path.is_dir() and path.name not in (LOCK, "index.json")
-    }
-    for name in sorted(found ^ files.keys()):
-        what = "unexpected file; delete it" if name in found else "missing; index again"
-        raise ValueError(f"{folder / name}: {what}")
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        maps = pool.map(lambda name: _open(folder / name, files[name]), files)
-        return dict(zip(files, maps, strict=True))
-
-
-def _open(file: Path, expected: dict[str, Any]) -> Any:
-    if file.is_symlink() or not file.is_file():
-        raise ValueError(f"{file}: expected a regular file, found something else")
-    size = file.stat().st_size
-    if size != expected["bytes"]:
-        raise ValueError(
-            f"{file}: damaged: expected {expected['bytes']:,} bytes, found {size:,}; index again"
-        )
-    if not size:
-        return b""
-    with open(file, "rb") as opened:
-        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    if hashlib.sha256(mapped).hexdigest() != expected["sha256"]:
-        raise ValueError(f"{file}: damaged: its sha256 is not the one in index.json; index again")
-    return mapped
-
-
-def _shard(maps: dict[str, Any], name: str, vocabulary: int) -> Shard:
-    def array(kind: str) -> np.ndarray:
-        return np.frombuffer(maps[f"{name}/{kind}"], DTYPES[kind])
-
-    buckets = np.concatenate([[0], np.cumsum(array("counts"))]).astype(np.int64)
-    return Shard(
-        suffixes.Suffixes(array("tokens"), array("order"), buckets),
-        array("starts"),
-        array("lines"),
-        array("records"),
+def _shard(maps: Maps, name: str) -> Shard:
+    tokens, order, counts, starts, lines, records = (
+        array(maps, name, kind)
+        for kind in ("tokens", "order", "counts", "starts", "lines", "records")
     )
+    buckets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return Shard(suffixes.Suffixes(tokens, order, buckets), starts, lines, records)

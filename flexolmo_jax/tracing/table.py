@@ -45,7 +45,7 @@ def summary(trace: Trace) -> str:
     """What a trace found, and which owners were asked, in sentences."""
     count, asked = len(trace.spans), ", ".join(trace.asked)
     if count == 1:
-        said = "One span of the text stands verbatim in documents"
+        said = "The rarest span of the text that stands verbatim in documents"
     elif count:
         said = f"The {count} rarest spans of the text that stand verbatim in documents"
     else:

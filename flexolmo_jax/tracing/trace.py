@@ -7,7 +7,7 @@ import numpy as np
 from flexolmo_jax.tracing.documents import find_passages, ranked
 from flexolmo_jax.tracing.index import Index
 from flexolmo_jax.tracing.results import Span, Trace
-from flexolmo_jax.tracing.spans import as_asked, log_probability, matches, rarest
+from flexolmo_jax.tracing.spans import Match, as_asked, log_probability, matches, rarest
 
 
 def trace(text: str, indexes: Sequence[Index], *, prompt: str = "", similar: int = 0) -> Trace:
@@ -29,12 +29,10 @@ def trace(text: str, indexes: Sequence[Index], *, prompt: str = "", similar: int
     check_indexes(indexes)
     if not any(character.isalnum() for character in text):
         raise ValueError(f"the text to trace has no word: {text[:40]!r}")
-    asked = as_asked(text, indexes[0].encode)
-    longest = [np.max([index.longest_matches(a.ids) for index in indexes], axis=0) for a in asked]
-    found = matches(text, asked, longest)
+    found, length = find_matches(text, indexes)
     counts = np.sum([index.counts for index in indexes], axis=0)
     spans = []
-    for match in rarest(found, counts, len(asked[0].ids)):
+    for match in rarest(found, counts, length):
         by_owner, passages = find_passages(match, indexes)
         tokens, probability = len(match.forms[0]), log_probability(match, counts)
         places = tuple(passages)
@@ -48,6 +46,13 @@ def trace(text: str, indexes: Sequence[Index], *, prompt: str = "", similar: int
         alike = tuple(similar_passages(text, indexes, query, similar, named))
     owners = tuple(dict.fromkeys(index.owner for index in indexes))
     return Trace(text, tuple(ranked(spans, query)), alike, owners)
+
+
+def find_matches(text: str, indexes: Sequence[Index]) -> tuple[list[Match], int]:
+    """All maximal spans of a text over all indexes together, and how many tokens the text has."""
+    asked = as_asked(text, indexes[0].encode)
+    longest = [np.max([index.longest_matches(a.ids) for index in indexes], axis=0) for a in asked]
+    return matches(text, asked, longest), len(asked[0].ids)
 
 
 def check_indexes(indexes: Sequence[Index]) -> None:

@@ -61,7 +61,7 @@ def test_a_link_in_a_package_is_refused(copied, refused_by_all, tmp_path, part):
     path = copied.experts["math"] / part
     shutil.move(path, tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
-    refused_by_all(f"{path.name}: a link, and a package holds regular files only")
+    refused_by_all(f"{path.name}: a link, where only regular files may be")
 
 
 @pytest.mark.parametrize("where", ["pipe", "params/state/router.row/pipe", "manifest.json"])
@@ -69,7 +69,7 @@ def test_a_named_pipe_is_refused_at_once(copied, refused_by_all, where):
     path = copied.experts["math"] / where
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    refused_by_all("a named pipe, and a package holds regular files only")
+    refused_by_all("a named pipe, where only regular files may be")
 
 
 @pytest.mark.parametrize("name", [".x.partial", "x.partial", f".manifest.json.{'0' * 32}.partial"])
