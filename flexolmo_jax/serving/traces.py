@@ -5,7 +5,9 @@ any text could ask whether a document of his is in an owner's index.
 """
 
 import collections
+import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -19,6 +21,7 @@ from flexolmo_jax.web.followed import Followed
 
 KEPT = 1000  # answers
 SECONDS = 600.0
+log = logging.getLogger("flexolmo_jax.serving")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,9 @@ class Traces:
 
     def names(self, experts: Collection[str]) -> list[str]:
         """Which of these experts have an owner that can be asked."""
-        return [address.name for address in self._read().of(experts)]
+        with contextlib.suppress(ApiError):
+            return [address.name for address in self._read().of(experts)]
+        return []
 
     def keep(
         self, number: str, policy: Policy, prompt: str, text: str, experts: Collection[str]
@@ -103,6 +108,7 @@ class Traces:
         try:
             return self._owners.current()
         except (OSError, ValueError) as error:
+            log.error("no owner is asked: %s", error)
             raise ApiError(
                 503, "the file of owners cannot be read; see the server's log", code="owners"
             ) from error

@@ -28,7 +28,7 @@ minimum_documents = 5
 # What one asker may do; a day is one of UTC. Shown characters are those of snippets.
 requests_per_minute = 60
 tokens_per_day = 100000
-characters_per_day = 20000
+characters_per_day = 50000
 
 # The longest text that may be asked about, and how long a search may take.
 maximum_characters = 20000
@@ -65,7 +65,7 @@ class Policy:
     minimum_documents: int = 5
     requests_per_minute: int = 60
     tokens_per_day: int = 100_000
-    characters_per_day: int = 20_000
+    characters_per_day: int = 50_000
     maximum_characters: int = 20_000
     seconds: int = 10
     keep_texts: bool = False
