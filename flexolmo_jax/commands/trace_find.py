@@ -147,7 +147,10 @@ def _answer(args: argparse.Namespace) -> tuple["FlexOlmo", str]:
 
 
 def _text(args: argparse.Namespace) -> str:
-    return args.text if args.file is None else _read(Path(args.file))
+    text = args.text if args.file is None else _read(Path(args.file))
+    if not any(character.isalnum() for character in text):
+        raise ValueError(f"the text to trace has no word: {text[:40]!r}")
+    return text
 
 
 def _trace_answer(args: argparse.Namespace, indexes: list["Index"]) -> "Trace":
