@@ -73,7 +73,7 @@ $(BIN)/python:
 # One stamp per set of extras; repeated when the dependencies change.
 $(VENV)/%.installed: setup.cfg pyproject.toml $(wildcard constraints/*.txt) | $(BIN)/python
 	@echo "installing into $(VENV) with $$($(BIN)/python --version); this takes a minute or two"
-	@$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".$(if $(filter demo,$*),,[$*])"
+	@$(BIN)/pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$(if $(filter demo,$*),trace,$*)]"
 	touch $@
 
 clean:

@@ -58,6 +58,11 @@ def add_to(commands: Commands) -> None:
         "ledger; while slots are free (default: none)",
     )  # fmt: skip
     parser.add_argument(
+        "--trace-owners", metavar="FILE",
+        help='owners to ask where the words of an answer stand ("trace": true, and a button on the '
+        "page); see docs/tracing_service.md",
+    )  # fmt: skip
+    parser.add_argument(
         "--slots", type=int, default=16, metavar="N",
         help="how many requests run at a time (default: %(default)s)",
     )  # fmt: skip
@@ -126,6 +131,7 @@ def run(args: argparse.Namespace) -> None:
         usage_key=args.usage_key and Path(args.usage_key),
         usage_askers=args.usage_askers,
         counterfactual=args.counterfactual,
+        trace_owners=None if args.trace_owners is None else Path(args.trace_owners),
         chat_template=_read_template(args.chat_template),
     )
     serve(settings, args.host, args.port)
@@ -170,7 +176,7 @@ def _profile(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def add(args: argparse.Namespace) -> None:
-    from flexolmo_jax.serving.keys import Policy, add_key
+    from flexolmo_jax.serving.keys import KEYS, Policy
 
     policy = Policy(
         args.name,
@@ -180,18 +186,18 @@ def add(args: argparse.Namespace) -> None:
         concurrency=args.concurrency,
         expert_mass=args.expert_mass,
     )
-    print(add_key(Path(args.file), policy))
+    print(KEYS.add(Path(args.file), policy))
     log(f"this is the key of {args.name}; {args.file} keeps its digest only")
 
 
 def remove(args: argparse.Namespace) -> None:
-    from flexolmo_jax.serving.keys import remove_key
+    from flexolmo_jax.serving.keys import KEYS
 
-    remove_key(Path(args.file), args.name)
+    KEYS.remove(Path(args.file), args.name)
 
 
 def list_keys(args: argparse.Namespace) -> None:
-    from flexolmo_jax.serving.keys import read_keys
+    from flexolmo_jax.serving.keys import KEYS
 
     rows = [
         {
@@ -202,7 +208,7 @@ def list_keys(args: argparse.Namespace) -> None:
             "concurrency": policy.concurrency,
             "expert mass": policy.expert_mass,
         }
-        for policy in read_keys(Path(args.file))
+        for policy in KEYS.read(Path(args.file))
     ]
     if args.json:
         print_json(rows)

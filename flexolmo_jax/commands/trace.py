@@ -4,14 +4,18 @@ import argparse
 import json
 from pathlib import Path
 
-from flexolmo_jax.commands import trace_find
+from flexolmo_jax.commands import trace_find, trace_serve
 from flexolmo_jax.commands.parser import Commands
 from flexolmo_jax.commands.shared_arguments import SOURCE, add_json
 from flexolmo_jax.runtime.console import print_json, tell
 
 
 def add_to(commands: Commands) -> None:
-    actions = commands.group("trace", "index an owner's text, and find where words stand in it")
+    actions = commands.group(
+        "trace",
+        "index owners' documents, and find where they hold the words of a text",
+        dest="trace",
+    )
     parser = actions.add(
         "index", index, "index an owner's documents",
         "Indexes an owner's documents, so that `flexolmo trace find` finds where they hold the "
@@ -38,7 +42,6 @@ def add_to(commands: Commands) -> None:
         help="tokens that are sorted at a time; 20 bytes of memory for each (default: %(default)s)",
     )  # fmt: skip
     add_json(parser)
-    trace_find.add_to(actions)
     parser = actions.add(
         "withdraw", withdraw, "take documents down from an index",
         "Takes documents down: their text leaves the files of the index, and whoever opens it from "
@@ -53,6 +56,8 @@ def add_to(commands: Commands) -> None:
         help="all documents of this group",
     )  # fmt: skip
     add_json(parser)
+    trace_find.add_to(actions)
+    trace_serve.add_to(actions)
 
 
 def index(args: argparse.Namespace) -> None:
@@ -84,16 +89,15 @@ def index(args: argparse.Namespace) -> None:
 
 
 def _tokenizer_of(path: Path) -> Path:
-    """The tokenizer.json that is meant: the file, or that of a folder, or of a model's anchor."""
-    file = path / "tokenizer.json"
-    if not path.is_dir() or file.is_file():
-        return file if path.is_dir() else path
+    """The tokenizer.json of a merged model is that of its anchor; others are where they are."""
+    if not path.is_dir() or (path / "tokenizer.json").is_file():
+        return path
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        anchor = path / manifest["anchor"]["path"] / "tokenizer.json"
+        anchor = path / manifest["anchor"]["path"]
     except (OSError, ValueError, KeyError, TypeError):
-        anchor = file
-    if not anchor.is_file():
+        anchor = path
+    if not (anchor / "tokenizer.json").is_file():
         raise ValueError(
             f"{path}: expected a tokenizer.json there, or a merged model whose anchor has one"
         )

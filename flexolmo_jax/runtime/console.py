@@ -63,6 +63,16 @@ def silence_progress() -> None:
     progress_console.quiet = True
 
 
+@contextlib.contextmanager
+def without_progress() -> Iterator[None]:
+    """Prints no progress while the body runs: it is short, or others tell of it."""
+    before, progress_console.quiet = progress_console.quiet, True
+    try:
+        yield
+    finally:
+        progress_console.quiet = before
+
+
 def tell(text: str) -> None:
     """Prints a sentence to standard output, wrapped to the screen."""
     console.print(Text(visible(text)), overflow="fold")

@@ -1,14 +1,9 @@
 """Runs the server until it is told to stop, and then lets what is in flight end."""
 
-import logging
-import socket
-import sys
-
-import uvicorn
-
 from flexolmo_jax.runtime.console import tell
 from flexolmo_jax.serving.app import make_app
-from flexolmo_jax.serving.service import Settings, load_served
+from flexolmo_jax.serving.service import Service, Settings, load_served
+from flexolmo_jax.web import listening
 
 
 def serve(settings: Settings, host: str, port: int) -> None:
@@ -17,48 +12,13 @@ def serve(settings: Settings, host: str, port: int) -> None:
     Raises:
       ValueError: the model, the keys or the chat template is damaged; the port is in use.
     """
-    listener = listen(host, port)
+    listener = listening.listen(host, port)
     app = make_app(settings, load_served(settings))
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-    server = _Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            log_level="warning",
-            timeout_graceful_shutdown=int(settings.seconds) + 1,
-        )
-    )
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    tell(
-        f"serving {settings.name} at http://{shown}:{port}  (a page, and OpenAI's interface at /v1)"
-    )
-    server.run([listener])
+    service: Service = app.state.service
 
+    def drain() -> None:
+        service.is_draining = True
 
-class _Server(uvicorn.Server):
-    """Says that it is draining as soon as a signal arrives."""
-
-    def handle_exit(self, sig: int, frame) -> None:
-        self.config.app.state.service.is_draining = True  # type: ignore[union-attr]
-        super().handle_exit(sig, frame)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Binds first, so that a port in use is known before a model is loaded.
-
-    Raises:
-      ValueError: that is impossible.
-    """
-    try:
-        kind = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=kind, backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise ValueError(
-            f"cannot listen at {host}:{port} ({error}); choose another --port"
-        ) from error
-    # Connections inherit it, and asyncio does not set it on them. Without it every first token
-    # waits 40 ms, for the client's delayed acknowledgement of the headers.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
+    shown = listening.address(listener)
+    tell(f"serving {settings.name} at {shown}  (a page, and OpenAI's interface at /v1)")
+    listening.run(app, listener, settings.seconds, drain)

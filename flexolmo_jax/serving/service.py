@@ -12,14 +12,17 @@ from starlette.requests import Request
 from flexolmo_jax.federation.package import MANIFEST, read_manifest
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.serving.chat import find_template, parse_template
-from flexolmo_jax.serving.errors import ApiError
-from flexolmo_jax.serving.keys import OPEN, Meter, Policy, digest, read_keys
+from flexolmo_jax.serving.keys import KEYS, OPEN, Policy
 from flexolmo_jax.serving.metrics import Metrics
 from flexolmo_jax.serving.runner import Runner
 from flexolmo_jax.serving.sources import Sources
+from flexolmo_jax.serving.traces import Traces
 from flexolmo_jax.serving.usage import Usage, digest_of
 from flexolmo_jax.usage.ledger import Ledger
 from flexolmo_jax.usage.signing import read_private
+from flexolmo_jax.web.errors import ApiError
+from flexolmo_jax.web.followed import state
+from flexolmo_jax.web.keys import Meter, holder_of
 
 WATCH_SECONDS = 1.0
 log = logging.getLogger("flexolmo_jax.serving")
@@ -44,6 +47,7 @@ class Settings:
       usage_key: the private key that signs it.
       usage_askers: name the keys in it.
       counterfactual: the share of answers that are scored again without each expert.
+      trace_owners: a file of owners who answer traces; None: answers are not traced.
       chat_template: a Jinja template; None: that of a Hugging Face directory, if it has one.
     """
 
@@ -63,6 +67,7 @@ class Settings:
     usage_key: Path | None = None
     usage_askers: bool = False
     counterfactual: float = 0.0
+    trace_owners: Path | None = None
     chat_template: str | None = None
 
 
@@ -83,6 +88,7 @@ class Service:
       is_draining: no new requests are taken.
       template: of chats, or None; `chat_template` is its text.
       usage: tells the ledger, if there is one.
+      traces: of answers, or None.
       created: when it began, in seconds since 1970.
     """
 
@@ -100,12 +106,13 @@ class Service:
         if self.chat_template:
             self.template = parse_template(self.chat_template, str(settings.path))
         self.sources = Sources(settings.name, model.expert_names, profiles=settings.profiles)
+        self.traces = None if settings.trace_owners is None else Traces(settings.trace_owners)
         self._policies = {policy.sha256: policy for policy in self._read_keys()}
         length = settings.length or model.config.max_length
         self.runner = Runner(model, settings.slots, length)
         self._meters: dict[str, Meter] = {}
-        self._seen_keys = _state(settings.keys)
-        self._seen_model = _state(settings.path / MANIFEST)
+        self._seen_keys = state(settings.keys)
+        self._seen_model = state(settings.path / MANIFEST)
         self._entries: frozenset[str] | None = None  # names in a manifest that has changed
         self._has_changed = asyncio.Event()
         self._failed: dict[str, str] = {}  # what could not be followed, and why
@@ -123,16 +130,7 @@ class Service:
         """
         if self.settings.keys is None:
             return OPEN
-        kind, _, key = (authorization or "").partition(" ")
-        found = self._policies.get(digest(key.strip())) if kind.lower() == "bearer" else None
-        if found is None:
-            raise ApiError(
-                401,
-                "expected the header `Authorization: Bearer KEY`, with a key of this server",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        return found
+        return holder_of(authorization, self._policies)
 
     def check_room(self, policy: Policy, requests: int, tokens: int) -> None:
         """Raises ApiError if the server, or the key's policy, has no room for requests now.
@@ -213,7 +211,7 @@ class Service:
                 log.warning("the %s stay as they are: %s", what, error)
 
     def _follow_keys(self) -> None:
-        seen = _state(self.settings.keys)
+        seen = state(self.settings.keys)
         if seen == self._seen_keys:
             return
         self._policies = {policy.sha256: policy for policy in self._read_keys()}
@@ -222,7 +220,7 @@ class Service:
 
     def _follow_manifest(self) -> None:
         """Takes experts off that are gone, at once: masks do it bit for bit, before any load."""
-        seen = _state(self.settings.path / MANIFEST)
+        seen = state(self.settings.path / MANIFEST)
         if seen == self._seen_model:
             return
         manifest = read_manifest(self.settings.path)
@@ -269,19 +267,12 @@ class Service:
         return Usage(ledger, self.runner, lambda: self.sources, digest, *sampled)
 
     def _read_keys(self) -> list[Policy]:
-        return [] if self.settings.keys is None else read_keys(self.settings.keys)
+        return [] if self.settings.keys is None else KEYS.read(self.settings.keys)
 
 
 def service_of(request: Request) -> Service:
     """The service of the application that a request is for."""
     return request.app.state.service
-
-
-def _state(file: Path | None) -> tuple[int, int, int] | None:
-    if file is None or not file.exists():
-        return None
-    found = file.stat()
-    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def load_served(settings: Settings) -> FlexOlmo:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from flexolmo_jax.federation.names import PUBLIC
-from flexolmo_jax.serving.errors import ApiError
 from flexolmo_jax.serving.keys import Policy
 from flexolmo_jax.serving.protocol import Experts
+from flexolmo_jax.web.errors import ApiError
 
 
 @dataclasses.dataclass(frozen=True)

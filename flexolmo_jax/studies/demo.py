@@ -2,7 +2,7 @@
 
 An anchor is trained on public text. Each owner's expert is then trained in a process of its own,
 which reads only that owner's text and the anchor. The experts are merged and measured, and each is
-switched off one by one.
+switched off one by one. At the end the words of an answer are looked for in the training texts.
 """
 
 import json
@@ -11,29 +11,32 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.config import ExpertTraining, load_config
+from flexolmo_jax.config import DataConfig, ExpertTraining, load_config
 from flexolmo_jax.evaluation.bits_per_byte import heldout_documents, score
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.runtime.console import coloured, console, show_table, tell
 from flexolmo_jax.storage.files import replace_file
 from flexolmo_jax.storage.outputs import check_kept_folder
+from flexolmo_jax.studies.demo_trace import trace_demo
 from flexolmo_jax.studies.engine.commands import run_command
 from flexolmo_jax.studies.engine.plots import heat_map
 
 OWNERS = ("code", "math", "educational", "creative")
+TRACED = "educational"  # whose prompt is answered and traced, with its expert on and off
 PARALLEL = 2  # owners that train at the same time
 
 
 def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
-    """Runs the demo and writes OUT/anchor, OUT/experts/NAME, OUT/merged, OUT/report.json/.png.
+    """Runs the demo, and writes OUT/anchor, OUT/experts, OUT/merged, OUT/indexes, and a report.
 
     Args:
       out: a new folder.
       seed: of initialisation and data order, in all stages.
 
     Returns:
-      the report: seconds, domains, bits_per_byte[MODEL][DOMAIN], seeds and configs.
+      the report: seconds, domains, bits_per_byte[MODEL][DOMAIN], trace, seeds and configs; it is
+      in OUT/report.json, too, beside report.png and trace.html.
 
     Raises:
       ValueError: `out` already exists.
@@ -73,10 +76,16 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
             **{name: _saved_config(out / "runs" / name) for name in OWNERS},
         },
     }
+    heat_map(report["bits_per_byte"], out / "report.png", baseline="anchor")
+    _show(report)
+    console.rule("4. where the words of an answer stand")
+    data = load_config("demo_expert", ExpertTraining).data
+    names = ["public", *OWNERS]
+    prompt = _prompts(data)[TRACED]
+    report["trace"] = trace_demo(load(merged), TRACED, prompt, names, data, out)
     report["seconds"] = round(time.monotonic() - started, 1)
     replace_file(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
-    heat_map(report["bits_per_byte"], out / "report.png", baseline="anchor")
-    _show(report, out)
+    tell(f"{report['seconds']:.0f} seconds; report.json, report.png and trace.html are in {out}")
     return report
 
 
@@ -103,11 +112,7 @@ def _measure(anchor: Path, packages: dict[str, Path], merged: Path) -> dict[str,
 
 def _samples(model: FlexOlmo) -> dict[str, str]:
     """How the model continues the first words of a held-out document of each domain."""
-    data = load_config("demo_expert", ExpertTraining).data
-    prompts = {
-        name: heldout_documents(f"corpus:{name}", data)[0].text.strip()[:60]
-        for name in ("public", *OWNERS)
-    }
+    prompts = _prompts(load_config("demo_expert", ExpertTraining).data)
     texts = model.generate(list(prompts.values()), 48, temperature=0.7, top_p=0.9)
     return {
         name: f"{prompt} || {text}"
@@ -115,11 +120,18 @@ def _samples(model: FlexOlmo) -> dict[str, str]:
     }
 
 
+def _prompts(data: DataConfig) -> dict[str, str]:
+    return {
+        name: heldout_documents(f"corpus:{name}", data)[0].text.strip()[:60]
+        for name in ("public", *OWNERS)
+    }
+
+
 def _saved_config(run: Path) -> dict[str, Any]:
     return json.loads((run / "config.json").read_text())
 
 
-def _show(report: dict[str, Any], out: Path) -> None:
+def _show(report: dict[str, Any]) -> None:
     scores, domains = report["bits_per_byte"], report["domains"]
     rows = []
     for model, row in scores.items():
@@ -132,4 +144,3 @@ def _show(report: dict[str, Any], out: Path) -> None:
     show_table(rows, title="bits per byte on held-out documents (lower is better)")
     for domain, sample in report["samples"].items():
         tell(f"{domain}: {sample!r}")
-    tell(f"{report['seconds']:.0f} seconds; report.json and report.png are in {out}")

@@ -62,8 +62,8 @@ def build_index(
     sources: Sequence[str],
     tokenizer: Path,
     out: Path,
-    *,
     owner: str | None = None,
+    *,
     update: bool = False,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Built:
@@ -74,7 +74,7 @@ def build_index(
 
     Args:
       sources: as `read_documents`.
-      tokenizer: a tokenizer.json.
+      tokenizer: a tokenizer.json, or a folder with one.
       out: the folder of the index.
       owner: whose documents they are (default: the name of the folder).
       update: add the documents that are not in the index yet, and were not withdrawn from it, as
@@ -103,6 +103,7 @@ def build_index(
 
 
 def _read(file: Path) -> tuple[str, tokenizers.Tokenizer]:
+    file = file / TOKENIZER if file.is_dir() else file
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

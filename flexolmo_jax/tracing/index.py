@@ -87,13 +87,12 @@ class Index:
         self,
         folder: Path,
         owner: str,
-        tokenizer: tokenizers.Tokenizer,
-        tokenizer_digest: str,
+        tokenizer: tuple[tokenizers.Tokenizer, str],
         shards: list[Shard],
     ):
         """Use `open`."""
         self.folder, self.owner = folder, owner
-        self.tokenizer, self.tokenizer_digest = tokenizer, tokenizer_digest
+        self.tokenizer, self.tokenizer_digest = tokenizer
         self.num_documents = sum(int((np.diff(s.lines) > 0).sum()) for s in shards)
         self.counts = np.sum([np.diff(shard.suffixes.buckets) for shard in shards], axis=0)
         self.vocabulary_size = len(self.counts)
@@ -112,13 +111,13 @@ class Index:
         """
         about, maps = open_files(Path(folder))
         where = Path(folder) / TOKENIZER
-        tokenizer, vocabulary, _ = read_tokenizer(bytes(maps[TOKENIZER]).decode(), where)
+        tokenizer, vocabulary, digest = read_tokenizer(bytes(maps[TOKENIZER]).decode(), where)
         if vocabulary != about["vocabulary_size"]:
             raise ValueError(
                 f"{where}: expected {about['vocabulary_size']} ids, found {vocabulary}; index again"
             )
         shards = [_shard(maps, name) for name in about["shards"]]
-        return cls(Path(folder), about["owner"], tokenizer, about["tokenizer"], shards)
+        return cls(Path(folder), about["owner"], (tokenizer, digest), shards)
 
     def encode(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """A text's tokens, as the documents' were made.

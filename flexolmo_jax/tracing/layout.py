@@ -50,9 +50,13 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
     """Seals and writes `index.json`, in one rename."""
+    replace_file(folder / INDEX, _sealed(index))
+
+
+def _sealed(index: dict[str, Any]) -> str:
     content = {key: value for key, value in index.items() if key != "digest"}
     sealed = {**content, "digest": canonical_digest(content)}
-    replace_file(folder / INDEX, json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
+    return json.dumps(sealed, indent=1) + "\n"
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -73,8 +77,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         ) from None
     try:
         index = json.loads(data)
-        content = {key: value for key, value in index.items() if key != "digest"}
-        is_sealed = index.get("digest") == canonical_digest(content)
+        is_sealed = _sealed(index).encode() == data
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: damaged, no description of an index ({error})") from error
     if not is_sealed:

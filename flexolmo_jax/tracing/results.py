@@ -69,4 +69,4 @@ class Trace(NamedTuple):
             for span in self.spans
         ]
         similar = [passage._asdict() for passage in self.similar]
-        return {**self._asdict(), "spans": spans, "similar": similar}
+        return {**self._asdict(), "spans": spans, "similar": similar, "asked": list(self.asked)}

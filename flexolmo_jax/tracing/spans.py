@@ -22,6 +22,7 @@ _END = re.compile(
     r"|[。！？]+[」』”’]*"
     r"|[\n\r\v\f\x85\u2028\u2029]"  # a line's
 )
+_CLOSERS = frozenset(""",.;:!?…%)]}’”»、。，；：！？」』）""")  # no span begins with one
 # Scripts that put no space between words: every character may begin or end a span.
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
@@ -99,12 +100,12 @@ def _asked(text: str, encode: Encode) -> Asked:
     starts = raw[:, 0] + np.array([len(p) - len(p.lstrip()) for p in shown], np.int64)
     stops = raw[:, 1] - np.array([len(p) - len(p.rstrip()) for p in shown], np.int64)
     inside = _inside_words(text)
+    closes = np.array([piece.strip()[:1] in _CLOSERS for piece in shown], bool)
     # Tokens that share a character, of which each is some bytes, stay together.
     is_joined = raw[1:, 0] < raw[:-1, 1]
-    begins = (
-        is_shown & ~inside[starts] & ~np.concatenate([np.zeros(min(count, 1), bool), is_joined])
-    )
-    ends = is_shown & ~inside[stops] & ~np.concatenate([is_joined, np.zeros(min(count, 1), bool)])
+    alone = np.zeros(min(count, 1), bool)
+    begins = is_shown & ~closes & ~inside[starts] & ~np.concatenate([alone, is_joined])
+    ends = is_shown & ~inside[stops] & ~np.concatenate([is_joined, alone])
     return Asked(np.asarray(ids, np.uint32), starts, stops, begins, ends, _cuts(text, raw, stops))
 
 

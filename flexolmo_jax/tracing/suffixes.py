@@ -14,7 +14,7 @@ SEPARATOR = 2**32 - 1  # behind every document; no token has this id
 NO_TOKEN = 2**32 - 2  # behind the text that is asked about; equal to nothing in a shard
 HIGHEST = 2**24 - 2  # the highest id that can be sorted
 _FIRST_DEPTH = 8  # tokens that are compared at a time, after the first one is equal
-_CHUNK = 2**22  # entries that are changed at a time
+_CHUNK = 2**16  # entries that are changed at a time
 
 
 class Suffixes(NamedTuple):
@@ -105,10 +105,9 @@ def find(shard: Suffixes, ids: np.ndarray) -> tuple[int, int]:
       ids: uint32 [L], at least one.
 
     Returns:
-      start and stop.
+      start and stop; both 0 if one of the ids is none of the vocabulary.
     """
-    first = int(ids[0])
-    if first >= len(shard.buckets) - 1 or not len(shard.order):
+    if int(ids.max()) >= len(shard.buckets) - 1:
         return 0, 0
     pattern, count = ids.tolist(), len(ids)
 
@@ -123,7 +122,7 @@ def find(shard: Suffixes, ids: np.ndarray) -> tuple[int, int]:
                 high = middle
         return low
 
-    low, high = int(shard.buckets[first]), int(shard.buckets[first + 1])
+    low, high = shard.buckets[pattern[0] : pattern[0] + 2].tolist()
     start = edge(low, high, inclusive=False)
     return start, edge(start, high, inclusive=True)
 

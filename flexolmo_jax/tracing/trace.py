@@ -24,11 +24,9 @@ def trace(text: str, indexes: Sequence[Index], *, prompt: str = "", similar: int
         documents, and needs the extra `embeddings`.
 
     Raises:
-      ValueError: there is no word in the text, no index, the same one twice, or two tokenizers.
+      ValueError: no index, the same one twice, or two tokenizers.
     """
     check_indexes(indexes)
-    if not any(character.isalnum() for character in text):
-        raise ValueError(f"the text to trace has no word: {text[:40]!r}")
     found, length = find_matches(text, indexes)
     counts = np.sum([index.counts for index in indexes], axis=0)
     spans = []

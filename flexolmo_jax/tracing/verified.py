@@ -47,8 +47,10 @@ def open_files(folder: Path) -> tuple[dict[str, Any], Maps]:
             maps = _verified(folder, about)
             _check_shapes(folder, about, maps)
             return about, maps
-        except (ValueError, OSError):
-            is_changed = read_index(folder)["digest"] != about["digest"]
+        except (ValueError, FileNotFoundError) as error:
+            # A lock or a partial file may vanish while the folder is listed.
+            is_changed = isinstance(error, FileNotFoundError)
+            is_changed = is_changed or read_index(folder)["digest"] != about["digest"]
             if not is_changed or time.monotonic() > deadline:
                 raise
 

@@ -12,9 +12,9 @@ import time
 import httpx
 import pytest
 
-from flexolmo_jax.serving import run
 from flexolmo_jax.usage import excerpts
 from flexolmo_jax.usage.signing import make_keys, read_public
+from flexolmo_jax.web import listening
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_it_drains_at_sigterm(process, tmp_path):
 
 
 def test_no_token_waits_for_an_acknowledgement():
-    with run.listen("127.0.0.1", 0) as listener, socket.socket() as client:
+    with listening.listen("127.0.0.1", 0) as listener, socket.socket() as client:
         client.connect(listener.getsockname())
         connection, _ = listener.accept()
         with connection:

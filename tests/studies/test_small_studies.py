@@ -18,6 +18,7 @@ from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.modeling.experts import Ranks, with_parts
 from flexolmo_jax.studies import (
     demo,
+    demo_trace,
     evidence,
     expert_size,
     loading,
@@ -56,7 +57,10 @@ def test_the_demo_measures_every_model_on_every_domain(world, tmp_path, monkeypa
 
     monkeypatch.setattr(demo, "run_command", run_command)
     monkeypatch.setattr(demo, "OWNERS", ("math", "code"))
+    monkeypatch.setattr(demo, "TRACED", "math")
     monkeypatch.setattr(demo, "heldout_documents", lambda *_: [Document("One, two.", "")])
+    own = [Document(f"{word} so", "", f"x.jsonl:{word}") for word in ("in", "reads")]
+    monkeypatch.setattr(demo_trace, "read_documents", lambda *_, **__: own)
     made = demo.run_demo(tmp_path / "out", seed=4)
     assert list(made["bits_per_byte"]) == [
         "anchor", "expert:math", "expert:code", "merged", "merged_without:math",
@@ -65,6 +69,9 @@ def test_the_demo_measures_every_model_on_every_domain(world, tmp_path, monkeypa
     assert all(list(row) == ["public", "math", "code"] for row in made["bits_per_byte"].values())
     assert made["seeds"] == {"anchor": 4, "math": 4, "code": 4}
     assert made == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert made["trace"]["on"]["asked"] == ["public", "math", "code"]
+    assert made["trace"]["off"]["asked"] == ["public", "code"]
+    assert "where these words stand" in (tmp_path / "out" / "trace.html").read_text().lower()
     assert (tmp_path / "out" / "report.png").stat().st_size > 3000
 
 
