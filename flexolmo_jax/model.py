@@ -5,7 +5,7 @@ model.generate(["The theorem"], without=["math"])
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -23,11 +23,12 @@ from flexolmo_jax.inference.cpu_weights import round_to_int8, unstack
 from flexolmo_jax.inference.engine import Engine, Request
 from flexolmo_jax.inference.layerwise import Network
 from flexolmo_jax.inference.likelihood import LogLikelihoods
+from flexolmo_jax.inference.mass import mass_by_name, read_mass
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Backbone
 from flexolmo_jax.parallel import placement
-from flexolmo_jax.parallel.mesh import SERVING, TENSOR
+from flexolmo_jax.parallel.mesh import SERVING, check_for_use
 from flexolmo_jax.tracing.index import Index
 from flexolmo_jax.tracing.results import Trace
 from flexolmo_jax.tracing.trace import of_owners, trace
@@ -96,7 +97,7 @@ class FlexOlmo:
           >>> model.logits([[5, 6, 7]], without=["math"]).shape
           (1, 3, 512)
         """
-        tokens = self._check_tokens(np.asarray(tokens))
+        tokens = continuations.checked_tokens(np.asarray(tokens), self.config.vocab_size)
         mask = self.allowed(len(tokens), without, only, allowed)
         rows = placement.put_padded_batch((tokens, mask), self.mesh)
         with placement.use_mesh(self.mesh):
@@ -131,21 +132,14 @@ class FlexOlmo:
         Raises:
           ValueError: as `logits`.
         """
-        tokens = self._check_tokens(np.asarray(tokens))
-        if targets is None:
-            tokens, targets = self._check_tokens(tokens[:, :-1]), tokens[:, 1:, None]
-        targets = np.asarray(targets, np.int32)
-        if targets.max() >= self.config.vocab_size:
-            self._check_tokens(targets.max().reshape(1, 1))
-        if lengths is None:
-            lengths = np.full(len(tokens), tokens.shape[1], np.int32)
-        mask = self.allowed(len(tokens), without, only)
-        rows = placement.put_padded_batch((tokens, lengths, targets, mask), self.mesh)
+        texts = likelihood.checked(np.asarray(tokens), targets, lengths, self.config.vocab_size)
+        mask = self.allowed(len(texts[0]), without, only)
+        rows = placement.put_padded_batch((*texts, mask), self.mesh)
         with placement.use_mesh(self.mesh):
             scores = likelihood.log_likelihoods(
                 self.backbone, self.experts, *rows, self.config, self.mesh, sampling
             )
-        return LogLikelihoods(*(placement.to_host(x)[: len(tokens)] for x in scores))
+        return LogLikelihoods(*(placement.to_host(x)[: len(mask)] for x in scores))
 
     def generate(
         self,
@@ -159,6 +153,7 @@ class FlexOlmo:
         top_p: float | None = None,
         seed: int = 0,
         until: Sequence[str] = (),
+        on_mass: Callable[[dict[str, float]], None] | None = None,
     ) -> list[str] | list[list[int]]:
         """Continues prompts, all in one batch.
 
@@ -174,6 +169,8 @@ class FlexOlmo:
           seed: of the random choices.
           until: texts that end a continuation, which stops before the first of them. Ids may
             contain a few tokens more.
+          on_mass: called at the end with each continuation's routing mass: tokens by the name of
+            the expert (`inference/mass.py`).
 
         Returns:
           the continuations, without the prompts: texts for texts, ids for ids.
@@ -199,12 +196,14 @@ class FlexOlmo:
         ends = continuations.checked_ends(until)
         texts: list[str] = []
         pieces = self._continue(ids, max_new_tokens, mask, sampling, seed, 16 if ends else None)
-        for generated, ended in pieces:
+        for made in pieces:
+            generated, ended, _ = made
             if are_texts or ends:
                 decode_after = self._need_tokenizer().decode_after
                 texts = [decode_after(*pair) for pair in zip(ids, generated, strict=True)]
             if ends and continuations.all_ended(ended, texts, ends):
                 break
+        self._tell_mass(on_mass, ids, mask, made)
         return (
             [continuations.before_first(text, ends) for text in texts] if are_texts else generated
         )
@@ -220,6 +219,7 @@ class FlexOlmo:
         top_p: float | None = None,
         seed: int = 0,
         interval: int = 4,
+        on_mass: Callable[[dict[str, float]], None] | None = None,
     ) -> Iterator[str] | Iterator[list[int]]:
         """Continues one prompt, piece by piece; the pieces add up to the result of `generate`.
 
@@ -238,7 +238,8 @@ class FlexOlmo:
         sampling = Sampling(temperature, top_k, top_p)
         yielded_ids = 0
         text = yielded = ""
-        for (generated,), _ in self._continue(ids, max_new_tokens, mask, sampling, seed, interval):
+        for made in self._continue(ids, max_new_tokens, mask, sampling, seed, interval):
+            (generated,) = made.generated
             if not isinstance(prompt, str):
                 yield generated[yielded_ids:]
                 yielded_ids = len(generated)
@@ -249,6 +250,16 @@ class FlexOlmo:
                 yielded = text
         if len(text) > len(yielded):
             yield text[len(yielded) :]
+        self._tell_mass(on_mass, ids, mask, made)
+
+    def _tell_mass(self, tell, prompts, mask, made: Continuations) -> None:
+        if tell is None:
+            return
+        mass, texts = made.mass, (prompts, made.generated, mask)
+        if mass is None:
+            mass = read_mass(self.backbone, self.experts, *texts, self.config, self.mesh)
+        for own in mass:
+            tell(mass_by_name(self.expert_names, own))
 
     def _prompt_ids(self, prompts: Sequence) -> list[list[int]]:
         if isinstance(prompts[0], str):
@@ -257,7 +268,7 @@ class FlexOlmo:
         else:
             ids = [list(map(int, prompt)) for prompt in prompts]
         for prompt in ids:
-            self._check_tokens(np.asarray([prompt]))
+            continuations.checked_tokens(np.asarray([prompt]), self.config.vocab_size)
         return ids
 
     def _continue(
@@ -388,9 +399,6 @@ class FlexOlmo:
         padding_experts = self.experts.router.bias.shape[1] - len(self.expert_names)
         return np.pad(mask, ((0, 0), (0, padding_experts)))
 
-    def _check_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        return continuations.checked_tokens(tokens, self.config.vocab_size)
-
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError("this model came without a tokenizer.json; give token ids instead")
@@ -429,16 +437,9 @@ def load(
       >>> model.expert_names
       ('public', 'math', 'code')
     """
-    if mesh is not None and mesh.shape[TENSOR] > 1:
-        raise ValueError(
-            "a model in use cannot share its layers among devices: make its mesh without "
-            "tensor_parallel"
-        )
     int8 = dtype == "int8"
-    if int8 and (jax.default_backend() != "cpu" or mesh is not None):
-        raise ValueError("int8 weights are for one CPU; on GPU, TPU or a mesh use bfloat16")
-    stored_as = None if int8 else dtype
-    loaded = load_model(Path(path), anchor, stored_as, mesh, SERVING, separator)
+    check_for_use(mesh, int8)
+    loaded = load_model(Path(path), anchor, None if int8 else dtype, mesh, SERVING, separator)
     backbone, experts, config = loaded.backbone, loaded.experts, loaded.config
     if int8:
         rounded = round_to_int8(backbone, experts)

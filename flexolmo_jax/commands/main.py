@@ -24,6 +24,7 @@ from flexolmo_jax.commands import (
     study,
     trace,
     train,
+    usage,
 )
 from flexolmo_jax.commands.parser import (
     Commands,
@@ -47,7 +48,7 @@ from flexolmo_jax.runtime.startup import (
 
 COMMANDS = (  # in the order of --help
     demo, train, compress, plan, merge, experts, privacy, audit, inspect, evaluate, study, generate,
-    serve, trace, data, hugging_face,
+    serve, usage, trace, data, hugging_face,
 )  # fmt: skip
 EVERYWHERE = ("--debug", "--no-cache")  # options that may stand before or after the command
 INTERRUPTED = 130

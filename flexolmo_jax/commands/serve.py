@@ -47,6 +47,27 @@ def add_to(commands: Commands) -> None:
         help="Jinja, for /v1/chat/completions (default: that of a Hugging Face folder)",
     )  # fmt: skip
     parser.add_argument(
+        "--usage", metavar="LEDGER",
+        help="append to this file how much every expert took part in each request (without texts); "
+        "see `flexolmo usage`",
+    )  # fmt: skip
+    parser.add_argument(
+        "--usage-key", metavar="FILE", help="of `flexolmo usage keygen`: signs the ledger"
+    )
+    parser.add_argument(
+        "--usage-askers", action="store_true", help="name in the ledger whose key a request had"
+    )
+    parser.add_argument(
+        "--counterfactual", type=float, default=0.0, metavar="SHARE",
+        help="of the answers, chosen at random, that are scored again without each expert, for the "
+        "ledger; while slots are free (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trace-owners", metavar="FILE",
+        help='owners to ask where the words of an answer stand ("trace": true, and a button on the '
+        "page); see docs/tracing_service.md",
+    )  # fmt: skip
+    parser.add_argument(
         "--slots", type=int, default=16, metavar="N",
         help="how many requests run at a time (default: %(default)s)",
     )  # fmt: skip
@@ -104,6 +125,7 @@ def run(args: argparse.Namespace) -> None:
     from flexolmo_jax.serving.run import serve
     from flexolmo_jax.serving.service import Settings
 
+    _check_usage(args)
     settings = Settings(
         path=Path(args.model),
         name=args.name or Path(args.model).resolve().name,
@@ -117,9 +139,30 @@ def run(args: argparse.Namespace) -> None:
         expert_parallel=args.expert_parallel,
         keys=None if args.keys is None else Path(args.keys),
         profiles=dict(map(_profile, args.experts_as)),
+        usage=args.usage and Path(args.usage),
+        usage_key=args.usage_key and Path(args.usage_key),
+        usage_askers=args.usage_askers,
+        counterfactual=args.counterfactual,
+        trace_owners=None if args.trace_owners is None else Path(args.trace_owners),
         chat_template=_read_template(args.chat_template),
     )
     serve(settings, args.host, args.port)
+
+
+def _check_usage(args: argparse.Namespace) -> None:
+    """Before the model is loaded."""
+    if not 0 <= args.counterfactual <= 1:
+        raise ValueError(f"--counterfactual: expected 0 to 1, found {args.counterfactual}")
+    if args.usage is None:
+        for option in ("usage_key", "usage_askers", "counterfactual"):
+            if getattr(args, option):
+                raise ValueError(f"--{option.replace('_', '-')} needs --usage LEDGER")
+        return
+    if args.usage_key is None:
+        raise ValueError("--usage needs --usage-key FILE; `flexolmo usage keygen FILE` makes one")
+    from flexolmo_jax.usage.signing import read_private
+
+    read_private(Path(args.usage_key))
 
 
 def _read_template(file: str | None) -> str | None:
@@ -145,7 +188,7 @@ def _profile(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def add(args: argparse.Namespace) -> None:
-    from flexolmo_jax.serving.keys import Policy, add_key
+    from flexolmo_jax.serving.keys import KEYS, Policy
 
     policy = Policy(
         args.name,
@@ -155,18 +198,18 @@ def add(args: argparse.Namespace) -> None:
         concurrency=args.concurrency,
         expert_mass=args.expert_mass,
     )
-    print(add_key(Path(args.file), policy))
+    print(KEYS.add(Path(args.file), policy))
     log(f"this is the key of {args.name}; {args.file} keeps its digest only")
 
 
 def remove(args: argparse.Namespace) -> None:
-    from flexolmo_jax.serving.keys import remove_key
+    from flexolmo_jax.serving.keys import KEYS
 
-    remove_key(Path(args.file), args.name)
+    KEYS.remove(Path(args.file), args.name)
 
 
 def list_keys(args: argparse.Namespace) -> None:
-    from flexolmo_jax.serving.keys import read_keys
+    from flexolmo_jax.serving.keys import KEYS
 
     rows = [
         {
@@ -177,7 +220,7 @@ def list_keys(args: argparse.Namespace) -> None:
             "concurrency": policy.concurrency,
             "expert mass": policy.expert_mass,
         }
-        for policy in read_keys(Path(args.file))
+        for policy in KEYS.read(Path(args.file))
     ]
     if args.json:
         print_json(rows)

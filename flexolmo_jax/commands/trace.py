@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from flexolmo_jax.commands import trace_find
+from flexolmo_jax.commands import trace_find, trace_serve
 from flexolmo_jax.commands.parser import Commands
 from flexolmo_jax.commands.shared_arguments import SOURCE, add_json
 from flexolmo_jax.runtime.console import print_json, tell
@@ -42,7 +42,6 @@ def add_to(commands: Commands) -> None:
         help="tokens that are sorted at a time; 20 bytes of memory for each (default: %(default)s)",
     )  # fmt: skip
     add_json(parser)
-    trace_find.add_to(actions)
     parser = actions.add(
         "withdraw", withdraw, "take documents down from an index",
         "Takes documents down: their text leaves the files of the index, and whoever opens it from "
@@ -57,6 +56,8 @@ def add_to(commands: Commands) -> None:
         help="all documents of this group",
     )  # fmt: skip
     add_json(parser)
+    trace_find.add_to(actions)
+    trace_serve.add_to(actions)
 
 
 def index(args: argparse.Namespace) -> None:

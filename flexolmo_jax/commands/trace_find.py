@@ -9,6 +9,7 @@ from flexolmo_jax.commands.shared_arguments import add_anchor, add_json, add_see
 from flexolmo_jax.runtime.console import log, print_json
 
 if TYPE_CHECKING:
+    from flexolmo_jax.model import FlexOlmo
     from flexolmo_jax.tracing.index import Index
     from flexolmo_jax.tracing.results import Trace
 
@@ -27,8 +28,12 @@ def add_to(actions: Commands) -> None:
     parser.add_argument("--model", metavar="DIR", help="or: a model, which answers --prompt")
     parser.add_argument("--prompt", default="", metavar="P", help="what the text answers")
     parser.add_argument(
-        "--index", required=True, action="extend", nargs="+", metavar="DIR",
+        "--index", action="extend", nargs="+", metavar="DIR",
         help="indexes that `flexolmo trace index` made, of one tokenizer",
+    )  # fmt: skip
+    parser.add_argument(
+        "--owners", metavar="FILE",
+        help="or: ask owners, each at its own `flexolmo trace serve`; see docs/tracing_service.md",
     )  # fmt: skip
     parser.add_argument(
         "--without", action="extend", nargs="+", default=[], metavar="NAME",
@@ -62,9 +67,12 @@ def run(args: argparse.Namespace) -> None:
     from flexolmo_jax.tracing.trace import check_indexes
 
     _check(args)
-    indexes = [Index.open(Path(folder)) for folder in args.index]
-    check_indexes(indexes)
-    found = _trace_answer(args, indexes) if args.model else _trace_text(args, indexes)
+    if args.owners is not None:
+        found = _ask_owners(args)
+    else:
+        indexes = [Index.open(Path(folder)) for folder in args.index]
+        check_indexes(indexes)
+        found = _trace_answer(args, indexes) if args.model else _trace_text(args, indexes)
     if args.page:
         replace_file(Path(args.page), trace_page(found, args.prompt))
         log(f"wrote {args.page}")
@@ -85,8 +93,35 @@ def _check(args: argparse.Namespace) -> None:
         check_text("TEXT", args.text)
     if args.model is not None and not args.prompt:
         raise ValueError("--model: expected --prompt P, which the model answers, found none")
+    if (args.index is None) == (args.owners is None):
+        raise ValueError("expected either --index DIR or --owners FILE")
+    if args.owners is not None and args.similar:
+        raise ValueError("--similar: owners are asked for verbatim spans only; leave it out")
     if args.similar < 0:
         raise ValueError(f"--similar: expected 0 or more passages, found {args.similar}")
+
+
+def _ask_owners(args: argparse.Namespace) -> "Trace":
+    import asyncio
+    import importlib.util
+
+    if importlib.util.find_spec("httpx") is None or importlib.util.find_spec("pydantic") is None:
+        raise ValueError("--owners needs more packages: pip install 'flexolmo_jax[serve]'")
+    from flexolmo_jax.tracing.service.ask import ask
+    from flexolmo_jax.tracing.service.owners import read_owners
+
+    owners = read_owners(Path(args.owners))
+    for name in args.without if args.model is None else ():
+        if name not in owners.addresses:
+            known = ", ".join(owners.addresses)
+            raise ValueError(
+                f"--without: expected owners of {args.owners} ({known}), found {name!r}"
+            )
+    text = _answer(args)[1] if args.model else _text(args)
+    asked = owners.of(set(owners.addresses) - set(args.without))
+    if not asked:
+        raise ValueError("--without: all owners are left out; nobody is left to ask")
+    return asyncio.run(ask(text, asked, prompt=args.prompt, seconds=owners.seconds))
 
 
 def _trace_text(args: argparse.Namespace, indexes: list["Index"]) -> "Trace":
@@ -99,20 +134,29 @@ def _trace_text(args: argparse.Namespace, indexes: list["Index"]) -> "Trace":
                 f"--without: expected owners of the indexes ({', '.join(owners)}), found {name!r}"
             )
     kept = of_owners(indexes, [name for name in owners if name not in args.without], owners)
-    text = args.text if args.file is None else _read(Path(args.file))
-    if not any(character.isalnum() for character in text):
-        raise ValueError(f"the text to trace has no word: {text[:40]!r}")
-    return trace(text, kept, prompt=args.prompt, similar=args.similar)
+    return trace(_text(args), kept, prompt=args.prompt, similar=args.similar)
 
 
-def _trace_answer(args: argparse.Namespace, indexes: list["Index"]) -> "Trace":
+def _answer(args: argparse.Namespace) -> tuple["FlexOlmo", str]:
+    """The model, and what it says without the experts of owners that are left out."""
     from flexolmo_jax.model import load
 
     model = load(args.model, anchor=args.anchor, separator=args.separator)
     options = {name: getattr(args, name) for name in ("without", "temperature", "seed")}
-    [answer] = model.generate([args.prompt], args.max_new_tokens, **options)
+    return model, str(model.generate([args.prompt], args.max_new_tokens, **options)[0])
+
+
+def _text(args: argparse.Namespace) -> str:
+    text = args.text if args.file is None else _read(Path(args.file))
+    if not any(character.isalnum() for character in text):
+        raise ValueError(f"the text to trace has no word: {text[:40]!r}")
+    return text
+
+
+def _trace_answer(args: argparse.Namespace, indexes: list["Index"]) -> "Trace":
+    model, answer = _answer(args)
     more = {"prompt": args.prompt, "without": args.without, "similar": args.similar}
-    return model.trace(str(answer), indexes, **more)
+    return model.trace(answer, indexes, **more)
 
 
 def _read(file: Path) -> str:

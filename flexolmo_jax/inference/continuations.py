@@ -28,6 +28,7 @@ class Continuations(NamedTuple):
 
     generated: list[list[int]]  # the new ids of each
     ended: list[bool]  # no more will come of it
+    mass: np.ndarray | None = None  # of the experts, float64 [B, E]; None: it was not counted
 
 
 def check_memory(config: ModelConfig, batch: int, length: int, max_new_tokens: int) -> None:

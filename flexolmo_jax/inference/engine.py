@@ -79,6 +79,11 @@ class Request:
     prompt_scores: list[Scores] = dataclasses.field(default_factory=list, init=False)
     ended: str | None = dataclasses.field(default=None, init=False)
 
+    @property
+    def mass(self) -> np.ndarray:
+        """The routing mass of the experts so far (mass.py), in tokens; float64 [E]."""
+        return np.sum([np.zeros(len(self.allowed)), *self.shares], axis=0)
+
     def take(self, token: int, shares: np.ndarray, scores: Scores | None) -> None:
         """Appends a new token, or ends."""
         if token in self.stop:
@@ -254,7 +259,8 @@ class Engine:
         reading.read += count
         if count == left:
             reading.logits, reading.shares = logits, shares
-        self._prefixes.keep(reading)
+        if not request.scores_prompt:  # such a text is read once
+            self._prefixes.keep(reading)
         return chunk
 
     def _place(self, reading: _Prompt, slot: int) -> None:
@@ -438,4 +444,5 @@ def generate(
         if not is_left or max(len(request.generated) for request in requests) >= due:
             due += interval or max_new_tokens
             ended = [request.ended is not None for request in requests]
-            yield Continuations([list(request.generated) for request in requests], ended)
+            generated = [list(request.generated) for request in requests]
+            yield Continuations(generated, ended, np.stack([x.mass for x in requests]))

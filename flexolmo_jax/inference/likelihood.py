@@ -6,10 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.inference.continuations import checked_tokens
 from flexolmo_jax.inference.sampling import Sampling, candidates
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Backbone, forward, output_logits
@@ -17,6 +19,27 @@ from flexolmo_jax.parallel import placement
 from flexolmo_jax.parallel.mesh import BATCH, specs_of
 
 CHUNK_POSITIONS = 512  # of a batch whose logits are in memory at a time
+
+
+def checked(
+    tokens: np.ndarray, targets: np.ndarray | None, lengths: np.ndarray | None, vocabulary: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, lengths and targets for `log_likelihoods`.
+
+    Without targets, they are every token but the first; without lengths, nothing is padding.
+
+    Raises:
+      ValueError: as `checked_tokens`.
+    """
+    tokens = checked_tokens(tokens, vocabulary)
+    if targets is None:
+        tokens, targets = checked_tokens(tokens[:, :-1], vocabulary), tokens[:, 1:, None]
+    targets = np.asarray(targets, np.int32)
+    if targets.max() >= vocabulary:
+        checked_tokens(targets.max().reshape(1, 1), vocabulary)
+    if lengths is None:
+        lengths = np.full(len(tokens), tokens.shape[1], np.int32)
+    return tokens, lengths, targets
 
 
 class LogLikelihoods(NamedTuple):

@@ -128,7 +128,7 @@ class Output(NamedTuple):
     hidden: Float[Array, "B S D"]  # after the last norm
     router_logits: Float[Array, "L E B S"] | None  # float32; None in evidence routing
     weights: Float[Array, "E B S"]  # float32, of the last layer: the experts' heads have them too
-    mean_weights: Float[Array, "E B S"]  # float32, over the layers
+    mean_weights: Float[Array, "E B S"]  # float32, mean over the layers
 
 
 def init_anchor(config: ModelConfig, key: jax.Array, ranks: Ranks = NO_HEADS) -> Anchor:
@@ -323,7 +323,7 @@ class _LayersOutput(NamedTuple):
     x: jax.Array
     router_logits: jax.Array | None  # stacked
     weights: jax.Array  # of the last layer
-    mean_weights: jax.Array  # over the layers
+    mean_weights: jax.Array
     cache: Any
     router_state: jax.Array | None  # stacked
 
@@ -350,6 +350,7 @@ def _scan_layers(
     (x, cache), (router_logits, router_state, of_layers) = jax.lax.scan(
         layer_step, (x, cache), (layers, stacks, layer_indices, router_state), unroll=config.unroll
     )
-    last = of_layers[-1] if weights is None else weights
-    mean = jnp.mean(of_layers, axis=0) if weights is None else weights
+    last = mean = weights
+    if weights is None:
+        last, mean = of_layers[-1], jnp.mean(of_layers, axis=0)
     return _LayersOutput(x, router_logits, last, mean, cache, router_state)

@@ -141,3 +141,14 @@ def _spec(path: tuple, leaf: Any, mesh: Mesh, over: tuple[str, ...]) -> P:
 def _is_expert_parallel(num_experts: int, mesh: Mesh) -> bool:
     size = mesh.shape[EXPERT]
     return size > 1 and num_experts % size == 0
+
+
+def check_for_use(mesh: Mesh | None, int8: bool) -> None:
+    """Raises ValueError if a model cannot be loaded for use so: over a mesh, in 8-bit integers."""
+    if mesh is not None and mesh.shape[TENSOR] > 1:
+        raise ValueError(
+            "a model in use cannot share its layers among devices: make its mesh without "
+            "tensor_parallel"
+        )
+    if int8 and (jax.default_backend() != "cpu" or mesh is not None):
+        raise ValueError("int8 weights are for one CPU; on GPU, TPU or a mesh use bfloat16")

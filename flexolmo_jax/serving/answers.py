@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from flexolmo_jax.inference.mass import shares_by_name
 from flexolmo_jax.serving.completions import Admission, Choice, Part, Shown, new_id, usage
 from flexolmo_jax.serving.protocol import Chat, Completion
-from flexolmo_jax.serving.sources import shares_by_name
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -30,13 +30,16 @@ class Form:
       body: of the request.
       names: of the experts, for their shares.
       tokenizer: of the model; None if it has none.
+
+    Attributes:
+      id: of the answer.
     """
 
     def __init__(self, body: Completion | Chat, names: Sequence[str], tokenizer: Any):
         self._body, self._names, self._words = body, names, Words(tokenizer)
         self._is_chat = isinstance(body, Chat)
         self._offsets: dict[int, int] = {}
-        self._id, self._created = new_id("chatcmpl" if self._is_chat else "cmpl")
+        self.id, self._created = new_id("chatcmpl" if self._is_chat else "cmpl")
 
     def whole(self, admission: Admission, parts: Iterable[Part]) -> dict[str, Any]:
         """The answer, once all parts are there."""
@@ -51,8 +54,7 @@ class Form:
             text = {"role": "assistant", "content": part.text}
             fields = {"message": text} if self._is_chat else {"text": part.text}
             choices.append(self._choice(choice, part, fields))
-        kind = "chat.completion" if self._is_chat else "text_completion"
-        return self._answer(kind, choices, usage(admission))
+        return self._answer(self._kind(is_part=False), choices, usage(admission))
 
     def events(self, admission: Admission, part: Part) -> Iterable[bytes]:
         """A part as server-sent events; the first of a chat's choice tells its role."""
@@ -64,19 +66,26 @@ class Form:
                 fields["delta"] = {"role": "assistant", **fields["delta"]}
         yield self._event([self._choice(choice, part, fields)])
 
-    def last_events(self, admission: Admission) -> Iterable[bytes]:
-        """What comes after all parts."""
+    def usage_events(self, admission: Admission) -> Iterable[bytes]:
+        """What comes after all parts, where it was asked for."""
         if self._body.stream_options is not None and self._body.stream_options.include_usage:
             yield self._event([], usage(admission))
-        yield DONE
+
+    def trace_event(self, trace: dict[str, Any]) -> bytes:
+        """The trace of an answer, after everything else."""
+        return event({**self._answer(self._kind(is_part=True), [], None), "trace": trace})
+
+    def _kind(self, is_part: bool) -> str:
+        if self._is_chat:
+            return "chat.completion.chunk" if is_part else "chat.completion"
+        return "text_completion"
 
     def _event(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> bytes:
-        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
-        return event(self._answer(kind, choices, used))
+        return event(self._answer(self._kind(is_part=True), choices, used))
 
     def _answer(self, kind: str, choices: list[dict[str, Any]], used: Any) -> dict[str, Any]:
         return {
-            "id": self._id,
+            "id": self.id,
             "object": kind,
             "created": self._created,
             "model": self._body.model,

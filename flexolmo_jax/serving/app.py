@@ -4,28 +4,27 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import fastapi
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
 
+from flexolmo_jax.inference.mass import shares_by_name
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.serving import answers, tokens
 from flexolmo_jax.serving.chat import as_text
 from flexolmo_jax.serving.completions import Admission, Part, admit, usage
-from flexolmo_jax.serving.errors import ApiError, Json
-from flexolmo_jax.serving.guard import Guard
 from flexolmo_jax.serving.keys import Policy
-from flexolmo_jax.serving.protocol import MAX_CHOICES, Chat, Common, Completion
+from flexolmo_jax.serving.protocol import MAX_CHOICES, Chat, Common, Completion, TraceOf
 from flexolmo_jax.serving.service import Service, Settings, service_of
-from flexolmo_jax.serving.sources import shares_by_name
 from flexolmo_jax.version import __version__
+from flexolmo_jax.web.errors import ApiError, Json
+from flexolmo_jax.web.guard import Guard
+from flexolmo_jax.web.handlers import add_handlers
 
 STATIC = Path(__file__).with_name("static")
 ERRORS: Any = {
@@ -54,6 +53,8 @@ def make_app(settings: Settings, model: FlexOlmo) -> fastapi.FastAPI:
         yield
         watching.cancel()
         await service.runner.close()
+        if service.usage is not None:
+            await asyncio.to_thread(service.usage.close)
 
     app = fastapi.FastAPI(
         title="flexolmo serve",
@@ -66,13 +67,13 @@ def make_app(settings: Settings, model: FlexOlmo) -> fastapi.FastAPI:
     app.include_router(routes)
     app.include_router(tokens.routes)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-    app.add_middleware(Guard, most=settings.body, metrics=service.metrics)
-    for kind, handler in (
-        (ApiError, _refused),
-        (RequestValidationError, _invalid),
-        (HTTPException, _http_error),
-    ):
-        app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
+    app.add_middleware(
+        Guard,
+        most=settings.body,
+        seconds=settings.seconds,
+        answered=service.metrics.answered,
+    )
+    add_handlers(app)
     return app
 
 
@@ -147,6 +148,19 @@ async def chat(request: Request, body: Chat) -> Response:
     )
 
 
+@routes.post("/v1/trace", responses=ERRORS)
+async def trace(request: Request, body: TraceOf) -> Response:
+    """Where the words of an answer stand in owners' documents, as far as the owners say it."""
+    service = service_of(request)
+    policy = service.policy(request.headers.get("authorization"))
+    request.scope["flexolmo"] = {"key": policy.name}
+    if service.traces is None:
+        raise ApiError(
+            404, "this server traces no answers (it has no --trace-owners)", code="no_traces"
+        )
+    return Json(await service.traces.trace(body.id, policy, service.sources.served))
+
+
 def _models(request: Request) -> dict[str, dict[str, Any]]:
     service = service_of(request)
     policy = service.policy(request.headers.get("authorization"))
@@ -163,6 +177,7 @@ def _models(request: Request) -> dict[str, dict[str, Any]]:
             "always_on": always_on,
             "max_length": service.runner.length,
             "expert_mass": policy.expert_mass,
+            "traces": [] if service.traces is None else service.traces.names(experts),
         }
         for name, experts in own.items()
     }
@@ -176,24 +191,38 @@ async def _complete(request: Request, body: Completion | Chat, prompts: list[Any
     if count > MAX_CHOICES:
         raise ApiError(400, f"expected at most {MAX_CHOICES} choices, found {count}", "n")
     mask = service.sources.mask(body.model, body.experts, policy)
+    if body.trace:
+        _check_trace(service, count)
     admission = admit(body, prompts, service.model, mask, service.length_for(policy))
     service.check_room(policy, count, admission.tokens)
     request.scope["flexolmo"] = {"key": policy.name, "model": body.model}
     form = answers.Form(body, service.model.expert_names, service.model.tokenizer)
     running = _Running(service, policy, admission, request)
+    prompt = prompts[0] if isinstance(prompts[0], str) else ""
+    experts = [name for name, on in zip(service.sources.names, mask, strict=True) if on]
+    answer = _Answer(running, form, body, prompt, experts)
     if body.stream:
-        return _Events(running, form)
+        return _Events(running, answer.events())
     with running:
-        parts = asyncio.create_task(_collect(running))
+        whole = asyncio.create_task(answer.whole())
         gone = asyncio.create_task(_disconnected(request))
         try:
-            await asyncio.wait((parts, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not parts.done():  # nobody will read it
+            await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not whole.done():  # nobody will read it
                 return Response(status_code=499)
-            return Json(form.whole(admission, parts.result()))
+            return Json(whole.result())
         finally:
-            parts.cancel()
+            whole.cancel()
             gone.cancel()
+
+
+def _check_trace(service: Service, count: int) -> None:
+    if service.traces is None:
+        raise ApiError(
+            400, "this server traces no answers (it has no --trace-owners)", "trace", "no_traces"
+        )
+    if count != 1:
+        raise ApiError(400, f"trace: expected one choice, found {count}", "trace")
 
 
 def _check_mass(body: Common, policy: Policy) -> None:
@@ -211,11 +240,14 @@ class _Running(contextlib.AbstractContextManager):
     """A request that runs from now on: counted, and at its end cancelled if it still runs."""
 
     def __init__(self, service: Service, policy: Policy, admission: Admission, request: Request):
-        self.service, self.admission, self.request = service, admission, request
+        self.service, self.policy = service, policy
+        self.admission, self.request = admission, request
         self._arrived, self._has_begun = time.monotonic(), False
         self._names = service.model.expert_names
         self._meter = service.meter(policy)
         self._meter.begin(admission.tokens)
+        usage_log = service.usage
+        self._record = None if usage_log is None else usage_log.begin(admission, policy.name)
         try:
             admission.start(service.runner)
         except BaseException:
@@ -242,66 +274,88 @@ class _Running(contextlib.AbstractContextManager):
         metrics.read(admission.prompt_tokens)
         for choice in admission.choices:
             metrics.generated(choice.generated, shares_by_name(self._names, choice.shares))
+        if self._record is not None:
+            self._record()
 
 
-class _Events(StreamingResponse):
-    """The answer as server-sent events; a client that vanishes frees its slots."""
+class _Answer:
+    """The answer to one body, whole or as events; it is traced at its end, where that is asked for.
 
-    def __init__(self, running: _Running, form: answers.Form):
-        self._running, self._form = running, form
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy holds it back
-        super().__init__(self._chunks(), media_type="text/event-stream", headers=headers)
+    Args:
+      running: the request.
+      form: how it is answered.
+      body, prompt: what was asked.
+      experts: that may take part in it.
+    """
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        with self._running:
-            await super().__call__(scope, receive, send)
+    def __init__(
+        self,
+        running: _Running,
+        form: answers.Form,
+        body: Common,
+        prompt: str,
+        experts: Sequence[str],
+    ):
+        self._running, self._form, self._body = running, form, body
+        self._prompt, self._experts, self._text = prompt, experts, ""
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
+    async def whole(self) -> dict[str, Any]:
+        parts = [part async for part in self._parts() if part is not None]
+        made = self._form.whole(self._running.admission, parts)
+        trace = await self._trace()
+        return made if trace is None else {**made, "trace": trace}
+
+    async def events(self) -> AsyncIterator[bytes]:
         admission = self._running.admission
         try:
-            async for part in self._running.parts():
+            async for part in self._parts():
                 if part is None:
                     yield answers.KEEP_ALIVE
                     continue
                 for chunk in self._form.events(admission, part):
                     yield chunk
-            for chunk in self._form.last_events(admission):
+            for chunk in self._form.usage_events(admission):
                 yield chunk
+            trace = await self._trace()
+            if trace is not None:
+                yield self._form.trace_event(trace)
         except ApiError as error:
             yield answers.event(error.body())
-            yield answers.DONE
+        yield answers.DONE
+
+    async def _parts(self) -> AsyncIterator[Part | None]:
+        async for part in self._running.parts():
+            if part is not None:  # without the prompt's pieces, which `echo` puts first
+                self._text += "".join(x.text for x in part.pieces if x.shares is not None)
+            yield part
+
+    async def _trace(self) -> dict[str, Any] | None:
+        """Where the owners say that the answer's words stand; or why that is not known."""
+        service, policy = self._running.service, self._running.policy
+        if service.traces is None or len(self._running.admission.choices) != 1:
+            return None
+        service.traces.keep(self._form.id, policy, self._prompt, self._text, self._experts)
+        if not self._body.trace:
+            return None
+        try:
+            return await service.traces.trace(self._form.id, policy, service.sources.served)
+        except ApiError as error:  # the answer itself is there
+            return error.body()
 
 
-async def _collect(running: _Running) -> list[Part]:
-    return [part async for part in running.parts() if part is not None]
+class _Events(StreamingResponse):
+    """The answer as server-sent events; a client that vanishes frees its slots."""
+
+    def __init__(self, running: _Running, events: AsyncIterator[bytes]):
+        self._running = running
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy holds it back
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with self._running:
+            await super().__call__(scope, receive, send)
 
 
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def _refused(request: Request, error: ApiError) -> Response:
-    return error.response()
-
-
-async def _invalid(request: Request, error: RequestValidationError) -> Response:
-    """The first thing that is wrong with a body, and where."""
-    first = error.errors()[0]
-    places = [str(x) for x in first["loc"] if x not in ("body", "path", "query")]
-    param = ".".join(places) or None
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if param is None and first["type"] == "value_error":
-        name, is_named, _ = message.partition(":")
-        param = name if is_named and name.isidentifier() else None
-    if first["type"] == "extra_forbidden":
-        message = "unknown parameter"
-    if first["type"] == "json_invalid":
-        param, message = None, f"the body is not JSON: {first.get('ctx', {}).get('error', '')}"
-    said = f"{param}: {message}" if param else message
-    return ApiError(400, said, param, "invalid_value").response()
-
-
-async def _http_error(request: Request, error: HTTPException) -> Response:
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return ApiError(error.status_code, message, headers=error.headers).response()

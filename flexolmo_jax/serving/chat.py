@@ -8,8 +8,8 @@ from typing import Any
 import jinja2
 import jinja2.sandbox
 
-from flexolmo_jax.serving.errors import ApiError
 from flexolmo_jax.serving.protocol import Message
+from flexolmo_jax.web.errors import ApiError
 
 
 def find_template(folder: Path) -> str | None:

@@ -13,10 +13,10 @@ from flexolmo_jax.inference.engine import MAX_BIASES, Request
 from flexolmo_jax.inference.layerwise import Scores
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.model import FlexOlmo
-from flexolmo_jax.serving.errors import ApiError
 from flexolmo_jax.serving.pieces import Piece, Pieces
 from flexolmo_jax.serving.protocol import Chat, Common, Completion
 from flexolmo_jax.serving.runner import Job, NewToken, Runner
+from flexolmo_jax.web.errors import ApiError
 
 SILENCE = 15.0  # seconds; proxies close connections on which nothing comes
 

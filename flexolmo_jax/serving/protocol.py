@@ -56,6 +56,7 @@ class Common(Strict):
     stream_options: StreamOptions | None = None
     experts: Experts | None = None
     expert_mass: Literal["request", "token"] | None = None
+    trace: bool | None = False
 
     # Clients send these as a matter of course; no other value is possible here.
     frequency_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = 0
@@ -69,6 +70,12 @@ class Common(Strict):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only with stream=true")
         return self
+
+
+class TraceOf(Strict):
+    """The body of /v1/trace: the id of an answer that was given lately."""
+
+    id: Annotated[str, Field(max_length=100)]
 
 
 class Completion(Common):

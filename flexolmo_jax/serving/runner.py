@@ -61,6 +61,7 @@ class Runner:
       length: the most tokens of a prompt and its continuation.
 
     Attributes:
+      slots, length: as given.
       count: how many requests run or wait.
       is_broken: a step failed, and no new engine could be made.
     """
@@ -69,7 +70,7 @@ class Runner:
         if length < 2:
             raise ValueError(f"a prompt and its answer need at least 2 tokens, found {length}")
         self.length, self.count, self.is_broken = length, 0, False
-        self._slots, self._leads = slots, jax.process_count() > 1
+        self.slots, self._leads = slots, jax.process_count() > 1
         self._current = (model, self._new_engine(model))  # as one, for the other thread
         self._jobs: list[Job] = []
         self._commands: list[Callable[[], None]] = []
@@ -145,7 +146,7 @@ class Runner:
             made.set_exception(error)
 
     def _new_engine(self, model: FlexOlmo) -> Engine | Leader:
-        engine = new_engine(model, self._slots, self.length)
+        engine = new_engine(model, self.slots, self.length)
         return Leader(engine) if self._leads else engine
 
     async def close(self, reason: str = "shutdown") -> None:

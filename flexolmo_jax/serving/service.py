@@ -14,11 +14,17 @@ from flexolmo_jax.federation.package import MANIFEST, read_manifest
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.parallel.mesh import make_mesh
 from flexolmo_jax.serving.chat import find_template, parse_template
-from flexolmo_jax.serving.errors import ApiError
-from flexolmo_jax.serving.keys import OPEN, Meter, Policy, digest, read_keys
+from flexolmo_jax.serving.keys import KEYS, OPEN, Policy
 from flexolmo_jax.serving.metrics import Metrics
 from flexolmo_jax.serving.runner import Runner
 from flexolmo_jax.serving.sources import Sources
+from flexolmo_jax.serving.traces import Traces
+from flexolmo_jax.serving.usage import Usage, digest_of
+from flexolmo_jax.usage.ledger import Ledger
+from flexolmo_jax.usage.signing import read_private
+from flexolmo_jax.web.errors import ApiError
+from flexolmo_jax.web.followed import state
+from flexolmo_jax.web.keys import Meter, holder_of
 
 WATCH_SECONDS = 1.0
 log = logging.getLogger("flexolmo_jax.serving")
@@ -41,6 +47,11 @@ class Settings:
       expert_parallel: spread the model over all devices, of which so many share its experts; None:
         one device, if there is one process.
       profiles: further names of the model, each with the experts that it stands for.
+      usage: a ledger of what every expert did; None: none is kept.
+      usage_key: the private key that signs it.
+      usage_askers: name the keys in it.
+      counterfactual: the share of answers that are scored again without each expert.
+      trace_owners: a file of owners who answer traces; None: answers are not traced.
       chat_template: a Jinja template; None: that of a Hugging Face directory, if it has one.
     """
 
@@ -57,6 +68,11 @@ class Settings:
     keys: Path | None = None
     expert_parallel: int | None = None
     profiles: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    usage: Path | None = None
+    usage_key: Path | None = None
+    usage_askers: bool = False
+    counterfactual: float = 0.0
+    trace_owners: Path | None = None
     chat_template: str | None = None
 
 
@@ -68,14 +84,16 @@ class Service:
       model: that `settings.path` holds.
 
     Raises:
-      ValueError: the file of keys, or the chat template, is damaged; a profile names an expert that
-        the model has not.
+      ValueError: the file of keys, the chat template, or the ledger, is damaged; a profile names an
+        expert that the model has not.
 
     Attributes:
       sources: the experts, and who may use them.
       runner: of the engine.
       is_draining: no new requests are taken.
       template: of chats, or None; `chat_template` is its text.
+      usage: tells the ledger, if there is one.
+      traces: of answers, or None.
       created: when it began, in seconds since 1970.
     """
 
@@ -93,15 +111,17 @@ class Service:
         if self.chat_template:
             self.template = parse_template(self.chat_template, str(settings.path))
         self.sources = Sources(settings.name, model.expert_names, profiles=settings.profiles)
+        self.traces = None if settings.trace_owners is None else Traces(settings.trace_owners)
         self._policies = {policy.sha256: policy for policy in self._read_keys()}
         length = settings.length or model.config.max_length
         self.runner = Runner(model, settings.slots, length)
         self._meters: dict[str, Meter] = {}
-        self._seen_keys = _state(settings.keys)
-        self._seen_model = _state(settings.path / MANIFEST)
+        self._seen_keys = state(settings.keys)
+        self._seen_model = state(settings.path / MANIFEST)
         self._entries: frozenset[str] | None = None  # names in a manifest that has changed
         self._has_changed = asyncio.Event()
         self._failed: dict[str, str] = {}  # what could not be followed, and why
+        self.usage = self._open_usage()
 
     @property
     def model(self) -> FlexOlmo:
@@ -115,16 +135,7 @@ class Service:
         """
         if self.settings.keys is None:
             return OPEN
-        kind, _, key = (authorization or "").partition(" ")
-        found = self._policies.get(digest(key.strip())) if kind.lower() == "bearer" else None
-        if found is None:
-            raise ApiError(
-                401,
-                "expected the header `Authorization: Bearer KEY`, with a key of this server",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        return found
+        return holder_of(authorization, self._policies)
 
     def check_room(self, policy: Policy, requests: int, tokens: int) -> None:
         """Raises ApiError if the server, or the key's policy, has no room for requests now.
@@ -182,14 +193,17 @@ class Service:
 
     async def watch(self) -> None:
         """Follows the merged model's manifest and the file of keys, until it is cancelled."""
-        loading = asyncio.create_task(self._load_changes())
+        tasks = [asyncio.create_task(self._load_changes())]
+        if self.usage is not None:
+            tasks.append(asyncio.create_task(self.usage.watch()))
         try:
             while True:
                 await asyncio.sleep(WATCH_SECONDS)
                 self._try("keys", self._follow_keys)
                 self._try("model", self._follow_manifest)
         finally:
-            loading.cancel()
+            for task in tasks:
+                task.cancel()
 
     def _try(self, what: str, follow: Callable[[], None]) -> None:
         """What cannot be read changes nothing, is logged once, and is tried again."""
@@ -202,7 +216,7 @@ class Service:
                 log.warning("the %s stay as they are: %s", what, error)
 
     def _follow_keys(self) -> None:
-        seen = _state(self.settings.keys)
+        seen = state(self.settings.keys)
         if seen == self._seen_keys:
             return
         self._policies = {policy.sha256: policy for policy in self._read_keys()}
@@ -211,7 +225,7 @@ class Service:
 
     def _follow_manifest(self) -> None:
         """Takes experts off that are gone, at once: masks do it bit for bit, before any load."""
-        seen = _state(self.settings.path / MANIFEST)
+        seen = state(self.settings.path / MANIFEST)
         if seen == self._seen_model:
             return
         manifest = read_manifest(self.settings.path)
@@ -235,7 +249,10 @@ class Service:
 
     async def _load(self) -> None:
         begun = time.monotonic()
+        digest = digest_of(self.settings.path)
         model = await self.runner.replace(lambda: load_served(self.settings))
+        if self.usage is not None:
+            self.usage.digest = digest
         names, known = model.expert_names, {*self.sources.names[1:], *model.expert_names[1:]}
         # Of what is in memory, an expert may have gone again while it was loaded.
         present = set(names) if self._entries is None else set(names) & self._entries
@@ -244,20 +261,21 @@ class Service:
         seconds = time.monotonic() - begun
         log.info("now serving %s (%.1f s)", ", ".join(self.sources.served), seconds)
 
+    def _open_usage(self) -> Usage | None:
+        own = self.settings
+        if own.usage is None or own.usage_key is None:
+            return None
+        digest, ledger = digest_of(own.path), Ledger(own.usage, read_private(own.usage_key))
+        sampled = (own.counterfactual, own.usage_askers)
+        return Usage(ledger, self.runner, lambda: self.sources, digest, *sampled)
+
     def _read_keys(self) -> list[Policy]:
-        return [] if self.settings.keys is None else read_keys(self.settings.keys)
+        return [] if self.settings.keys is None else KEYS.read(self.settings.keys)
 
 
 def service_of(request: Request) -> Service:
     """The service of the application that a request is for."""
     return request.app.state.service
-
-
-def _state(file: Path | None) -> tuple[int, int, int] | None:
-    if file is None or not file.exists():
-        return None
-    found = file.stat()
-    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def load_served(settings: Settings) -> FlexOlmo:

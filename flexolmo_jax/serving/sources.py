@@ -1,14 +1,14 @@
 """Which experts a request may use: by its model's name, by its own words, and by its key."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from flexolmo_jax.federation.names import PUBLIC
-from flexolmo_jax.serving.errors import ApiError
 from flexolmo_jax.serving.keys import Policy
 from flexolmo_jax.serving.protocol import Experts
+from flexolmo_jax.web.errors import ApiError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +119,3 @@ class Sources:
 
 def _may_use(policy: Policy, name: str) -> bool:
     return policy.experts is None or name in policy.experts
-
-
-def shares_by_name(names: Sequence[str], shares: np.ndarray) -> dict[str, float]:
-    """The shares of experts [E], scaled to a sum of 1: of those that have any, largest first."""
-    total = float(shares.sum()) or 1.0
-    own = {name: float(x) / total for name, x in zip(names, shares, strict=False) if x > 0}
-    return {name: round(own[name], 4) for name in sorted(own, key=lambda x: -own[x])}

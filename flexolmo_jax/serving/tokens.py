@@ -6,9 +6,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from flexolmo_jax.data.tokenizer import Tokenizer
-from flexolmo_jax.serving.errors import ApiError, Json
 from flexolmo_jax.serving.protocol import MAX_TOKEN_LISTS, Strict, Token
 from flexolmo_jax.serving.service import service_of
+from flexolmo_jax.web.errors import ApiError, Json
 
 routes = fastapi.APIRouter()
 

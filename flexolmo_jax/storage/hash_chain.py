@@ -18,13 +18,14 @@ START = "0" * 64  # what the first line names as the digest of the one before it
 _OWN = ("before", "number", "time")
 
 
-def append(file: Path, records: Iterable[dict[str, Any]]) -> str:
+def append(file: Path, records: Iterable[dict[str, Any]], time: str | None = None) -> str:
     """Appends records, each as a line of JSON, and waits until they are on the disk.
 
     Args:
       file: the log; made if it is missing, readable by its owner only. Its last line is read and
         checked, not the whole log.
-      records: JSON values, which gain `number`, `time` (UTC) and `before`, a digest.
+      records: JSON values, which gain `number`, `time` and `before`, a digest.
+      time: of all of them; default: now, to the second (UTC).
 
     Returns:
       the digest of the last line, hexadecimal SHA-256.
@@ -41,12 +42,12 @@ def append(file: Path, records: Iterable[dict[str, Any]]) -> str:
     lock = file.with_name(f".{file.name}.lock")
     with locked(lock, "is writing to this log", "try again", wait=30):
         number, before = _end(file)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         made = []
         for record in records:
             number += 1
-            time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            own = {"number": number, "time": time, "before": before}
-            line = json.dumps({**own, **record}, ensure_ascii=False, allow_nan=False)
+            own = {"number": number, "time": time or now, "before": before}
+            line = _line({**own, **record})
             made.append(line + "\n")
             before = _digest(line)
         _write(file, "".join(made).encode())
@@ -75,6 +76,15 @@ def read(file: Path) -> Iterator[dict[str, Any]]:
                 )
             before = _digest(data.decode().removesuffix("\n"))
             yield {**record, "digest": before}
+
+
+def digest_of(record: dict[str, Any]) -> str:
+    """The digest that a record of `read` has if its line is spelled as `append` spells lines."""
+    return _digest(_line({name: x for name, x in record.items() if name != "digest"}))
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
 def _end(file: Path) -> tuple[int, str]:

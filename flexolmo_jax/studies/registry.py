@@ -20,4 +20,5 @@ STUDIES: dict[str, str] = {
     "tasks-compared": "flexolmo_jax.studies.tasks_compared",
     "trace-memorized": "flexolmo_jax.studies.trace_memorized",
     "trace-similar": "flexolmo_jax.studies.trace_similar",
+    "usage-agreement": "flexolmo_jax.studies.usage_agreement",
 }

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import socket
 import threading
 import time
 
+import fastapi
 import httpx
 import pytest
 import uvicorn
@@ -68,3 +70,42 @@ def served(quick, world):
 def serving():
     """with serving(path, **settings) as server: a server of one's own."""
     return _serving
+
+
+@pytest.fixture(scope="module")
+def owners(tmp_path_factory):
+    """A file of the owners math, code and history; a list of the texts that each was asked about.
+
+    math finds the first three characters of every text. code never answers.
+    """
+    asked = {"math": []}
+    app = fastapi.FastAPI()
+
+    @app.post("/math/v1/trace")
+    async def answer(request: fastapi.Request):
+        text = (await request.json())["text"]
+        asked["math"].append(text)
+        place = {"document": "d7", "source": "a book", "licence": "CC0-1.0", "group": ""}
+        span = {"start": 0, "stop": 3, "tokens": 2, "log_probability": -9.0, "count": 4,
+                "passages": [{**place, "before": "before ", "after": " after"}]}  # fmt: skip
+        return {"owner": "m", "level": "snippets", "tokens": 9, "spans": [span], "receipt": None}
+
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    silent = socket.create_server(("127.0.0.1", 0))
+    urls = {
+        "math": f"http://127.0.0.1:{port}/math",
+        "code": f"http://127.0.0.1:{silent.getsockname()[1]}",
+        "history": "http://127.0.0.1:9",
+    }
+    file = tmp_path_factory.mktemp("owners") / "owners.toml"
+    tables = [f"[[owners]]\nname = '{name}'\nurl = '{url}'\n" for name, url in urls.items()]
+    file.write_text("seconds = 1\n" + "".join(tables))
+    yield file, asked
+    silent.close()
+    server.should_exit = True
+    thread.join(10)

@@ -143,7 +143,7 @@ def test_a_failing_engine_is_told_and_replaced(own, monkeypatch):
 
 def test_metrics_and_logs_hold_no_text(own, caplog):
     server, _ = own
-    with caplog.at_level("INFO", logger="flexolmo_jax.serving.requests"):
+    with caplog.at_level("INFO", logger="flexolmo_jax.web.requests"):
         server.text(prompt="Xylophone secret", max_tokens=5)
         metrics = server.get("/metrics").text
     assert 'flexolmo_tokens_total{kind="generated"} 5.0' in metrics

@@ -14,14 +14,18 @@ import time
 import httpx
 import pytest
 
-from flexolmo_jax.serving import run
+from flexolmo_jax.usage import excerpts
+from flexolmo_jax.usage.signing import make_keys, read_public
+from flexolmo_jax.web import listening
 
 
 @pytest.fixture
 def process(world, tmp_path):
     """`flexolmo serve` at a free port, and its address."""
     log = (tmp_path / "log").open("w+")
+    make_keys(tmp_path / "key")
     words = ("--model", world.merged, "--port", "0", "--length", "3000", "--slots", "2")
+    words += ("--usage", tmp_path / "usage.jsonl", "--usage-key", tmp_path / "key")
     started = subprocess.Popen(
         [sys.executable, "-m", "flexolmo_jax", "serve", *map(str, words)],
         stdout=subprocess.PIPE, stderr=log, text=True,
@@ -37,8 +41,8 @@ def process(world, tmp_path):
         started.wait()
 
 
-def test_it_drains_at_sigterm(process):
-    """What is in flight ends well, and nothing new is taken."""
+def test_it_drains_at_sigterm(process, tmp_path):
+    """What is in flight ends well and is in the usage ledger, and nothing new is taken."""
     started, url, log = process
     assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
     body = {"model": "merged", "prompt": "Once", "max_tokens": 1500, "logit_bias": {"0": -100}}
@@ -56,6 +60,8 @@ def test_it_drains_at_sigterm(process):
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 1500
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/ready")
+    used = excerpts.verify_ledger(tmp_path / "usage.jsonl", read_public(tmp_path / "key.pub"))
+    assert used.states["math"].tokens == 1500
     text = log.read_text()
     assert "Traceback" not in text and "Once" not in text and '"completion_tokens": 1500' in text
 
@@ -72,7 +78,7 @@ def test_an_idle_connection_outlives_that_of_a_client(process):
 
 
 def test_no_token_waits_for_an_acknowledgement():
-    with run.listen("127.0.0.1", 0) as listener, socket.socket() as client:
+    with listening.listen("127.0.0.1", 0) as listener, socket.socket() as client:
         client.connect(listener.getsockname())
         connection, _ = listener.accept()
         with connection:

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from flexolmo_jax.serving import keys
-from flexolmo_jax.serving.keys import Policy, add_key, remove_key
+from flexolmo_jax.serving.keys import KEYS, Policy
+from flexolmo_jax.web import keys
 
 pytestmark = pytest.mark.usefixtures("quick")
 PROMPT = "The theorem"
@@ -27,7 +27,7 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def key_of(file):
-    return {policy.name: add_key(file, policy) for policy in POLICIES}
+    return {policy.name: KEYS.add(file, policy) for policy in POLICIES}
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_unused_tokens_are_given_back(monkeypatch):
 
 
 def test_a_removed_key_ends_while_the_server_runs(guarded, file, key_of):
-    key = add_key(file, Policy("brief"))
+    key = KEYS.add(file, Policy("brief"))
 
     def status():
         return guarded.get("/v1/models", key).status_code
@@ -163,7 +163,7 @@ def test_a_removed_key_ends_while_the_server_runs(guarded, file, key_of):
             time.sleep(0.05)
 
     wait_for(200)
-    remove_key(file, "brief")
+    KEYS.remove(file, "brief")
     wait_for(401)
     good = file.read_text()
     file.write_text("{")  # a damaged file changes nothing
@@ -177,7 +177,7 @@ def test_the_commands(flexolmo, refused, tmp_path):
     words = ("--experts", "public", "math", "--always-on", "public", "--concurrency", 2)
     code, key, said = flexolmo("keys", "add", file, "clinic", *words)
     assert code == 0 and key.startswith("fo-") and "clinic" in said
-    [policy] = keys.read_keys(file)
+    [policy] = KEYS.read(file)
     assert policy == Policy(
         "clinic", keys.digest(key.strip()), ("public", "math"), ("public",), None, 2, "request"
     )
@@ -186,7 +186,7 @@ def test_the_commands(flexolmo, refused, tmp_path):
     assert json.loads(shown)[0]["experts"] == ["public", "math"]
     assert "public, math" in flexolmo("keys", "list", file)[1]
     assert "no key of 'other'" in refused("keys", "remove", file, "other")
-    assert flexolmo("keys", "remove", file, "clinic")[0] == 0 and keys.read_keys(file) == []
+    assert flexolmo("keys", "remove", file, "clinic")[0] == 0 and KEYS.read(file) == []
     assert "must stay on" in refused("keys", "add", file, "x", "--experts", "a", "--always-on", "b")
     assert "at least 1" in refused("keys", "add", file, "x", "--concurrency", 0)
     file.write_text(json.dumps({"keys": [{**dataclasses.asdict(policy), "experts": "public"}]}))

@@ -2,6 +2,7 @@
 import { copies } from "./copy.js";
 import { Shares } from "./shares.js";
 import { explainWords } from "./tip.js";
+import { offerTrace } from "./trace.js";
 import { Words } from "./words.js";
 
 const SHOWN_OF_PROMPT = 280; // characters
@@ -28,12 +29,17 @@ export class Answer {
   #box;
   #bars;
   #drawn = false;
+  #traced;
   #started = performance.now();
   #first = 0;
 
-  /** `sources`: a Sources; `off`: the names without part in the answer. */
-  constructor(title, prompt, sources, off) {
+  /**
+   * `sources`: a Sources; `off`: the names without part in the answer; `traced`: the names of the
+   * sources whose owners can be asked where the answer's words stand.
+   */
+  constructor(title, prompt, sources, off, traced) {
     this.title = title;
+    this.#traced = traced.filter((name) => !off.includes(name));
     this.element = document.getElementById("answer").content.cloneNode(true).firstElementChild;
     const find = (selector) => this.element.querySelector(selector);
     this.#looks = new Map(sources.names.map((name) => [name, sources.look(name)]));
@@ -67,8 +73,8 @@ export class Answer {
     this.#drawSharesSoon();
   }
 
-  /** Marks the answer as complete. */
-  end(reason, usage) {
+  /** Marks the answer as complete; `id`: the server's, or undefined if it does not keep it. */
+  end(reason, usage, id) {
     const { element } = this;
     const seconds = (performance.now() - this.#started) / 1000;
     this.tokens = usage?.completion_tokens ?? this.#words.total.tokens;
@@ -80,6 +86,7 @@ export class Answer {
     if (this.tokens) figures.unshift(`${this.tokens} tokens in ${seconds.toFixed(1)} s`);
     if (this.#first) figures.splice(1, 0, `first after ${(this.#first - this.#started).toFixed(0)} ms`);
     element.querySelector(".figures").textContent = figures.join(" · ");
+    if (id && this.text && this.#traced.length) offerTrace(element, id, this.#traced, this.#looks);
   }
 
   /** The names and shares, the largest first. */

@@ -45,6 +45,13 @@ export async function* complete(request, signal) {
   throw new ApiError("The connection ended before the answer did.");
 }
 
+/** Where the words of an answer stand in owners' documents; `id`: of the answer's chunks. */
+export async function readTrace(id) {
+  const body = parse(await (await call("trace", { method: "POST", body: JSON.stringify({ id }) })).text());
+  if (!Array.isArray(body?.spans)) throw new ApiError("The server sent no trace.");
+  return body;
+}
+
 async function call(path, options) {
   const headers = { "Content-Type": "application/json" };
   if (key.get()) headers.Authorization = `Bearer ${key.get()}`;

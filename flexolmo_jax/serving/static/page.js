@@ -84,7 +84,7 @@ async function run() {
   const [bodies, controller] = [requests(), new AbortController()];
   const answers = bodies.map(({ prompt, experts }) => {
     const off = experts?.without ?? [];
-    return new Answer(titleOf(off), prompt, sources, off);
+    return new Answer(titleOf(off), prompt, sources, off, chosen().traces ?? []);
   });
   $("empty").hidden = true;
   $("difference").hidden = true;
@@ -103,7 +103,7 @@ async function run() {
 /** Writes one answer; an error ends it and is shown. */
 async function write(answer, body, signal, beside) {
   const reader = new Reader();
-  let [reason, usage] = ["stop", null];
+  let [reason, usage, id] = ["stop", null];
   try {
     for await (const chunk of stream(body, signal)) {
       for (const choice of chunk.choices) {
@@ -111,13 +111,14 @@ async function write(answer, body, signal, beside) {
         reason = choice.finish_reason ?? reason;
         if (!beside) reader.add(choice.text);
       }
-      usage = chunk.usage ?? usage;
+      [usage, id] = [chunk.usage ?? usage, chunk.id];
     }
   } catch (error) {
     reason = error.name === "AbortError" ? "stopped" : "failed";
+    id = undefined; // the server keeps no unfinished answer
     if (reason === "failed") await explain(error);
   }
-  answer.end(reason, usage);
+  answer.end(reason, usage, id);
   const [first] = answer.ranking;
   const most = first?.[1] ? ` Mostly ${first[0]}, ${percent(first[1])}.` : "";
   const rest = beside ? `${answer.title}: ${answer.text}` : reader.rest();

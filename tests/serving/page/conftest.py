@@ -15,7 +15,7 @@ from playwright.sync_api import Locator, Page, expect, sync_playwright
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.expert import write_expert
 from flexolmo_jax.federation.merge import merge
-from flexolmo_jax.serving.keys import Policy, add_key
+from flexolmo_jax.serving.keys import KEYS, Policy
 
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update"
@@ -54,7 +54,7 @@ def guarded(quick, serving, merged, tmp_path_factory):
         Policy("shares", expert_mass="request"),
         Policy("blind", expert_mass="none"),
     )
-    keys = {policy.name: add_key(file, policy) for policy in policies}
+    keys = {policy.name: KEYS.add(file, policy) for policy in policies}
     with serving(merged, keys=file) as server:
         yield server.url, keys
 

@@ -1,0 +1,1 @@
+"""What the services over HTTP share: keys, errors, limits on bodies, listening."""
