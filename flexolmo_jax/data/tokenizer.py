@@ -165,7 +165,8 @@ class Tokenizer:
           text: to encode.
           opened: by what the tokenizer puts in front of a prompt.
         """
-        ids = self._reads_control_tokens.encode(text, add_special_tokens=opened).ids
+        [encoded] = self._reads_control_tokens.encode_batch([text], add_special_tokens=opened)
+        ids = encoded.ids
         self._check_embedded(ids, "a text")
         return ids
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fastapi
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.staticfiles import StaticFiles
@@ -26,6 +27,7 @@ from flexolmo_jax.web.errors import ApiError, Json
 from flexolmo_jax.web.guard import Guard
 from flexolmo_jax.web.handlers import add_handlers
 
+LONG_PROMPT = 20_000  # characters; others are answered while longer ones become tokens
 STATIC = Path(__file__).with_name("static")
 ERRORS: Any = {
     status: {"description": text}
@@ -183,6 +185,22 @@ def _models(request: Request) -> dict[str, dict[str, Any]]:
     }
 
 
+async def _admit(
+    service: Service, body: Completion | Chat, prompts: list[Any], policy: Policy
+) -> tuple[np.ndarray, Admission]:
+    """The experts that a body may use, bool [E], and its requests."""
+    while True:
+        sources, model = service.sources, service.model
+        mask = sources.mask(body.model, body.experts, policy)
+        given = (body, prompts, model, mask, service.length_for(policy))
+        if sum(map(len, prompts)) < LONG_PROMPT:
+            return mask, admit(*given)
+        admission = await asyncio.to_thread(admit, *given)
+        # Experts may have come or gone meanwhile; then the mask is of others.
+        if service.sources is sources and service.model is model:
+            return mask, admission
+
+
 async def _complete(request: Request, body: Completion | Chat, prompts: list[Any]) -> Response:
     service = service_of(request)
     policy = service.policy(request.headers.get("authorization"))
@@ -190,10 +208,9 @@ async def _complete(request: Request, body: Completion | Chat, prompts: list[Any
     count = len(prompts) * (body.n or 1)
     if count > MAX_CHOICES:
         raise ApiError(400, f"expected at most {MAX_CHOICES} choices, found {count}", "n")
-    mask = service.sources.mask(body.model, body.experts, policy)
     if body.trace:
         _check_trace(service, count)
-    admission = admit(body, prompts, service.model, mask, service.length_for(policy))
+    mask, admission = await _admit(service, body, prompts, policy)
     service.check_room(policy, count, admission.tokens)
     request.scope["flexolmo"] = {"key": policy.name, "model": body.model}
     form = answers.Form(body, service.model.expert_names, service.model.tokenizer)

@@ -1,5 +1,7 @@
 """The tokenizer over HTTP, as vLLM offers it: lm-evaluation-harness finds and uses it by itself."""
 
+import asyncio
+
 import fastapi
 from pydantic import Field
 from starlette.requests import Request
@@ -37,7 +39,9 @@ async def tokenize(request: Request, body: Text) -> Response:
     """Ids of a text; control tokens that it spells are read as such."""
     tokenizer = _tokenizer(request)
     try:
-        ids = tokenizer.encode_as_transformers(body.prompt, body.add_special_tokens)
+        ids = await asyncio.to_thread(
+            tokenizer.encode_as_transformers, body.prompt, body.add_special_tokens
+        )
     except (ValueError, TypeError) as error:
         raise ApiError(400, str(error), "prompt") from error
     length = service_of(request).runner.length

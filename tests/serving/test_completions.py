@@ -1,5 +1,6 @@
 """Answers are those of the model itself, in OpenAI's form."""
 
+import concurrent.futures
 import json
 
 import httpx
@@ -252,3 +253,15 @@ def test_other_paths_methods_and_sizes(served):
         served.url + "/v1/completions", content=(b" " * (1 << 19) for _ in range(6))
     )
     assert chunks.status_code == 413
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_others_are_answered_while_a_long_text_becomes_tokens(served, path):
+    body = {"model": "ours", "prompt": "one and the other " * 50_000}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        long = pool.submit(served.post, path, **body)
+        answered = 0
+        while not long.done():
+            answered += served.get("/health").status_code == 200
+    assert answered > 5
+    assert long.result().status_code == (200 if path == "/tokenize" else 400)
