@@ -13,7 +13,7 @@ import numpy as np
 SEPARATOR = 2**32 - 1  # behind every document; no token has this id
 NO_TOKEN = 2**32 - 2  # behind the text that is asked about; equal to nothing in a shard
 HIGHEST = 2**24 - 2  # the highest id that can be sorted
-_FIRST_DEPTH = 8  # tokens that are compared at a time, after the first one is equal
+_DEPTHS = (8, 32)  # tokens that are compared at a time, after the first one is equal
 _CHUNK = 2**16  # entries that are changed at a time
 
 
@@ -31,38 +31,52 @@ class Suffixes(NamedTuple):
     buckets: np.ndarray
 
 
-def sort(tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The order of the suffixes that begin with a token of a document.
-
-    libdivsufsort sorts bytes; so each token becomes two or three of them that keep the order of
-    the ids. It needs 4 bytes for each byte of input, and we need no others: at most 15 a token.
+def as_bytes(tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Tokens in the bytes that are sorted: two or three for each, in the order of the ids.
 
     Args:
       tokens: uint32 [N], separators included.
       counts: int64 [V]: how often each id occurs.
 
     Returns:
-      int32 [M], places in `tokens`.
+      uint8 [N, 2 or 3].
     """
-    import pydivsufsort
-
     present = np.cumsum(counts > 0)  # the rank of each id among those that occur, from 1
-    width = 2 if present.size == 0 or present[-1] < 2**16 - 1 else 3
-    codes = np.full((len(tokens), width), 255, np.uint8)
+    width = 2 if present[-1] < 2**16 - 1 else 3
+    codes = np.full((len(tokens), width), 255, np.uint8)  # separators are last
     for start in range(0, len(tokens), _CHUNK):
         part = tokens[start : start + _CHUNK]
         own = np.flatnonzero(part != SEPARATOR)
         ranks = present[part[own]] - 1
         for byte in range(width):
             codes[start + own, byte] = ranks >> 8 * (width - 1 - byte) & 255
-    order = pydivsufsort.divsufsort(codes.reshape(-1))  # int32 [width * N]: of all bytes
+    return codes
+
+
+def sort(codes: np.ndarray, count: int) -> np.ndarray:
+    """The order of the suffixes that begin with a token of a document.
+
+    libdivsufsort sorts bytes, and needs 4 more for each of them, and we need no others: so at most
+    15 bytes of memory for each token, the codes included.
+
+    Args:
+      codes: as `as_bytes` returns them.
+      count: of the tokens without separators.
+
+    Returns:
+      int32 [count], places of tokens.
+    """
+    import pydivsufsort
+
+    width = codes.shape[1]
+    order = pydivsufsort.divsufsort(codes.reshape(-1))  # int32 [N * width]: of all bytes
     found = 0
     for start in range(0, len(order), _CHUNK):
         part = order[start : start + _CHUNK]
         part = part[part % width == 0] // width
         order[found : found + len(part)] = part  # never ahead of what is read
         found += len(part)
-    return order[: int(counts.sum())]  # the separators are last
+    return order[:count]
 
 
 def longest_matches(shard: Suffixes, ids: np.ndarray) -> np.ndarray:
@@ -154,19 +168,43 @@ def _compare(
     found, wanted = tokens[places + shared], asked[starts + shared]
     is_less = found < wanted
     tied = np.flatnonzero(found == wanted)
-    depth = _FIRST_DEPTH
-    while len(tied):
+    for depth in _DEPTHS:
+        if not len(tied):
+            break
         shared[tied] += 1
         span = np.arange(depth)
-        at = places[tied] + shared[tied], starts[tied] + shared[tied]
-        found = tokens.take(at[0][:, None] + span, mode="clip")
-        wanted = asked.take(at[1][:, None] + span, mode="clip")  # ends with NO_TOKEN
-        differs = found != wanted
+        found = tokens.take((places[tied] + shared[tied])[:, None] + span, mode="clip")
+        wanted = asked.take((starts[tied] + shared[tied])[:, None] + span, mode="clip")
+        differs = found != wanted  # `asked` ends with a token that differs from all
         first = differs.argmax(1)
         row = np.arange(len(tied))
         ends = differs[row, first]
         is_less[tied] = found[row, first] < wanted[row, first]
         shared[tied] += np.where(ends, first, depth - 1)
         tied = tied[~ends]
-        depth *= 4
+    if len(tied):
+        shared[tied] = _along_diagonals(tokens, places[tied], asked, starts[tied])
+        is_less[tied] = tokens[places[tied] + shared[tied]] < asked[starts[tied] + shared[tied]]
     return shared, is_less
+
+
+def _along_diagonals(
+    tokens: np.ndarray, places: np.ndarray, asked: np.ndarray, starts: np.ndarray
+) -> np.ndarray:
+    """How many tokens suffixes share that share many: int64 [n], by text that is compared once.
+
+    Where a long passage of the text stands in a document, all of its suffixes match along with it:
+    places minus starts are equal. Comparing each by itself would need the square of its length.
+    """
+    diagonals, own = np.unique(places - starts, return_inverse=True)
+    columns = np.arange(len(asked))
+    shared = np.empty(len(places), np.int64)
+    rows = max(1, _CHUNK // len(asked))
+    for first in range(0, len(diagonals), rows):
+        part = diagonals[first : first + rows]
+        differs = tokens.take(part[:, None] + columns, mode="clip") != asked
+        ends = np.where(differs, columns, len(asked))
+        ends = np.minimum.accumulate(ends[:, ::-1], axis=1)[:, ::-1]  # the first from there on
+        lanes = np.flatnonzero((own >= first) & (own < first + len(part)))
+        shared[lanes] = ends[own[lanes] - first, starts[lanes]] - starts[lanes]
+    return shared
