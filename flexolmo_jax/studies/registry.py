@@ -18,4 +18,5 @@ STUDIES: dict[str, str] = {
     "scaling": "flexolmo_jax.studies.scaling",
     "shares": "flexolmo_jax.studies.shares",
     "tasks-compared": "flexolmo_jax.studies.tasks_compared",
+    "trace-membership": "flexolmo_jax.studies.trace_membership",
 }
