@@ -19,4 +19,6 @@ STUDIES: dict[str, str] = {
     "shares": "flexolmo_jax.studies.shares",
     "tasks-compared": "flexolmo_jax.studies.tasks_compared",
     "trace-membership": "flexolmo_jax.studies.trace_membership",
+    "trace-memorized": "flexolmo_jax.studies.trace_memorized",
+    "trace-similar": "flexolmo_jax.studies.trace_similar",
 }

@@ -1,9 +1,9 @@
 """What an owner's tracing service gives away: a membership attack through it, at each policy.
 
-    flexolmo study trace-membership OUT [--documents 100] [--seed 0]
+    flexolmo study trace-membership OUT [--documents 50] [--seed 0]
 
 Of four bundled corpora, half of the groups are indexed. Whoever has a document asks about its
-first 1,000 characters, whole and in pieces of 200, and decides by the answers whether it is
+first 500 characters, whole and in pieces of 125, and decides by the answers whether it is
 indexed. Unknown documents are of the other groups: of the same kind, and by other hands. Each
 statistic of the answers is a score; the best one is chosen on every other document, and measured
 on the rest. Writes OUT, a file of JSON, and prints the table of docs/tracing_service.md. The
@@ -30,13 +30,12 @@ from flexolmo_jax.tracing.build import build_index
 
 CORPORA = ("code", "math", "educational", "creative")
 VOCABULARY = 4096
-ASKED, PIECE = 1000, 200  # characters
+ASKED, PIECE = 500, 125  # characters
 FALSE = 0.01  # the rate of false positives at which true ones are counted
 # level, minimum_tokens, minimum_documents
 SETTINGS = (
-    ("counts", 1, 1), ("counts", 8, 1), ("counts", 16, 1), ("counts", 8, 2), ("counts", 8, 5),
-    ("counts", 8, 20), ("ids", 8, 1), ("ids", 8, 5), ("ids", 8, 20), ("snippets", 8, 1),
-    ("snippets", 8, 5), ("snippets", 8, 20),
+    ("counts", 8, 1), ("counts", 16, 1), ("counts", 8, 2), ("counts", 8, 5), ("counts", 8, 20),
+    ("ids", 8, 1), ("ids", 8, 5), ("snippets", 8, 1), ("snippets", 8, 5), ("snippets", 8, 20),
 )  # fmt: skip
 SCORES = ("longest", "covered", "rarest", "fewest", "together", "context")
 
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `flexolmo study trace-membership`."""
     parser.add_argument("out", type=Path, help="file of JSON")
     parser.add_argument(
-        "--documents", type=int, default=100, help="of each kind and corpus (default: %(default)s)"
+        "--documents", type=int, default=50, help="of each kind and corpus (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
 
