@@ -3,12 +3,12 @@
 import importlib.util
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.config import DataConfig
-from flexolmo_jax.data.sources import is_heldout, read_documents
+from flexolmo_jax.data.sources import Document, is_heldout, read_documents
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.runtime.console import tell, without_progress
 from flexolmo_jax.storage.files import replace_file
@@ -38,7 +38,8 @@ def trace_demo(
     if importlib.util.find_spec("pydivsufsort") is None:
         tell("no answer is traced: that needs pip install 'flexolmo_jax[trace]'")
         return None
-    indexes = [index_training_text(name, data, out) for name in names]
+    file = out / "anchor" / "tokenizer.json"
+    indexes = [index_training_text(name, data, file, out / "indexes" / name) for name in names]
     [answer] = model.generate([prompt], TOKENS)
     found = model.trace(str(answer), indexes, prompt=prompt)
     replace_file(out / "trace.html", trace_page(found, prompt))
@@ -52,18 +53,21 @@ def trace_demo(
     return {"prompt": prompt, "owner": owner, "on": found.to_json(), "off": without.to_json()}
 
 
-def index_training_text(name: str, data: DataConfig, out: Path) -> Index:
-    """An index of the documents of `corpus:NAME` that training with `data` reads."""
-    folder = out / "indexes" / name
-    with tempfile.TemporaryDirectory() as scratch:
+def training_documents(name: str, data: DataConfig) -> Iterator[Document]:
+    """The documents of `corpus:NAME` that training with `data` reads."""
+    for document in read_documents(f"corpus:{name}", group_field=data.group_field):
+        if not is_heldout(document, data.heldout):
+            yield document
+
+
+def index_training_text(name: str, data: DataConfig, tokenizer: Path, folder: Path) -> Index:
+    """Makes and opens an index of `training_documents`; its owner is called NAME."""
+    with tempfile.TemporaryDirectory() as scratch, without_progress():
         file = Path(scratch) / f"{name}.jsonl"
         with open(file, "w", encoding="utf-8") as opened:
-            documents = read_documents(f"corpus:{name}", group_field=data.group_field)
-            for document in documents:
-                if not is_heldout(document, data.heldout):
-                    row = {"text": document.text, "source": document.source}
-                    more = {"licence": document.licence, "id": Path(document.where).name}
-                    opened.write(json.dumps(row | more) + "\n")
-        with without_progress():
-            build_index([str(file)], out / "anchor" / "tokenizer.json", folder, owner=name)
+            for document in training_documents(name, data):
+                row = {"text": document.text, "source": document.source}
+                more = {"licence": document.licence, "id": Path(document.where).name}
+                opened.write(json.dumps(row | more) + "\n")
+        build_index([str(file)], tokenizer, folder, owner=name)
     return Index.open(folder)

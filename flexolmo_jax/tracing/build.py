@@ -16,7 +16,7 @@ from flexolmo_jax.data.sources import Document, Report, read_documents
 from flexolmo_jax.data.tokenizer import as_used
 from flexolmo_jax.runtime.console import Bar, log, progress
 from flexolmo_jax.storage.files import replace_file
-from flexolmo_jax.storage.locks import locked
+from flexolmo_jax.storage.locks import locked, private_folder
 from flexolmo_jax.storage.outputs import check_kept_folder
 from flexolmo_jax.tracing.layout import (
     FORMAT,
@@ -31,6 +31,7 @@ from flexolmo_jax.tracing.layout import (
     write_index,
 )
 from flexolmo_jax.tracing.shard_writer import MOST_TOKENS, ShardWriter, digest_of, encoded
+from flexolmo_jax.tracing.verified import open_files
 
 SHARD_TOKENS = 2**26  # sorting needs 15 bytes of memory for each
 
@@ -92,7 +93,7 @@ def build_index(
     text, encoder = _read(tokenizer)
     if update and not (out / INDEX).exists():
         raise ValueError(f"{out}: there is no index to update; make one without --update")
-    out.mkdir(parents=True, exist_ok=True)
+    private_folder(out)  # it will hold the documents
     try:
         with locked(out / LOCK, "is changing this index", "try again when it has ended"):
             index = _begin(out, text, owner, update)
@@ -139,6 +140,8 @@ def _begin(out: Path, tokenizer: str, owner: str | None, update: bool) -> dict[s
         )
     if owner not in (None, index["owner"]):
         raise ValueError(f"{out}: the index of {index['owner']!r}, not of {owner!r}")
+    if index["shards"]:
+        open_files(out)  # nothing is added to what is damaged
     return index
 
 
@@ -148,7 +151,7 @@ def _build(work: _Work, encoder: tokenizers.Tokenizer, json_text: str) -> Built:
     building = _unfinished(work, asked)
     if not count:
         return Built(0, 0, len(index["shards"]))
-    if TOKENIZER not in index["files"]:
+    if not index["shards"]:
         replace_file(work.folder / TOKENIZER, json_text)
         index["files"][TOKENIZER] = entry(work.folder / TOKENIZER)
     clean(work.folder, index)
@@ -173,15 +176,18 @@ def _build(work: _Work, encoder: tokenizers.Tokenizer, json_text: str) -> Built:
 def _unfinished(work: _Work, asked: str) -> dict[str, Any]:
     """The record of unfinished work of the same kind, or a new one; it is a part of the index."""
     index, found = work.index, work.index["building"]
-    if found and found["of"] == asked:
-        return found
-    if found and not index["shards"]:
-        raise ValueError(
-            f"{work.folder}: an unfinished index of other documents, or of shards of another size; "
-            "continue it with the arguments that it was begun with, or delete the folder"
-        )
     if found:
-        log(f"{work.folder}: an unfinished update of other documents is discarded")
+        places = {work.folder / name: expected for name, expected in found["files"].items()}
+        is_intact = all(file.is_file() and entry(file) == x for file, x in places.items())
+        if found["of"] == asked and is_intact:
+            return found
+        if found["of"] != asked and not index["shards"]:
+            raise ValueError(
+                f"{work.folder}: an unfinished index of other documents, or of shards of another "
+                "size; continue it with the arguments that it was begun with, or delete the folder"
+            )
+        what = "is of other documents" if is_intact else "is damaged"
+        log(f"{work.folder}: what an interrupted run has left {what}, and is discarded")
         index["unused"] += found["shards"]
     new = {"of": asked, "documents": 0, "tokens": 0, "characters": 0, "shards": [], "files": {}}
     index["building"] = new

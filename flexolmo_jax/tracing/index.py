@@ -87,12 +87,13 @@ class Index:
         self,
         folder: Path,
         owner: str,
-        tokenizer: tuple[tokenizers.Tokenizer, str],
+        tokenizer: tokenizers.Tokenizer,
+        tokenizer_digest: str,
         shards: list[Shard],
     ):
         """Use `open`."""
         self.folder, self.owner = folder, owner
-        self.tokenizer, self.tokenizer_digest = tokenizer
+        self.tokenizer, self.tokenizer_digest = tokenizer, tokenizer_digest
         self.num_documents = sum(int((np.diff(s.lines) > 0).sum()) for s in shards)
         self.counts = np.sum([np.diff(shard.suffixes.buckets) for shard in shards], axis=0)
         self.vocabulary_size = len(self.counts)
@@ -111,13 +112,13 @@ class Index:
         """
         about, maps = open_files(Path(folder))
         where = Path(folder) / TOKENIZER
-        tokenizer, vocabulary, digest = read_tokenizer(bytes(maps[TOKENIZER]).decode(), where)
+        tokenizer, vocabulary, _ = read_tokenizer(bytes(maps[TOKENIZER]).decode(), where)
         if vocabulary != about["vocabulary_size"]:
             raise ValueError(
                 f"{where}: expected {about['vocabulary_size']} ids, found {vocabulary}; index again"
             )
         shards = [_shard(maps, name) for name in about["shards"]]
-        return cls(Path(folder), about["owner"], (tokenizer, digest), shards)
+        return cls(Path(folder), about["owner"], tokenizer, about["tokenizer"], shards)
 
     def encode(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """A text's tokens, as the documents' were made.
@@ -137,6 +138,7 @@ class Index:
         Returns:
           int32 [L].
         """
+        ids = np.asarray(ids, np.uint32)
         longest = np.zeros(len(ids), np.int32)
         for shard in self.shards:
             np.maximum(longest, suffixes.longest_matches(shard.suffixes, ids), out=longest)
@@ -157,20 +159,21 @@ class Index:
         if not len(ids):
             raise ValueError("find: expected at least one token, found none")
         ranges = [suffixes.find(shard.suffixes, ids) for shard in self.shards]
-        before = np.cumsum([0, *(stop - start for start, stop in ranges)])
-        count = int(before[-1])
+        count = sum(stop - start for start, stop in ranges)
         kept = count if most is None else min(most, count)
-        picked = (2 * np.arange(kept) + 1) * count // (2 * max(kept, 1))
-        of_shard = np.searchsorted(before, picked, side="right") - 1
-        found = []
-        for rank, number in zip(picked.tolist(), of_shard.tolist(), strict=True):
-            shard = self.shards[number]
-            place = int(shard.suffixes.order[ranges[number][0] + rank - before[number]])
-            document = int(np.searchsorted(shard.starts, place, side="right")) - 1
-            found.append(
-                Occurrence(int(self._first[number]) + document, place - int(shard.starts[document]))
-            )
-        return count, found
+        places: list[Occurrence] = []
+        if not kept:
+            return count, places
+        picked = (2 * np.arange(kept) + 1) * count // (2 * kept)
+        before = 0
+        for first, shard, (start, stop) in zip(self._first, self.shards, ranges, strict=False):
+            own = picked[(picked >= before) & (picked < before + stop - start)]
+            found = shard.suffixes.order[start + own - before]
+            documents = np.searchsorted(shard.starts, found, side="right") - 1
+            at = (first + documents).tolist(), (found - shard.starts[documents]).tolist()
+            places += map(Occurrence, *at)
+            before += stop - start
+        return count, places
 
     def numbers(self) -> Iterator[int]:
         """The numbers of all documents that are not withdrawn, in order."""

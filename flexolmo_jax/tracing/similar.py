@@ -23,9 +23,6 @@ def similar_passages(
 ) -> list[Passage]:
     """The passages most like a text, best first, at most one of a document.
 
-    Every document is read and embedded at each call, a few thousand pieces at a time, so that
-    memory stays bounded and an index holds no second copy of its text.
-
     Args:
       text: what was asked about.
       query: against which passages are ranked by BM25: the prompt and the text.
@@ -35,18 +32,37 @@ def similar_passages(
     Raises:
       ValueError: the package wordllama is not installed.
     """
+    [passages] = nearest_passages([text], indexes)
+    return fused(passages, query, named)[:most]
+
+
+def nearest_passages(texts: Sequence[str], indexes: Sequence[Index]) -> list[list[Passage]]:
+    """The `CANDIDATES` passages of all documents whose word vectors are nearest to each text's.
+
+    Every document is read and embedded at each call, a few thousand pieces at a time, so that
+    memory stays bounded and an index holds no second copy of its text.
+
+    Returns:
+      of each text, passages by falling cosine of the mean word vectors.
+
+    Raises:
+      ValueError: the package wordllama is not installed.
+    """
     vectors = WordVectors()
-    target = vectors.means([text])[0]
-    best: list[tuple[float, int, int, int]] = []  # a heap, the least similar first
+    targets = vectors.means(texts)
+    best: list[list[tuple[float, int, int, int]]] = [[] for _ in texts]  # heaps, the farthest first
     for number, index in enumerate(indexes):
-        for places, texts in _batches(index):
-            similarities = _similarities(places, vectors.sums(texts)[0], target)
-            for row in np.argsort(-similarities)[:CANDIDATES].tolist():
-                heapq.heappush(best, (float(similarities[row]), -number, *places[row]))
-                if len(best) > CANDIDATES:
-                    heapq.heappop(best)
-    passages = [_passage(indexes[-number], *place) for _, number, *place in sorted(best)[::-1]]
-    return _fused(passages, query, named)[:most]
+        for places, pieces in _batches(index):
+            cosines = _passage_vectors(places, vectors.sums(pieces)[0]) @ targets.T
+            for own, heap in zip(cosines.T, best, strict=True):
+                for row in np.argsort(-own)[:CANDIDATES].tolist():
+                    heapq.heappush(heap, (float(own[row]), -number, *places[row]))
+                    if len(heap) > CANDIDATES:
+                        heapq.heappop(heap)
+    return [
+        [_passage(indexes[-number], *place) for _, number, *place in sorted(heap)[::-1]]
+        for heap in best
+    ]
 
 
 def _batches(index: Index) -> Iterator[tuple[list[tuple[int, int]], list[str]]]:
@@ -65,21 +81,21 @@ def _batches(index: Index) -> Iterator[tuple[list[tuple[int, int]], list[str]]]:
         yield places, index.tokenizer.decode_batch(ids)
 
 
-def _similarities(
-    places: list[tuple[int, int]], sums: np.ndarray, target: np.ndarray
-) -> np.ndarray:
-    """Cosines of passages with the text; each begins with a half, and holds the next one, if any.
+def _passage_vectors(places: list[tuple[int, int]], sums: np.ndarray) -> np.ndarray:
+    """Unit vectors of passages, each of a half and the next one, if its document has one.
 
     Args:
-      places: by document and first token.
-      sums: float32 [halves, 256] of word vectors.
-      target: float32 [256], of length 1.
+      places: of the halves, by document and first token.
+      sums: float32 [halves, 256] of their word vectors.
+
+    Returns:
+      float32 [halves, 256].
     """
     documents = np.array([document for document, _ in places])
     passages = sums.copy()
     continues = np.flatnonzero(documents[1:] == documents[:-1])
     passages[continues] += sums[continues + 1]
-    return unit(passages) @ target
+    return unit(passages)
 
 
 def _passage(index: Index, document: int, start: int) -> Passage:
@@ -89,7 +105,7 @@ def _passage(index: Index, document: int, start: int) -> Passage:
     return Passage(*about, match=text.strip("\ufffd").strip())
 
 
-def _fused(passages: list[Passage], query: str, named: Sequence[Passage]) -> list[Passage]:
+def fused(passages: list[Passage], query: str, named: Sequence[Passage]) -> list[Passage]:
     """The best passage of each document, by reciprocal rank fusion of word vectors and BM25.
 
     Args:

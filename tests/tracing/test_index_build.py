@@ -172,6 +172,32 @@ def test_an_unfinished_update_gives_way_to_one_of_other_documents(index_numbers,
     assert len([path for path in folder.iterdir() if path.is_dir()]) == 2
 
 
+def test_an_unfinished_build_that_is_damaged_is_made_again(index_numbers, tmp_path, monkeypatch):
+    documents = [[1, 2], [3, 4], [5, 6]]
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(KeyboardInterrupt):
+            index_numbers(documents, "part", shard_tokens=3, owner="me")
+    (tmp_path / "part" / "00001" / "order").write_bytes(b"")
+    (tmp_path / "part" / TOKENIZER).write_text("")
+    closed = stop_after(monkeypatch, 99)
+    index_numbers(documents, "part", shard_tokens=3, owner="me")
+    assert len(closed) == 3
+    index = Index.open(tmp_path / "part")
+    assert [index.read(n, 0, 9).tolist() for n in index.numbers()] == documents
+
+
+def test_nothing_is_added_to_a_damaged_index(index_numbers):
+    folder = index_numbers([[1, 2]])
+    (folder / "00000" / "order").write_bytes(bytes(8))
+    with pytest.raises(ValueError, match="00000/order: not the file that was indexed"):
+        index_numbers([[3, 4]], update=True)
+
+
+def test_only_its_owner_may_read_an_index(index_numbers):
+    assert index_numbers([[1, 2]]).stat().st_mode & 0o777 == 0o700
+
+
 def test_what_does_not_fit_an_index_is_refused(index_numbers, tmp_path, numbers_tokenizer):
     folder = index_numbers([[1, 2]], owner="me")
     before = contents(folder)
