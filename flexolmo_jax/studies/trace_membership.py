@@ -1,13 +1,14 @@
 """What an owner's tracing service gives away: a membership attack through it, at each policy.
 
-    flexolmo study trace-membership OUT [--documents 50] [--seed 0]
+    flexolmo study trace-membership OUT [--documents 40] [--seed 0]
 
 Of four bundled corpora, half of the groups are indexed. Whoever has a document asks about its
 first 500 characters, whole and in pieces of 125, and decides by the answers whether it is
 indexed. Unknown documents are of the other groups: of the same kind, and by other hands. Each
-statistic of the answers is a score; the best one is chosen on every other document, and measured
-on the rest. Writes OUT, a file of JSON, and prints the table of docs/tracing_service.md. The
-questions pass through the application itself, without a socket; no network is trained.
+statistic of the answers is a score; the best one is chosen on every other document, for AUC and for
+the true positives alike, and measured on the rest. Writes OUT, a file of JSON, and prints the table
+of docs/tracing_service.md. The questions pass through the application itself, without a socket; no
+network is trained.
 """
 
 import argparse
@@ -32,12 +33,13 @@ CORPORA = ("code", "math", "educational", "creative")
 VOCABULARY = 4096
 ASKED, PIECE = 500, 125  # characters
 FALSE = 0.01  # the rate of false positives at which true ones are counted
-# level, minimum_tokens, minimum_documents
-SETTINGS = (
-    ("counts", 8, 1), ("counts", 16, 1), ("counts", 8, 2), ("counts", 8, 5), ("counts", 8, 20),
-    ("ids", 8, 1), ("ids", 8, 5), ("snippets", 8, 1), ("snippets", 8, 5), ("snippets", 8, 20),
-)  # fmt: skip
-SCORES = ("longest", "covered", "rarest", "fewest", "together", "context")
+SETTINGS = ((8, 1), (16, 1), (8, 2), (8, 5), (8, 20))  # minimum_tokens, minimum_documents
+# What each level adds to the scores: an answer at one level is that of the next, less its fields.
+SCORES = {
+    "counts": ("longest", "covered", "rarest", "fewest"),
+    "ids": ("together",),
+    "snippets": ("context",),
+}
 
 
 class Known(NamedTuple):
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `flexolmo study trace-membership`."""
     parser.add_argument("out", type=Path, help="file of JSON")
     parser.add_argument(
-        "--documents", type=int, default=50, help="of each kind and corpus (default: %(default)s)"
+        "--documents", type=int, default=40, help="of each kind and corpus (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
 
@@ -73,8 +75,9 @@ def run(args: argparse.Namespace) -> None:
                 all_of += new
     rows = [
         {"level": level, "minimum_tokens": tokens, "minimum_documents": documents,
-         **measured(own, members)}
-        for (level, tokens, documents), own in zip(SETTINGS, scores, strict=True)
+         **measured(level, own, members)}
+        for level in SCORES
+        for (tokens, documents), own in zip(SETTINGS, scores, strict=True)
     ]  # fmt: skip
     about = {"corpora": CORPORA, "members": sum(members), "others": len(members) - sum(members)}
     result = {**about, "seed": args.seed, "seconds": time.monotonic() - started, "rows": rows}
@@ -125,11 +128,11 @@ async def attack(index: Path, known: Sequence[Known]) -> list[list[dict[str, flo
     return found
 
 
-def write_policy(file: Path, level: str, tokens: int, documents: int) -> None:
-    """A policy without limits on what one asker may do."""
+def write_policy(file: Path, tokens: int, documents: int) -> None:
+    """A policy of snippets, without limits on what one asker may do."""
     most = "requests_per_minute = 1000000\ntokens_per_day = 1000000000000\n"
     most += "characters_per_day = 1000000000000\nseconds = 600\n"
-    text = f'level = "{level}"\nminimum_tokens = {tokens}\nminimum_documents = {documents}\n'
+    text = f'level = "snippets"\nminimum_tokens = {tokens}\nminimum_documents = {documents}\n'
     replace_file(file, text + most)
 
 
@@ -173,18 +176,25 @@ def _common(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
-def measured(scores: Sequence[dict[str, float]], members: Sequence[bool]) -> dict[str, Any]:
-    """The best score, chosen on every other document, and how well it does on the rest."""
-    inside = np.array(members)
-    by_name = {name: np.array([own[name] for own in scores]) for name in SCORES}
+def measured(
+    level: str, scores: Sequence[dict[str, float]], members: Sequence[bool]
+) -> dict[str, Any]:
+    """How well the best score does: chosen on every other document, measured on the rest."""
+    inside, levels = np.array(members), list(SCORES)
+    names = [name for x in levels[: levels.index(level) + 1] for name in SCORES[x]]
+    by_name = {name: np.array([own[name] for own in scores]) for name in names}
     half = np.arange(len(inside)) % 2 == 0
-    best = max(SCORES, key=lambda name: auc(by_name[name][half], inside[half]))
-    own, rest = by_name[best][~half], inside[~half]
+    best, sharpest = (
+        max(names, key=lambda name: measure(by_name[name][half], inside[half]))
+        for measure in (auc, tpr)
+    )
+    rest = inside[~half]
     said = np.array([row["said"] > 0 for row in scores])
     return {
-        "score": best,
-        "auc": round(auc(own, rest), 3),
-        "tpr": round(tpr(own, rest), 3),
+        "auc": round(auc(by_name[best][~half], rest), 3),
+        "auc_by": best,
+        "tpr": round(tpr(by_name[sharpest][~half], rest), 3),
+        "tpr_by": sharpest,
         "said_of_members": round(float(said[inside].mean()), 3),
         "said_of_others": round(float(said[~inside].mean()), 3),
     }
@@ -210,12 +220,12 @@ def page(result: dict[str, Any]) -> str:
 
     head = [
         "level", "tokens >=", "documents >=", "AUC", "TPR at 1% FPR", "by",
-        "something is said of members", "of others",
+        "said of members", "of others",
     ]  # fmt: skip
     rows = [
         [
             row["level"], row["minimum_tokens"], row["minimum_documents"], f"{row['auc']:.2f}",
-            f"{row['tpr']:.0%}", row["score"], f"{row['said_of_members']:.0%}",
+            f"{row['tpr']:.0%}", row["tpr_by"], f"{row['said_of_members']:.0%}",
             f"{row['said_of_others']:.0%}",
         ]
         for row in result["rows"]

@@ -15,7 +15,7 @@ import tokenizers
 from flexolmo_jax.data.sources import Document, Report, read_documents
 from flexolmo_jax.data.tokenizer import as_used
 from flexolmo_jax.runtime.console import Bar, log, progress
-from flexolmo_jax.storage.files import replace_file
+from flexolmo_jax.storage.files import is_partial, replace_file
 from flexolmo_jax.storage.locks import locked, private_folder
 from flexolmo_jax.storage.outputs import check_kept_folder
 from flexolmo_jax.tracing.layout import (
@@ -271,7 +271,10 @@ def _shards(work: _Work, documents, bar: Bar) -> Iterator[ShardWriter]:
 
 
 def clean(folder: Path, index: dict[str, Any]) -> None:
-    """Removes folders that do not belong to an index: what a killed writer left, or replaced."""
+    """Removes what does not belong to an index: what a killed writer left, or replaced."""
+    for file in folder.iterdir():
+        if is_partial(file.name, of=INDEX) or is_partial(file.name, of=TOKENIZER):
+            file.unlink()
     for name in index["unused"]:
         shutil.rmtree(folder / name, ignore_errors=True)
         if (folder / name).exists():

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
-
 from flexolmo_jax.tracing.results import Span, Trace
 from flexolmo_jax.tracing.similar import SIMILAR_NOTE
 from flexolmo_jax.tracing.spans import stretches
@@ -14,8 +12,9 @@ LEVELS = 3  # shades of rarity
 
 def rarity_levels(spans: tuple[Span, ...]) -> list[int]:
     """1, 2 or 3 for each span, a third of them each; 3 are the rarest."""
-    ranks = np.argsort(np.argsort([-span.log_probability for span in spans], kind="stable"))
-    return [1 + int((rank + 1) * LEVELS - 1) // len(spans) for rank in ranks]
+    order = sorted({span.log_probability for span in spans}, reverse=True)
+    rank = {probability: i for i, probability in enumerate(order)}
+    return [1 + ((rank[s.log_probability] + 1) * LEVELS - 1) // len(order) for s in spans]
 
 
 def trace_page(trace: Trace, prompt: str = "") -> str:

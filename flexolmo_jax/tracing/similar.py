@@ -10,8 +10,11 @@ from flexolmo_jax.tracing.bm25 import bm25
 from flexolmo_jax.tracing.index import Index
 from flexolmo_jax.tracing.results import Passage
 
-# What `flexolmo study trace-similar` measured (docs/trace_similar.md); shown wherever passages are.
-SIMILAR_NOTE = "by word vectors and shared words"
+# What `flexolmo study trace-similar` measured (docs/tracing.md); shown wherever passages are.
+SIMILAR_NOTE = (
+    "of passages with half of their words dropped 100% are among the first ten, of those that are "
+    "only synonyms 40%"
+)
 WIDTH = 64  # tokens of a passage; the next one begins in its middle
 CANDIDATES = 100  # passages that word vectors find, for the ranking by words
 _BATCH = 4096  # halves of passages in memory at a time, and those of one document more

@@ -22,7 +22,8 @@ _END = re.compile(
     r"|[。！？]+[」』”’]*"
     r"|[\n\r\v\f\x85\u2028\u2029]"  # a line's
 )
-_CLOSERS = frozenset(""",.;:!?…%)]}’”»、。，；：！？」』）""")  # no span begins with one
+_NOT_FIRST = frozenset(""",.;:!?…%)]}’”»、。，；：！？」』）-–—""")  # no span begins with one
+_APOSTROPHES = (ord("'"), ord("’"))
 # Scripts that put no space between words: every character may begin or end a span.
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
@@ -61,74 +62,91 @@ def as_asked(text: str, encode: Encode) -> list[Asked]:
     is, and again with each sentence alone: with a space before it where it had none, and without
     where it had one.
     """
-    whole = _asked(text, encode)
-    if not len(whole.ids):
-        return [whole]
-    pieces, tokens = [], 0
-    for start, stop in _sentences(text):
-        space = "" if text[start - 1 : start] == " " else " "
-        piece = _asked(space + text[start:stop], encode)
-        shift = start - len(space)
-        pieces.append(
-            piece._replace(
-                starts=piece.starts + shift, stops=piece.stops + shift, cut=piece.cut + tokens
-            )
-        )
-        tokens += len(piece.ids)
-    return [whole, Asked(*map(np.concatenate, zip(*pieces, strict=True)))] if pieces else [whole]
-
-
-def _sentences(text: str) -> list[tuple[int, int]]:
-    """Where each sentence begins and ends, without white space before it."""
-    found, start = [], 0
-    for stop in [*(match.end() for match in _END.finditer(text)), len(text)]:
-        sentence = text[start:stop]
-        if sentence.strip():
-            found.append((stop - len(sentence.lstrip()), stop))
-        elif found:  # lines end behind it: some tokenizers join them to the point
-            found[-1] = (found[-1][0], stop)
-        start = stop
-    return found
-
-
-def _asked(text: str, encode: Encode) -> Asked:
+    characters = _Characters(text)
     ids, offsets = encode(text)
-    raw = np.array(offsets, np.int64).reshape(-1, 2)
-    count = len(raw)
-    shown = [text[a:b] for a, b in raw]
-    is_shown = np.array([bool(piece.strip()) for piece in shown], bool)
-    starts = raw[:, 0] + np.array([len(p) - len(p.lstrip()) for p in shown], np.int64)
-    stops = raw[:, 1] - np.array([len(p) - len(p.rstrip()) for p in shown], np.int64)
-    inside = _inside_words(text)
-    closes = np.array([piece.strip()[:1] in _CLOSERS for piece in shown], bool)
-    # Tokens that share a character, of which each is some bytes, stay together.
-    is_joined = raw[1:, 0] < raw[:-1, 1]
-    alone = np.zeros(min(count, 1), bool)
-    begins = is_shown & ~closes & ~inside[starts] & ~np.concatenate([alone, is_joined])
-    ends = is_shown & ~inside[stops] & ~np.concatenate([is_joined, alone])
-    return Asked(np.asarray(ids, np.uint32), starts, stops, begins, ends, _cuts(text, raw, stops))
+    if not len(ids):
+        return [characters.asked(ids, np.zeros((0, 2), np.int64))]
+    forms = [characters.asked(ids, np.array(offsets, np.int64))]
+    pieces, places = [], []
+    for start, stop in characters.sentences():
+        space = "" if text[start - 1 : start] == " " else " "
+        ids, offsets = encode(space + text[start:stop])
+        pieces.append(ids)
+        shift = start - len(space)
+        places.append(np.maximum(np.array(offsets, np.int64).reshape(-1, 2) + shift, start))
+    if pieces:
+        forms.append(characters.asked(np.concatenate(pieces), np.concatenate(places)))
+    return forms
 
 
-def _inside_words(text: str) -> np.ndarray:
-    """bool [len(text) + 1]: this place, before a character, is in the middle of a word."""
-    kinds = [unicodedata.category(c)[0] for c in text]
-    joins = np.zeros(len(text), bool)
-    for place, (kind, character) in enumerate(zip(kinds, text, strict=True)):
-        joins[place] = character == "_" or (kind in "LNM" and not _UNSPACED.match(character))
-    for match in re.finditer(r"(?<=\w)['’](?=\w)", text):  # don't
-        joins[match.start()] = True
-    inside = np.zeros(len(text) + 1, bool)
-    if len(text) > 1:
-        is_mark = np.array([k == "M" for k in kinds], bool)
-        inside[1:-1] = (joins[:-1] & joins[1:]) | is_mark[1:]
-    return inside
+class _Characters:
+    """What each character of a text is, and what follows for its tokens. C characters."""
+
+    def __init__(self, text: str):
+        self.text, count = text, len(text)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        different, which = np.unique(codes, return_inverse=True)
+        own = [_kind(chr(code)) for code in different.tolist()]
+        kinds = np.array(own, bool).reshape(-1, 4)[which]
+        is_space, joins, is_mark, self.not_first = kinds.T
+        between = np.isin(codes, _APOSTROPHES)  # don't
+        between[1:-1] &= joins[:-2] & joins[2:]
+        between[:1] = between[-1:] = False
+        joins = joins | between
+        # bool [C + 1]: this place, before a character, is in the middle of a word.
+        self.inside = np.zeros(count + 1, bool)
+        self.inside[1:-1] = (joins[:-1] & joins[1:]) | is_mark[1:]
+        here = np.arange(count)
+        # int64 [C + 1]: the first character from here on, and the last up to here, that is shown.
+        self.next = np.append(np.where(is_space, count, here), count)
+        self.next = np.minimum.accumulate(self.next[::-1])[::-1]
+        self.last = np.maximum.accumulate(np.append(0, np.where(is_space, 0, here + 1)))
+        self.ends = np.array([match.end() for match in _END.finditer(text)], np.int64)
+
+    def sentences(self) -> list[tuple[int, int]]:
+        """Where each sentence begins and ends, without white space before it."""
+        found: list[tuple[int, int]] = []
+        start, count = 0, len(self.text)
+        for stop in [*self.ends.tolist(), *[count] * (count not in self.ends)]:
+            begin = int(self.next[start])
+            if begin < stop:
+                found.append((begin, stop))
+            elif found:  # lines end behind it: some tokenizers join them to the point
+                found[-1] = (found[-1][0], stop)
+            start = stop
+        return found
+
+    def asked(self, ids: np.ndarray, places: np.ndarray) -> Asked:
+        """Tokens with where spans may begin and end.
+
+        Args:
+          ids: uint32 [L].
+          places: int64 [L, 2], in order: characters [start, stop) of each.
+        """
+        starts = np.minimum(self.next[places[:, 0]], places[:, 1])
+        stops = np.maximum(self.last[places[:, 1]], places[:, 0])
+        is_shown = starts < stops
+        # Tokens that share a character, of which each is some bytes, stay together.
+        is_joined = places[1:, 0] < places[:-1, 1]
+        alone = np.zeros(min(len(ids), 1), bool)
+        not_first = np.append(self.not_first, True)[starts]
+        begins = ~not_first & ~self.inside[starts] & ~np.concatenate([alone, is_joined])
+        ends = ~self.inside[stops] & ~np.concatenate([is_joined, alone])
+        # The token behind the one that reaches the next end of a sentence or a line.
+        border = np.append(self.ends, len(self.text))[
+            np.searchsorted(self.ends, places[:, 0], side="right")
+        ]
+        cut = np.searchsorted(stops, border, side="right")
+        return Asked(
+            np.asarray(ids, np.uint32), starts, stops, begins & is_shown, ends & is_shown, cut
+        )
 
 
-def _cuts(text: str, raw: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """int64 [L]: the token behind the one that reaches the next end of a sentence or a line."""
-    borders = np.array([*(match.end() for match in _END.finditer(text)), len(text)], np.int64)
-    border = borders[np.searchsorted(borders[:-1], raw[:, 0], side="right")]
-    return np.searchsorted(stops, border, side="right")
+def _kind(character: str) -> tuple[bool, bool, bool, bool]:
+    """White space; a part of a word, if its neighbour is one; a mark; no span begins with it."""
+    category = unicodedata.category(character)[0]
+    joins = character == "_" or (category in "LNM" and not _UNSPACED.match(character))
+    return character.isspace(), joins, category == "M", character in _NOT_FIRST
 
 
 def maximal_spans(asked: Asked, longest: np.ndarray) -> list[tuple[int, int]]:
@@ -161,41 +179,57 @@ def matches(text: str, asked: Sequence[Asked], longest: Sequence[np.ndarray]) ->
       asked: its forms (`as_asked`).
       longest: int [L] for each form, as `maximal_spans` takes it.
     """
-    found: dict[tuple[int, int], list[np.ndarray]] = {}
+    found: dict[tuple[int, int], dict[bytes, np.ndarray]] = {}
     for form, lengths in zip(asked, longest, strict=True):
+        starts, stops = form.starts.tolist(), form.stops.tolist()
         for first, last in maximal_spans(form, lengths):
-            place = (int(form.starts[first]), int(form.stops[last - 1]))
-            ids, known = form.ids[first:last], found.setdefault(place, [])
-            if not any(np.array_equal(ids, other) for other in known):
-                known.append(ids)
+            ids = form.ids[first:last]
+            found.setdefault((starts[first], stops[last - 1]), {})[ids.tobytes()] = ids
     kept, reach = [], 0
     for start, stop in sorted(found, key=lambda place: (place[0], -place[1])):
         if stop > reach and any(c.isalnum() for c in text[start:stop]):
-            kept.append(Match(start, stop, tuple(found[start, stop])))
+            kept.append(Match(start, stop, tuple(found[start, stop].values())))
             reach = stop
     return kept
 
 
-def log_probability(match: Match, counts: np.ndarray) -> float:
-    """The sum of the log unigram probabilities of a span's tokens, in nats, of its likelier form.
+def log_probabilities(found: Sequence[Match], counts: np.ndarray) -> np.ndarray:
+    """The sum of the log unigram probabilities of each span's tokens, of its likeliest form.
 
     Args:
       counts: int64 [V]: how often each token occurs in all that was asked.
+
+    Returns:
+      float64 [spans], in nats.
     """
-    total = math.log(counts.sum())
-    return max(float((np.log(counts[ids]) - total).sum()) for ids in match.forms)
+    forms = [ids for match in found for ids in match.forms]
+    if not forms:
+        return np.zeros(0)
+    sizes, numbers = [len(ids) for ids in forms], [len(match.forms) for match in found]
+    logs = np.log(counts[np.concatenate(forms)]) - math.log(counts.sum())
+    sums = np.add.reduceat(logs, np.cumsum([0, *sizes[:-1]]))
+    return np.maximum.reduceat(sums, np.cumsum([0, *numbers[:-1]]))
+
+
+def log_probability(match: Match, counts: np.ndarray) -> float:
+    """As `log_probabilities`, of one span."""
+    return float(log_probabilities([match], counts)[0])
 
 
 def rarest(found: Sequence[Match], counts: np.ndarray, tokens: int) -> list[Match]:
     """The ceil(0.05 L) spans with the lowest unigram probability, in the order of the text.
+
+    Where the text repeats one of them, every place is kept, and counts as one.
 
     Args:
       counts: int64 [V].
       tokens: L, how many tokens the text has.
     """
     most = math.ceil(DENSITY * tokens)
-    kept = sorted(found, key=lambda match: (log_probability(match, counts), match.start))[:most]
-    return sorted(kept)  # places differ, so that ids are never compared
+    words = [match.forms[0].tobytes() for match in found]
+    order = np.argsort(log_probabilities(found, counts), kind="stable").tolist()
+    kept = set(list(dict.fromkeys(words[i] for i in order))[:most])
+    return [match for match, own in zip(found, words, strict=True) if own in kept]
 
 
 def stretches(places: Sequence[tuple[int, int]]) -> list[list[int]]:

@@ -13,7 +13,7 @@ import numpy as np
 SEPARATOR = 2**32 - 1  # behind every document; no token has this id
 NO_TOKEN = 2**32 - 2  # behind the text that is asked about; equal to nothing in a shard
 HIGHEST = 2**24 - 2  # the highest id that can be sorted
-_FIRST_DEPTH = 8  # tokens that are compared at a time, after the first one is equal
+_DEPTHS = (8, 32)  # tokens that are compared at a time, after the first one is equal
 _CHUNK = 2**16  # entries that are changed at a time
 
 
@@ -154,19 +154,43 @@ def _compare(
     found, wanted = tokens[places + shared], asked[starts + shared]
     is_less = found < wanted
     tied = np.flatnonzero(found == wanted)
-    depth = _FIRST_DEPTH
-    while len(tied):
+    for depth in _DEPTHS:
+        if not len(tied):
+            break
         shared[tied] += 1
         span = np.arange(depth)
-        at = places[tied] + shared[tied], starts[tied] + shared[tied]
-        found = tokens.take(at[0][:, None] + span, mode="clip")
-        wanted = asked.take(at[1][:, None] + span, mode="clip")  # ends with NO_TOKEN
-        differs = found != wanted
+        found = tokens.take((places[tied] + shared[tied])[:, None] + span, mode="clip")
+        wanted = asked.take((starts[tied] + shared[tied])[:, None] + span, mode="clip")
+        differs = found != wanted  # `asked` ends with a token that differs from all
         first = differs.argmax(1)
         row = np.arange(len(tied))
         ends = differs[row, first]
         is_less[tied] = found[row, first] < wanted[row, first]
         shared[tied] += np.where(ends, first, depth - 1)
         tied = tied[~ends]
-        depth *= 4
+    if len(tied):
+        shared[tied] = _along_diagonals(tokens, places[tied], asked, starts[tied])
+        is_less[tied] = tokens[places[tied] + shared[tied]] < asked[starts[tied] + shared[tied]]
     return shared, is_less
+
+
+def _along_diagonals(
+    tokens: np.ndarray, places: np.ndarray, asked: np.ndarray, starts: np.ndarray
+) -> np.ndarray:
+    """How many tokens suffixes share that share many: int64 [n], by text that is compared once.
+
+    Where a long passage of the text stands in a document, all of its suffixes match along with it:
+    places minus starts are equal. Comparing each by itself would need the square of its length.
+    """
+    diagonals, own = np.unique(places - starts, return_inverse=True)
+    columns = np.arange(len(asked))
+    shared = np.empty(len(places), np.int64)
+    rows = max(1, _CHUNK // len(asked))
+    for first in range(0, len(diagonals), rows):
+        part = diagonals[first : first + rows]
+        differs = tokens.take(part[:, None] + columns, mode="clip") != asked
+        ends = np.where(differs, columns, len(asked))
+        ends = np.minimum.accumulate(ends[:, ::-1], axis=1)[:, ::-1]  # the first from there on
+        lanes = np.flatnonzero((own >= first) & (own < first + len(part)))
+        shared[lanes] = ends[own[lanes] - first, starts[lanes]] - starts[lanes]
+    return shared

@@ -19,13 +19,17 @@ def show_trace(trace: Trace, prompt: str = "") -> None:
     Args:
       prompt: what the text answers, printed before it.
     """
-    levels = rarity_levels(trace.spans)
+    levels, numbers = rarity_levels(trace.spans), _numbers(trace)
     if prompt:
         _show((prompt, SOFT))
-    _show(*_text(trace, levels))
+    _show(*_text(trace, levels, numbers))
     print()
     tell(summary(trace))
-    for number, (span, level) in enumerate(zip(trace.spans, levels, strict=True), 1):
+    shown: set[int] = set()
+    for span, level, number in zip(trace.spans, levels, numbers, strict=True):
+        if number in shown:
+            continue
+        shown.add(number)
         print()
         _show(f"[{number}] ", (_one_line(trace.text[span.start : span.stop]), COLOURS[level]))
         tell(f"    {counts(span)}")
@@ -43,7 +47,7 @@ def show_trace(trace: Trace, prompt: str = "") -> None:
 
 def summary(trace: Trace) -> str:
     """What a trace found, and which owners were asked, in sentences."""
-    count, asked = len(trace.spans), ", ".join(trace.asked)
+    count, asked = len(set(_numbers(trace))), ", ".join(trace.asked)
     if count == 1:
         said = "The rarest span of the text that stands verbatim in documents"
     elif count:
@@ -62,14 +66,21 @@ def counts(span: Span) -> str:
     return f"{total:,} time{'' if total == 1 else 's'}: {owners}"
 
 
-def _text(trace: Trace, levels: list[int]) -> list[Part]:
+def _numbers(trace: Trace) -> list[int]:
+    """The number of each span, from 1; where the text repeats one, the same."""
+    known: dict[str, int] = {}
+    words = [trace.text[span.start : span.stop] for span in trace.spans]
+    return [known.setdefault(own, len(known) + 1) for own in words]
+
+
+def _text(trace: Trace, levels: list[int], numbers: list[int]) -> list[Part]:
     parts: list[Part] = []
     end = 0
-    for numbers in stretches([(span.start, span.stop) for span in trace.spans]):
-        start = min(trace.spans[i].start for i in numbers)
-        stop = max(trace.spans[i].stop for i in numbers)
-        colour = COLOURS[max(levels[i] for i in numbers)]
-        labels = ",".join(str(i + 1) for i in numbers)
+    for group in stretches([(span.start, span.stop) for span in trace.spans]):
+        start = min(trace.spans[i].start for i in group)
+        stop = max(trace.spans[i].stop for i in group)
+        colour = COLOURS[max(levels[i] for i in group)]
+        labels = ",".join(map(str, dict.fromkeys(numbers[i] for i in group)))
         parts += [trace.text[end:start], (trace.text[start:stop], colour), (f"[{labels}]", SOFT)]
         end = stop
     return [*parts, trace.text[end:]]

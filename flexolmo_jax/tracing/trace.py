@@ -7,7 +7,7 @@ import numpy as np
 from flexolmo_jax.tracing.documents import find_passages, ranked
 from flexolmo_jax.tracing.index import Index
 from flexolmo_jax.tracing.results import Span, Trace
-from flexolmo_jax.tracing.spans import Match, as_asked, log_probability, matches, rarest
+from flexolmo_jax.tracing.spans import Match, as_asked, log_probabilities, matches, rarest
 
 
 def trace(text: str, indexes: Sequence[Index], *, prompt: str = "", similar: int = 0) -> Trace:
@@ -29,11 +29,14 @@ def trace(text: str, indexes: Sequence[Index], *, prompt: str = "", similar: int
     check_indexes(indexes)
     found, length = find_matches(text, indexes)
     counts = np.sum([index.counts for index in indexes], axis=0)
-    spans = []
-    for match in rarest(found, counts, length):
-        by_owner, passages = find_passages(match, indexes)
-        tokens, probability = len(match.forms[0]), log_probability(match, counts)
-        places = tuple(passages)
+    spans, known = [], {}
+    kept = rarest(found, counts, length)
+    for match, probability in zip(kept, log_probabilities(kept, counts).tolist(), strict=True):
+        words = text[match.start : match.stop]  # which a text may repeat
+        if words not in known:
+            known[words] = find_passages(match, indexes)
+        by_owner, passages = known[words]
+        tokens, places = len(match.forms[0]), tuple(passages)
         spans.append(Span(match.start, match.stop, tokens, probability, by_owner, places))
     query = f"{prompt}\n{text}"
     alike: tuple = ()

@@ -17,6 +17,7 @@ COMMANDS = [
     ("inspect",), ("evaluate",), ("generate",), ("data",), ("data", "fetch"), ("data", "flexmix"),
     ("data", "tasks"), ("data", "proxies"), ("study",), ("audit",), ("audit", "extraction"),
     ("audit", "membership"), ("audit", "evidence"), ("audit", "removal"), ("audit", "twin"),
+    ("trace",), ("trace", "find"),
 ]  # fmt: skip
 
 

@@ -123,6 +123,21 @@ def test_a_killed_build_continues(index_numbers, tmp_path, numbers_tokenizer):
     assert os.stat(folder / "00000" / "tokens").st_ino == inode
 
 
+@pytest.mark.parametrize("name", [INDEX, TOKENIZER])
+def test_a_file_that_a_killed_process_was_writing_is_removed(
+    index_numbers, tmp_path, monkeypatch, name
+):
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        with pytest.raises(KeyboardInterrupt):
+            index_numbers([[1, 2], [3]], shard_tokens=2)
+    folder = tmp_path / "index"
+    (folder / f".{name}.{'0' * 32}.partial").write_text("half")
+    index_numbers([[1, 2], [3]], shard_tokens=2)
+    assert Index.open(folder).num_documents == 2
+    assert not list(folder.glob(".*"))
+
+
 def test_an_unfinished_build_is_not_continued_with_other_documents(
     index_numbers, tmp_path, monkeypatch
 ):

@@ -142,6 +142,8 @@ def test_the_rarest_spans_are_kept_in_the_order_of_the_text():
     assert [match.start for match in rarest(found, counts, 40)] == [10, 30]
     assert [match.start for match in rarest(found, counts, 1)] == [10]
     assert len(rarest(found, counts, 61)) == math.ceil(0.05 * 61) == 4
+    again = [*found, Match(50, 55, (np.array([1]),))]  # all places of one count as one
+    assert [match.start for match in rarest(again, counts, 40)] == [10, 30, 50]
 
 
 def test_overlapping_spans_are_one_stretch():

@@ -58,12 +58,15 @@ def disclose(index: Index, text: str, policy: Policy, characters: int) -> Disclo
     found = [match for match in found if _tokens(match) >= policy.minimum_tokens]
     count = len(asked[0].ids)
     spans, shown = [], 0
+    known: dict[str, tuple[Passage, ...]] = {}
     for match in rarest(found, index.counts, count) if found else []:
         span = _span(index, match, policy)
         if policy.level in ("ids", "snippets"):
-            passages = _passages(index, match, policy, characters - shown)
-            shown += sum(len(p.before) + len(p.after) for p in passages)
-            span = span._replace(passages=passages)
+            words = text[match.start : match.stop]  # which the text may repeat
+            if words not in known:
+                known[words] = _passages(index, match, policy, characters - shown)
+                shown += sum(len(p.before) + len(p.after) for p in known[words])
+            span = span._replace(passages=known[words])
         spans.append(span)
     return Disclosed(count, tuple(spans), shown)
 

@@ -8,7 +8,10 @@ from playwright.sync_api import expect, sync_playwright
 from flexolmo_jax.tracing.page import rarity_levels, trace_page
 from flexolmo_jax.tracing.results import Passage, Span, Trace
 
-TEXT = "😀 He said that the old mill by the river burned down in a night, </script><b>alas</b>."
+TEXT = (
+    "😀 He said that the old mill by the river burned down in a night, </script><b>alas</b>."
+    " Yes, in a night"
+)
 EVIL = (
     "</script><script>document.title = 'run'</script><img src=http://x.example/a onerror=alert(1)>"
 )
@@ -35,6 +38,7 @@ TRACE = Trace(
              passage("books", "b:9", "the river burned down", 0.5)),
         span("in a night", -20, {"news": 4}, NIGHT._replace(match="in a night")),
         span("</script><b>alas</b>", -30, {"closed": 1}, Passage("closed", "")),
+        Span(len(TEXT) - 10, len(TEXT), 5, -20, {"news": 4}, (NIGHT._replace(match="in a night"),)),
     ),
     similar=(passage("books", "c:3", "a mill on fire", 0.1),),
     asked=("news", "books", "closed"),
@@ -90,6 +94,7 @@ def test_a_span_shows_its_documents_and_a_document_its_spans(visit):
     expect(page.locator("#similar")).to_contain_text("a mill on fire")
     spans = page.locator("#text").get_by_role("button")
     assert spans.all_inner_texts()[0] == "the old mill by the river burned down"  # two that overlap
+    assert page.locator("#spans li").count() == 4  # the text repeats one
     spans.nth(0).click()
     assert documents(page) == ["a:1", "b:7", "b:9"]
     expect(page.get_by_role("status")).to_contain_text("3 times (news 2, books 1)")
@@ -98,7 +103,7 @@ def test_a_span_shows_its_documents_and_a_document_its_spans(visit):
     page.get_by_role("button", name="Show all").click()
     page.get_by_role("article", name="a:1").get_by_role("button", name="Show its 2 spans").click()
     assert [c.split()[-1] for c in spans.evaluate_all("all => all.map(e => e.className)")] == [
-        "rare-3", "rare-1", "off",
+        "rare-3", "rare-1", "off", "rare-1",
     ]  # fmt: skip
     page.keyboard.press("Escape")
     assert len(documents(page)) == 4
@@ -119,10 +124,10 @@ def test_keyboard_and_names(visit):
     page = visit()
     for _ in range(3):
         page.keyboard.press("Tab")
-    mark = page.locator("#text").get_by_role("button").last
+    mark = page.locator("#text").get_by_role("button").nth(2)
     expect(mark).to_be_focused()
     expect(mark).to_have_accessible_name(
-        "</script><b>alas</b> - 3 of 3, rarer words, occurs 1 time: closed 1"
+        "</script><b>alas</b> - 3 of 4, rarer words, occurs 1 time: closed 1"
     )
     page.keyboard.press("Enter")
     expect(mark).to_have_attribute("aria-pressed", "true")
