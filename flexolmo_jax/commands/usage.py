@@ -100,6 +100,7 @@ def verify(args: argparse.Namespace) -> None:
         print_json({**made.statement, "signed_with": key})
         return
     show_fields(_fields(made.statement), f"{file}: verified")
+    show_table(excerpts.months(made), title="by month", empty="no requests")
     tell(
         "These are all lines that the coordinator's ledger had of this owner at that time, as they "
         "were signed. That the ledger lists every request is the coordinator's word."

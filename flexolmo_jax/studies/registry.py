@@ -18,6 +18,7 @@ STUDIES: dict[str, str] = {
     "scaling": "flexolmo_jax.studies.scaling",
     "shares": "flexolmo_jax.studies.shares",
     "tasks-compared": "flexolmo_jax.studies.tasks_compared",
+    "trace-membership": "flexolmo_jax.studies.trace_membership",
     "trace-memorized": "flexolmo_jax.studies.trace_memorized",
     "trace-similar": "flexolmo_jax.studies.trace_similar",
     "usage-agreement": "flexolmo_jax.studies.usage_agreement",

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 USE, SAMPLE, CHECKPOINT, LEDGER = "use", "sample", "checkpoint", "ledger"
+ROUNDING = 1e-3  # of masses: float32 sums, then 4 digits
 _CHAIN = ("number", "time", "before", "digest")  # of storage/hash_chain.py
 _FIELDS = {
     USE: {"kind", "model", "prompt_tokens", "tokens", "mass"},
@@ -80,6 +81,9 @@ def check(record: Mapping[str, Any], where: str) -> None:
     is_sound &= _are_numbers(record.get("bits", {}))
     if not is_sound or record.get("bits", {}).keys() - record["mass"].keys():
         raise ValueError(f"{where}: a {kind} with an impossible value")
+    total, tokens = sum(record["mass"].values()), record["tokens"]
+    if total > tokens * (1 + ROUNDING) + ROUNDING:
+        raise ValueError(f"{where}: a {kind} of {tokens:,} tokens with a mass of {total:,.4f}")
 
 
 def _are_numbers(value: Any, above: float = -math.inf) -> bool:

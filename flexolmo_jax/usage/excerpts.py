@@ -173,6 +173,19 @@ def check_contains(file: Path, earlier: Excerpt) -> None:
         raise ValueError(f"{file}: the history was rewritten since the excerpt was signed")
 
 
+def months(excerpt: Excerpt) -> list[dict[str, Any]]:
+    """What the owner's lines add up to, by month."""
+    rows: dict[str, dict[str, Any]] = {}
+    for line in excerpt.lines:
+        if line["kind"] == entries.USE:
+            nothing = {"month": line["time"][:7], "requests": 0, "tokens": 0, "mass": 0.0}
+            row = rows.setdefault(line["time"][:7], nothing)
+            row["requests"] += 1
+            row["tokens"] += line["tokens"]
+            row["mass"] = round(row["mass"] + line["mass"], 4)
+    return list(rows.values())
+
+
 def is_excerpt(file: Path) -> bool:
     """Whether a file begins as an excerpt does."""
     with open(file, "rb") as opened:

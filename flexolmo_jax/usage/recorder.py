@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from flexolmo_jax.usage.entries import check
 from flexolmo_jax.usage.ledger import Ledger
 
 WRITE_SECONDS = 0.5  # a crash loses what came later than that, and the write that was under way
@@ -32,7 +33,12 @@ class Recorder:
         self._thread.start()
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        """Queues a use or a sample (entries.py)."""
+        """Queues a use or a sample (entries.py); what is none is logged, and not queued."""
+        try:
+            check(entry, "a line of the usage ledger")
+        except ValueError as error:  # it would keep all others from being written
+            log.error("%s", error)
+            return
         with self._changed:
             self._new.append(entry)
             self._changed.notify()

@@ -120,15 +120,15 @@ def make_report(month: str, records: Sequence[Mapping[str, Any]]) -> Report:
 
 
 def table(report: Report) -> list[dict[str, Any]]:
-    """The rows of the month's table: at most 80 columns wide."""
+    """The rows of the month's table; 80 columns wide with names of up to 21 characters."""
     return [
         {
-            "owner": name[:24],
+            "owner": name,
             "requests": own.requests,
             "tokens": own.tokens,
             "mass": f"{own.mass:,.1f}",
             "share": f"{own.share:.1%}",
-            "bits/token": "" if own.bits is None else f"{own.bits:+.3f}",
+            "bits": "" if own.bits is None else f"{own.bits:+.3f}",
         }
         for name, own in report.owners.items()
     ]
@@ -138,7 +138,7 @@ def sentences(report: Report) -> list[str]:
     """What the table cannot say."""
     said = [
         "Mass is not credit: it says where the router sent tokens, not what the answer would "
-        "have been without the expert. bits/token is that: what an answer costs more without it."
+        "have been without the expert. That is bits: what a token costs more without it."
     ]
     found = report.agreement
     if found is None:

@@ -251,9 +251,12 @@ def test_masks_of_each_sequence_go_where_their_sequence_goes(models):
     plain, spread = models
     allowed = np.random.default_rng(0).random((5, 7)) < 0.5
     allowed[:, 2] = True
-    assert spread.generate(PROMPTS, 8, allowed=allowed) == plain.generate(
-        PROMPTS, 8, allowed=allowed
+    expected, found = [], []  # the routing mass, too
+    assert spread.generate(PROMPTS, 8, allowed=allowed, on_mass=found.append) == plain.generate(
+        PROMPTS, 8, allowed=allowed, on_mass=expected.append
     )
+    for mass, known in zip(found, expected, strict=True):
+        assert mass == pytest.approx(known, abs=2e-4)
 
 
 RANKS_OF_MERGED = (None, FeedForwardRanks(3, 2, 4), FeedForwardRanks(5, 5, 5))

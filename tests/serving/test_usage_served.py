@@ -1,5 +1,6 @@
 """A running server keeps a usage ledger."""
 
+import dataclasses
 import math
 import time
 
@@ -65,6 +66,24 @@ def test_names_of_keys_are_recorded_only_if_that_is_wanted(serving, world, tmp_p
     with serving(world.merged, **own) as server:
         server.choices(prompt="Once", max_tokens=2)
     assert [(x["kind"], x["asker"]) for x in lines_of(file)] == [("use", "anybody")]
+
+
+def test_no_counterfactual_runs_an_expert_that_was_withdrawn_meanwhile(serving, world, tmp_path):
+    make_keys(tmp_path / "key")
+    file = tmp_path / "usage.jsonl"
+    own = {"usage": file, "usage_key": tmp_path / "key", "counterfactual": 1.0, "length": 64}
+    with serving(world.merged, **own) as server:
+        service = server.service
+        slots, service.runner.slots = service.runner.slots, 0  # so that it waits for one
+        server.choices(prompt="Once", max_tokens=2)
+        service.sources = dataclasses.replace(service.sources, withdrawn=frozenset({"math"}))
+        service.runner.slots = slots
+        server.choices(prompt="Once", max_tokens=3)
+        wait_for(lambda: any(x["kind"] == "sample" for x in lines_of(file)))
+    assert [(x["kind"], x["tokens"]) for x in lines_of(file)] == [
+        ("use", 2), ("use", 3), ("sample", 3),
+    ]  # fmt: skip
+    assert all("math" not in x["mass"] for x in lines_of(file)[1:])
 
 
 def test_the_counterfactual_is_that_of_two_forward_passes(world):

@@ -27,12 +27,12 @@ class Kept(NamedTuple):
         made = []
         for number in range(count):
             owners = draw.sample(OWNERS, draw.randint(1, 3))
-            mass = {owner: round(draw.uniform(0.01, 9), 4) for owner in owners}
+            mass = {owner: round(draw.uniform(0.01, 5), 4) for owner in owners}
             if number % 4 == 3:
                 bits = {owner: draw.uniform(-1, 1) for owner in owners}
                 made.append(entries.sample("ab" * 32, 16, mass, bits))
             else:
-                made.append(entries.use("ab" * 32, 5, draw.randint(1, 40), mass))
+                made.append(entries.use("ab" * 32, 5, draw.randint(15, 40), mass))
         return made
 
     @property

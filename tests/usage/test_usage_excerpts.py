@@ -30,6 +30,13 @@ def test_an_excerpt_has_the_owners_lines_and_nothing_of_others(filled, excerpt):
     assert b"code" not in excerpt.read_bytes() and b"public" not in excerpt.read_bytes()
 
 
+def test_months_add_up_to_the_statement(filled, excerpt):
+    made = excerpts.verify_excerpt(excerpt, filled.key)
+    rows = excerpts.months(made)
+    for name in ("requests", "tokens", "mass"):
+        assert round(sum(row[name] for row in rows), 4) == made.statement[name]
+
+
 def test_askers_stay_with_the_coordinator(kept, tmp_path):
     kept.add(*[{**x, "asker": "clinic"} for x in kept.records(3)])
     excerpts.extract(kept.file, "math", tmp_path / "out")

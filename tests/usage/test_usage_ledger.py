@@ -179,6 +179,7 @@ def test_no_other_file_becomes_a_ledger(kept, text):
     [
         {"tokens": 0}, {"tokens": True}, {"mass": {}}, {"mass": {"a": 0.0}}, {"mass": {"a": 1}},
         {"prompt": "text"}, {"asker": 3}, {"kind": "checkpoint"}, {"mass": {"a": float("nan")}},
+        {"mass": {"a": 1.5, "b": 0.6}},
     ],
 )  # fmt: skip
 def test_an_impossible_line_is_not_written(kept, wrong):

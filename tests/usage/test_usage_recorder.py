@@ -80,6 +80,15 @@ def test_what_a_full_disk_refused_is_written_later_and_said_once(kept, monkeypat
     assert excerpts.verify_ledger(kept.file, kept.key).lines == 3
 
 
+def test_an_impossible_entry_is_logged_and_keeps_no_other_from_being_written(kept, caplog):
+    log = Recorder(kept.open())
+    log.add({**kept.records(1)[0], "tokens": 0})
+    log.add(kept.records(1)[0])
+    log.close()
+    assert "impossible value" in caplog.text
+    assert excerpts.verify_ledger(kept.file, kept.key).lines == 3
+
+
 def test_lines_are_signed_while_it_runs(kept, monkeypatch):
     monkeypatch.setattr(recorder, "WRITE_SECONDS", 0.01)
     monkeypatch.setattr(recorder, "SIGN_SECONDS", 0.05)

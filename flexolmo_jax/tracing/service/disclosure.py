@@ -58,12 +58,15 @@ def disclose(index: Index, text: str, policy: Policy, characters: int) -> Disclo
     found = [match for match in found if _tokens(match) >= policy.minimum_tokens]
     count = len(asked[0].ids)
     spans, shown = [], 0
+    known: dict[str, tuple[Passage, ...]] = {}
     for match in rarest(found, index.counts, count) if found else []:
         span = _span(index, match, policy)
         if policy.level in ("ids", "snippets"):
-            passages = _passages(index, match, policy, characters - shown)
-            shown += sum(len(p.before) + len(p.after) for p in passages)
-            span = span._replace(passages=passages)
+            words = text[match.start : match.stop]  # which the text may repeat
+            if words not in known:
+                known[words] = _passages(index, match, policy, characters - shown)
+                shown += sum(len(p.before) + len(p.after) for p in known[words])
+            span = span._replace(passages=known[words])
         spans.append(span)
     return Disclosed(count, tuple(spans), shown)
 
@@ -83,10 +86,11 @@ def shared_lengths(index: Index, asked: Asked, least: int, deadline: float) -> n
     longest = index.longest_matches(asked.ids)
     if least == 1:
         return longest
+    groups: dict[int, object] = {}
     lengths, stop = np.zeros_like(longest), 0
     for start, length in enumerate(longest.tolist()):
         stop = max(stop, start)
-        while stop < start + length and _has(index, asked.ids[start : stop + 1], least):
+        while stop < start + length and _has(index, asked.ids[start : stop + 1], least, groups):
             stop += 1
             if time.monotonic() > deadline:
                 raise TooSlow
@@ -94,22 +98,25 @@ def shared_lengths(index: Index, asked: Asked, least: int, deadline: float) -> n
     return lengths
 
 
-def _has(index: Index, ids: np.ndarray, least: int) -> bool:
+def _has(index: Index, ids: np.ndarray, least: int, groups: dict[int, object]) -> bool:
     """Whether at least `least` documents, of different groups, hold these tokens.
 
     Of a span that occurs more than `PLACES` times, as many places are looked at, spread over all of
     them; so a few documents that repeat it endlessly are not taken for many.
+
+    Args:
+      groups: of documents that were looked at before, by their numbers; it gains others.
     """
-    count, _ = index.find(ids, most=0)
-    if count < least:
-        return False
-    groups: set[tuple[str, object]] = set()
-    for most in (4 * least, max(PLACES, 4 * least)):  # most spans need few places
-        numbers = {place.document for place in index.find(ids, most)[1]}
-        for number in numbers if len(numbers) >= least else ():
-            group = index.document(number).group
-            groups.add(("group", group) if group else ("document", number))
-            if len(groups) >= least:
+    for most in (2 * least, max(PLACES, 2 * least)):  # most spans need few places
+        count, places = index.find(ids, most)
+        if count < least:
+            return False
+        seen = set()
+        for number in {place.document for place in places}:
+            if number not in groups:
+                groups[number] = index.document(number).group or number
+            seen.add(groups[number])
+            if len(seen) >= least:
                 return True
         if count <= most:
             break

@@ -44,6 +44,14 @@ def test_what_few_documents_hold_is_not_said(serve, common, secret):
         assert owner.says(minimum_tokens=99).spans(common) == {}
 
 
+def test_repeated_words_are_said_everywhere_and_shown_once(serve, common):
+    text = f"{common}. " * 3
+    with serve(level="snippets", snippet_characters=10, characters_per_day=100) as owner:
+        spans = owner.post(text).json()["spans"]
+    assert [s["start"] for s in spans] == [i * (len(common) + 2) for i in range(3)]
+    assert all(p["before"] for s in spans for p in s["passages"])
+
+
 def test_documents_of_one_group_count_once(serve, indexed):
     index = indexed([f"{i}: the same words again and again" for i in range(3)], group="patient 7")
     with serve(index=index, minimum_documents=2) as owner:
