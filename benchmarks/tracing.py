@@ -35,7 +35,7 @@ from flexolmo_jax.tracing.shard_writer import ShardWriter
 from flexolmo_jax.tracing.spans import rarest
 from flexolmo_jax.tracing.trace import find_matches, trace
 
-LENGTH, TEXTS, REPEATS = 512, 40, 5
+LENGTH, TEXTS, REPEATS = 512, 40, 8
 SIZES = (1 / 16, 1 / 4, 1, 4)
 KEPT = math.ceil(0.05 * LENGTH)
 BARS = {

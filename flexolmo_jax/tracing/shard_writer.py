@@ -14,7 +14,7 @@ from flexolmo_jax.data.pieces import in_pieces
 from flexolmo_jax.data.sources import Document
 from flexolmo_jax.data.windows import together
 from flexolmo_jax.tracing.layout import DTYPES, entry
-from flexolmo_jax.tracing.suffixes import SEPARATOR, sort
+from flexolmo_jax.tracing.suffixes import SEPARATOR, as_bytes, sort
 
 MOST_TOKENS = 2**31 // 3 - 2**20  # of a shard: libdivsufsort counts its bytes in 31 bits
 
@@ -80,7 +80,9 @@ class ShardWriter:
         """
         self._files["tokens"].flush()
         stored = np.memmap(self.folder / "tokens", DTYPES["tokens"], "r")
-        self._write("order", sort(stored, self._counts))
+        codes = as_bytes(stored, self._counts)
+        del stored  # its pages would count as memory of the process
+        self._write("order", sort(codes, int(self._counts.sum())))
         self._write("counts", self._counts)
         return finish(self.folder, self._files)
 

@@ -31,38 +31,52 @@ class Suffixes(NamedTuple):
     buckets: np.ndarray
 
 
-def sort(tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The order of the suffixes that begin with a token of a document.
-
-    libdivsufsort sorts bytes; so each token becomes two or three of them that keep the order of
-    the ids. It needs 4 bytes for each byte of input, and we need no others: at most 15 a token.
+def as_bytes(tokens: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Tokens in the bytes that are sorted: two or three for each, in the order of the ids.
 
     Args:
       tokens: uint32 [N], separators included.
       counts: int64 [V]: how often each id occurs.
 
     Returns:
-      int32 [M], places in `tokens`.
+      uint8 [N, 2 or 3].
     """
-    import pydivsufsort
-
     present = np.cumsum(counts > 0)  # the rank of each id among those that occur, from 1
-    width = 2 if present.size == 0 or present[-1] < 2**16 - 1 else 3
-    codes = np.full((len(tokens), width), 255, np.uint8)
+    width = 2 if present[-1] < 2**16 - 1 else 3
+    codes = np.full((len(tokens), width), 255, np.uint8)  # separators are last
     for start in range(0, len(tokens), _CHUNK):
         part = tokens[start : start + _CHUNK]
         own = np.flatnonzero(part != SEPARATOR)
         ranks = present[part[own]] - 1
         for byte in range(width):
             codes[start + own, byte] = ranks >> 8 * (width - 1 - byte) & 255
-    order = pydivsufsort.divsufsort(codes.reshape(-1))  # int32 [width * N]: of all bytes
+    return codes
+
+
+def sort(codes: np.ndarray, count: int) -> np.ndarray:
+    """The order of the suffixes that begin with a token of a document.
+
+    libdivsufsort sorts bytes, and needs 4 more for each of them, and we need no others: so at most
+    15 bytes of memory for each token, the codes included.
+
+    Args:
+      codes: as `as_bytes` returns them.
+      count: of the tokens without separators.
+
+    Returns:
+      int32 [count], places of tokens.
+    """
+    import pydivsufsort
+
+    width = codes.shape[1]
+    order = pydivsufsort.divsufsort(codes.reshape(-1))  # int32 [N * width]: of all bytes
     found = 0
     for start in range(0, len(order), _CHUNK):
         part = order[start : start + _CHUNK]
         part = part[part % width == 0] // width
         order[found : found + len(part)] = part  # never ahead of what is read
         found += len(part)
-    return order[: int(counts.sum())]  # the separators are last
+    return order[:count]
 
 
 def longest_matches(shard: Suffixes, ids: np.ndarray) -> np.ndarray:

@@ -9,7 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.tracing.index import Index
-from flexolmo_jax.tracing.suffixes import SEPARATOR, Suffixes, find, longest_matches, sort
+from flexolmo_jax.tracing.suffixes import (
+    SEPARATOR,
+    Suffixes,
+    as_bytes,
+    find,
+    longest_matches,
+    sort,
+)
 from flexolmo_jax.tracing.withdraw import withdraw
 
 VOCABULARY = 12
@@ -23,7 +30,8 @@ ASKED = st.lists(st.integers(0, 5), max_size=20)
 def shard_of(documents, vocabulary=VOCABULARY):
     tokens = np.concatenate([[*document, SEPARATOR] for document in documents]).astype(np.uint32)
     counts = np.bincount(tokens[tokens != SEPARATOR], minlength=vocabulary)
-    return Suffixes(tokens, sort(tokens, counts), np.concatenate([[0], np.cumsum(counts)]))
+    order = sort(as_bytes(tokens, counts), counts.sum())
+    return Suffixes(tokens, order, np.concatenate([[0], np.cumsum(counts)]))
 
 
 def places(documents, ids):
@@ -148,7 +156,7 @@ def test_sorting_needs_at_most_twenty_bytes_a_token(vocabulary):
     tokens = np.random.default_rng(0).integers(0, vocabulary, 1_000_000).astype(np.uint32)
     counts = np.bincount(tokens, minlength=vocabulary)
     tracemalloc.start()
-    sort(tokens, counts)
+    sort(as_bytes(tokens, counts), len(tokens))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak <= 20 * len(tokens)
