@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import commit, machine, versions
+from benchmarks.tracing_page import plot, table
 from benchmarks.tracing_peer import ALL, Peer
 from benchmarks.tracing_text import Text, read_text, write_rows
 from flexolmo_jax.tracing.index import Index
@@ -236,8 +237,7 @@ def main() -> None:
             print(json.dumps(result, indent=1), flush=True)
     Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
     plot(result, Path(args.out).with_suffix(".png"))
-    for line in verdicts(result):
-        print(line)
+    print(table(result), "", *verdicts(result), sep="\n")
 
 
 def verdicts(result: dict[str, Any]) -> list[str]:
@@ -252,39 +252,6 @@ def verdicts(result: dict[str, Any]) -> list[str]:
                 f"{name}: {values[name]}, {which} {bar:g}: {'met' if is_met else 'MISSED'}"
             )
     return lines
-
-
-def plot(result: dict[str, Any], file: Path) -> None:
-    """The growth from the smallest to the largest index."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    tokens = [row["tokens"] / 1e6 for row in result["growth"]]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for name, key in (
-        ("text of other files", "spans_ms"),
-        ("text that is indexed", "copied_text_ms"),
-    ):
-        left.plot(tokens, [row[key]["p50"] for row in result["growth"]], "o-", label=name)
-    left.set_ylabel(f"spans of {LENGTH} tokens, ms")
-    left.set_ylim(bottom=0)
-    left.legend()
-    right.plot(
-        tokens, [row["index_seconds"] for row in result["growth"]], "o-", label="index, from ids"
-    )
-    right.plot(
-        tokens, [row["open_seconds"] for row in result["growth"]], "o-", label="open, all hashed"
-    )
-    right.set_ylabel("seconds")
-    right.set_yscale("log")
-    right.legend()
-    for axis in (left, right):
-        axis.set_xscale("log", base=4)
-        axis.set_xticks(tokens, [f"{x:.0f}" for x in tokens])
-        axis.set_xlabel("million tokens indexed")
-    figure.savefig(file, dpi=120)
 
 
 if __name__ == "__main__":

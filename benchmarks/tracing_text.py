@@ -40,7 +40,7 @@ class Text(NamedTuple):
 
 
 def read_text(tokens: int) -> Text:
-    """Text of at least so many tokens.
+    """Text of at least that many tokens.
 
     Raises:
       SystemExit: there is not enough of it on this machine.
