@@ -110,3 +110,15 @@ def test_a_long_search_ends(serve, common, monkeypatch):
         assert httpx.get(f"{owner.url}/health").elapsed.total_seconds() < 0.4
         asking.join(10)
     assert answers[0].status_code == 503 and answers[0].json()["error"]["code"] == "too_slow"
+
+
+def test_a_client_that_hangs_up_in_its_body_is_no_failure(serve, common, caplog):
+    with serve() as owner:
+        with socket.create_connection(("localhost", int(owner.url[17:]))) as client:
+            client.sendall(
+                b"POST /v1/trace HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100\r\n\r\n{"
+            )
+        assert owner.spans(common)
+        time.sleep(0.1)
+    assert "a request failed" not in caplog.text
