@@ -44,12 +44,12 @@ def trace_demo(
     found = model.trace(str(answer), indexes, prompt=prompt)
     replace_file(out / "trace.html", trace_page(found, prompt))
     show_trace(found, prompt)
-    [other] = model.generate([prompt], TOKENS, without=[owner])
-    without = model.trace(str(other), indexes, prompt=prompt, without=[owner])
+    off = str(model.generate([prompt], TOKENS, without=[owner])[0])
+    without = model.trace(off, indexes, prompt=prompt, without=[owner])
     tell(f"\nWith {owner} off, none of its documents is named:")
-    tell(f"  {other!r}")
-    for span in without.spans:
-        tell(f"  {without.text[span.start : span.stop]!r}: {counts(span)}")
+    tell(f"  {off!r}")
+    for words, said in {off[s.start : s.stop]: counts(s) for s in without.spans}.items():
+        tell(f"  {words!r}: {said}")
     return {"prompt": prompt, "owner": owner, "on": found.to_json(), "off": without.to_json()}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from flexolmo_jax.data.domain_embedding import WordVectors, unit
+from flexolmo_jax.runtime.console import progress
 from flexolmo_jax.tracing.bm25 import bm25
 from flexolmo_jax.tracing.index import Index
 from flexolmo_jax.tracing.results import Passage
@@ -54,14 +55,17 @@ def nearest_passages(texts: Sequence[str], indexes: Sequence[Index]) -> list[lis
     vectors = WordVectors()
     targets = vectors.means(texts)
     best: list[list[tuple[float, int, int, int]]] = [[] for _ in texts]  # heaps, the farthest first
-    for number, index in enumerate(indexes):
-        for places, pieces in _batches(index):
-            cosines = _passage_vectors(places, vectors.sums(pieces)[0]) @ targets.T
-            for own, heap in zip(cosines.T, best, strict=True):
-                for row in np.argsort(-own)[:CANDIDATES].tolist():
-                    heapq.heappush(heap, (float(own[row]), -number, *places[row]))
-                    if len(heap) > CANDIDATES:
-                        heapq.heappop(heap)
+    total = sum(index.num_tokens for index in indexes)
+    with progress("similar passages", total, unit="token") as bar:
+        for number, index in enumerate(indexes):
+            for places, pieces in _batches(index):
+                cosines = _passage_vectors(places, vectors.sums(pieces)[0]) @ targets.T
+                for own, heap in zip(cosines.T, best, strict=True):
+                    for row in np.argsort(-own)[:CANDIDATES].tolist():
+                        heapq.heappush(heap, (float(own[row]), -number, *places[row]))
+                        if len(heap) > CANDIDATES:
+                            heapq.heappop(heap)
+                bar.update(min(total, bar.done + len(places) * WIDTH // 2))
     return [
         [_passage(indexes[-number], *place) for _, number, *place in sorted(heap)[::-1]]
         for heap in best
