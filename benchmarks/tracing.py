@@ -248,9 +248,7 @@ def verdicts(result: dict[str, Any]) -> list[str]:
     for name, (which, bar) in BARS.items():
         if name in values:
             is_met = values[name] <= bar if which == "at most" else values[name] >= bar
-            lines.append(
-                f"{name}: {values[name]}, {which} {bar:g}: {'met' if is_met else 'MISSED'}"
-            )
+            lines.append(f"{name} {values[name]}, {which} {bar:g}: {'met' if is_met else 'MISSED'}")
     return lines
 
 
