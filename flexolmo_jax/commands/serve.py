@@ -206,6 +206,7 @@ def remove(args: argparse.Namespace) -> None:
     from flexolmo_jax.serving.keys import KEYS
 
     KEYS.remove(Path(args.file), args.name)
+    log(f"{args.file}: removed the key of {args.name}")
 
 
 def list_keys(args: argparse.Namespace) -> None:

@@ -30,7 +30,9 @@ def add_to(commands: Commands) -> None:
         "--tokenizer", required=True, metavar="FILE",
         help="a tokenizer.json, or an anchor, a merged model or a Hugging Face folder that has one",
     )  # fmt: skip
-    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="a new index; with --update, the one to change"
+    )
     parser.add_argument(
         "--owner", metavar="NAME", help="whose documents they are (default: the name of --out)"
     )
@@ -49,8 +51,9 @@ def add_to(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument("folder", metavar="DIR", help="an index")
     parser.add_argument(
-        "--document", action="extend", nargs="+", default=[], metavar="ID", dest="documents"
-    )
+        "--document", action="extend", nargs="+", default=[], metavar="ID", dest="documents",
+        help="all documents of this id, as `flexolmo trace find` shows it",
+    )  # fmt: skip
     parser.add_argument(
         "--group", action="extend", nargs="+", default=[], metavar="ID", dest="groups",
         help="all documents of this group",
@@ -70,6 +73,8 @@ def index(args: argparse.Namespace) -> None:
     from flexolmo_jax.data.files import counted
     from flexolmo_jax.tracing.build import build_index
 
+    if not args.update:
+        _check_owner(Path(args.out).resolve().name if args.owner is None else args.owner)
     built = build_index(
         args.sources,
         _tokenizer_of(Path(args.tokenizer)),
@@ -86,6 +91,16 @@ def index(args: argparse.Namespace) -> None:
         if built.documents
         else f"{args.out}: every document is in the index already, or was withdrawn from it"
     )
+
+
+def _check_owner(name: str) -> None:
+    """An owner has its expert's name, so that switching off the one leaves out the other."""
+    from flexolmo_jax.federation.names import PUBLIC, check_name
+
+    try:
+        check_name(name if name != PUBLIC else "anchor")
+    except ValueError as error:
+        raise ValueError(f"--owner: {error}") from error
 
 
 def _tokenizer_of(path: Path) -> Path:

@@ -19,7 +19,7 @@ def add_to(commands: Commands) -> None:
         "counts, ids of documents, or snippets. It is meant for the owner's own machine; "
         "coordinators ask it (`flexolmo trace find --owners`, `flexolmo serve --trace-owners`).",
     )
-    parser.add_argument("--index", required=True, metavar="DIR")
+    parser.add_argument("--index", required=True, metavar="DIR", help="of `flexolmo trace index`")
     parser.add_argument(
         "--policy", required=True, metavar="FILE", help="TOML; `flexolmo trace policy` prints one"
     )
@@ -40,20 +40,25 @@ def add_to(commands: Commands) -> None:
     commands.add("policy", print_policy, "print a policy to begin with")
     keys = commands.group("keys", "keys of those who may ask `flexolmo trace serve`", "what")
     parser = keys.add("add", add, "make a key, and print it once")
-    parser.add_argument("file")
-    parser.add_argument("name", help="whose key it is")
+    parser.add_argument("file", metavar="FILE", help="of keys; made if it is missing")
+    parser.add_argument("name", metavar="NAME", help="whose key it is")
     parser = keys.add("remove", remove, "remove a key")
-    parser.add_argument("file")
-    parser.add_argument("name")
+    parser.add_argument("file", metavar="FILE", help="of keys")
+    parser.add_argument("name", metavar="NAME", help="whose key it is")
     parser = keys.add("list", list_keys, "list whose keys there are")
-    parser.add_argument("file")
+    parser.add_argument("file", metavar="FILE", help="of keys")
     add_json(parser)
     parser = commands.add(
         "log", show_log, "verify a log of `flexolmo trace serve`, and sum it up",
         "Verifies that no line of a log was changed, dropped or moved, and shows what was "
-        "revealed to whom, day by day.",
+        "revealed to whom, day by day. Whether its last lines are missing, only --receipt shows.",
     )  # fmt: skip
-    parser.add_argument("file")
+    parser.add_argument("file", metavar="FILE", help="of `flexolmo trace serve --log`")
+    parser.add_argument(
+        "--receipt", metavar="DIGEST", action="extend", nargs="+", default=[],
+        help="that an answer had (`receipts` of `flexolmo trace find --owners FILE --json`): check "
+        "that its line is there",
+    )  # fmt: skip
     add_json(parser)
 
 
@@ -94,6 +99,7 @@ def remove(args: argparse.Namespace) -> None:
     from flexolmo_jax.tracing.service.askers import KEYS
 
     KEYS.remove(Path(args.file), args.name)
+    log(f"{args.file}: removed the key of {args.name}")
 
 
 def list_keys(args: argparse.Namespace) -> None:
@@ -110,20 +116,28 @@ def show_log(args: argparse.Namespace) -> None:
     from flexolmo_jax.storage import hash_chain
     from flexolmo_jax.tracing.service.revealed import usage
 
-    last = hash_chain.START
+    last, missing = hash_chain.START, set(args.receipt)
 
     def records():
         nonlocal last
         for record in hash_chain.read(Path(args.file)):
             last = record["digest"]
+            missing.discard(last)
             yield record
 
     rows = [
         {"day": day, "asker": asker, **used._asdict()}
         for (day, asker), used in sorted(usage(records()).items())
     ]
+    if missing:
+        raise ValueError(
+            f"{args.file}: no line has the digest {min(missing)}: the answer with this receipt was "
+            "removed or changed, or is another log's"
+        )
     if args.json:
         print_json({"last": last, "days": rows})
         return
     show_table(rows, title=f"revealed, by {args.file}", empty="no answers")
-    tell(f"every line is as it was written; the last one's digest is {last}")
+    tell(f"These lines are as they were written, and the last one's digest is {last}.")
+    if not args.receipt:
+        tell("Whether lines after it were cut off, only a receipt of an answer shows (--receipt).")

@@ -110,9 +110,9 @@ def verify(args: argparse.Namespace) -> None:
 def _verify_ledger(args: argparse.Namespace, file: Path, key: str, earlier: Any) -> None:
     from flexolmo_jax.usage import excerpts
 
-    if args.owner is not None and earlier is None:
-        raise ValueError(f"--owner: {file} is a whole ledger, of all owners")
     contents = excerpts.verify_ledger(file, key)
+    if args.owner is not None and earlier is None:
+        raise ValueError(f"--owner: {file} is a whole ledger, of all owners; leave it out")
     if earlier is not None:
         excerpts.check_contains(file, earlier)
     states = {owner: state._asdict() for owner, state in contents.states.items()}

@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -40,6 +41,16 @@ def visible(text: object, keep: str = "\n") -> str:
         c if c in keep or unicodedata.category(c) not in HIDDEN else _spelled(ord(c))
         for c in str(text)
     )
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes: a Chinese character takes two."""
+    return cell_len(text)
+
+
+def cropped(text: str, most: int) -> str:
+    """The beginning of a text that takes this many columns."""
+    return set_cell_size(text, most) if columns(text) > most else text
 
 
 def _spelled(code: int) -> str:

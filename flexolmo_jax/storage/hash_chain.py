@@ -107,7 +107,7 @@ def _parse(data: bytes, file: Path, number: int | None) -> dict[str, Any]:
     where = f"{file}, {'last line' if number is None else f'line {number}'}"
     try:
         if not data.endswith(b"\n"):
-            raise ValueError("it does not end")
+            raise ValueError("it does not end: its writer was killed, or writes it now")
         record = json.loads(data)
         if not isinstance(record, dict) or any(name not in record for name in _OWN):
             raise ValueError(f"no object with {', '.join(_OWN)}")

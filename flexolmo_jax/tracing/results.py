@@ -54,6 +54,7 @@ class Trace(NamedTuple):
       similar: passages that are alike in meaning, not verbatim, best first.
       asked: the owners that were asked.
       missing: the owners that did not answer, and why.
+      receipts: of owners that keep a log, the digest of the line that says what was revealed.
     """
 
     text: str
@@ -61,6 +62,7 @@ class Trace(NamedTuple):
     similar: tuple[Passage, ...] = ()
     asked: tuple[str, ...] = ()
     missing: dict[str, str] = {}  # noqa: RUF012 (a NamedTuple's default; nothing changes it)
+    receipts: dict[str, str] = {}  # noqa: RUF012
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, field by field."""

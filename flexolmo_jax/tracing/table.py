@@ -1,6 +1,6 @@
 """A trace in the terminal: the text with its spans in colour, then counts, then documents."""
 
-from flexolmo_jax.runtime.console import coloured, console, tell, visible
+from flexolmo_jax.runtime.console import coloured, columns, console, cropped, tell, visible
 from flexolmo_jax.tracing.page import rarity_levels
 from flexolmo_jax.tracing.results import Passage, Span, Trace
 from flexolmo_jax.tracing.similar import SIMILAR_NOTE
@@ -52,6 +52,8 @@ def summary(trace: Trace) -> str:
         said = "The rarest span of the text that stands verbatim in documents"
     elif count:
         said = f"The {count} rarest spans of the text that stand verbatim in documents"
+    elif trace.missing and set(trace.asked) <= set(trace.missing):
+        said = "Nobody answered, so nothing is known of the text"
     else:
         said = "No word of the text stands verbatim in a document"
     missing = "".join(f" No answer from {name} ({why})." for name, why in trace.missing.items())
@@ -97,14 +99,15 @@ def _show_passage(passage: Passage, colour: str) -> None:
 
 def _within(passage: Passage, width: int) -> tuple[str, str, str]:
     """What fits on a line: the match, and as much around it."""
-    before, match, after = map(_one_line, (passage.before, passage.match, passage.after))
-    if len(match) > width:
-        return "", f"{match[: width - 1]}…", ""
-    side = (width - len(match)) // 2
-    if len(before) > side:
-        before = f"…{before[len(before) - side + 1 :]}" if side else ""
-    if len(after) > side:
-        after = f"{after[: side - 1]}…" if side else ""
+    parts = (passage.before, passage.match, passage.after)
+    before, match, after = (visible(_one_line(part)) for part in parts)
+    if columns(match) > width:
+        return "", f"{cropped(match, width - 1)}…", ""
+    side = (width - columns(match)) // 2
+    if columns(before) > side:
+        before = f"…{cropped(before[::-1], side - 1)[::-1]}" if side else ""
+    if columns(after) > side:
+        after = f"{cropped(after, side - 1)}…" if side else ""
     return before, match, after
 
 

@@ -42,7 +42,7 @@ def withdraw(folder: Path, documents: Sequence[str] = (), groups: Sequence[str] 
         of an id or a group. Nothing is withdrawn then.
     """
     if not documents and not groups:
-        raise ValueError("withdraw: expected ids of documents or groups, found none")
+        raise ValueError("expected ids of documents (--document) or groups (--group), found none")
     folder = Path(folder)
     read_index(folder)
     with locked(folder / LOCK, "is changing this index", "try again when it has ended", wait=10):

@@ -142,7 +142,9 @@ def sentences(report: Report) -> list[str]:
     ]
     found = report.agreement
     if found is None:
-        return [*said, f"{len(report.answers)} answers were sampled: too few to compare the two."]
+        count = len(report.answers)
+        sampled = "1 answer was" if count == 1 else f"{count} answers were"
+        return [*said, f"{sampled} sampled: too few to compare the two."]
     return [
         *said,
         f"On {found.answers:,} sampled answers they agree so far: rank correlation "

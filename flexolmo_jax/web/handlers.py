@@ -36,6 +36,9 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
         message = "unknown parameter"
     if first["type"] == "json_invalid":
         param, message = None, f"the body is not JSON: {first.get('ctx', {}).get('error', '')}"
+    kind = request.headers.get("content-type", "none")
+    if param is None and first["type"] == "model_attributes_type" and "json" not in kind:
+        message = f"expected the header `Content-Type: application/json`, found {kind[:100]}"
     said = f"{param}: {message}" if param else message
     return ApiError(400, said, param, "invalid_value").response()
 

@@ -40,6 +40,8 @@ class KeyFiles(Generic[Holder]):
         try:
             entries = json.loads(file.read_text(encoding="utf-8"))["keys"]
             holders = [self._holder(entry) for entry in entries]
+        except FileNotFoundError as error:
+            raise ValueError(f"{file}: no such file; `{self._command}` makes one") from error
         except (OSError, UnicodeDecodeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{file}: expected a file that `{self._command}` wrote ({error!r})"

@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import ssl
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,18 @@ def address(listener: socket.socket, scheme: str = "http") -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def check_certificate(certificate: Path, private_key: Path | None = None) -> None:
+    """Raises ValueError if a certificate or its key, in PEM, cannot be used."""
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, private_key)
+    except OSError as error:  # ssl.SSLError is one, too
+        raise ValueError(
+            f"{certificate}: expected a certificate in PEM, and its private key in the same file "
+            f"or as --private-key ({error})"
+        ) from error
+
+
 def run(
     app: Any,
     listener: socket.socket,
@@ -55,13 +68,11 @@ def run(
       app: of ASGI.
       seconds: that requests in flight may still take at the end.
       drain: is called as soon as the signal arrives.
-      certificate, private_key: PEM, for TLS.
+      certificate, private_key: PEM, for TLS; `check_certificate` has seen them.
       most: connections at a time; None: any number.
-
-    Raises:
-      ValueError: the certificate or its key cannot be used.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each owner it asks
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -73,13 +84,6 @@ def run(
         ssl_keyfile=private_key,
         limit_concurrency=most,
     )
-    try:
-        config.load()
-    except OSError as error:  # ssl.SSLError is one, too
-        raise ValueError(
-            f"{certificate}: expected a certificate in PEM, and its private key in the same file "
-            f"or as --private-key ({error})"
-        ) from error
     _Server(config, drain).run([listener])
 
 

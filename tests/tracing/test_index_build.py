@@ -269,6 +269,9 @@ def test_the_commands_index_and_withdraw(tmp_path, numbers_tokenizer, capsys):
     assert main(words) == 2
     assert "expected a tokenizer.json there" in capsys.readouterr().err
     (tmp_path / "anchor" / TOKENIZER).write_text(numbers_tokenizer.read_text())
+    assert main([*words[:-1], "a/b c"]) == 2  # no expert can have this name
+    assert "--owner: 'a/b c' cannot be" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     assert main(words) == 0
     out, err = capsys.readouterr()
     assert "indexed 2 documents of 5 tokens" in " ".join(out.split())

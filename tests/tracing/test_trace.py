@@ -8,8 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.runtime.console import columns
 from flexolmo_jax.tracing.build import build_index
 from flexolmo_jax.tracing.index import Index
+from flexolmo_jax.tracing.results import Passage, Span, Trace
+from flexolmo_jax.tracing.table import show_trace
 from flexolmo_jax.tracing.trace import find_matches, trace
 
 OWNERS = {
@@ -171,7 +174,9 @@ def test_wrong_input_ends_in_one_line(folders, tokenizer, refused, tmp_path):
         assert message in refused("trace", "find", *words), words
 
 
-def test_the_command_shows_counts_before_documents_on_80_columns(flexolmo, folders, monkeypatch):
+def test_the_command_shows_counts_before_documents_on_80_columns(
+    flexolmo, folders, monkeypatch, capfd
+):
     monkeypatch.setattr("flexolmo_jax.runtime.console.console.width", 80)
     text = "So the mayor of the town reads every line of it twice, in a zoo of 18 axolotls"
     code, out, _ = flexolmo("trace", "find", text, "--index", *folders.values())
@@ -179,6 +184,11 @@ def test_the_command_shows_counts_before_documents_on_80_columns(flexolmo, folde
     assert "30 times: news 30" in out and "and 7 more" in out
     assert out.index("30 times: news 30") < out.index("news.jsonl")
     assert "no proof of a cause" in out and "because" not in out
+    wide = Passage("news", "1", before="\u200d" * 30, match="日本語" * 9, after="👩" * 60)
+    show_trace(Trace("日本語" * 9, (Span(0, 27, 9, -9.0, {"news": 1}, (wide,)),), asked=("news",)))
+    shown = capfd.readouterr().out
+    assert r"\u200d" in shown and max(map(columns, shown.splitlines())) <= 80
+    assert [line.startswith("      ") for line in shown.splitlines()].count(True) == 1
     code, out, _ = flexolmo("trace", "find", "unheard", "--index", folders["math"])
     assert code == 0 and "No word of the text stands verbatim" in out
 

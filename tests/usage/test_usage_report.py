@@ -35,7 +35,7 @@ def test_the_numbers_of_a_month_are_those_of_its_uses():
     assert made.days == {
         "2026-11-01": {"public": 24.0, "math": 6.0}, "2026-11-03": {"math": 9.5, "code": 0.5},
     }  # fmt: skip
-    assert made.agreement is None and "1 answers were sampled: too few" in report.sentences(made)[1]
+    assert made.agreement is None and "1 answer was sampled: too few" in report.sentences(made)[1]
 
 
 def test_a_month_is_chosen_and_the_last_is_the_default(kept, monkeypatch):

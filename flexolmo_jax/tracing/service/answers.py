@@ -103,7 +103,8 @@ def together(
                 )
             found[place] = own
     spans = [found[place] for place in sorted(found)]
-    return Trace(text, tuple(ranked(spans, query)), (), tuple(asked), missing)
+    receipts = {owner: answer.receipt for owner, answer in said.items() if answer.receipt}
+    return Trace(text, tuple(ranked(spans, query)), (), tuple(asked), missing, receipts)
 
 
 def _as_span(owner: str, said: SaidSpan, text: str, level: str) -> Span:

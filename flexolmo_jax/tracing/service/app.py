@@ -100,8 +100,11 @@ def serve(
       certificate, private_key: PEM, for TLS; without them it speaks plain HTTP.
 
     Raises:
-      ValueError: a file is missing or damaged; the port is in use; another service has the log.
+      ValueError: a file is missing or damaged; the certificate cannot be used; the port is in use;
+        another service has the log.
     """
+    if certificate is not None:
+        listening.check_certificate(certificate, private_key)
     listener = listening.listen(host, port)
     app = make_app(settings)
     owner: Owner = app.state.owner
@@ -111,7 +114,8 @@ def serve(
 
     with owner.revealed.held():
         shown = listening.address(listener, "https" if certificate else "http")
-        tell(f"{owner.index.owner} answers traces at {shown}  (level: {owner.policy.level})")
+        asked = "" if settings.keys else "; anybody may ask, without --keys"
+        tell(f"{owner.index.owner} answers traces at {shown}  (level: {owner.policy.level}{asked})")
         listening.run(
             app, listener, owner.policy.seconds, drain, certificate, private_key, CONNECTIONS
         )

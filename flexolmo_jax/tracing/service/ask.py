@@ -74,6 +74,8 @@ async def _post(text: str, owner: Address) -> bytes:
             body += piece
             if len(body) > MAX_BYTES:
                 raise Refused(f"its answer has more than {MAX_BYTES} bytes")
+    if answer.status_code == 401:
+        raise Refused(f"it does not know {'this' if owner.key else 'us: it expects a'} key (401)")
     if answer.status_code != 200:
         raise Refused(f"refused ({answer.status_code}){_message(bytes(body))}")
     return bytes(body)

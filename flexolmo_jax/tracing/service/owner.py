@@ -144,7 +144,7 @@ class Owner:
             raise ApiError(
                 429,
                 f"expected at most {policy.tokens_per_day} tokens of text a day (UTC), of which "
-                f"{policy.tokens_per_day - used.tokens} are left; found {tokens}",
+                f"{max(0, policy.tokens_per_day - used.tokens)} are left; found {tokens}",
                 code="budget",
                 headers={"Retry-After": str(int(86400 - now % 86400) + 1)},
             )

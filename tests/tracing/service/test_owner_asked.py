@@ -6,7 +6,9 @@ import random
 import pytest
 
 from flexolmo_jax.tracing.service.answers import Said, SaidSpan, together
+from flexolmo_jax.tracing.service.askers import KEYS, Asker
 from flexolmo_jax.tracing.service.owners import Address, read_owners
+from flexolmo_jax.tracing.table import summary
 
 GOOD = {"start": 0, "stop": 9, "tokens": 2, "log_probability": -9.5, "count": 3, "passages": []}
 ANSWER = {"owner": "x", "level": "counts", "tokens": 8, "spans": [GOOD], "receipt": None}
@@ -56,6 +58,18 @@ def test_an_owner_that_does_not_answer_is_named_and_not_waited_for(serve, strang
     assert trace.missing["dead"].startswith("cannot be asked: ")
     assert off.missing == {"clinic": "refused (403): this owner answers no traces"}
     assert off.spans == ()
+    assert summary(trace).startswith("The rarest span") and trace.receipts.keys() == {"clinic"}
+    assert summary(off).startswith("Nobody answered")
+
+
+def test_a_key_that_an_owner_does_not_know_is_named_as_the_reason(serve, asked, common, tmp_path):
+    keys = tmp_path / "keys.json"
+    KEYS.add(keys, Asker("coordinator"))
+    with serve(keys=keys) as clinic:
+        wrong, _ = asked(common, [clinic.address(key="fo-wrong")])
+        none, _ = asked(common, [clinic.address()])
+    assert wrong.missing == {"clinic": "it does not know this key (401)"}
+    assert none.missing == {"clinic": "it does not know us: it expects a key (401)"}
 
 
 LIES = {

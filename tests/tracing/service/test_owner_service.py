@@ -5,6 +5,7 @@ import json
 import os
 import time
 
+import httpx
 import pytest
 
 from flexolmo_jax.storage import hash_chain
@@ -123,6 +124,12 @@ def test_the_log_says_what_was_revealed_and_not_what_was_asked(serve, common, fl
     code, shown, _ = flexolmo("trace", "log", log, "--json")
     [row] = json.loads(shown)["days"]
     assert code == 0 and (row["asker"], row["requests"], row["characters"]) == ("anybody", 3, 100)
+    assert "(--receipt)" in flexolmo("trace", "log", log)[1]
+    assert flexolmo("trace", "log", log, "--receipt", *receipts)[0] == 0
+    cut = log.with_name("cut")
+    cut.write_text("".join(log.read_text().splitlines(keepends=True)[:1]))
+    assert flexolmo("trace", "log", cut)[0] == 0  # a log whose end is missing is a log
+    assert receipts[1] in refused("trace", "log", cut, "--receipt", *receipts)
     log.write_text(log.read_text().replace('"count": 5', '"count": 1'))
     assert "line 2: the chain is broken" in refused("trace", "log", log)
     refused("trace", "serve", "--index", owner.folder / "index", "--policy",
@@ -164,6 +171,8 @@ def test_questions_are_bounded(serve, common):
         assert error(owner.post("x" * (1 << 23))) == (413, None)
         assert error(owner.post("a \ud800 b")) == (400, "invalid_value")
         assert error(owner.post(common, level="snippets")) == (400, "invalid_value")
+        without = httpx.post(f"{owner.url}/v1/trace", content='{"text": "a"}')
+        assert "Content-Type: application/json" in without.json()["error"]["message"]
         for text in ("", " \n", "\x00", "🙂" * 50):
             assert owner.spans(text) == {}
     with serve(seconds=1) as owner:
