@@ -40,7 +40,10 @@ class KeyFiles(Generic[Holder]):
         try:
             entries = json.loads(file.read_text(encoding="utf-8"))["keys"]
             holders = [self._holder(entry) for entry in entries]
-        except (OSError, UnicodeDecodeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (
+            OSError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError,
+            json.JSONDecodeError,
+        ) as error:  # fmt: skip
             raise ValueError(
                 f"{file}: expected a file that `{self._command}` wrote ({error!r})"
             ) from error
