@@ -1,6 +1,6 @@
 #!/bin/bash
 # tokenizers 0.23.3: `encode` holds Python's global lock until it is done, `encode_batch` of one text gives it up. A
-# server that calls `encode` in another thread, so that its event loop can go on meanwhile, gains nothing: no other
+# server that calls `encode` in another thread, so that its event loop stays free, gains nothing: no other
 # thread runs while a long text is encoded. The ids are the same.
 # Seen on 2026-11-29, ticks of a thread that sleeps for a millisecond between two of them:
 #   encode: 971129 characters in 1.72 s, other thread: 1 ticks

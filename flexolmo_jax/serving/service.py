@@ -44,8 +44,8 @@ class Settings:
       seconds: that a request may take.
       body: bytes of a request, at most.
       keys: a file of keys; None: anybody may do anything.
-      expert_parallel: spread the model over all devices, of which so many share its experts; None:
-        one device, if there is one process.
+      expert_parallel: how many devices share the experts of a model that is spread over all of
+        them; None: one device, if there is one process.
       profiles: further names of the model, each with the experts that it stands for.
       usage: a ledger of what every expert did; None: none is kept.
       usage_key: the private key that signs it.

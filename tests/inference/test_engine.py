@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.inference import engine as engine_module
-from flexolmo_jax.inference.engine import CHUNKS, Request
+from flexolmo_jax.inference.compiled import CompiledNetwork
+from flexolmo_jax.inference.engine import CHUNKS, Engine, Request
 from flexolmo_jax.inference.layerwise import MAX_BEST
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.experts import router_weights
@@ -61,6 +62,23 @@ def test_tokens_do_not_depend_on_neighbours(model, alone, prefixes):
             engine.cancel(others.pop())
     assert [request.generated for request in requests] == alone
     assert {request.ended for request in requests} <= {"stop", "length"}
+
+
+def test_one_compiled_program_gives_the_same_as_layer_by_layer(model, alone):
+    """What accelerators run, with prompts that begin alike, scores and masks."""
+    network = CompiledNetwork(model.backbone, model.experts, model.config, 4, None)
+    engine = Engine(network, SLOTS, LENGTH, prefixes=4)
+    requests = list(requests_of(0, 24, 4))
+    assert run(engine, requests) == alone
+    scored = [
+        Request([*range(5, 40)], 3, np.ones(4, bool), scored=True, scores_prompt=True) for _ in "ab"
+    ]
+    run(engine, scored[:1])
+    run(model.engine(SLOTS, LENGTH), scored[1:])
+    for name in ("scores", "prompt_scores"):
+        for one, other in zip(*(getattr(request, name) for request in scored), strict=True):
+            np.testing.assert_allclose(one.own, other.own, atol=1e-4)
+    np.testing.assert_allclose(scored[0].shares, scored[1].shares, atol=1e-5)
 
 
 def test_logits_are_those_of_a_request_that_is_alone_bit_for_bit(model):
