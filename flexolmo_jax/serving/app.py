@@ -160,7 +160,8 @@ async def trace(request: Request, body: TraceOf) -> Response:
         raise ApiError(
             404, "this server traces no answers (it has no --trace-owners)", code="no_traces"
         )
-    return Json(await service.traces.trace(body.id, policy, service.sources.served))
+    permitted = service.sources.permitted(policy)
+    return Json(await service.traces.trace(body.id, policy, permitted))
 
 
 def _models(request: Request) -> dict[str, dict[str, Any]]:
@@ -355,7 +356,8 @@ class _Answer:
         if not self._body.trace:
             return None
         try:
-            return await service.traces.trace(self._form.id, policy, service.sources.served)
+            permitted = service.sources.permitted(policy)
+            return await service.traces.trace(self._form.id, policy, permitted)
         except ApiError as error:  # the answer itself is there
             return error.body()
 

@@ -79,13 +79,15 @@ class Traces:
         while len(self._given) > KEPT or next(iter(self._given.values())).until < now:
             self._given.popitem(last=False)
 
-    async def trace(self, number: str, policy: Policy, served: Collection[str]) -> dict[str, Any]:
+    async def trace(
+        self, number: str, policy: Policy, permitted: Collection[str]
+    ) -> dict[str, Any]:
         """Asks the owners of the experts that an answer might use, and of no others.
 
         Args:
           number: of the answer.
           policy: of the key that asks.
-          served: the experts that have not been withdrawn.
+          permitted: the experts that this key may use now.
 
         Raises:
           ApiError: 404, there is no such answer, or another key has it; 503, the file of owners
@@ -100,7 +102,7 @@ class Traces:
                 "answer_not_found",
             )
         owners = self._read()
-        asked = owners.of([name for name in given.experts if name in served])
+        asked = owners.of([name for name in given.experts if name in permitted])
         found = await ask(given.text, asked, prompt=given.prompt, seconds=owners.seconds)
         return found.to_json()
 

@@ -28,16 +28,21 @@ def bm25(query: str, texts: Sequence[str]) -> np.ndarray:
     Returns:
       float64 [texts], 0 or more.
     """
-    counts = [Counter(words(text)) for text in texts]
-    lengths = np.array([count.total() for count in counts], np.float64)
-    scores = np.zeros(len(texts))
+    asked = Counter(words(query))
+    lengths, scores = np.zeros(len(texts)), np.zeros(len(texts))
+    places: dict[str, dict[int, int]] = {}  # of each asked word: how often each text has it
+    for number, text in enumerate(texts):
+        own = Counter(words(text))
+        lengths[number] = own.total()
+        for word in own.keys() & asked.keys():
+            places.setdefault(word, {})[number] = own[word]
     if not lengths.any():
         return scores
     norm = K1 * (1 - B + B * lengths / lengths.mean())
-    for word, times in Counter(words(query)).items():
-        frequency = np.array([count[word] for count in counts], np.float64)
-        having = np.count_nonzero(frequency)
+    for word, times in asked.items():
+        having = list(places.get(word, ()))
         if having:
-            idf = np.log1p((len(texts) - having + 0.5) / (having + 0.5))
-            scores += times * idf * frequency / (frequency + norm)
+            frequency = np.array(list(places[word].values()), np.float64)
+            idf = np.log1p((len(texts) - len(having) + 0.5) / (len(having) + 0.5))
+            scores[having] += times * idf * frequency / (frequency + norm[having])
     return scores

@@ -43,11 +43,15 @@ def withdraw(folder: Path, documents: Sequence[str] = (), groups: Sequence[str] 
     """
     if not documents and not groups:
         raise ValueError("expected ids of documents (--document) or groups (--group), found none")
+    if not all(groups):  # it would be the group of all documents that are of none
+        raise ValueError("expected the name of a group, found an empty one")
     folder = Path(folder)
     read_index(folder)
     with locked(folder / LOCK, "is changing this index", "try again when it has ended", wait=10):
-        opened = Index.open(folder)
         index = read_index(folder)
+        if index["unused"]:  # perhaps text that was withdrawn by a process that was killed then
+            clean(folder, index)
+        opened = Index.open(folder)
         found = _numbers(opened, documents, groups)
         _discard_unfinished(folder, index)
         replaced = {}

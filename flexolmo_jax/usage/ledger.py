@@ -132,7 +132,10 @@ def replay(
         if contents is None:
             contents = _begun(record, file)
         elif record.get("kind") == CHECKPOINT:
+            known = contents.states.keys() | {owner for line in later for owner in line["mass"]}
             contents.signed = _checkpoint(record, contents, where, adds_up)
+            if contents.signed.states.keys() != known:
+                raise ValueError(f"{where}: a checkpoint of other owners than the lines before it")
             contents.states = dict(contents.signed.states)
             later.clear()
         else:

@@ -42,7 +42,10 @@ class KeyFiles(Generic[Holder]):
             holders = [self._holder(entry) for entry in entries]
         except FileNotFoundError as error:
             raise ValueError(f"{file}: no such file; `{self._command}` makes one") from error
-        except (OSError, UnicodeDecodeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (
+            OSError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError,
+            json.JSONDecodeError,
+        ) as error:  # fmt: skip
             raise ValueError(
                 f"{file}: expected a file that `{self._command}` wrote ({error!r})"
             ) from error

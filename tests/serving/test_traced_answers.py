@@ -3,22 +3,29 @@
 import json
 import threading
 import time
+import types
 
 import pytest
 
+from flexolmo_jax.serving import traces
 from flexolmo_jax.serving.keys import KEYS, Policy
+from flexolmo_jax.storage.files import replace_file
 
 pytestmark = pytest.mark.usefixtures("quick")
 PROMPT = "The theorem"
 
 
 @pytest.fixture(scope="module")
-def traced(quick, serving, world, owners, tmp_path_factory):
+def keys_file(tmp_path_factory):
+    return tmp_path_factory.mktemp("traced") / "keys.json"
+
+
+@pytest.fixture(scope="module")
+def traced(quick, serving, world, owners, keys_file):
     """A server that traces; its keys: of everybody, and of somebody who does not know code."""
-    keys = tmp_path_factory.mktemp("traced") / "keys.json"
     policies = Policy("all"), Policy("no-code", experts=("public", "math"))
-    own = {policy.name: KEYS.add(keys, policy) for policy in policies}
-    with serving(world.merged, keys=keys, trace_owners=owners[0]) as server:
+    own = {policy.name: KEYS.add(keys_file, policy) for policy in policies}
+    with serving(world.merged, keys=keys_file, trace_owners=owners[0]) as server:
         yield server, own
 
 
@@ -81,6 +88,23 @@ def test_a_slow_owner_blocks_nobody(traced):
     assert trace["missing"] == {"code": "no answer within 1 s"} and trace["spans"]
 
 
+def test_what_a_key_may_not_use_any_more_is_not_asked(traced, keys_file, owners):
+    server, keys = traced
+    number, good = ask(traced).json()["id"], keys_file.read_text()
+    before = len(owners[1]["math"])
+    replace_file(keys_file, good.replace('"math"', '"history"'))
+    end = time.monotonic() + 20
+    while "math" in server.get("/v1/models", keys["no-code"]).text:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    found = server.post("/v1/trace", key=keys["no-code"], id=number).json()
+    assert found["asked"] == [] and len(owners[1]["math"]) == before
+    replace_file(keys_file, good)
+    while "math" not in server.get("/v1/models", keys["no-code"]).text:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_an_answer_can_be_traced_afterwards_by_whoever_has_it(traced, monkeypatch):
     server, keys = traced
     answer = ask(traced).json()
@@ -89,8 +113,8 @@ def test_an_answer_can_be_traced_afterwards_by_whoever_has_it(traced, monkeypatc
     assert server.post("/v1/trace", key=keys["all"], id=answer["id"]).status_code == 404
     assert server.post("/v1/trace", key=keys["all"], id="cmpl-1").status_code == 404
     assert server.post("/v1/trace", id=answer["id"]).status_code == 401
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + 601)
+    later = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 601)
+    monkeypatch.setattr(traces, "time", later)  # not the clock of the server's event loop
     assert server.post("/v1/trace", key=keys["no-code"], id=answer["id"]).status_code == 404
 
 

@@ -110,6 +110,20 @@ def test_a_killed_withdrawal_leaves_an_index_and_can_be_repeated(folder, monkeyp
     assert not (folder / LOCK).exists()
 
 
+def test_a_killed_withdrawal_that_is_repeated_leaves_no_text(folder, monkeypatch):
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            withdraw(folder, ["1", "4"])
+    with pytest.raises(ValueError, match="or withdrawn before"):
+        withdraw(folder, ["1", "4"])
+    secret = np.array(SECRET, "<u4").tobytes()
+    assert not any(secret in file.read_bytes() for file in folder.rglob("*") if file.is_file())
+
+
 def test_an_index_can_be_opened_at_any_moment_of_a_withdrawal(folder):
     seen, stop = [], threading.Event()
 
@@ -158,6 +172,7 @@ def test_a_wrong_request_withdraws_nothing(folder, tmp_path):
     refused("no document '9' .*nothing was withdrawn", ["1", "9"])
     refused("no group 'x'", ["1"], ["x"])
     refused("found none", [])
+    refused("found an empty one", [], [""])  # which documents of no group have
     refused("found no folder", ["1"], folder=tmp_path / "none")
     refused("found no index.json", ["1"], folder=tmp_path)
     assert {name: (folder / name).read_bytes() for name in names(folder) if "/" in name} == before

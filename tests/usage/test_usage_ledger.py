@@ -90,6 +90,10 @@ def test_what_a_checkpoint_says_is_believed_only_if_the_own_key_signed_it(filled
     filled.file.write_bytes(b"".join([*lines, json.dumps(record).encode() + b"\n"]))
     with pytest.raises(ValueError, match=r"a signature is wrong \(math\)"):
         filled.open()
+    del record["owners"]["math"]  # and its signature
+    filled.file.write_bytes(b"".join([*lines, json.dumps(record).encode() + b"\n"]))
+    with pytest.raises(ValueError, match="a checkpoint of other owners"):
+        filled.open()
 
 
 def test_no_line_says_when_within_the_hour_or_what(filled):

@@ -37,7 +37,9 @@ async def ask(
     pairs = list(zip(owners, results, strict=True))
     said = {owner.name: found for owner, found in pairs if isinstance(found, Said)}
     missing = {owner.name: found for owner, found in pairs if isinstance(found, str)}
-    return together(text, said, f"{prompt}\n{text}", [owner.name for owner in owners], missing)
+    names = [owner.name for owner in owners]
+    # In a thread: answers are as large as strangers make them.
+    return await asyncio.to_thread(together, text, said, f"{prompt}\n{text}", names, missing)
 
 
 async def _ask_one(text: str, owner: Address, seconds: float) -> Said | str:

@@ -90,10 +90,12 @@ def shared_lengths(index: Index, asked: Asked, least: int, deadline: float) -> n
     lengths, stop = np.zeros_like(longest), 0
     for start, length in enumerate(longest.tolist()):
         stop = max(stop, start)
-        while stop < start + length and _has(index, asked.ids[start : stop + 1], least, groups):
-            stop += 1
+        while stop < start + length:
             if time.monotonic() > deadline:
                 raise TooSlow
+            if not _has(index, asked.ids[start : stop + 1], least, groups):
+                break
+            stop += 1
         lengths[start] = stop - start
     return lengths
 

@@ -124,14 +124,18 @@ class Owner:
             index = _read(self._index, "index")
             policy = _read(self._policy, "policy")
             _check(policy, text)
-            left = self._left(policy, asker, len(index.encode(text)[0]))
+            tokens = len(index.encode(text)[0])
+            left = self._left(policy, asker, tokens)
             try:
                 disclosed = disclose(index, text, policy, left)
-            except TooSlow:
+            except TooSlow:  # it is counted all the same: it took as long as others
+                self._write_down(policy, asker, text, Disclosed(tokens, (), 0))
                 raise ApiError(
                     503, f"the search took more than {policy.seconds} s; ask about less text",
                     code="too_slow",
                 ) from None  # fmt: skip
+            if self._keys is not None and asker not in _read(self._keys, "keys").values():
+                raise ApiError(401, "the key was removed", code="invalid_api_key")
             if self._index.is_current(index) and self._policy.is_current(policy):
                 return self._said(index, policy, asker, text, disclosed)
         raise ApiError(503, "the index keeps changing; ask later", code="changing")
@@ -153,11 +157,7 @@ class Owner:
     def _said(
         self, index: Index, policy: Policy, asker: Asker, text: str, disclosed: Disclosed
     ) -> dict[str, Any]:
-        try:
-            receipt = self.revealed.add(asker.name, text, policy, disclosed)
-        except (OSError, ValueError) as error:
-            log.error("nothing is said, since the log cannot be written: %s", error)
-            raise ApiError(503, "the log cannot be written", code="log") from error
+        receipt = self._write_down(policy, asker, text, disclosed)
         spans = []
         for span in disclosed.spans:
             passages = [_shown(passage._asdict()) for passage in span.passages]
@@ -171,6 +171,15 @@ class Owner:
             "spans": spans,
             "receipt": receipt,
         }
+
+    def _write_down(
+        self, policy: Policy, asker: Asker, text: str, disclosed: Disclosed
+    ) -> str | None:
+        try:
+            return self.revealed.add(asker.name, text, policy, disclosed)
+        except (OSError, ValueError) as error:
+            log.error("nothing is said, since the log cannot be written: %s", error)
+            raise ApiError(503, "the log cannot be written", code="log") from error
 
 
 def _shown(fields: dict[str, Any]) -> dict[str, Any]:

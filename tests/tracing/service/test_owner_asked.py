@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import pytest
 
@@ -123,6 +124,24 @@ def test_random_answers_never_break_the_coordinator(stranger, asked, common):
         with stranger(http(bytes(body))) as url:
             trace, _ = asked(common, [Address("odd", url)])
         assert trace.missing or all(0 <= s.start < s.stop <= len(common) for s in trace.spans)
+
+
+def test_an_answer_of_very_many_passages_is_put_together_soon():
+    """An owner chooses how long its answer is, and others wait for the coordinator meanwhile."""
+    text = ("a b c d e f g h i j " * 65)[:1250]
+    places = [
+        {"document": f"d{i}", "source": "", "licence": "", "group": "", "before": "x", "after": "y"}
+        for i in range(10)
+    ]
+    spans = [
+        SaidSpan(**{**GOOD, "start": i, "stop": i + 1, "passages": places})
+        for i in range(0, 1249, 2)
+    ]
+    said = {f"owner {i}": Said(**{**ANSWER, "level": "snippets", "spans": spans}) for i in range(9)}
+    query = " ".join(f"word{i}" for i in range(100_000))
+    begun = time.monotonic()
+    assert together(text, said, query, list(said), {}).spans
+    assert time.monotonic() - begun < 4
 
 
 def test_tls_is_verified(serve, asked, certificates, common, tmp_path):

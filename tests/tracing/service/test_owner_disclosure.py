@@ -91,6 +91,9 @@ def test_a_search_ends_in_time(clinic, secret):
     [asked, *_] = as_asked(secret, index.encode)
     with pytest.raises(TooSlow):
         shared_lengths(index, asked, 2, time.monotonic() - 1)
+    [asked, *_] = as_asked("Nothing of this is said in the sixth report", index.encode)
+    with pytest.raises(TooSlow):  # also where nothing is shared
+        shared_lengths(index, asked, 99, time.monotonic() - 1)
 
 
 def test_the_attack_finds_members_where_everything_is_said(indexed):

@@ -11,11 +11,14 @@ import threading
 import time
 
 import httpx
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 
+from flexolmo_jax.storage import hash_chain
 from flexolmo_jax.tracing.service import app
+from flexolmo_jax.tracing.service.askers import KEYS, Asker
 
 
 def test_it_ends_well_at_sigterm(clinic, certificates, common, flexolmo, refused, tmp_path):
@@ -110,6 +113,34 @@ def test_a_long_search_ends(serve, common, monkeypatch):
         assert httpx.get(f"{owner.url}/health").elapsed.total_seconds() < 0.4
         asking.join(10)
     assert answers[0].status_code == 503 and answers[0].json()["error"]["code"] == "too_slow"
+    [line] = hash_chain.read(owner.folder / "log")
+    assert line["tokens"] > 0 and line["spans"] == []  # it spends the day's budget, too
+
+
+def test_a_key_that_is_removed_during_a_search_gets_no_answer(serve, common, monkeypatch, tmp_path):
+    from flexolmo_jax.tracing.service import owner as module
+
+    keys, disclose = tmp_path / "keys.json", module.disclose
+    key = KEYS.add(keys, Asker("brief"))
+
+    def search(*given):
+        KEYS.remove(keys, "brief")
+        return disclose(*given)
+
+    monkeypatch.setattr(module, "disclose", search)
+    with serve(keys=keys) as owner:
+        assert owner.post(common, key=key).status_code == 401
+        assert not (owner.folder / "log").exists()
+
+
+@pytest.mark.parametrize("text", ['{"keys": ["x"]}', '{"keys": {"a": 1}}', "[" * 100_000])
+def test_a_damaged_file_of_keys_is_named(serve, common, refused, tmp_path, text):
+    keys = tmp_path / "keys.json"
+    KEYS.add(keys, Asker("first"))
+    with serve(keys=keys) as owner:
+        keys.write_text(text)
+        assert owner.post(common, key="fo-x").status_code == 503
+    assert "keys.json" in refused("trace", "keys", "list", keys)
 
 
 def test_a_client_that_hangs_up_in_its_body_is_no_failure(serve, common, caplog):
