@@ -97,7 +97,7 @@ class Usage:
             return
         for size in CHUNKS:  # compiles the programs, before clients could wait for it
             length = min(size, self._runner.length)
-            mask = self._runner.model.allowed(1)[0]
+            mask = np.ones(len(self._runner.model.expert_names), bool)  # no padding of a mesh
             await self._run(Request([0] * length, 0, mask, scored=True, scores_prompt=True))
         while True:
             answer = await self._pending.get()

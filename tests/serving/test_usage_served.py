@@ -1,8 +1,10 @@
 """A running server keeps a usage ledger."""
 
+import asyncio
 import dataclasses
 import math
 import time
+import types
 
 import numpy as np
 import pytest
@@ -115,3 +117,22 @@ def test_what_cannot_be_recorded_is_one_line(refused, world, tmp_path):
     assert "expected a private key" in refused(*serve, "--usage", ledger, "--usage-key", public)
     ledger.write_text("my shopping list\n")
     assert "append-only log" in refused(*serve, "--usage", ledger, "--usage-key", secret)
+
+
+def test_counterfactuals_begin_where_experts_are_padded_for_a_mesh():
+    asked = []
+    model = types.SimpleNamespace(expert_names=("a", "b", "c"), allowed=lambda n: np.ones((n, 4)))
+
+    def start(request, events):
+        asked.append(request.allowed.shape)
+        events.put_nowait("length")
+        return types.SimpleNamespace(has_ended=True)
+
+    runner = types.SimpleNamespace(model=model, length=8, start=start)
+    ledger = types.SimpleNamespace(contents=types.SimpleNamespace(unsigned=0), close=lambda: None)
+    ledger.checkpoint = lambda: None
+    made = usage.Usage(ledger, runner, lambda: None, "", 0.5, False)
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(made.watch(), 0.3))
+    made.close()
+    assert set(asked) == {(3,)}
