@@ -176,6 +176,10 @@ def stranger():
                         return
                 if reply is None:
                     ended.wait(20)
+                # What is closed with a request unread is a reset, which drops the reply.
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):
+                    pass
 
         def accept():
             with contextlib.suppress(OSError):
