@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.private_key is not None and args.certificate is None:
         raise ValueError("--private-key: expected --certificate with it")
+    if args.log is not None and not Path(args.log).absolute().parent.is_dir():
+        raise ValueError(f"--log: no such folder {Path(args.log).parent}; make it first")
     from flexolmo_jax.tracing.service.app import serve
     from flexolmo_jax.tracing.service.owner import Settings
 

@@ -49,7 +49,12 @@ class Agreement(NamedTuple):
 
 
 def agreement(answers: Sequence[Answer]) -> Agreement | None:
-    """How far they agree; None with fewer than 10 answers in which an owner could be left out."""
+    """How far they agree.
+
+    Returns:
+      None with fewer than 10 answers in which an owner could be left out, or if their shares or
+      their bits are all the same.
+    """
     answers = [answer for answer in answers if len(answer.bits) > 1]
     if len(answers) < FEWEST:
         return None
@@ -68,6 +73,8 @@ def agreement(answers: Sequence[Answer]) -> Agreement | None:
         low, high = np.nanquantile(values, (0.025, 0.975))
         return Estimate(of(shares, bits), float(low), float(high))
 
+    if np.isnan(_correlation(shares, bits)):
+        return None
     return Agreement(
         len(answers), estimate(_correlation), estimate(_same_first), estimate(_negative)
     )

@@ -79,6 +79,11 @@ def test_agreement_is_found_where_it_is():
     assert agreement.agreement(list(answers(True, 9))) is None
 
 
+def test_what_is_all_the_same_agrees_with_nothing():
+    same = [Answer({"a": 2.0, "b": 2.0}, {"a": n, "b": -n}) for n in range(20)]
+    assert agreement.agreement(same) is None
+
+
 def test_the_command_reports_in_80_columns(filled, flexolmo, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(agreement, "FEWEST", 2)
     code, printed, error = flexolmo("usage", "report", filled.file, "--out", tmp_path / "out")

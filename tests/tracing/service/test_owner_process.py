@@ -141,6 +141,8 @@ def test_a_damaged_file_of_keys_is_named(serve, common, refused, tmp_path, text)
         keys.write_text(text)
         assert owner.post(common, key="fo-x").status_code == 503
     assert "keys.json" in refused("trace", "keys", "list", keys)
+    serve = ("trace", "serve", "--index", "x", "--policy", "y", "--log", tmp_path / "no" / "log")
+    assert "no such folder" in refused(*serve)
 
 
 def test_a_client_that_hangs_up_in_its_body_is_no_failure(serve, common, caplog):
