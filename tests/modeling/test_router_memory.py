@@ -191,8 +191,8 @@ def test_the_decode_state_is_that_of_the_whole_text(model, prompts, active):
         decode.generate(*stacks, prompts, allowed, options),
         engine.generate(strong._network(len(prompts)), prompts, allowed, options),
     ):
-        [(found, _)] = pieces
-        for prompt, new in zip(prompts, found, strict=True):
+        [made] = pieces
+        for prompt, new in zip(prompts, made.generated, strict=True):
             text = np.zeros((1, 32), int)  # what comes later cannot be seen
             text[0, : len(prompt) + len(new)] = [*prompt, *new]
             likeliest = np.argmax(strong.logits(text)[0], axis=-1)
