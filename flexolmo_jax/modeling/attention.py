@@ -52,18 +52,18 @@ class Attention(nnx.Module):
           the output, and the cache with this call's keys and values written into it.
         """
         q, k, v = self.project(x, positions, config)
-        cache = None
-        if state is not None and state.offset is None:
+        if state is None:
+            return self.output(self_attention(q, k, v, segments, config.attention)), None
+        if state.offset is None:
             assert layer_index is not None  # of a stacked cache
             cache = state.cache.write_at(k, v, positions, layer_index)
             out = attend_to_segments(q, (cache.layer(layer_index),), positions)
-            return self.output(out), cache
-        if state is not None and state.offset is not None:
-            cache = state.cache.write(k, v, state.offset, layer_index)
-        if state is None or cache is None or state.visible is None:
-            out = self_attention(q, k, v, segments, config.attention)
         else:
-            out = _attend_to_cache(q, cache.layer(layer_index), state.visible)
+            cache = state.cache.write(k, v, state.offset, layer_index)
+            if state.visible is None:
+                out = self_attention(q, k, v, segments, config.attention)
+            else:
+                out = _attend_to_cache(q, cache.layer(layer_index), state.visible)
         return self.output(out), cache
 
     def project(
