@@ -4,6 +4,7 @@ Requests come to process 0. Before each step it tells the others which have come
 cancelled; then all of them step. An engine does nothing by chance, so all get the same tokens.
 """
 
+import dataclasses
 import itertools
 import json
 import weakref
@@ -122,27 +123,20 @@ def _broadcast(message: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _to_json(request: Request) -> dict[str, Any]:
-    return {
+    """All that a request was made with, but for what is called with its tokens in process 0."""
+    names = [field.name for field in dataclasses.fields(Request) if field.init]
+    given = {name: getattr(request, name) for name in names if name != "on_token"}
+    return given | {
         "prompt": list(map(int, request.prompt)),
-        "max_new_tokens": request.max_new_tokens,
         "allowed": np.asarray(request.allowed).tolist(),
-        "stop": list(request.stop),
-        "sampling": list(request.sampling),
-        "seed": request.seed,
-        "number": request.number,
         "bias": list(request.bias.items()),
-        "scored": request.scored,
-        "scores_prompt": request.scores_prompt,
     }
 
 
-def _from_json(said: dict[str, Any]) -> Request:
-    return Request(
-        **said
-        | {
-            "allowed": np.asarray(said["allowed"]),
-            "stop": tuple(said["stop"]),
-            "sampling": Sampling(*said["sampling"]),
-            "bias": dict(map(tuple, said["bias"])),
-        }
-    )
+def _from_json(given: dict[str, Any]) -> Request:
+    own = {
+        "allowed": np.asarray(given["allowed"]),
+        "sampling": Sampling(*given["sampling"]),
+        "bias": dict(map(tuple, given["bias"])),
+    }
+    return Request(**given | own)
