@@ -9,8 +9,12 @@ from flexolmo_jax.commands.shared_arguments import (
     add_json,
     add_processes,
     add_separator,
+    make_key,
+    need_packages,
+    optional_path,
+    remove_key,
 )
-from flexolmo_jax.runtime.console import log, print_json, show_table
+from flexolmo_jax.runtime.console import print_json, show_table
 
 
 def add_to(commands: Commands) -> None:
@@ -116,10 +120,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
-        raise ValueError("flexolmo serve needs more packages: pip install 'flexolmo_jax[serve]'")
+    need_packages("flexolmo serve", "serve", "fastapi", "uvicorn")
     if not 0 < args.timeout < float("inf"):
         raise ValueError(f"--timeout: expected seconds above 0, found {args.timeout}")
     from flexolmo_jax.serving.run import serve
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     settings = Settings(
         path=Path(args.model),
         name=args.name or Path(args.model).resolve().name,
-        anchor=None if args.anchor is None else Path(args.anchor),
+        anchor=optional_path(args.anchor),
         dtype=args.dtype,
         separator=args.separator,
         slots=_at_least_one("--slots", args.slots),
@@ -137,13 +138,13 @@ def run(args: argparse.Namespace) -> None:
         waiting=_at_least_one("--waiting", args.waiting),
         seconds=args.timeout,
         expert_parallel=args.expert_parallel,
-        keys=None if args.keys is None else Path(args.keys),
+        keys=optional_path(args.keys),
         profiles=dict(map(_profile, args.experts_as)),
-        usage=args.usage and Path(args.usage),
-        usage_key=args.usage_key and Path(args.usage_key),
+        usage=optional_path(args.usage),
+        usage_key=optional_path(args.usage_key),
         usage_askers=args.usage_askers,
         counterfactual=args.counterfactual,
-        trace_owners=None if args.trace_owners is None else Path(args.trace_owners),
+        trace_owners=optional_path(args.trace_owners),
         chat_template=_read_template(args.chat_template),
     )
     serve(settings, args.host, args.port)
@@ -198,15 +199,13 @@ def add(args: argparse.Namespace) -> None:
         concurrency=args.concurrency,
         expert_mass=args.expert_mass,
     )
-    print(KEYS.add(Path(args.file), policy))
-    log(f"this is the key of {args.name}; {args.file} keeps its digest only")
+    make_key(KEYS, args.file, args.name, policy)
 
 
 def remove(args: argparse.Namespace) -> None:
     from flexolmo_jax.serving.keys import KEYS
 
-    KEYS.remove(Path(args.file), args.name)
-    log(f"{args.file}: removed the key of {args.name}")
+    remove_key(KEYS, args.file, args.name)
 
 
 def list_keys(args: argparse.Namespace) -> None:

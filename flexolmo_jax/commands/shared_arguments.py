@@ -2,13 +2,43 @@
 
 import argparse
 import contextlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flexolmo_jax.commands.parser import Parser
+from flexolmo_jax.runtime.console import log
+
+if TYPE_CHECKING:
+    from flexolmo_jax.web.keys import Holder, KeyFiles
 
 SOURCE = (
     "JSON Lines, JSON, Parquet, CSV, TSV or text file (all but Parquet also .gz, .zst, .xz, .bz2), "
     "a folder of them, corpus:NAME, or tfds:NAME[/CONFIG]"
 )
+
+
+def need_packages(what: str, extra: str, *packages: str) -> None:
+    """Raises ValueError if one of an extra's packages, which `what` needs, is not installed."""
+    if any(importlib.util.find_spec(package) is None for package in packages):
+        raise ValueError(f"{what} needs more packages: pip install 'flexolmo_jax[{extra}]'")
+
+
+def optional_path(file: str | None) -> Path | None:
+    """The path of an option that may be left out."""
+    return None if file is None else Path(file)
+
+
+def make_key(keys: "KeyFiles[Holder]", file: str, name: str, holder: "Holder") -> None:
+    """Adds a key to a file, and prints it, once."""
+    print(keys.add(Path(file), holder))
+    log(f"this is the key of {name}; {file} keeps its digest only")
+
+
+def remove_key(keys: "KeyFiles[Holder]", file: str, name: str) -> None:
+    """Removes a key from a file."""
+    keys.remove(Path(file), name)
+    log(f"{file}: removed the key of {name}")
 
 
 def add_json(parser: Parser) -> None:

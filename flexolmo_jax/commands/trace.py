@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flexolmo_jax.commands import trace_find, trace_serve
 from flexolmo_jax.commands.parser import Commands
-from flexolmo_jax.commands.shared_arguments import SOURCE, add_json
+from flexolmo_jax.commands.shared_arguments import SOURCE, add_json, need_packages
 from flexolmo_jax.runtime.console import print_json, tell
 
 
@@ -64,12 +64,7 @@ def add_to(commands: Commands) -> None:
 
 
 def index(args: argparse.Namespace) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("pydivsufsort") is None:
-        raise ValueError(
-            "flexolmo trace index needs more packages: pip install 'flexolmo_jax[trace]'"
-        )
+    need_packages("flexolmo trace index", "trace", "pydivsufsort")
     from flexolmo_jax.data.files import counted
     from flexolmo_jax.tracing.build import build_index
 

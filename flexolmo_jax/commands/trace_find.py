@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexolmo_jax.commands.parser import Commands, check_text
-from flexolmo_jax.commands.shared_arguments import add_anchor, add_json, add_seed, add_separator
+from flexolmo_jax.commands.shared_arguments import (
+    add_anchor,
+    add_json,
+    add_seed,
+    add_separator,
+    need_packages,
+)
 from flexolmo_jax.runtime.console import log, print_json
 
 if TYPE_CHECKING:
@@ -103,10 +109,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _ask_owners(args: argparse.Namespace) -> "Trace":
     import asyncio
-    import importlib.util
 
-    if importlib.util.find_spec("httpx") is None or importlib.util.find_spec("pydantic") is None:
-        raise ValueError("--owners needs more packages: pip install 'flexolmo_jax[serve]'")
+    need_packages("--owners", "serve", "httpx", "pydantic")
     from flexolmo_jax.tracing.service.ask import ask
     from flexolmo_jax.tracing.service.owners import read_owners
 

@@ -1,12 +1,17 @@
 """`flexolmo trace serve`: an owner answers traces, as far as its policy lets it."""
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 from flexolmo_jax.commands.parser import Commands
-from flexolmo_jax.commands.shared_arguments import add_json
-from flexolmo_jax.runtime.console import log, print_json, show_table, tell
+from flexolmo_jax.commands.shared_arguments import (
+    add_json,
+    make_key,
+    need_packages,
+    optional_path,
+    remove_key,
+)
+from flexolmo_jax.runtime.console import print_json, show_table, tell
 
 
 def add_to(commands: Commands) -> None:
@@ -63,10 +68,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
-        raise ValueError(
-            "flexolmo trace serve needs more packages: pip install 'flexolmo_jax[serve]'"
-        )
+    need_packages("flexolmo trace serve", "serve", "fastapi", "uvicorn")
     if args.private_key is not None and args.certificate is None:
         raise ValueError("--private-key: expected --certificate with it")
     if args.log is not None and not Path(args.log).absolute().parent.is_dir():
@@ -74,14 +76,9 @@ def run(args: argparse.Namespace) -> None:
     from flexolmo_jax.tracing.service.app import serve
     from flexolmo_jax.tracing.service.owner import Settings
 
-    settings = Settings(
-        Path(args.index), Path(args.policy), _path(args.keys), _path(args.log)
-    )  # fmt: skip
-    serve(settings, args.host, args.port, _path(args.certificate), _path(args.private_key))
-
-
-def _path(file: str | None) -> Path | None:
-    return None if file is None else Path(file)
+    files = optional_path(args.keys), optional_path(args.log)
+    for_tls = optional_path(args.certificate), optional_path(args.private_key)
+    serve(Settings(Path(args.index), Path(args.policy), *files), args.host, args.port, *for_tls)
 
 
 def print_policy(args: argparse.Namespace) -> None:
@@ -93,15 +90,13 @@ def print_policy(args: argparse.Namespace) -> None:
 def add(args: argparse.Namespace) -> None:
     from flexolmo_jax.tracing.service.askers import KEYS, Asker
 
-    print(KEYS.add(Path(args.file), Asker(args.name)))
-    log(f"this is the key of {args.name}; {args.file} keeps its digest only")
+    make_key(KEYS, args.file, args.name, Asker(args.name))
 
 
 def remove(args: argparse.Namespace) -> None:
     from flexolmo_jax.tracing.service.askers import KEYS
 
-    KEYS.remove(Path(args.file), args.name)
-    log(f"{args.file}: removed the key of {args.name}")
+    remove_key(KEYS, args.file, args.name)
 
 
 def list_keys(args: argparse.Namespace) -> None:
