@@ -205,7 +205,7 @@ def plot(cases: Sequence[Case], file: Path) -> None:
     for axes, (kind, title) in zip(figure.subplots(1, len(KINDS)), KINDS.items(), strict=True):
         for number, name in enumerate((PUBLIC, *OWNERS)):
             own = [x.answer for x in cases if x.kind == kind and name in x.answer.bits]
-            shares = [x.mass[name] / sum(x.mass.values()) for x in own]
+            shares = [x.share(name) for x in own]
             bits = [x.bits[name] for x in own]
             axes.plot(shares, bits, ".", color=f"C{number}", alpha=0.6, label=name)
         axes.axhline(0, color="grey", linewidth=0.8)

@@ -20,6 +20,10 @@ class Answer(NamedTuple):
     mass: dict[str, float]
     bits: dict[str, float]
 
+    def share(self, owner: str) -> float:
+        """An owner's part of the mass, 0 to 1."""
+        return self.mass[owner] / sum(self.mass.values())
+
 
 class Estimate(NamedTuple):
     """A value and its 95% interval, by bootstrap over answers."""
@@ -61,10 +65,9 @@ def agreement(answers: Sequence[Answer]) -> Agreement | None:
     owners = sorted({owner for answer in answers for owner in answer.bits})
     shares, bits = np.full((2, len(answers), len(owners)), np.nan)
     for row, answer in enumerate(answers):
-        total = sum(answer.mass.values())
         for owner, own in answer.bits.items():
             column = owners.index(owner)
-            shares[row, column], bits[row, column] = answer.mass[owner] / total, own
+            shares[row, column], bits[row, column] = answer.share(owner), own
 
     def estimate(of: Callable[[np.ndarray, np.ndarray], float]) -> Estimate:
         draw = np.random.default_rng(0)

@@ -182,7 +182,7 @@ def plot(report: Report, file: Path) -> None:
     left.legend(fontsize=8)
     for number, owner in enumerate(report.owners):
         own = [x for x in report.answers if owner in x.bits]
-        shares = [x.mass[owner] / sum(x.mass.values()) for x in own]
+        shares = [x.share(owner) for x in own]
         bits = [x.bits[owner] for x in own]
         right.plot(shares, bits, ".", color=f"C{number}", alpha=0.6)
     right.axhline(0, color="grey", linewidth=0.8)
