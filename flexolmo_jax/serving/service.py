@@ -280,7 +280,9 @@ def service_of(request: Request) -> Service:
 
 def load_served(settings: Settings) -> FlexOlmo:
     """The model that is served, from its files."""
-    share = settings.expert_parallel or (1 if jax.process_count() > 1 else None)
+    share = settings.expert_parallel
+    if share is None and jax.process_count() > 1:
+        share = 1
     return load(
         settings.path,
         anchor=settings.anchor,
