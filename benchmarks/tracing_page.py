@@ -8,8 +8,8 @@ def table(result: dict[str, Any]) -> str:
     """Markdown: one row for each size, then what was measured at one size only."""
     about = result["about"]
     lines = [
-        f"{about['date']}, {about['machine']}, load average {about['load']} (its own work included), "
-        f"{about['versions']}. Text: {about['text']}. Texts of {about['tokens_asked']} tokens are "
+        f"{about['date']}, {about['machine']}, load average {about['load']} (its own work "
+        f"included), {about['versions']}. Text: {about['text']}. Texts of {about['tokens_asked']} tokens are "
         "traced.",
         "",
         "| tokens indexed | index from ids, s (CPU) | bytes a token | open, all hashed, s "
