@@ -1,0 +1,234 @@
+"""Changes of a registry: each is its next version, once enough root keys have signed it."""
+
+import contextlib
+import datetime
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from flexolmo_jax.storage import hash_chain
+from flexolmo_jax.storage.files import new_file
+from flexolmo_jax.storage.locks import locked
+from flexolmo_jax.trust.keys import key_id, need_trust, public_of, tuf_key
+from flexolmo_jax.trust.registry import (
+    LOG,
+    PENDING,
+    check_follows,
+    parse_version,
+    read_file,
+    read_versions,
+    version_file,
+)
+from flexolmo_jax.trust.signers import Revoked, Signer, read_signer, utc_now
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from tuf.api.metadata import Metadata, Root
+
+DAYS = 365  # that a version is valid
+
+
+class Change(NamedTuple):
+    """What a change led to.
+
+    Attributes:
+      version: the number of the version that was made.
+      missing: how many signatures it still lacks; with none, it is in force.
+    """
+
+    version: int
+    missing: int
+
+
+def create(
+    folder: Path,
+    root_keys: Sequence[str],
+    threshold: int,
+    key: "EllipticCurvePrivateKey",
+    days: int = DAYS,
+) -> Change:
+    """Makes a registry without signers: its version 1.
+
+    Args:
+      folder: where; made if it is missing.
+      root_keys: public keys (PEM) of those who change the registry.
+      threshold: how many of them must sign a version.
+      key: the private key of one of them.
+      days: until the version expires.
+
+    Raises:
+      ValueError: there is one already, or a value is impossible.
+    """
+    need_trust()
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(f"{folder}: not empty; choose another folder for the registry")
+    root = _new_root(root_keys, threshold, _until(days))
+    return _propose(folder, None, root, key)
+
+
+def add_signer(folder: Path, signer: Signer, key: "EllipticCurvePrivateKey") -> Change:
+    """Adds a signer.
+
+    Raises:
+      ValueError: its name or key is there already; a version waits for signatures; the private key
+        is none of the root keys.
+    """
+
+    def change(root: "Root") -> None:
+        root.unrecognized_fields["signers"].append(signer.to_json())
+
+    return _change(folder, change, key)
+
+
+def revoke_signer(folder: Path, name: str, reason: str, key: "EllipticCurvePrivateKey") -> Change:
+    """Revokes a signer's key, for good: no signature of it is accepted any more.
+
+    Raises:
+      ValueError: there is no such signer, or its key is revoked; otherwise as `add_signer`.
+    """
+
+    def change(root: "Root") -> None:
+        signers = root.unrecognized_fields["signers"]
+        names = [signer["name"] for signer in signers]
+        if name not in names:
+            known = ", ".join(names) or "none"
+            raise ValueError(f"{folder}: no signer named {name!r}; there are: {known}")
+        place = names.index(name)
+        signer = read_signer(signers[place], str(folder))
+        if signer.revoked is not None:
+            raise ValueError(f"{folder}: the key of {name} is revoked already")
+        signers[place] = signer._replace(revoked=Revoked(utc_now(), reason)).to_json()
+
+    return _change(folder, change, key)
+
+
+def renew(
+    folder: Path,
+    key: "EllipticCurvePrivateKey",
+    days: int = DAYS,
+    root_keys: Sequence[str] = (),
+    threshold: int | None = None,
+) -> Change:
+    """Makes a version that expires later; perhaps with other root keys.
+
+    Args:
+      folder: the registry, expired or not.
+      key: the private key of a root key.
+      days: until it expires, from now.
+      root_keys: public keys (PEM) that replace all root keys; default: keep them.
+      threshold: how many must sign a version from now on; default: as before.
+
+    Raises:
+      ValueError: as `add_signer`, or a value is impossible.
+    """
+
+    def change(root: "Root") -> None:
+        role = root.roles[root.type]
+        old = [root.keys[own].keyval["public"] for own in role.keyids]
+        made = _new_root(root_keys or old, threshold or role.threshold, _until(days))
+        root.keys, root.roles, root.expires = made.keys, made.roles, made.expires
+
+    return _change(folder, change, key)
+
+
+def cosign(folder: Path, key: "EllipticCurvePrivateKey") -> Change:
+    """Signs the version that waits for signatures; with the last one missing, it is in force.
+
+    Raises:
+      ValueError: none waits, it does not follow the last version, or the key is no root key.
+    """
+    need_trust()
+    with _locked(folder):
+        pending = folder / PENDING
+        if not pending.exists():
+            raise ValueError(f"{folder}: no version waits for a signature")
+        metadata = parse_version(read_file(pending), pending)
+        before = read_versions(folder)[1] if version_file(folder, 1).exists() else None
+        expected = 1 if before is None else before.signed.version + 1
+        if metadata.signed.version != expected:
+            raise ValueError(
+                f"{pending}: expected version {expected}; delete it, and propose again"
+            )
+        return _sign(folder, before, metadata, key)
+
+
+def _change(
+    folder: Path, change: Callable[["Root"], None], key: "EllipticCurvePrivateKey"
+) -> Change:
+    need_trust()
+    with _locked(folder):
+        before = read_versions(folder)[1]
+        # A copy: the signatures of the next version are compared with the keys of this one.
+        root = parse_version(before.to_bytes(), folder).signed
+        change(root)
+        root.version += 1
+        root.unrecognized_fields["log"] = _log_state(folder)
+        return _propose(folder, before, root, key)
+
+
+def _propose(
+    folder: Path, before: "Metadata[Root] | None", root: "Root", key: "EllipticCurvePrivateKey"
+) -> Change:
+    from tuf.api.metadata import Metadata
+
+    if (folder / PENDING).exists():
+        raise ValueError(
+            f"{folder / PENDING}: this version waits for signatures; sign it with `flexolmo "
+            "registry sign`, or delete it"
+        )
+    return _sign(folder, before, Metadata(root), key)
+
+
+def _sign(
+    folder: Path,
+    before: "Metadata[Root] | None",
+    metadata: "Metadata[Root]",
+    key: "EllipticCurvePrivateKey",
+) -> Change:
+    from securesystemslib.signer import CryptoSigner
+
+    signers = [metadata.signed] if before is None else [before.signed, metadata.signed]
+    public = public_of(key)
+    if not any(key_id(public) in root.keys for root in signers):
+        raise ValueError(f"{folder}: the key {key_id(public)[:12]} is none of its root keys")
+    metadata.sign(CryptoSigner(key, tuf_key(public)), append=True)
+    version, data = metadata.signed.version, metadata.to_bytes()
+    missing = check_follows(parse_version(data, folder / PENDING), before, folder / PENDING)
+    with new_file(folder / PENDING, "wb") as opened:
+        opened.write(data)
+    if not missing:
+        (folder / PENDING).rename(version_file(folder, version))
+    return Change(version, missing)
+
+
+def _new_root(root_keys: Sequence[str], threshold: int, expires: datetime.datetime) -> "Root":
+    from tuf.api.metadata import TOP_LEVEL_ROLE_NAMES, Role, Root
+
+    keys = {key.keyid: key for key in map(tuf_key, root_keys)}
+    if not 1 <= threshold <= len(keys):
+        raise ValueError(
+            f"expected a threshold from 1 to the number of root keys, {len(keys)}; found "
+            f"{threshold}"
+        )
+    roles = {name: Role(list(keys), threshold) for name in sorted(TOP_LEVEL_ROLE_NAMES)}
+    fields: dict[str, Any] = {"signers": [], "log": None}
+    return Root(expires=expires, keys=dict(keys), roles=roles, unrecognized_fields=fields)
+
+
+def _until(days: int) -> datetime.datetime:
+    if not 1 <= days <= 3650:
+        raise ValueError(f"expected 1 to 3650 days, found {days}")
+    return utc_now() + datetime.timedelta(days=days)
+
+
+def _log_state(folder: Path) -> dict[str, Any] | None:
+    last = None
+    if (folder / LOG).exists():
+        for last in hash_chain.read(folder / LOG):  # noqa: B007
+            pass
+    return last and {"number": last["number"], "digest": last["digest"]}
+
+
+def _locked(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return locked(folder / ".registry.lock", "is changing this registry", "try again", wait=30)
