@@ -20,6 +20,7 @@ from flexolmo_jax.commands import (
     merge,
     plan,
     privacy,
+    revoke,
     serve,
     study,
     trace,
@@ -48,7 +49,7 @@ from flexolmo_jax.runtime.startup import (
 
 COMMANDS = (  # in the order of --help
     demo, train, compress, plan, merge, experts, privacy, audit, inspect, evaluate, study, generate,
-    serve, usage, trace, data, hugging_face,
+    serve, usage, trace, revoke, data, hugging_face,
 )  # fmt: skip
 EVERYWHERE = ("--debug", "--no-cache")  # options that may stand before or after the command
 INTERRUPTED = 130

@@ -177,8 +177,8 @@ def _entry(record: dict[str, Any], registry: Registry, file: Path) -> Entry:
         raise ValueError(f"{where}: {error}") from error
     if not _is_signed(signer.key, record, registry):
         raise ValueError(f"{where}: the signature of {signer.name} is wrong, or the line changed")
-    own = (record[name] for name in _FIELDS[:-1])
-    return Entry(number, time, record["digest"], *own, signer.name)
+    own = {name: record[name] for name in _FIELDS[:-1]}
+    return Entry(number=number, time=time, digest=record["digest"], signer=signer.name, **own)
 
 
 def _check_fields(record: dict[str, Any], where: str) -> None:

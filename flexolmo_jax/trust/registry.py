@@ -74,13 +74,17 @@ class Registry(NamedTuple):
             expired; a package of the extra is missing.
         """
         registry = read_versions(Path(folder))[0]
-        if (now or utc_now()) >= registry.expires:
-            raise ValueError(
-                f"{registry.folder}: version {registry.version}, the last, expired on "
-                f"{time_text(registry.expires)}; get a newer one from the coordinator, who makes "
-                "it with `flexolmo registry renew`"
-            )
+        registry.check_current(now or utc_now())
         return registry
+
+    def check_current(self, now: datetime.datetime) -> None:
+        """Raises ValueError if the registry has expired at a time (UTC)."""
+        if now >= self.expires:
+            raise ValueError(
+                f"{self.folder}: version {self.version}, the last, expired on "
+                f"{time_text(self.expires)}; get a newer one from the coordinator, who makes it "
+                "with `flexolmo registry renew`"
+            )
 
     @property
     def coordinators(self) -> tuple[Signer, ...]:

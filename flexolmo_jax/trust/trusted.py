@@ -2,13 +2,16 @@
 
 import datetime
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from flexolmo_jax.federation.package import Package
+from flexolmo_jax.federation.source import Require
 from flexolmo_jax.trust import log
 from flexolmo_jax.trust.log import Entry
 from flexolmo_jax.trust.registry import Registry
+from flexolmo_jax.trust.signatures import verify_signature
 from flexolmo_jax.trust.signers import role_for, time_text, utc_now
 
 
@@ -19,7 +22,7 @@ class Signed(NamedTuple):
       kind: "anchor", "expert" or "merged".
       name: of the expert; None for the other kinds.
       digest: of the manifest.
-      key: the id of the key that signed it.
+      key: the public key that signed it, as PEM.
     """
 
     kind: str
@@ -29,13 +32,13 @@ class Signed(NamedTuple):
 
 
 class Trusted:
-    """A registry and its log, as they were last verified; what was seen is never unlearned.
+    """A registry and its log, as they were last verified.
 
-    Args:
-      folder: the registry.
+    What was seen is not unlearned: `follow` refuses an older version, and a log that lacks lines.
 
-    Raises:
-      ValueError: the registry or its log is damaged, or the registry has expired.
+    Attributes:
+      folder: of the registry.
+      registry, entries: its last version, and its log.
     """
 
     def __init__(self, folder: str | Path):
@@ -43,27 +46,45 @@ class Trusted:
         self._seen = _state(self.folder)
         self._take(*_read(self.folder))
 
+    @classmethod
+    def open(cls, folder: str | Path) -> "Trusted":
+        """Reads and verifies a registry and its log.
+
+        Raises:
+          ValueError: one of them is damaged, or the registry has expired; a package of the extra
+            `trust` is missing.
+        """
+        return cls(folder)
+
     def check(self, package: Package) -> Signed:
         """Verifies the signature of a package, and that nothing about it was revoked.
 
+        Args:
+          package: of any kind; the bytes of its files are for `check_packages`.
+
         Returns:
-          what to ask `refusal` about later.
+          what `refusal` needs to know of it later.
 
         Raises:
-          ValueError: it is not signed by whoever the registry says; or it, its key or its expert
-            was revoked, or it was rejected; the text says why.
+          ValueError: it is not signed by whom the registry says; it, its key or its expert was
+            revoked, or it was rejected: the text says why.
         """
-        manifest = package.manifest
-        name = manifest["name"] if manifest["kind"] == "expert" else None
-        key = verified_key(package)
-        signed = Signed(manifest["kind"], name, package.digest, key)
+        self.registry.check_current(utc_now())
+        signer = verify_signature(package, self.registry)
+        kind = package.manifest["kind"]
+        name = package.manifest["name"] if kind == "expert" else None
+        signed = Signed(kind, name, package.digest, signer.key)
         reason = self.refusal(signed)
         if reason is not None:
             raise ValueError(f"{package.folder}: {reason}")
         return signed
 
+    def checking(self, tell: Callable[[Signed], None]) -> Require:
+        """`check`, for functions that take a requirement; `tell` gets what it returns."""
+        return lambda package: tell(self.check(package))
+
     def refusal(self, signed: Signed, now: datetime.datetime | None = None) -> str | None:
-        """Why a package may not be used (any more); None: it may.
+        """Why a package may not be used any more; None: it may.
 
         Args:
           signed: as `check` returned it.
@@ -72,21 +93,18 @@ class Trusted:
         now = now or utc_now()
         try:
             self.registry.check_current(now)
-            role = role_for(signed.kind)
-            self.registry.check_signer(signed.key, role, signed.name, now)
+            self.registry.check_signer(signed.key, role_for(signed.kind), signed.name, now)
         except ValueError as error:
             return str(error)
         package = log.target(signed.name, signed.digest)
-        expert = log.target(signed.name, None)
-        for found in (self._revoked.get(package), signed.name and self._revoked.get(expert)):
-            if found:
-                return f"the {found.what} was revoked on {time_text(found.time)}: {found.reason}"
+        found = self._revoked.get(package)
+        if found is None and signed.name is not None:
+            found = self._revoked.get(log.target(signed.name, None))
+        if found is not None:
+            return f"the {found.what} was revoked on {time_text(found.time)}: {found.reason}"
         if rejected := self._rejected.get(package):
             return f"the {rejected.what} was rejected: {rejected.reason}"
         return None
-
-    def revoked_experts(self) -> dict[str, str]:
-        ...
 
     def follow(self) -> bool:
         """Reads the registry and the log again if a file of theirs has changed.
