@@ -20,7 +20,9 @@ from flexolmo_jax.commands import (
     merge,
     plan,
     privacy,
+    registry,
     serve,
+    sign,
     study,
     trace,
     train,
@@ -47,8 +49,8 @@ from flexolmo_jax.runtime.startup import (
 )
 
 COMMANDS = (  # in the order of --help
-    demo, train, compress, plan, merge, experts, privacy, audit, inspect, evaluate, study, generate,
-    serve, usage, trace, data, hugging_face,
+    demo, train, compress, plan, sign, registry, merge, experts, privacy, audit, inspect, evaluate,
+    study, generate, serve, usage, trace, data, hugging_face,
 )  # fmt: skip
 EVERYWHERE = ("--debug", "--no-cache")  # options that may stand before or after the command
 INTERRUPTED = 130
