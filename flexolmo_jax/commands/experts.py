@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from flexolmo_jax.commands.merge import show_shares
 from flexolmo_jax.commands.parser import Commands
-from flexolmo_jax.commands.shared_arguments import add_allow_share, add_json
+from flexolmo_jax.commands.shared_arguments import (
+    add_allow_share,
+    add_json,
+    add_require_signed,
+    requirement,
+)
 from flexolmo_jax.runtime.console import print_json, show_table, tell
 
 if TYPE_CHECKING:  # importing it imports JAX, which no --help waits for
@@ -24,6 +29,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("model")
     parser.add_argument("packages", nargs="+", metavar="PACKAGE")
     add_allow_share(parser)
+    add_require_signed(parser)
     parser = actions.add("remove", remove, "remove experts from a merged model")
     parser.add_argument("model")
     parser.add_argument("names", nargs="+", metavar="NAME")
@@ -45,8 +51,12 @@ def list_experts(args: argparse.Namespace) -> None:
 def add(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import add_expert
 
-    added = add_expert(args.model, *args.packages, allow_share=args.allow_share)
+    added = add_expert(
+        args.model, *args.packages, allow_share=args.allow_share,
+        require=requirement(args.require_signed),
+    )  # fmt: skip
     _tell_if_untuned(added.undone)
+    _tell_if_signed(args.model)
     show_shares(added.shares)
 
 
@@ -54,6 +64,15 @@ def remove(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import remove_expert
 
     _tell_if_untuned(remove_expert(args.model, *args.names))
+    _tell_if_signed(args.model)
+
+
+def _tell_if_signed(model: str) -> None:
+    from flexolmo_jax.trust.signatures import signature_file
+
+    file = signature_file(Path(model))
+    if file.exists():
+        tell(f"{file} is of the model before this change: run `flexolmo sign` again")
 
 
 def _tell_if_untuned(undone: bool) -> None:

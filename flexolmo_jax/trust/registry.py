@@ -147,7 +147,7 @@ def read_versions(folder: Path) -> "tuple[Registry, Metadata[Root]]":
             raise ValueError(f"{file}: lacks {missing} signatures of root keys")
         before = metadata
     assert before is not None
-    return _registry(folder, before, first_digest), before
+    return registry_of(folder, before, first_digest), before
 
 
 def parse_version(data: bytes, file: Path) -> "Metadata[Root]":
@@ -266,7 +266,8 @@ def _check_kept(metadata: "Metadata[Root]", before: "Metadata[Root] | None", fil
             raise ValueError(f"{file}: the key of {signer.name} is no longer revoked as it was")
 
 
-def _registry(folder: Path, metadata: "Metadata[Root]", first_digest: str) -> Registry:
+def registry_of(folder: Path, metadata: "Metadata[Root]", first_digest: str) -> Registry:
+    """A registry of a version whose fields were checked."""
     root, file = metadata.signed, version_file(folder, metadata.signed.version)
     keys = {own: key.keyval["public"] for own, key in root.keys.items()}
     threshold = root.roles["root"].threshold

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,14 +10,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flexolmo_jax.storage import hash_chain
 from flexolmo_jax.storage.files import new_file
 from flexolmo_jax.storage.locks import locked
+from flexolmo_jax.storage.regular_files import open_regular
 from flexolmo_jax.trust.keys import key_id, need_trust, public_of, tuf_key
 from flexolmo_jax.trust.registry import (
     LOG,
     PENDING,
+    Registry,
     check_follows,
     parse_version,
     read_file,
     read_versions,
+    registry_of,
     version_file,
 )
 from flexolmo_jax.trust.signers import Revoked, Signer, read_signer, utc_now
@@ -60,8 +64,7 @@ def create(
       ValueError: there is one already, or a value is impossible.
     """
     need_trust()
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: not empty; choose another folder for the registry")
     root = _new_root(root_keys, threshold, _until(days))
     return _propose(folder, None, root, key)
@@ -76,6 +79,12 @@ def add_signer(folder: Path, signer: Signer, key: "EllipticCurvePrivateKey") -> 
     """
 
     def change(root: "Root") -> None:
+        for other in root.unrecognized_fields["signers"]:
+            if signer.name == other["name"] or signer.key == other["key"]:
+                raise ValueError(
+                    f"{folder}: {other['name']} has this name or this key already; each signer "
+                    "needs its own, also after a revocation"
+                )
         root.unrecognized_fields["signers"].append(signer.to_json())
 
     return _change(folder, change, key)
@@ -132,6 +141,57 @@ def renew(
     return _change(folder, change, key)
 
 
+def update(folder: Path, source: Path) -> tuple[int, int]:
+    """Takes over the newer versions of a registry, and the new lines of its log, from a copy.
+
+    Whoever keeps a folder of their own and only updates it cannot be given an older state again.
+
+    Args:
+      folder: the registry as it is known here; for the first time, one that is missing.
+      source: a copy that came from somewhere.
+
+    Returns:
+      the number of the last version before (0 for none) and now.
+
+    Raises:
+      ValueError: the copy does not verify, is older, or is another registry; nothing is taken over.
+    """
+    need_trust()
+    theirs = read_versions(source)[0]
+    mine = read_versions(folder)[0].version if folder.exists() else 0
+    if theirs.version < mine:
+        raise ValueError(
+            f"{source}: its last version is {theirs.version}, and {folder} has {mine} already; get "
+            "a newer copy"
+        )
+    names = [f"{number}.json" for number in range(1, theirs.version + 1)]
+    for name in names[:mine]:
+        if read_file(folder / name) != read_file(source / name):
+            raise ValueError(f"{source / name}: not the version that {folder} has; it is another")
+    log, known = (_bytes(place / LOG) for place in (source, folder))
+    if not log.startswith(known):
+        raise ValueError(f"{source / LOG}: not a continuation of {folder / LOG}; get it again")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if log:
+            _write(folder / LOG, log)
+        for name in names[mine:]:
+            _write(folder / name, read_file(source / name))
+    return mine, theirs.version
+
+
+def _bytes(file: Path) -> bytes:
+    if not os.path.lexists(file):
+        return b""
+    with open_regular(file) as opened:
+        return opened.readall()  # type: ignore[attr-defined]
+
+
+def _write(file: Path, data: bytes) -> None:
+    with new_file(file, "wb") as opened:
+        opened.write(data)
+
+
 def cosign(folder: Path, key: "EllipticCurvePrivateKey") -> Change:
     """Signs the version that waits for signatures; with the last one missing, it is in force.
 
@@ -140,17 +200,35 @@ def cosign(folder: Path, key: "EllipticCurvePrivateKey") -> Change:
     """
     need_trust()
     with _locked(folder):
-        pending = folder / PENDING
-        if not pending.exists():
+        if not (folder / PENDING).exists():
             raise ValueError(f"{folder}: no version waits for a signature")
-        metadata = parse_version(read_file(pending), pending)
-        before = read_versions(folder)[1] if version_file(folder, 1).exists() else None
-        expected = 1 if before is None else before.signed.version + 1
-        if metadata.signed.version != expected:
-            raise ValueError(
-                f"{pending}: expected version {expected}; delete it, and propose again"
-            )
+        before, metadata = _pending(folder)
         return _sign(folder, before, metadata, key)
+
+
+def read_pending(folder: Path) -> tuple[Registry, int] | None:
+    """The version that waits for signatures, and how many it lacks; None if none waits.
+
+    Raises:
+      ValueError: it does not follow the last version, or a signature of it is wrong.
+    """
+    need_trust()
+    if not (folder / PENDING).exists():
+        return None
+    before, metadata = _pending(folder)
+    missing = check_follows(metadata, before, folder / PENDING)
+    return registry_of(folder, metadata, ""), missing
+
+
+def _pending(folder: Path) -> "tuple[Metadata[Root] | None, Metadata[Root]]":
+    """The last version, and the one that waits."""
+    file = folder / PENDING
+    metadata = parse_version(read_file(file), file)
+    before = read_versions(folder)[1] if version_file(folder, 1).exists() else None
+    expected = 1 if before is None else before.signed.version + 1
+    if metadata.signed.version != expected:
+        raise ValueError(f"{file}: expected version {expected}; delete it, and propose it again")
+    return before, metadata
 
 
 def _change(
@@ -195,6 +273,7 @@ def _sign(
     metadata.sign(CryptoSigner(key, tuf_key(public)), append=True)
     version, data = metadata.signed.version, metadata.to_bytes()
     missing = check_follows(parse_version(data, folder / PENDING), before, folder / PENDING)
+    folder.mkdir(parents=True, exist_ok=True)
     with new_file(folder / PENDING, "wb") as opened:
         opened.write(data)
     if not missing:
