@@ -132,7 +132,7 @@ def test_links_and_pipes_are_refused(signed):
     [
         (lambda p: p["serialization"].update(ignore_paths=["params"]), "leaves params unsigned"),
         (lambda p: p["serialization"].update(allow_symlinks=True), "allow_symlinks to be False"),
-        (lambda p: p["serialization"].update(method="shards", shard_size=9), "method to be 'files'"),
+        (lambda p: p["serialization"].update(method="shards", shard_size=9), "'files'"),
         (lambda p: p["resources"].pop(), "not signed in"),
         (lambda p: p["resources"].append({**p["resources"][0], "name": "more"}), "signs more"),
         (lambda p: p["resources"].append(p["resources"][0]), "twice"),
