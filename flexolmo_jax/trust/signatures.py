@@ -53,7 +53,12 @@ def sign_package(path: str | Path, key_file: str | Path) -> Path:
     file = signature_file(package.folder)
     signed = bundle.read_bundle(data, file)
     check_signed(signed, keys.public_of(private), file)
-    _check_files(signed, package, file)  # its digests are of the bytes, so a damaged file shows
+    try:
+        _check_files(signed, package, file)  # the signed digests are those of the bytes
+    except ValueError as error:
+        raise ValueError(
+            f"{package.folder}: damaged, so it is not signed; `flexolmo inspect` says what is wrong"
+        ) from error
     with new_file(file, "wb") as opened:
         opened.write(data)
     return file
