@@ -2,14 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flexolmo_jax.commands.parser import Commands
 from flexolmo_jax.commands.shared_arguments import add_json
 from flexolmo_jax.runtime.console import print_json, show_table, tell
 
 if TYPE_CHECKING:
-    from flexolmo_jax.trust.log import Entry
     from flexolmo_jax.trust.registry import Registry
 
 KEY = "a coordinator's private key, of `flexolmo registry keygen`"
@@ -77,23 +76,18 @@ def _what(args: argparse.Namespace, registry: "Registry") -> tuple[str | None, s
 def show_log(args: argparse.Namespace) -> None:
     from flexolmo_jax.trust import log
     from flexolmo_jax.trust.registry import Registry
-
-    entries = log.read(Registry.open(args.keys))
-    rows = [_row(entry) for entry in entries]
-    if args.json:
-        print_json(rows)
-        return
-    for row in rows:
-        for name in ("package", "report"):
-            row[name] = row[name] and row[name][:12]
-    show_table(rows, title=f"{args.keys}: the log, verified", empty="nothing yet")
-
-
-def _row(entry: "Entry") -> dict[str, Any]:
     from flexolmo_jax.trust.signers import time_text
 
-    return {
-        "number": entry.number, "time": time_text(entry.time), "event": entry.event,
-        "expert": entry.expert, "package": entry.package, "reason": entry.reason,
-        "report": entry.report, "signed by": entry.signer,
-    }  # fmt: skip
+    entries = log.read(Registry.open(args.keys))
+    if args.json:
+        print_json([{**entry._asdict(), "time": time_text(entry.time)} for entry in entries])
+        return
+    rows = [
+        {
+            "line": entry.number, "time": time_text(entry.time), "event": entry.event,
+            "expert": entry.expert or "", "package": (entry.package or "")[:12],
+            "reason": entry.reason or "", "signed by": entry.signer,
+        }
+        for entry in entries
+    ]  # fmt: skip
+    show_table(rows, title=f"{args.keys}: the log, verified", empty="nothing yet")

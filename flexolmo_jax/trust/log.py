@@ -121,8 +121,8 @@ def append(
     now = utc_now()
     registry.check_signer(public, "coordinator", now=now)
     file = registry.folder / LOG
-    file.touch()  # as readable as the registry is
-    hash_chain.mend(file)
+    if file.exists():
+        hash_chain.mend(file)
     before = read(registry)
     given = (event, expert, package, reason, report, keys.key_id(public))
     record = dict(zip(_FIELDS, given, strict=True))
@@ -132,6 +132,7 @@ def append(
     def signed(line: dict[str, Any]) -> str:
         return _sign(key, _statement(line, registry))
 
+    file.touch()  # as readable as the registry is
     digest = hash_chain.append(file, [record], time_text(now), signed)
     return next(entry for entry in read(registry) if entry.digest == digest)
 
