@@ -89,11 +89,15 @@ def read(file: Path) -> Iterator[dict[str, Any]]:
       the records with `number`, `time`, `before`, and `digest`, that of their own line.
 
     Raises:
-      ValueError: a line was changed, dropped, moved, or is not complete; names the first one.
-      OSError: the log cannot be read.
+      ValueError: a line was changed, dropped, moved, or is not complete; names the first one. The
+        log is missing, or cannot be read.
     """
     before, number = START, 0
-    with open(file, "rb") as opened:
+    try:
+        log = open(file, "rb")
+    except OSError as error:
+        raise ValueError(f"{file}: expected an append-only log ({error.strerror})") from error
+    with log as opened:
         for data in opened:
             number += 1
             record = _parse(data, file, number)

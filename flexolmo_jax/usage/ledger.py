@@ -120,7 +120,6 @@ def replay(
     Raises:
       ValueError: a line was changed, dropped or moved, is damaged, or is none of a ledger; a
         checkpoint does not say what the lines before it add up to.
-      OSError: it cannot be read.
     """
     contents: Contents | None = None
     record: dict[str, Any] = {}

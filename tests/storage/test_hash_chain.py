@@ -93,6 +93,12 @@ def test_a_torn_last_line_is_cut_off_by_the_next_writer(log, whole):
             assert len(list(hash_chain.read(log))) == whole + (write is not hash_chain.mend)
 
 
+def test_a_log_that_is_not_there_is_said_in_one_sentence(tmp_path, refused):
+    for file, why in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+        for words in (("trace", "log", file), ("usage", "report", file)):
+            assert f"{file}: expected an append-only log ({why}" in refused(*words)
+
+
 def test_nothing_is_cut_off_what_is_no_log(tmp_path):
     file = tmp_path / "notes"
     for text in ("my shopping list", "milk\nbread\neg"):

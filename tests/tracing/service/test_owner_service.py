@@ -11,6 +11,7 @@ import pytest
 from flexolmo_jax.storage import hash_chain
 from flexolmo_jax.tracing.service import revealed
 from flexolmo_jax.tracing.service.askers import KEYS, Asker
+from flexolmo_jax.tracing.service.policy import read_policy
 
 
 def error(answer):
@@ -173,8 +174,11 @@ def test_a_withdrawn_document_is_gone_from_the_next_answer(serve, common):
 def test_a_damaged_policy_says_nothing(serve, common):
     with serve() as owner:
         policy = owner.folder / "policy.toml"
-        policy.write_text("level = 'all'")
-        assert error(owner.post(common)) == (503, "damaged")
+        for text in ("level = 'all'", "level = ids"):
+            policy.write_text(text)
+            assert error(owner.post(common)) == (503, "damaged")
+        with pytest.raises(ValueError, match="line 1, column 9.; a text stands in quotes"):
+            read_policy(policy)
         assert owner.says(level="counts").spans(common)
 
 
