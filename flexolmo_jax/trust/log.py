@@ -33,7 +33,7 @@ _NEEDED = {  # by each event
     REINSTATED: ("reason",),
 }
 _FIELDS = ("event", "expert", "package", "reason", "report", "key")
-_OF_LINE = {"number", "time", "before", "digest", hash_chain.SIGNATURE, *_FIELDS}
+_OF_LINE = ("number", "time", "before", *_FIELDS, hash_chain.SIGNATURE, "digest")  # in this order
 _SHA256 = re.compile("[0-9a-f]{64}")
 _SIGNATURE = re.compile("[0-9a-f]{128}")
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256
@@ -165,7 +165,7 @@ def _last(entries: Iterable[Entry], begins: str, ends: str) -> dict[str, Entry]:
 def _entry(record: dict[str, Any], registry: Registry, file: Path) -> Entry:
     number, where = record["number"], f"{file}, line {record['number']}"
     # One spelling of each line: else a changed last line could say the same.
-    if record.keys() != _OF_LINE or hash_chain.digest_of(record) != record["digest"]:
+    if tuple(record) != _OF_LINE or hash_chain.digest_of(record) != record["digest"]:
         raise ValueError(f"{where}: not a line of a registry's log, or changed")
     _check_fields(record, where)
     time = read_time(record["time"], where)

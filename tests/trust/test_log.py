@@ -137,6 +137,25 @@ def test_a_second_signature_of_a_line_is_refused(own):
         log.read(Registry.open(folder))
 
 
+def test_a_line_has_one_spelling(own):
+    """Else a last line could be another one, and say the same."""
+    folder = filled(own)
+    file = folder / "log.jsonl"
+    *before, last = file.read_text().splitlines(keepends=True)
+    record = json.loads(last)
+    for spelled in (
+        json.dumps(dict(sorted(record.items()))),
+        json.dumps(record, separators=(",", ":")),
+        last.strip().replace('"time"', '"event": "revoked", "time"'),
+        last.strip().replace("wrong", "wr\\u006fng"),
+        last.strip() + " ",
+    ):
+        assert spelled + "\n" != last and json.loads(spelled)
+        file.write_text("".join(before) + spelled + "\n")
+        with pytest.raises(ValueError, match="line 6"):
+            log.read(Registry.open(folder))
+
+
 def test_a_log_belongs_to_its_registry(own, tmp_path):
     """Even if the same coordinator has both."""
     first, second = filled(own), tmp_path / "second"
