@@ -7,6 +7,7 @@ from typing import Any
 from tests.forged.world import World
 from tests.hostile import mutations
 
+PARTS = ("anchor", "experts", "merged")
 UNSIGNED_BY_RULE = (".git/config", ".github/x", ".gitignore", ".gitattributes", "params/.git/x")
 
 
@@ -40,7 +41,8 @@ def conclusion(world: World) -> Any:
 
 def unsigned_by_rule(draw: random.Random, package) -> str:
     """A file where the format signs none."""
-    name = draw.choice(UNSIGNED_BY_RULE)
+    name = draw.choice(PARTS = ("anchor", "experts", "merged")
+UNSIGNED_BY_RULE)
     (package / name).parent.mkdir(exist_ok=True)
     (package / name).write_bytes(draw.randbytes(8))
     return f"a file {name}"
