@@ -41,8 +41,7 @@ def conclusion(world: World) -> Any:
 
 def unsigned_by_rule(draw: random.Random, package) -> str:
     """A file where the format signs none."""
-    name = draw.choice(PARTS = ("anchor", "experts", "merged")
-UNSIGNED_BY_RULE)
+    name = draw.choice(UNSIGNED_BY_RULE)
     (package / name).parent.mkdir(exist_ok=True)
     (package / name).write_bytes(draw.randbytes(8))
     return f"a file {name}"
