@@ -74,8 +74,8 @@ def add_signer(folder: Path, signer: Signer, key: "EllipticCurvePrivateKey") -> 
     """Adds a signer.
 
     Raises:
-      ValueError: another signer has its name or key; a version waits for signatures; the private key
-        is none of the root keys.
+      ValueError: another signer has its name or key; a version waits for signatures; the private
+        key is none of the root keys.
     """
 
     def change(root: "Root") -> None:
