@@ -2,7 +2,7 @@
 
     python -m benchmarks.verify --folder /tmp/verify --out docs/results/verify.json
 
-Writes an expert package of `--gigabytes`, signs it, and then, in turn: reads its files and does
+Writes an expert package of `--gigabytes`, signs it, and then, alternately: reads its files and does
 nothing with them; checks its digests, as every load does; and verifies its signature and its
 digests. All three read in chunks of the same size with the same number of threads. Cold: the files
 were evicted from the system's memory before. Warm: they are in it. The folder is deleted at the
@@ -104,7 +104,7 @@ def evict(package: Path) -> None:
 def measure(
     package: Path, ways: dict[str, Callable[[], object]], cold: bool, rounds: int
 ) -> dict[str, Any]:
-    """Seconds and seconds of CPU of each way, in turn: medians, and the range of the seconds."""
+    """Seconds and seconds of CPU of each way, alternately: medians, and the range of the seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     used: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):

@@ -6,6 +6,7 @@ one way that `cryptography` writes; its id is the one that TUF computes of it.
 """
 
 import functools
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from securesystemslib.signer import SSlibKey
 
 KEYGEN = "flexolmo registry keygen"
+_PACKAGES = ("cryptography", "model_signing", "OpenSSL", "tuf")
 _KEY = ("an elliptic-curve key", KEYGEN)
 
 
@@ -122,13 +124,8 @@ def is_signed(public: str, data: bytes, signature: bytes) -> bool:
 
 def need_trust() -> None:
     """Raises ValueError unless the packages of the extra `trust` are installed."""
-    try:
-        import cryptography  # noqa: F401
-        import tuf.api.metadata  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "signatures need more packages: pip install 'flexolmo_jax[trust]'"
-        ) from error
+    if any(importlib.util.find_spec(package) is None for package in _PACKAGES):
+        raise ValueError("signatures need more packages: pip install 'flexolmo_jax[trust]'")
 
 
 @functools.lru_cache(maxsize=256)

@@ -188,6 +188,10 @@ def parse_version(data: bytes, file: Path) -> "Metadata[Root]":
             raise ValueError(
                 f"{file}: the root key {own[:12]} has another id or kind than expected"
             )
+    for one in metadata.signatures.values():
+        texts = isinstance(one.keyid, str) and isinstance(one.signature, str)
+        if not texts or one.unrecognized_fields or not _HEX.fullmatch(one.signature):
+            raise ValueError(f"{file}: expected signatures of a keyid and hexadecimal digits alone")
     _signers(root, file)
     _log(root, file)
     return metadata
@@ -197,7 +201,7 @@ def check_follows(metadata: "Metadata[Root]", before: "Metadata[Root] | None", f
     """Checks a version, whose fields were checked, against the one before it.
 
     Returns:
-      how many signatures it lacks, of the root keys of the version before it or of its own.
+      how many signatures it lacks at least, of the root keys of the version before it or its own.
 
     Raises:
       ValueError: a signature that it has is wrong, or is that of no root key; its number does not
@@ -218,9 +222,6 @@ def _lacking(metadata: "Metadata[Root]", before: "Metadata[Root] | None", file: 
     except (RepositoryError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
     wrong = metadata.signatures.keys() - result.signed.keys()
-    for own, signature in metadata.signatures.items():
-        if signature.unrecognized_fields or not _HEX.fullmatch(signature.signature):
-            wrong |= {own}
     if wrong:
         raise ValueError(
             f"{file}: the signature of key {min(wrong)[:12]} is wrong, or the key is no root key; "

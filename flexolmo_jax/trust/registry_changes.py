@@ -63,7 +63,7 @@ def create(
       days: until the version expires.
 
     Raises:
-      ValueError: there is one already, or a value is impossible.
+      ValueError: the folder is not empty, or a value is impossible.
     """
     need_trust()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -76,8 +76,8 @@ def add_signer(folder: Path, signer: Signer, key: "EllipticCurvePrivateKey") -> 
     """Adds a signer.
 
     Raises:
-      ValueError: its name or key is there already; a version waits for signatures; the private key
-        is none of the root keys.
+      ValueError: another signer has its name or key; a version waits for signatures; the private
+        key is none of the root keys.
     """
 
     def change(root: "Root") -> None:

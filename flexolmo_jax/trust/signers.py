@@ -124,7 +124,7 @@ def make_signer(
     Raises:
       ValueError: they do not; `where` says where they stand.
     """
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{where}: expected a role, {', '.join(ROLES)}; found {role!r:.100}")
     if (role == "owner") != bool(experts):
         raise ValueError(f"{where}: an owner has names of experts, the other roles have none")

@@ -23,15 +23,22 @@ from typing import Any
 from . import logs, packages, registries, signatures
 from .world import World, make_world
 
-# What is changed: a module with `change(draw, world)`, which says what it did, and
-# `conclusion(world)`, which is what the verifier makes of it.
+# What is changed: a module with `PARTS`, the files and folders that its changes may touch;
+# `change(draw, world)`, which says what it did; and `conclusion(world)`, what the verifier makes of
+# it.
 TARGETS = {"package": packages, "signature": signatures, "registry": registries, "log": logs}
 
 
-def copied(original: Path, folder: Path) -> World:
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(original, folder)
-    return World(folder)
+def restore(original: Path, folder: Path, parts: tuple[str, ...]) -> None:
+    """Copies parts of the original world again, in place of what an attempt left of them."""
+    for path in [*(folder / part for part in parts), *folder.glob("*.moved")]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    for part in parts:
+        copy = shutil.copytree if (original / part).is_dir() else shutil.copy
+        copy(original / part, folder / part)
 
 
 def too_slow(*_: object) -> None:
@@ -49,7 +56,7 @@ def attempt(
     draw = random.Random(number)
     name = list(TARGETS)[number % len(TARGETS)]
     target = TARGETS[name]
-    world = copied(original, folder)
+    world = World(folder)
     what = target.change(draw, world)
     signal.alarm(seconds)
     try:
@@ -61,6 +68,7 @@ def attempt(
         return name, what, f"not refused in a plain sentence: {error!r}"
     finally:
         signal.alarm(0)
+        restore(original, folder, target.PARTS)
     return name, what, "same meaning" if found == expected[name] else "ACCEPTED"
 
 
@@ -76,8 +84,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as root:
         original, copy = Path(root) / "original", Path(root) / "copy"
         make_world(original)
-        unchanged = copied(original, copy)
-        expected = {name: target.conclusion(unchanged) for name, target in TARGETS.items()}
+        shutil.copytree(original, copy)
+        expected = {name: target.conclusion(World(copy)) for name, target in TARGETS.items()}
         first = args.seed * 1_000_000 + 1
         numbers = range(first, first + args.count) if args.only is None else [args.only]
         for number in numbers:

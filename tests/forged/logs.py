@@ -22,6 +22,7 @@ from tests.forged.world import World
 # Who may not write the log: an owner, one not in the registry, one whose time has not come, one
 # whose key was revoked.
 FORGERS = ("math", "publisher", "stranger", "late", "gone")
+PARTS = ("registry", "mine")
 Record = dict[str, Any]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from tests.forged.world import World
 from tests.hostile import mutations
 
+PARTS = ("anchor", "experts", "merged")
 UNSIGNED_BY_RULE = (".git/config", ".github/x", ".gitignore", ".gitattributes", "params/.git/x")
 
 

@@ -17,6 +17,7 @@ from tests.forged.signatures import mutate
 from tests.forged.world import ROOTS, World
 from tests.hostile import mutations
 
+PARTS = ("registry", "mine")
 # Who signs a version that is forged: never two of the three root keys.
 FORGERS = (("root1",), ("root3",), ("stranger",), ("hub", "math"), ("root1", "stranger"), ())
 

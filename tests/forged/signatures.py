@@ -19,6 +19,7 @@ from flexolmo_jax.trust.keys import sign
 from tests.forged.world import SIGNED, SIGNERS, World
 from tests.hostile import mutations
 
+PARTS = tuple(f"{package}.sig" for package in SIGNED)
 ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256
 
 

@@ -1,6 +1,7 @@
 """`flexolmo registry`, `sign`, `verify` and `--require-signed`, as people use them."""
 
 import json
+import sys
 
 import pytest
 
@@ -122,3 +123,10 @@ def test_a_hugging_face_anchor_cannot_be_signed(signed, tmp_path, refused):
         "merge", "--anchor", tmp_path / "hf", "--expert", signed.math, "--out", tmp_path / "out",
         "--require-signed", signed.registry_folder,
     )  # fmt: skip
+
+
+def test_without_the_extra_the_message_says_what_to_install(signed, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "OpenSSL", None)
+    wanted = "pip install 'flexolmo_jax[trust]'"
+    assert wanted in refused("sign", signed.math, "--key", signed.key("math"))
+    assert wanted in refused("verify", signed.math, "--keys", signed.registry_folder)
