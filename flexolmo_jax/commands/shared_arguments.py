@@ -11,6 +11,7 @@ from flexolmo_jax.runtime.console import log
 
 if TYPE_CHECKING:
     from flexolmo_jax.federation.source import Require
+    from flexolmo_jax.model import FlexOlmo
     from flexolmo_jax.web.keys import Holder, KeyFiles
 
 SOURCE = (
@@ -123,7 +124,18 @@ def add_model(parser: Parser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "int8"), help="the dtype of the weights"
     )
+    add_require_signed(parser)
     add_json(parser)
+
+
+def load_model(args: argparse.Namespace) -> "FlexOlmo":
+    """The model that the options of `add_model` name."""
+    from flexolmo_jax.model import load
+
+    return load(
+        args.model, anchor=args.anchor, dtype=args.dtype, separator=args.separator,
+        keys=args.require_signed,
+    )  # fmt: skip
 
 
 def add_heldout(parser: argparse._ActionsContainer, effect: str) -> None:

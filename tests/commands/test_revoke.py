@@ -36,9 +36,11 @@ def test_a_revoked_package_is_refused_by_every_command(signed_world, flexolmo, r
         merge = ("merge", "--anchor", world.anchor, "--expert", math, "--out", out)
         assert ": bad" in refused(*merge, *need) and not out.exists()
         assert ": bad" in refused("experts", "add", world.merged, math, *need)
+        assert ": bad" in refused("generate", "--model", world.merged, "--prompt", "1", *need)
         assert "is revoked since" in refused("revoke", *what, *options)
         assert flexolmo("revoke", *what, *options, "--undo")[0] == 0
         assert flexolmo("verify", world.merged, "--keys", world.registry)[0] == 0
+    assert flexolmo("generate", "--model", world.merged, "--prompt", "1", *need)[0] == 0
     found = [(x["event"], x["expert"], x["package"]) for x in lines(flexolmo, world)]
     assert found[:4] == [
         ("revoked", "math", digest), ("reinstated", "math", digest),
