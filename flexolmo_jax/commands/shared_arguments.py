@@ -10,6 +10,8 @@ from flexolmo_jax.commands.parser import Parser
 from flexolmo_jax.runtime.console import log
 
 if TYPE_CHECKING:
+    from flexolmo_jax.federation.source import Require
+    from flexolmo_jax.model import FlexOlmo
     from flexolmo_jax.web.keys import Holder, KeyFiles
 
 SOURCE = (
@@ -75,6 +77,28 @@ def add_allow_share(parser: Parser) -> None:
     )
 
 
+def add_require_signed(parser: Parser) -> None:
+    parser.add_argument(
+        "--require-signed",
+        metavar="REGISTRY",
+        help="refuse every package without a signature that this registry of keys accepts, and "
+        "what its log revoked",
+    )
+
+
+def requirement(registry: str | None) -> "Require | None":
+    """What `--require-signed` asks of packages; None if it is not given.
+
+    Raises:
+      ValueError: the registry is missing, damaged or expired.
+    """
+    if registry is None:
+        return None
+    from flexolmo_jax.trust.trusted import Trusted
+
+    return Trusted.open(registry).check
+
+
 def add_model(parser: Parser) -> None:
     """The options of commands that load a model and may switch off experts."""
     add_profile(parser)
@@ -100,7 +124,18 @@ def add_model(parser: Parser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "int8"), help="the dtype of the weights"
     )
+    add_require_signed(parser)
     add_json(parser)
+
+
+def load_model(args: argparse.Namespace) -> "FlexOlmo":
+    """The model that the options of `add_model` name."""
+    from flexolmo_jax.model import load
+
+    return load(
+        args.model, anchor=args.anchor, dtype=args.dtype, separator=args.separator,
+        keys=args.require_signed,
+    )  # fmt: skip
 
 
 def add_heldout(parser: argparse._ActionsContainer, effect: str) -> None:
