@@ -1,6 +1,7 @@
 """`flexolmo revoke` and `flexolmo log`: what may not be used any more, and what was admitted."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,11 @@ def _what(args: argparse.Namespace, registry: "Registry") -> tuple[str | None, s
         manifest = read_manifest(Path(args.package))
         return manifest["name"] if manifest["kind"] == "expert" else None, manifest["digest"]
     if args.digest is not None:
+        if not re.fullmatch("[0-9a-f]{64}", args.digest):
+            raise ValueError(
+                "--digest: expected the `digest` of a manifest, 64 hexadecimal digits, found "
+                f"{args.digest!r}"
+            )
         return None, args.digest
     known = sorted({name for signer in registry.signers for name in signer.experts})
     if args.expert not in known:

@@ -270,14 +270,16 @@ class Service:
         if self._registry is None:
             return
         before, now = self.sources, self._registry.standing(self.model.signed)
+        if now == (before.revoked, before.refused):
+            return
         self.sources = dataclasses.replace(before, revoked=now.revoked, refused=now.refused)
         for name in now.revoked.keys() - before.revoked.keys():
             log.error("the expert %s is not used any more: %s", name, now.revoked[name])
         for name in before.revoked.keys() - now.revoked.keys():
-            log.info("the expert %s is no longer revoked", name)
-        self.runner.withdraw(sorted(now.revoked))
-        if now.refused is not None:
-            self.runner.withdraw(self.model.expert_names)
+            if now.refused is None:
+                log.info("the expert %s may be used again", name)
+        gone = sorted(now.revoked) if now.refused is None else self.model.expert_names
+        self.runner.withdraw(gone)
         if now.refused != before.refused:
             said = "is served again" if now.refused is None else f"is not served: {now.refused}"
             log.error("the model %s", said)

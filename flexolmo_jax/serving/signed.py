@@ -14,7 +14,7 @@ class Standing(NamedTuple):
     """What of a model may be used.
 
     Attributes:
-      revoked: experts that may not be used, and why.
+      revoked: experts that may not be used, and why; empty if the whole model may not.
       refused: why the whole model may not be used; None: it may.
     """
 
@@ -68,4 +68,4 @@ class Followed:
                 refused = reason
         if self._failed is not None and time.monotonic() - self._failed[0] > GRACE:
             refused = f"its registry cannot be verified ({self._failed[1]})"
-        return Standing(revoked, refused)
+        return Standing(revoked if refused is None else {}, refused)

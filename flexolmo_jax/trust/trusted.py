@@ -76,7 +76,8 @@ class Trusted:
         signed = Signed(kind, name, package.digest, signer.key)
         reason = self.refusal(signed)
         if reason is not None:
-            raise ValueError(f"{package.folder}: {reason}")
+            advice = " (`flexolmo experts remove` removes it from a merged model)" * bool(name)
+            raise ValueError(f"{package.folder}: {reason}{advice}")
         return signed
 
     def checking(self, tell: Callable[[Signed], None]) -> Require:

@@ -56,7 +56,7 @@ def test_what_cannot_be_revoked_is_said(signed_world, refused, options):
     assert "not allowed with" in refused("revoke", world.anchor, "--expert", "math", *options)
     said = refused("revoke", "--expert", "maths", *options)
     assert "maths" in said and "there are: code, math" in said
-    assert "sha256" in refused("revoke", "--digest", "abc", *options)
+    assert "64 hexadecimal" in refused("revoke", "--digest", "abc", *options)
     assert "no such folder" in refused("revoke", world.root / "none", *options)
     assert "what is: nothing" in refused("revoke", "--expert", "math", *options, "--undo")
     of_an_owner = (*options[:3], world.key("mia"), *options[4:])

@@ -66,10 +66,11 @@ def json_value(draw: random.Random, world: World) -> str:
     """One value of a version's JSON, or its spelling; the signatures are as they were."""
     file = draw.choice(_versions(world))
     value = json.loads(file.read_text())
-    what = "spelled otherwise"
-    if draw.random() < 0.9:
-        what = mutate(draw, value)
-    file.write_text(json.dumps(value, indent=draw.choice((None, 1, 2)), sort_keys=True))
+    if draw.random() < 0.1:
+        file.write_text(json.dumps(value, indent=draw.choice((None, 1, 2)), sort_keys=True))
+        return f"{file.name}: spelled otherwise"
+    what = mutate(draw, value)
+    file.write_text(json.dumps(value, separators=(",", ":"), sort_keys=True))
     return f"{file.name}: {what}"
 
 

@@ -190,6 +190,20 @@ def test_the_end_cannot_be_cut_off_below_what_a_version_names(own):
         log.read(Registry.open(folder))
 
 
+def test_no_version_names_an_earlier_line_than_the_one_before(own, monkeypatch):
+    folder = filled(own)
+    registry_changes.renew(folder, key(own, "root"))
+    cut = b"".join((folder / "log.jsonl").read_bytes().splitlines(keepends=True)[:4])
+    whole = (folder / "log.jsonl").read_bytes()
+    (folder / "log.jsonl").write_bytes(cut)
+    with pytest.raises(ValueError, match="expected at least 6 lines"):
+        registry_changes.renew(folder, key(own, "root"))
+    (folder / "log.jsonl").write_bytes(whole)
+    monkeypatch.setattr(registry_changes, "_log_state", lambda folder: None)
+    with pytest.raises(ValueError, match="names an earlier line of the log than the version before"):
+        registry_changes.renew(folder, key(own, "root"))
+
+
 def test_who_may_write(own):
     folder = filled(own)
     before = (folder / "log.jsonl").read_bytes()

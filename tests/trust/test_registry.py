@@ -139,3 +139,25 @@ def test_gaps_rollbacks_and_changed_versions_are_refused(registry, tmp_path):
     refused(spaced, "not spelled as")
     with pytest.raises(ValueError, match="no 1.json there"):
         Registry.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("role", ["owner"], "expected a role"),
+        ("experts", "news", "a list of names"),
+        ("experts", [["news"]], "cannot be an expert's name"),
+        ("from", "2026-1-1", "expected a time"),
+        ("key", "x", "expected a public key"),
+        ("name", "a\nb", "a line of text"),
+        ("revoked", {"time": "2026-01-01T00:00:00Z"}, "a time and a reason"),
+        ("more", 1, "expected a signer"),
+    ],
+)
+def test_an_entry_of_another_form_is_refused_in_one_sentence(registry, field, value, reason):
+    file = registry / "3.json"
+    content = json.loads(file.read_text())
+    content["signed"]["signers"][0][field] = value
+    file.write_text(json.dumps(content, separators=(",", ":"), sort_keys=True))
+    with pytest.raises(ValueError, match=reason):
+        Registry.open(registry)
