@@ -200,9 +200,7 @@ def test_no_version_names_an_earlier_line_than_the_one_before(own, monkeypatch):
         registry_changes.renew(folder, key(own, "root"))
     (folder / "log.jsonl").write_bytes(whole)
     monkeypatch.setattr(registry_changes, "_log_state", lambda folder: None)
-    with pytest.raises(
-        ValueError, match="names an earlier line of the log than the version before"
-    ):
+    with pytest.raises(ValueError, match="names an earlier line of the log"):
         registry_changes.renew(folder, key(own, "root"))
 
 
