@@ -206,9 +206,9 @@ def peer_served(path: str) -> tuple[subprocess.Popen, str]:
             time.sleep(0.2)
 
 
-def served(path: str) -> tuple[subprocess.Popen, str]:
-    """Starts a server, and waits until it listens."""
-    words = ("--model", path, "--port", "0", "--name", "ours", "--slots", str(SLOTS))
+def served(path: str, *more: str) -> tuple[subprocess.Popen, str]:
+    """Starts a server, with more options, and waits until it listens."""
+    words = ("--model", path, "--port", "0", "--name", "ours", "--slots", str(SLOTS), *more)
     process = subprocess.Popen(
         [sys.executable, "-m", "flexolmo_jax", "serve", *words],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,

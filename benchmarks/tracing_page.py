@@ -9,8 +9,8 @@ def table(result: dict[str, Any]) -> str:
     about = result["about"]
     lines = [
         f"{about['date']}, {about['machine']}, load average {about['load']} (its own work "
-        f"included), {about['versions']}. Text: {about['text']}. Texts of {about['tokens_asked']} tokens are "
-        "traced.",
+        f"included), {about['versions']}. Text: {about['text']}. Texts of "
+        f"{about['tokens_asked']} tokens are traced.",
         "",
         "| tokens indexed | index from ids, s (CPU) | bytes a token | open, all hashed, s "
         "| spans, ms | spans of a copied text, ms | first question, ms | pages dropped, ms |",

@@ -1,7 +1,9 @@
 """Installing: what make needs; importing: no warnings, few packages, and no private names."""
 
 import ast
+import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -161,3 +163,23 @@ def test_each_python_that_setup_cfg_names_has_its_constraints():
     }
     supported = (ROOT / "Makefile").read_text().split("SUPPORTED ?= ")[1].splitlines()[0]
     assert sorted(supported.split()) == sorted(classified)
+
+
+BY_DEVICE = {"cuda", "tpu"}  # extras that one machine has and another has not
+
+
+def test_each_requirement_has_its_pin_for_each_python():
+    """Else `make bench`, say, takes a version that nobody tried, or finds none that fits."""
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    extras = {n: x for n, x in setup["options.extras_require"].items() if n not in BY_DEVICE}
+    wanted = "\n".join([setup["options"]["install_requires"], *extras.values()])
+    names = {
+        re.match(r"[\w.-]+", line)[0].lower().replace("_", "-")
+        for line in wanted.split("\n")
+        if line and not line.startswith(("#", "%")) and not re.match(r"[\w.-]+==", line)
+    }
+    for file in (ROOT / "constraints").glob("*.txt"):
+        pins = (line.split("==")[0] for line in file.read_text().splitlines())
+        pinned = {name.lower().replace("_", "-") for name in pins}
+        assert names <= pinned, f"{file.name}: {sorted(names - pinned)}"

@@ -12,6 +12,7 @@ from flexolmo_jax.commands.shared_arguments import (
     add_json,
     add_model,
     add_seed,
+    load_model,
 )
 from flexolmo_jax.runtime.console import print_json, show_table, tell
 
@@ -64,12 +65,11 @@ def _add_extraction(actions: Commands) -> None:
 def extraction(args: argparse.Namespace) -> None:
     from flexolmo_jax.audits.findings import check_controls
     from flexolmo_jax.audits.runs import run_extraction
-    from flexolmo_jax.model import load
     from flexolmo_jax.storage.outputs import check_kept_folder
 
     reads = [path for path in (args.model, args.anchor, args.data) if path is not None]
     check_kept_folder(args.out, reads, holding=("*model.json*",))
-    model = load(args.model, anchor=args.anchor, dtype=args.dtype, separator=args.separator)
+    model = load_model(args)
     model.allowed(1, args.without, args.only)  # raises an error before any long work
     report = run_extraction(
         model, Path(args.model), args.data, Path(args.out), anchor=args.anchor,

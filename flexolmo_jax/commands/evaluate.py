@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexolmo_jax.commands.parser import Commands, check_text
-from flexolmo_jax.commands.shared_arguments import SOURCE, add_heldout, add_model
+from flexolmo_jax.commands.shared_arguments import SOURCE, add_heldout, add_model, load_model
 from flexolmo_jax.runtime.console import print_json, show_table, tell
 
 if TYPE_CHECKING:
@@ -86,10 +86,9 @@ def _evaluate_texts(args: argparse.Namespace) -> None:
     from flexolmo_jax.data.sources import Report
     from flexolmo_jax.evaluation.bits_per_byte import bits_per_byte
     from flexolmo_jax.evaluation.split import GROUP_FIELD, chosen_split
-    from flexolmo_jax.model import load
 
     sources = _named_sources(args.data)
-    model = load(args.model, anchor=args.anchor, dtype=args.dtype, separator=args.separator)
+    model = load_model(args)
     splits = {
         name: chosen_split(args.model, name, args.heldout, args.group_field, anchor=args.anchor)
         for name in sources
@@ -130,7 +129,6 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
     """Runs tasks, and prints a table of their scores, or with --json everything."""
     from flexolmo_jax.evaluation.harness import evaluate_tasks
     from flexolmo_jax.evaluation.suite import ALL, COLUMNS, chosen, column_scores
-    from flexolmo_jax.model import load
 
     paper = chosen(args.harness)
     runs = [task for task in paper if task.can_run(args.run_code)]
@@ -144,7 +142,7 @@ def _evaluate_tasks(args: argparse.Namespace) -> None:
     if shots is None:
         shots = {task.task: task.shots for task in runs}
     report = evaluate_tasks(
-        load(args.model, anchor=args.anchor, dtype=args.dtype, separator=args.separator), names,
+        load_model(args), names,
         without=args.without, only=args.only, data=args.task_data and Path(args.task_data),
         limit=args.limit, shots=shots, download=args.download, run_code=args.run_code,
     )  # fmt: skip

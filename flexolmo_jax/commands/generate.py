@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexolmo_jax.commands.parser import Commands
-from flexolmo_jax.commands.shared_arguments import add_model, add_seed
+from flexolmo_jax.commands.shared_arguments import add_model, add_seed, load_model
 from flexolmo_jax.runtime.console import print_json, show_table
 
 
@@ -30,9 +30,7 @@ def add_to(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from flexolmo_jax.model import load
-
-    model = load(args.model, anchor=args.anchor, dtype=args.dtype, separator=args.separator)
+    model = load_model(args)
     names = ("without", "only", "temperature", "top_k", "top_p", "seed")
     options = {name: getattr(args, name) for name in names}
     masses: list[dict[str, float]] = []

@@ -21,6 +21,7 @@ from flexolmo_jax.commands import (
     plan,
     privacy,
     registry,
+    revoke,
     serve,
     sign,
     study,
@@ -50,7 +51,7 @@ from flexolmo_jax.runtime.startup import (
 
 COMMANDS = (  # in the order of --help
     demo, train, compress, plan, sign, registry, merge, experts, privacy, audit, inspect, evaluate,
-    study, generate, serve, usage, trace, data, hugging_face,
+    study, generate, serve, revoke, usage, trace, data, hugging_face,
 )  # fmt: skip
 EVERYWHERE = ("--debug", "--no-cache")  # options that may stand before or after the command
 INTERRUPTED = 130

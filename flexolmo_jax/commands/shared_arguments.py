@@ -11,6 +11,7 @@ from flexolmo_jax.runtime.console import log
 
 if TYPE_CHECKING:
     from flexolmo_jax.federation.source import Require
+    from flexolmo_jax.model import FlexOlmo
     from flexolmo_jax.web.keys import Holder, KeyFiles
 
 SOURCE = (
@@ -80,7 +81,8 @@ def add_require_signed(parser: Parser) -> None:
     parser.add_argument(
         "--require-signed",
         metavar="REGISTRY",
-        help="refuse every package without a signature that this registry of keys accepts",
+        help="refuse every package without a signature that this registry of keys accepts, and "
+        "what its log revoked",
     )
 
 
@@ -92,11 +94,9 @@ def requirement(registry: str | None) -> "Require | None":
     """
     if registry is None:
         return None
-    from flexolmo_jax.trust.registry import Registry
-    from flexolmo_jax.trust.signatures import verify_signature
+    from flexolmo_jax.trust.trusted import Trusted
 
-    opened = Registry.open(registry)
-    return lambda package: verify_signature(package, opened)
+    return Trusted.open(registry).check
 
 
 def add_model(parser: Parser) -> None:
@@ -124,7 +124,18 @@ def add_model(parser: Parser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "int8"), help="the dtype of the weights"
     )
+    add_require_signed(parser)
     add_json(parser)
+
+
+def load_model(args: argparse.Namespace) -> "FlexOlmo":
+    """The model that the options of `add_model` name."""
+    from flexolmo_jax.model import load
+
+    return load(
+        args.model, anchor=args.anchor, dtype=args.dtype, separator=args.separator,
+        keys=args.require_signed,
+    )  # fmt: skip
 
 
 def add_heldout(parser: argparse._ActionsContainer, effect: str) -> None:

@@ -40,11 +40,14 @@ def sign(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    from flexolmo_jax.trust.registry import Registry
-    from flexolmo_jax.trust.signatures import verify_package, verify_signature
+    from flexolmo_jax.trust.signatures import verify_package
+    from flexolmo_jax.trust.trusted import Trusted
 
-    registry = Registry.open(args.keys)
-    verified = verify_package(args.package, lambda package: verify_signature(package, registry))
+    trusted = Trusted.open(args.keys)
+    registry = trusted.registry
+    verified = verify_package(
+        args.package, lambda package: registry.signer_of(trusted.check(package).key)
+    )
     rows: list[dict[str, Any]] = [
         {
             "package": os.path.normpath(package.folder),

@@ -1,12 +1,15 @@
 """Traces of answers: which owners are asked where the words of an answer stand.
 
 Only what the model said here can be traced, for a while after it was said: whoever could ask about
-any text could ask whether a document of his is in an owner's index.
+any text could ask whether a document of his is in an owner's index. An owner is asked once about an
+answer, and what it said is kept: whoever asks again and again uses up nobody's budget.
 """
 
+import asyncio
 import collections
 import contextlib
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Collection
@@ -14,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.serving.keys import Policy
+from flexolmo_jax.tracing.service.answers import Said
 from flexolmo_jax.tracing.service.ask import ask
 from flexolmo_jax.tracing.service.owners import Owners, read_owners
 from flexolmo_jax.web.errors import ApiError
 from flexolmo_jax.web.followed import Followed
 
 KEPT = 1000  # answers
+BYTES = 1 << 26  # of all that owners said of them; a stranger may say much
 SECONDS = 600.0
 log = logging.getLogger("flexolmo_jax.serving")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Given:
     """An answer that was given.
 
@@ -33,6 +38,9 @@ class Given:
       prompt, text: what was asked, and what the model said.
       experts: that might take part in it.
       until: when it is forgotten, of `time.monotonic`.
+      said: what owners said of it, by their names.
+      size: of what they said, in bytes of JSON.
+      asking: held while owners are asked, so that each is asked once.
     """
 
     key: str
@@ -40,6 +48,9 @@ class Given:
     text: str
     experts: tuple[str, ...]
     until: float
+    said: dict[str, Said] = dataclasses.field(default_factory=dict)
+    size: int = 0
+    asking: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
 
 
 class Traces:
@@ -103,8 +114,15 @@ class Traces:
             )
         owners = self._read()
         asked = owners.of([name for name in given.experts if name in permitted])
-        found = await ask(given.text, asked, prompt=given.prompt, seconds=owners.seconds)
-        return found.to_json()
+        async with given.asking:
+            found = await ask(
+                given.text, asked, prompt=given.prompt, seconds=owners.seconds, said=given.said
+            )
+        made = found.to_json()
+        given.size = len(await asyncio.to_thread(json.dumps, made))
+        while sum(one.size for one in self._given.values()) > BYTES:
+            self._given.popitem(last=False)
+        return made
 
     def _read(self) -> Owners:
         try:

@@ -87,6 +87,7 @@ def check_public(public: object, where: str) -> str:
     raise ValueError(f"{where}: expected a public key on P-256 as PEM, spelled as OpenSSL does")
 
 
+@functools.lru_cache(maxsize=256)
 def key_id(public: str) -> str:
     """The id that TUF gives a public key: a sha256, hexadecimal."""
     return tuf_key(public).keyid

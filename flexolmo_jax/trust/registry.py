@@ -74,13 +74,17 @@ class Registry(NamedTuple):
             expired; a package of the extra is missing.
         """
         registry = read_versions(Path(folder))[0]
-        if (now or utc_now()) >= registry.expires:
-            raise ValueError(
-                f"{registry.folder}: version {registry.version}, the last, expired on "
-                f"{time_text(registry.expires)}; get a newer one from the coordinator, who makes "
-                "it with `flexolmo registry renew`"
-            )
+        registry.check_current(now or utc_now())
         return registry
+
+    def check_current(self, now: datetime.datetime) -> None:
+        """Raises ValueError if the registry has expired at a time (UTC)."""
+        if now >= self.expires:
+            raise ValueError(
+                f"{self.folder}: version {self.version}, the last, expired on "
+                f"{time_text(self.expires)}; get a newer one from the coordinator, who makes it "
+                "with `flexolmo registry renew`"
+            )
 
     @property
     def coordinators(self) -> tuple[Signer, ...]:
@@ -201,7 +205,7 @@ def check_follows(metadata: "Metadata[Root]", before: "Metadata[Root] | None", f
 
     Raises:
       ValueError: a signature that it has is wrong, or is that of no root key; its number does not
-        follow; a signer has vanished, or is no longer revoked.
+        follow; a signer has vanished, or is no longer revoked; the log is shorter.
     """
     _check_kept(metadata, before, file)
     return _lacking(metadata, before, file)
@@ -251,9 +255,12 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _check_kept(metadata: "Metadata[Root]", before: "Metadata[Root] | None", file: Path) -> None:
-    """Raises ValueError if a signer has vanished, or is no longer revoked."""
+    """Raises ValueError if a signer or lines of the log have vanished, or a key is valid again."""
     if before is None:
         return
+    log, known = _log(metadata.signed, file), _log(before.signed, file)
+    if known is not None and (log is None or log.number < known.number):
+        raise ValueError(f"{file}: names an earlier line of the log than the version before it")
     now = {signer.name: signer for signer in _signers(metadata.signed, file)}
     for signer in _signers(before.signed, file):
         kept = now.get(signer.name)

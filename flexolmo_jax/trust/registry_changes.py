@@ -12,6 +12,8 @@ from flexolmo_jax.storage.files import new_file
 from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.regular_files import open_regular
 from flexolmo_jax.trust.keys import key_id, need_trust, public_of, tuf_key
+from flexolmo_jax.trust.log import read as read_log
+from flexolmo_jax.trust.log import state
 from flexolmo_jax.trust.registry import (
     LOG,
     PENDING,
@@ -158,6 +160,7 @@ def update(folder: Path, source: Path) -> tuple[int, int]:
     """
     need_trust()
     theirs = read_versions(source)[0]
+    read_log(theirs)
     mine = read_versions(folder)[0].version if folder.exists() else 0
     if theirs.version < mine:
         raise ValueError(
@@ -302,11 +305,11 @@ def _until(days: int) -> datetime.datetime:
 
 
 def _log_state(folder: Path) -> dict[str, Any] | None:
-    last = None
+    """The last line of the log, all of whose lines were verified: the root keys sign for them."""
     if (folder / LOG).exists():
-        for last in hash_chain.read(folder / LOG):  # noqa: B007
-            pass
-    return last and {"number": last["number"], "digest": last["digest"]}
+        hash_chain.mend(folder / LOG)
+    last = state(read_log(read_versions(folder)[0]))
+    return last and last._asdict()
 
 
 def _locked(folder: Path) -> contextlib.AbstractContextManager[None]:

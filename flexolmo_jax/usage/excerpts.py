@@ -85,7 +85,6 @@ def verify_excerpt(file: Path, key: str, owner: str | None = None) -> Excerpt:
     Raises:
       ValueError: it is damaged, a line was dropped, altered, moved or added, the signature is not
         one of this key, or it is another owner's.
-      OSError: it cannot be read.
     """
     first, *rest = _values(file)
     statement: dict[str, Any] = first.get("statement", {})
@@ -117,7 +116,6 @@ def verify_ledger(file: Path, key: str) -> Contents:
 
     Raises:
       ValueError: it is damaged, or not signed to its end, or with another key.
-      OSError: it cannot be read.
     """
     contents = replay(file)
     if contents.key != key:
@@ -187,9 +185,12 @@ def months(excerpt: Excerpt) -> list[dict[str, Any]]:
 
 
 def is_excerpt(file: Path) -> bool:
-    """Whether a file begins as an excerpt does."""
-    with open(file, "rb") as opened:
-        return opened.read(14).replace(b" ", b"").startswith(b'{"signature"')
+    """Whether a file begins as an excerpt does. Raises ValueError if it cannot be read."""
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(14).replace(b" ", b"").startswith(b'{"signature"')
+    except OSError as error:
+        raise ValueError(f"{file}: expected an excerpt, or a ledger ({error.strerror})") from error
 
 
 def _values(file: Path) -> list[dict[str, Any]]:

@@ -72,7 +72,6 @@ def read_report(file: Path, month: str | None = None) -> Report:
 
     Raises:
       ValueError: the ledger is damaged, or has no line of this month.
-      OSError: it cannot be read.
     """
     by_month: dict[str, list[dict[str, Any]]] = {}
 

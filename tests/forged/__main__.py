@@ -1,4 +1,4 @@
-"""Changes signed packages, signatures and registries, and sees whether the verifier notices.
+"""Changes signed packages, signatures, registries and logs, and sees whether the verifier notices.
 
     python -m tests.forged --count 3000 --seed 0
 
@@ -20,13 +20,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from . import packages, registries, signatures
+from . import logs, packages, registries, signatures
 from .world import World, make_world
 
 # What is changed: a module with `PARTS`, the files and folders that its changes may touch;
 # `change(draw, world)`, which says what it did; and `conclusion(world)`, what the verifier makes of
 # it.
-TARGETS = {"package": packages, "signature": signatures, "registry": registries}
+TARGETS = {"package": packages, "signature": signatures, "registry": registries, "log": logs}
 
 
 def restore(original: Path, folder: Path, parts: tuple[str, ...]) -> None:

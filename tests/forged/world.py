@@ -4,11 +4,13 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+from flexolmo_jax.federation.package import Package
+from flexolmo_jax.trust import log
 from flexolmo_jax.trust import registry_changes as changes
 from flexolmo_jax.trust.keys import make_keys, read_private, read_public
-from flexolmo_jax.trust.registry import Registry
-from flexolmo_jax.trust.signatures import sign_package, verify_package, verify_signature
+from flexolmo_jax.trust.signatures import sign_package, verify_package
 from flexolmo_jax.trust.signers import make_signer, utc_now
+from flexolmo_jax.trust.trusted import Trusted
 from tests.hostile import attempts
 
 ROOTS = ("root1", "root2", "root3")
@@ -21,6 +23,8 @@ SIGNERS = {  # name: role, experts, days from now until it begins and ends
     "past": ("owner", ("math", "code", "third"), -10, -1),
     "future": ("owner", ("math", "code", "third"), 10, 100),
     "revoked": ("owner", ("math", "code", "third"), -10, 100),
+    "late": ("coordinator", (), 10, 100),
+    "gone": ("coordinator", (), -10, 100),
 }
 SIGNED = {"anchor": "publisher", "experts/math": "math", "experts/code": "code", "merged": "hub"}
 
@@ -41,15 +45,20 @@ class World:
 
     def verified(self) -> list[Any]:
         """Who signed what, of the merged model and its parts; every byte is checked."""
-        registry = Registry.open(self.registry)
+        trusted = Trusted.open(self.registry)
         found = verify_package(
-            self.root / "merged", lambda package: verify_signature(package, registry)
+            self.root / "merged",
+            lambda package: trusted.registry.signer_of(trusted.check(package).key),
         )
         return [(package.digest, signer) for package, signer in found]
 
 
 def make_world(root: Path) -> None:
-    """Writes it: a registry that two of three root keys change, and what `SIGNED` lists."""
+    """Writes it: a registry that two of three root keys change, its log, and what `SIGNED` lists.
+
+    The last version of the registry names the first line of the log, that of a coordinator whose
+    key was revoked after it; two more lines follow.
+    """
     attempts.make_world(root)
     (root / "keys").mkdir()
     for name in (*ROOTS, *SIGNERS, "stranger"):
@@ -66,8 +75,13 @@ def make_world(root: Path) -> None:
         )  # fmt: skip
         changes.add_signer(world.registry, signer, first)
         changes.cosign(world.registry, second)
-    changes.revoke_signer(world.registry, "revoked", "a test", first)
-    changes.cosign(world.registry, second)
+    about = {"expert": "third", "package": Package.open(root / "experts" / "third").digest}
+    log.append(world.registry, world.key("gone"), log.ADMITTED, **about)
+    for name in ("revoked", "gone"):
+        changes.revoke_signer(world.registry, name, "a test", first)
+        changes.cosign(world.registry, second)
+    log.append(world.registry, world.key("hub"), log.REVOKED, expert="third", reason="a test")
+    log.append(world.registry, world.key("hub"), log.REMOVED, **about)
     changes.update(world.mine, world.registry)
     for package, name in SIGNED.items():
         sign_package(root / package, root / "keys" / name)

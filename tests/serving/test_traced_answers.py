@@ -118,6 +118,24 @@ def test_an_answer_can_be_traced_afterwards_by_whoever_has_it(traced, monkeypatc
     assert server.post("/v1/trace", key=keys["no-code"], id=answer["id"]).status_code == 404
 
 
+def test_an_owner_is_asked_once_about_an_answer(traced, owners):
+    server, keys = traced
+    answer = ask(traced, trace=True).json()
+    before = len(owners[1]["math"])
+    again = [server.post("/v1/trace", key=keys["no-code"], id=answer["id"]) for _ in range(3)]
+    assert all(found.json() == answer["trace"] for found in again)
+    assert len(owners[1]["math"]) == before
+
+
+def test_the_oldest_answers_go_where_owners_say_much(traced, monkeypatch):
+    server, keys = traced
+    first, second = (ask(traced, trace=True).json() for _ in range(2))
+    monkeypatch.setattr(traces, "BYTES", int(1.5 * len(json.dumps(second["trace"]))))
+    numbers = second["id"], first["id"]
+    assert server.post("/v1/trace", key=keys["no-code"], id=numbers[0]).status_code == 200
+    assert server.post("/v1/trace", key=keys["no-code"], id=numbers[1]).status_code == 404
+
+
 def test_what_cannot_be_traced_is_said(traced, served, owners):
     assert ask(traced, trace=True, n=2).json()["error"]["param"] == "trace"
     answer = served.post(model="ours", prompt=PROMPT, trace=True)

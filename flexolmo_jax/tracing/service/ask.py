@@ -20,7 +20,12 @@ class Refused(Exception):
 
 
 async def ask(
-    text: str, owners: Sequence[Address], *, prompt: str = "", seconds: float = SECONDS
+    text: str,
+    owners: Sequence[Address],
+    *,
+    prompt: str = "",
+    seconds: float = SECONDS,
+    said: dict[str, Said] | None = None,
 ) -> Trace:
     """Traces a text by asking owners, all at the same time.
 
@@ -29,17 +34,25 @@ async def ask(
       owners: whom to ask; one whose expert has no part in the text should not be among them.
       prompt: what the text answers; passages are ranked against both. No owner is told of it.
       seconds: that each owner may take; then it is missing.
+      said: what owners said of this text before, by their names: they are not asked again. It gains
+        what the others say now.
 
     Returns:
       what they say together; those that do not answer are `missing`, each with the reason.
     """
-    results = await asyncio.gather(*(_ask_one(text, owner, seconds) for owner in owners))
-    pairs = list(zip(owners, results, strict=True))
-    said = {owner.name: found for owner, found in pairs if isinstance(found, Said)}
-    missing = {owner.name: found for owner, found in pairs if isinstance(found, str)}
+    said = {} if said is None else said
+    new = [owner for owner in owners if owner.name not in said]
+    results = await asyncio.gather(*(_ask_one(text, owner, seconds) for owner in new))
+    missing = {}
+    for owner, found in zip(new, results, strict=True):
+        if isinstance(found, Said):
+            said[owner.name] = found
+        else:
+            missing[owner.name] = found
     names = [owner.name for owner in owners]
+    own = {name: said[name] for name in names if name in said}
     # In a thread: answers are as large as strangers make them.
-    return await asyncio.to_thread(together, text, said, f"{prompt}\n{text}", names, missing)
+    return await asyncio.to_thread(together, text, own, f"{prompt}\n{text}", names, missing)
 
 
 async def _ask_one(text: str, owner: Address, seconds: float) -> Said | str:

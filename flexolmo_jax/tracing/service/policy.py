@@ -117,5 +117,7 @@ def read_toml(file: Path, what: str) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file}: expected {what} ({error}; a text stands in quotes)") from error
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file}: expected {what} ({error})") from error

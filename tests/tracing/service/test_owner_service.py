@@ -11,6 +11,7 @@ import pytest
 from flexolmo_jax.storage import hash_chain
 from flexolmo_jax.tracing.service import revealed
 from flexolmo_jax.tracing.service.askers import KEYS, Asker
+from flexolmo_jax.tracing.service.policy import read_policy
 
 
 def error(answer):
@@ -140,8 +141,21 @@ def test_nothing_is_said_that_cannot_be_written_down(serve, common):
     with serve() as owner:
         assert owner.spans(common)
         log = owner.folder / "log"
-        log.write_text(log.read_text()[:-5])
+        log.write_text(log.read_text()[:-5] + "\n")
         assert error(owner.post(common)) == (503, "log")
+
+
+def test_a_line_that_a_crash_tore_stops_neither_a_service_nor_its_restart(serve, common):
+    with serve() as owner:
+        assert owner.spans(common)
+        log = owner.folder / "log"
+        whole = log.read_text()
+        with pytest.warns(UserWarning, match="an unfinished last line"):
+            log.write_text(whole + whole[:5])
+            assert owner.spans(common)
+            log.write_text(log.read_text()[:-5])
+            assert revealed.Revealed(log).used("anybody").requests == 1
+    assert log.read_text() == whole
 
 
 def test_a_withdrawn_document_is_gone_from_the_next_answer(serve, common):
@@ -160,8 +174,11 @@ def test_a_withdrawn_document_is_gone_from_the_next_answer(serve, common):
 def test_a_damaged_policy_says_nothing(serve, common):
     with serve() as owner:
         policy = owner.folder / "policy.toml"
-        policy.write_text("level = 'all'")
-        assert error(owner.post(common)) == (503, "damaged")
+        for text in ("level = 'all'", "level = ids"):
+            policy.write_text(text)
+            assert error(owner.post(common)) == (503, "damaged")
+        with pytest.raises(ValueError, match="line 1, column 9.; a text stands in quotes"):
+            read_policy(policy)
         assert owner.says(level="counts").spans(common)
 
 
