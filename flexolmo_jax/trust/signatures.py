@@ -186,7 +186,9 @@ def _check_files(signed: Bundle, package: Package, file: Path) -> None:
     found = {name.replace(os.sep, "/") for name in list_files(package.folder)}
     for name in sorted(expected.keys() | signed.files.keys() | found):
         if name not in signed.files:
-            raise ValueError(f"{package.folder / name}: not signed in {file}; delete it, or ask")
+            raise ValueError(
+                f"{package.folder / name}: not signed in {file}; delete it, or ask its owner"
+            )
         if name not in expected or name not in found:
             raise ValueError(f"{file}: signs {name}, which is not in the package")
         if signed.files[name] != expected[name]:
