@@ -1,0 +1,118 @@
+"""What an expert adds to the public weights: W - W_public of each matrix, whatever its form; heads."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from flexolmo_jax.federation.package import Package
+from flexolmo_jax.modeling.experts import Experts, FeedForward, with_full_feed_forward
+from flexolmo_jax.modeling.low_rank import FeedForwardRanks
+from flexolmo_jax.storage.tensors import named
+
+NAMES = FeedForwardRanks._fields  # gate, up, down
+
+
+class Delta(NamedTuple):
+    """What an expert changed in one matrix.
+
+    Attributes:
+      name: "gate", "up" or "down".
+      layer: from 0.
+      matrix: float32 [D, F'] or, of `down`, [F', D].
+      units: int [F'], the public expert's hidden units that those of a pruned expert came from;
+        None: all F, in their order.
+    """
+
+    name: str
+    layer: int
+    matrix: np.ndarray
+    units: np.ndarray | None
+
+
+def form_of(package: Package) -> str:
+    """How an expert's matrices are stored: honest figures of different forms differ."""
+    experts, entries = package.weights, package.manifest["tensors"]
+    form = "full"
+    if experts.deltas is not None:
+        form = "low-rank"
+    elif named(experts)["feed_forward.gate"].shape[-1] < package.config.ffn_width:
+        form = "pruned"
+    dtypes = {entry["dtype"] for name, entry in entries.items() if name.startswith("feed_forward.")}
+    integers = sorted(dtype for dtype in dtypes if dtype.startswith("int"))
+    return " ".join([form, *integers])
+
+
+def deltas(expert: Experts, public: Experts) -> Iterator[Delta]:
+    """The deltas of all matrices, layer by layer; one layer is in memory at a time.
+
+    Args:
+      expert: a stack of one; leaves may be on disk.
+      public: the public expert.
+    """
+    own, base = expert.feed_forward, named(public.feed_forward)
+    width = base["gate"].shape[-1]
+    is_pruned = isinstance(own, FeedForward) and named(own)["gate"].shape[-1] < width
+    full = named(own if is_pruned else with_full_feed_forward(expert, public).feed_forward)
+    for layer in range(public.router.bias.shape[0]):
+        theirs = {name: _layer_of(full[name], layer) for name in NAMES}
+        ours = {name: _layer_of(base[name], layer) for name in NAMES}
+        units = _origins(theirs, ours) if is_pruned else None
+        for name in NAMES:
+            before = ours[name]
+            if units is not None:
+                before = before[units] if name == "down" else before[:, units]
+            yield Delta(name, layer, theirs[name] - before, units)
+
+
+class Head(NamedTuple):
+    """A low-rank head, a b + bias: float64 [D, R], [R, V] and [V]."""
+
+    a: np.ndarray
+    b: np.ndarray
+    bias: np.ndarray
+
+
+def head_of(package: Package, name: str) -> Head | None:
+    """The part "head" or "evidence" of an expert; None if it has none."""
+    leaves = named(package.weights)
+    if f"{name}.a" not in leaves:
+        return None
+    parts = (np.asarray(leaves[f"{name}.{x}"], np.float64)[0, 0] for x in Head._fields)
+    return Head(*parts)
+
+
+def overlap(left: Delta, right: Delta) -> tuple[float, float, float]:
+    """<l, r>, <l, l> and <r, r> over the hidden units that both deltas have."""
+    a, b = left.matrix, right.matrix
+    if left.units is not None or right.units is not None:
+        a, b = _common(left, right)
+    return tuple(float(np.vdot(x, y)) for x, y in ((a, b), (a, a), (b, b)))  # type: ignore
+
+
+def _common(left: Delta, right: Delta) -> tuple[np.ndarray, np.ndarray]:
+    axis = 0 if left.name == "down" else 1
+    of_left, of_right = (
+        np.arange(x.matrix.shape[axis]) if x.units is None else x.units for x in (left, right)
+    )
+    _, first, second = np.intersect1d(of_left, of_right, return_indices=True)
+    return np.take(left.matrix, first, axis), np.take(right.matrix, second, axis)
+
+
+def _origins(own: dict[str, np.ndarray], public: dict[str, np.ndarray]) -> np.ndarray:
+    """For each hidden unit the public one with the most similar columns of gate and up.
+
+    Pruning refits `down`, and leaves these columns as training made them from the public ones.
+    """
+
+    def directions(matrices: dict[str, np.ndarray]) -> np.ndarray:
+        columns = np.concatenate([matrices["gate"], matrices["up"]])
+        return columns / np.maximum(np.linalg.norm(columns, axis=0), 1e-30)
+
+    return np.argmax(directions(own).T @ directions(public), axis=1)
+
+
+def _layer_of(stack: jax.Array, layer: int) -> np.ndarray:
+    part = (slice(layer, layer + 1), *(slice(None) for _ in stack.shape[1:]))
+    return np.asarray(stack[part], np.float32)[0, 0]
