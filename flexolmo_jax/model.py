@@ -117,6 +117,7 @@ class FlexOlmo:
         *,
         without: Sequence[str] = (),
         only: Sequence[str] | None = None,
+        allowed=None,
         sampling: Sampling | None = None,
     ) -> LogLikelihoods:
         """Log-probabilities of given tokens, each given the tokens before it.
@@ -126,7 +127,7 @@ class FlexOlmo:
           targets: int [B, C, K]: K candidates for the token after each of the last C positions; -1
             is none. Default: every token but the first of `tokens`, with K = 1.
           lengths: int [B], where `tokens` are padded on the right. Default: S.
-          without, only: which experts to use, as in `logits`.
+          without, only, allowed: which experts to use, as in `logits`.
           sampling: score under this truncated distribution. Default: under the model's own.
 
         Returns:
@@ -136,7 +137,7 @@ class FlexOlmo:
           ValueError: as `logits`.
         """
         texts = likelihood.checked(np.asarray(tokens), targets, lengths, self.config.vocab_size)
-        mask = self.allowed(len(texts[0]), without, only)
+        mask = self.allowed(len(texts[0]), without, only, allowed)
         rows = placement.put_padded_batch((*texts, mask), self.mesh)
         with placement.use_mesh(self.mesh):
             scores = likelihood.log_likelihoods(

@@ -11,10 +11,14 @@ BATCH_TOKENS = 8192  # approximate size of a batch, whatever the length of its r
 
 
 class Query(NamedTuple):
-    """Token ids: how likely is `continuation` after `context`? Each has at least one."""
+    """Token ids: how likely is `continuation` after `context`? Each has at least one.
+
+    `allowed` is of the experts that this query may use, in the order of the stack; None: all.
+    """
 
     context: Sequence[int]
     continuation: Sequence[int]
+    allowed: tuple[bool, ...] | None = None
 
 
 class Answer(NamedTuple):
@@ -30,6 +34,7 @@ class _Row(NamedTuple):
 
     tokens: tuple[int, ...]
     queries: list[int]
+    allowed: tuple[bool, ...] | None
 
 
 def likelihoods(
@@ -43,7 +48,8 @@ def likelihoods(
     """Answers queries, in their order.
 
     Texts longer than the model's maximum length are truncated on the left. Queries that differ in
-    their last token only, such as the letters of a multiple choice, are read once.
+    their last token only, such as the letters of a multiple choice, are read once, if they may
+    use the same experts.
 
     Args:
       model: the model to ask.
@@ -64,13 +70,17 @@ def likelihoods(
             tokens = np.zeros((size, length), np.int32)
             lengths = np.ones(size, np.int32)
             targets = np.full((size, longest, max_queries), -1, np.int32)
+            allowed = np.ones((size, len(model.expert_names)), bool)
             for i, row in enumerate(batch):
                 lengths[i] = len(row.tokens)
                 tokens[i, : lengths[i]] = row.tokens
+                allowed[i] = True if row.allowed is None else row.allowed
                 for k, query in enumerate(row.queries):
                     continuation = queries[query].continuation
                     targets[i, longest - len(continuation) :, k] = continuation
-            scores = model.log_likelihoods(tokens, targets, lengths, without=without, only=only)
+            scores = model.log_likelihoods(
+                tokens, targets, lengths, without=without, only=only, allowed=allowed
+            )
             nats, greedy = scores.log_probabilities.sum(axis=1), scores.is_greedy.all(axis=1)
             for i, row in enumerate(batch):
                 for k, query in enumerate(row.queries):
@@ -81,21 +91,21 @@ def likelihoods(
 
 def _by_shape(queries: Sequence[Query], limit: int) -> list[tuple[_Shape, list[_Row]]]:
     """Rows by the shape to which they are padded, the longest first."""
-    rows: dict[tuple[int, ...], list[int]] = {}
-    for index, (context, continuation) in enumerate(queries):
+    rows: dict[tuple[tuple[int, ...], tuple[bool, ...] | None], list[int]] = {}
+    for index, (context, continuation, allowed) in enumerate(queries):
         if not context or not continuation or len(continuation) > limit:
             raise ValueError(
                 f"query {index}: expected a context, and a continuation of 1 to {limit} tokens "
                 f"(what the model was made for), found {len(context)} and {len(continuation)}"
             )
         tokens = (*context[-limit:], *continuation)[-(limit + 1) : -1]
-        rows.setdefault(tokens, []).append(index)
+        rows.setdefault((tokens, allowed), []).append(index)
     groups: dict[_Shape, list[_Row]] = {}
-    for tokens, indices in rows.items():
+    for (tokens, allowed), indices in rows.items():
         longest = max(len(queries[index].continuation) for index in indices)
         length = min(at_least(len(tokens), 2, 32), limit)
         shape = (length, min(at_least(longest, 8), length), at_least(len(indices), 4))
-        groups.setdefault(shape, []).append(_Row(tokens, indices))
+        groups.setdefault(shape, []).append(_Row(tokens, indices, allowed))
     return sorted(groups.items(), key=lambda group: group[0], reverse=True)
 
 

@@ -1,8 +1,9 @@
-"""The share of public text that each expert takes by its router rows, or by its evidence head.
+"""The share of a text that each expert takes by its router rows, or by its evidence head.
 
 An owner's bias can only hold its expert back, but its rows may be of any length and direction: a
 row along the mean of all inputs takes nearly every token, and with it the text of other owners. So
 a merge routes some of the anchor's public text, which no owner's expert should take much of.
+Admission routes any text (admission/routing.py).
 
 Every layer's inputs are those of the anchor alone. So only the rows of an expert are needed, and
 the result does not depend on the other experts' feed-forward networks. Evidence routing needs the
@@ -12,7 +13,7 @@ anchor's embedding and head only.
 import functools
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,13 +31,13 @@ from flexolmo_jax.modeling.router import Router, add_decayed_logits, route
 from flexolmo_jax.modeling.transformer import evidence_weights
 from flexolmo_jax.parallel import placement
 
-TOKENS = 4096  # of public text, routed
+TOKENS = 4096  # of a text, routed
 WARN = 0.4  # of the public text in a layer; honest experts take up to 0.30 (docs/security.md)
 REFUSE = 0.8  # a row along the mean of all inputs takes 0.93 and more
 
 
 class Shares(NamedTuple):
-    """Mean weight of each expert over public tokens.
+    """Mean weight of each expert over the tokens of a text.
 
     Attributes:
       names: of the experts, the public one first.
@@ -67,8 +68,10 @@ def measure_shares(
     names: Sequence[str],
     config: ModelConfig,
     routers: Sequence[Any] | None = None,
+    documents: Iterable[Document] | None = None,
+    tokens: int = TOKENS,
 ) -> Shares | None:
-    """Routes the first public text of an anchor.
+    """Routes the first tokens of the anchor's public text, or of other documents.
 
     Args:
       anchor: its weights may be on disk; one layer is held at a time.
@@ -77,14 +80,18 @@ def measure_shares(
       config: of the merged model: active experts, and how it routes.
       routers: each of rows [L, e, D] and biases [L, e]; end to end they are those of all experts.
         Default: the experts' own.
+      documents: to route; default: the anchor's public text.
+      tokens: how many are routed, at most, rounded to whole windows.
 
     Returns:
-      None if the anchor came without public text, or without a tokenizer.
+      None if there is no text, or the anchor came without a tokenizer.
 
     Raises:
       ValueError: rows give logits that are NaN.
     """
-    batch = _public_batch(anchor)
+    if documents is None:
+        documents = (Document(text, text) for text in anchor.public_text)
+    batch = _first_batch(anchor, documents, tokens)
     if batch is None:
         return None
     if config.evidence is None:
@@ -93,7 +100,7 @@ def measure_shares(
         of_layers = _shares_by_evidence(anchor, experts, batch, config)
     if not np.isfinite(of_layers).all():
         raise ValueError(
-            "the router rows or evidence heads of these experts give NaN on public text (they are "
+            "the router rows or evidence heads of these experts give NaN on this text (they are "
             f"too large): leave out one of {', '.join(names[1:])}"
         )
     of_layers /= of_layers.sum(axis=1, keepdims=True)
@@ -165,13 +172,14 @@ def check_shares(shares: Shares, allow: float) -> None:
             )
 
 
-def _public_batch(anchor: LoadedAnchor) -> Batch | None:
-    if anchor.tokenizer is None or not anchor.public_text:
+def _first_batch(
+    anchor: LoadedAnchor, documents: Iterable[Document], tokens: int = TOKENS
+) -> Batch | None:
+    if anchor.tokenizer is None:
         return None
     length = min(anchor.config.max_length, 256)
-    documents = (Document(text, text) for text in anchor.public_text)
     cut = windows(tokenized(documents, anchor.tokenizer), length, anchor.tokenizer.separator)
-    count = max(TOKENS // length, 1)
+    count = max(tokens // length, 1)
     return next(stacked(itertools.islice(cut, count), count), None)
 
 

@@ -69,16 +69,20 @@ class Trusted:
           ValueError: it is not signed by whom the registry says; it, its key or its expert was
             revoked, or it was rejected: the text says why.
         """
-        self.registry.check_current(utc_now())
-        signer = verify_signature(package, self.registry)
-        kind = package.manifest["kind"]
-        name = package.manifest["name"] if kind == "expert" else None
-        signed = Signed(kind, name, package.digest, signer.key)
+        signed = self.signed(package)
         reason = self.refusal(signed)
         if reason is not None:
             advice = " (`flexolmo experts remove` removes it from a merged model)" * bool(name)
             raise ValueError(f"{package.folder}: {reason}{advice}")
         return signed
+
+    def signed(self, package: Package) -> Signed:
+        """As `check`, of the signature alone: the package may have been revoked or rejected."""
+        self.registry.check_current(utc_now())
+        signer = verify_signature(package, self.registry)
+        kind = package.manifest["kind"]
+        name = package.manifest["name"] if kind == "expert" else None
+        return Signed(kind, name, package.digest, signer.key)
 
     def checking(self, tell: Callable[[Signed], None]) -> Require:
         """`check`, for functions that take a requirement; `tell` gets what it returns."""
@@ -97,15 +101,20 @@ class Trusted:
             self.registry.check_signer(signed.key, role_for(signed.kind), signed.name, now)
         except ValueError as error:
             return str(error)
-        package = log.target(signed.name, signed.digest)
-        found = self._revoked.get(package)
-        if found is None and signed.name is not None:
-            found = self._revoked.get(log.target(signed.name, None))
-        if found is not None:
-            return f"the {found.what} was revoked on {time_text(found.time)}: {found.reason}"
-        if rejected := self._rejected.get(package):
+        if revoked := self.revocation(signed):
+            return revoked
+        if rejected := self._rejected.get(log.target(signed.name, signed.digest)):
             return f"the {rejected.what} was rejected: {rejected.reason}"
         return None
+
+    def revocation(self, signed: Signed) -> str | None:
+        """Why a package, or its expert, was revoked; None: it was not."""
+        found = self._revoked.get(log.target(signed.name, signed.digest))
+        if found is None and signed.name is not None:
+            found = self._revoked.get(log.target(signed.name, None))
+        if found is None:
+            return None
+        return f"the {found.what} was revoked on {time_text(found.time)}: {found.reason}"
 
     def follow(self) -> bool:
         """Reads the registry and the log again if a file of theirs has changed.

@@ -7,6 +7,7 @@ import pytest
 from hostile.sealing import array_of, put
 
 import flexolmo_jax as fo
+from flexolmo_jax.data.sources import Document
 from flexolmo_jax.federation import shares as sharing
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -40,7 +41,9 @@ def test_shares_are_those_of_the_merged_models_own_router(world, tmp_path):
     model = fo.load(tmp_path / "merged")
     from flexolmo_jax.federation.anchor import read_anchor
 
-    batch = sharing._public_batch(read_anchor(world.anchor))
+    anchor = read_anchor(world.anchor)
+    texts = (Document(text, text) for text in anchor.public_text)
+    batch = sharing._first_batch(anchor, texts)
     out = forward(
         model.backbone, (model.experts,), batch.tokens, model.config, segments=batch.segments
     )

@@ -1,0 +1,1 @@
+"""Admission: what an expert package from a stranger must pass before it is merged."""
