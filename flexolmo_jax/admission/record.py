@@ -79,6 +79,6 @@ def record(
         log.ADMITTED if admitted else log.REJECTED,
         expert=report.facts["name"],
         package=report.facts["digest"],
-        reason=None if admitted else visible(" ".join(failed), keep="")[:LONGEST],
+        reason=report.accepted if admitted else visible(" ".join(failed), keep="")[:LONGEST],
         report=file_digest(file),
     )

@@ -34,6 +34,8 @@ def summary(report: Report) -> list[str]:
     if unjudged:
         names = ", ".join(f"{x.check}: {x.measured}" for x in unjudged)
         sentences.append(f"Not judged: {names}.")
+    if report.accepted:
+        sentences.append(f"Accepted after a review: {report.accepted}")
     return sentences
 
 

@@ -85,6 +85,7 @@ class Report:
       results: of all checks, in the order of their cost.
       seconds: {check: how long it took}.
       made_at: the time, UTC, ISO 8601.
+      accepted: why a person admits it although checks ask for a review; None: nobody has.
     """
 
     package: str
@@ -95,10 +96,13 @@ class Report:
     results: tuple[Result, ...]
     seconds: dict[str, float]
     made_at: str
+    accepted: str | None = None
 
     @property
     def verdict(self) -> Decision:
-        return decide(self.results)
+        """That of the checks; a review may have ended, a rejection stays one."""
+        found = decide(self.results)
+        return "admitted" if found == "review" and self.accepted else found
 
     def to_json(self) -> dict[str, Any]:
         """JSON values: all of it, the verdict first."""

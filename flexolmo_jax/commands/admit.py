@@ -1,6 +1,7 @@
 """`flexolmo admit`: examines an expert package before it is merged."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -51,6 +52,12 @@ def add_to(commands: Commands) -> None:
         "--out", metavar="DIR", help="write the report there, report.html and report.json"
     )
     parser.add_argument(
+        "--accept",
+        metavar="REASON",
+        help="admit it although checks ask for a review: who has read the report says why, for the "
+        "report and the log; a rejected package stays rejected",
+    )
+    parser.add_argument(
         "--quarantine",
         metavar="DIR",
         help="move the package below this folder if it is rejected, with its report",
@@ -84,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
 
     package, out, aside = Path(args.package), optional_path(args.out), args.quarantine
     reads = [args.package, args.anchor, args.public, args.policy]
+    if args.accept is not None and not (args.accept.strip() and args.accept.isprintable()):
+        raise ValueError(f"--accept: expected a reason on one line, found {args.accept!r:.100}")
     if out is not None:
         check_new_folder(out, reads)
     if aside is not None:
@@ -102,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
     elif args.key is not None:
         raise ValueError("--key is for --keys, the registry whose log is written")
     report = examine(package, args.anchor, args.public, read_policy(args.policy), require)
+    if report.verdict == "review":
+        report = dataclasses.replace(report, accepted=args.accept)
     if args.json:
         print_json(report.to_json())
     else:
@@ -127,7 +138,7 @@ def _said(entry: "Entry | None", report: "Report") -> str:
     if entry is not None:
         return f"line {entry.number} of the log: the {entry.what} is {entry.event}"
     if report.verdict == "review":
-        return "nothing is in the log yet: a person decides first"
+        return "nothing is in the log yet: read the report, then run this with --accept REASON"
     return "nothing is in the log: what is not sound and signed is no package of anybody"
 
 

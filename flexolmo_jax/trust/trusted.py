@@ -72,7 +72,9 @@ class Trusted:
         signed = self.signed(package)
         reason = self.refusal(signed)
         if reason is not None:
-            advice = " (`flexolmo experts remove` removes it from a merged model)" * bool(signed.name)
+            advice = " (`flexolmo experts remove` removes it from a merged model)" * bool(
+                signed.name
+            )
             raise ValueError(f"{package.folder}: {reason}{advice}")
         return signed
 

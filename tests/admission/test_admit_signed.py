@@ -76,6 +76,24 @@ def test_an_admission_and_a_rejection_are_lines_of_the_log(flexolmo, own, world)
         trusted.check(Package.open(place / "package"))
 
 
+def test_a_review_ends_with_a_reason_that_the_log_keeps(flexolmo, refused, own, world):
+    policy = own / "policy.toml"
+    policy.write_text(f"{policy.read_text()}[spectral]\nz = 0.0\n")  # all is out of the cohort
+    code, printed, _ = flexolmo(*admit_words(own, world, "mine"))
+    assert code == 3 and "--accept REASON" in " ".join(printed.split())
+    reason = "Ann read the report: another optimizer"
+    code, printed, error = flexolmo(*admit_words(own, world, "mine", "second"), "--accept", reason)
+    assert code == 0, printed + error
+    [entry] = log.read(Registry.open(own / "registry"))
+    assert (entry.event, entry.reason) == ("admitted", reason)
+    report = json.loads((own / "second" / "report.json").read_text())
+    assert (report["verdict"], report["accepted"]) == ("admitted", reason)
+    assert reason in (own / "second" / "report.html").read_text()
+    code, *_ = flexolmo(*admit_words(own, world, "copy", "third"), "--accept", reason)
+    assert code == 4  # a rejection stays one
+    assert "on one line" in refused(*admit_words(own, world, "mine", "fourth"), "--accept", " ")
+
+
 def test_what_is_not_signed_or_was_revoked_is_rejected_and_gets_no_line(flexolmo, own, world):
     """A line would be about the honest package of that digest."""
     signature = own / "mine.sig"
