@@ -126,7 +126,10 @@ def add(args: argparse.Namespace) -> None:
     from flexolmo_jax.trust.signers import make_signer, utc_now
 
     start = _time("--from", args.start) or utc_now()
-    until = _time("--until", args.until) or start + datetime.timedelta(days=DAYS)
+    try:
+        until = _time("--until", args.until) or start + datetime.timedelta(days=DAYS)
+    except OverflowError as error:
+        raise ValueError(f"--from: expected a time of this century, found {args.start}") from error
     public = read_public(Path(args.public))
     signer = make_signer(
         args.name, public, args.role, tuple(args.experts), start, until, where="the signer"

@@ -210,6 +210,7 @@ class Service:
                 await asyncio.sleep(WATCH_SECONDS)
                 self._try("keys", self._follow_keys)
                 self._try("model", self._follow_manifest)
+                self._apply_registry()  # while the registry is being read, too
         finally:
             for task in tasks:
                 task.cancel()

@@ -37,7 +37,8 @@ class Followed:
 
     def __init__(self, folder: Path):
         self._trusted = Trusted.open(folder)
-        self._failed: tuple[float, str] | None = None  # since when, and why
+        self._since: float | None = None  # when the first attempt began that did not succeed
+        self._why = ""
 
     def follow(self) -> None:
         """Reads what has changed; takes long where the log is long.
@@ -45,13 +46,15 @@ class Followed:
         Raises:
           ValueError, OSError: it cannot be verified.
         """
+        if self._since is None:
+            self._since = time.monotonic()
+        self._why = "reading it takes too long"  # a disk of the network may never answer
         try:
             self._trusted.follow()
         except Exception as error:
-            since = time.monotonic() if self._failed is None else self._failed[0]
-            self._failed = since, str(error)
+            self._why = str(error)
             raise
-        self._failed = None
+        self._since = None
 
     def standing(self, packages: Sequence[Signed]) -> Standing:
         """What may be used of a model.
@@ -66,6 +69,7 @@ class Followed:
                 revoked[package.name] = reason
             elif reason is not None:
                 refused = reason
-        if self._failed is not None and time.monotonic() - self._failed[0] > GRACE:
-            refused = f"its registry cannot be verified ({self._failed[1]})"
+        since = self._since
+        if since is not None and time.monotonic() - since > GRACE:
+            refused = f"its registry cannot be verified ({self._why})"
         return Standing(revoked if refused is None else {}, refused)

@@ -23,7 +23,7 @@ def write_keys(file: Path, key: "Ed25519PrivateKey | EllipticCurvePrivateKey") -
       the file of the public key.
 
     Raises:
-      ValueError: one of the files is there.
+      ValueError: one of the files is there, or their folder is missing.
       OSError: they cannot be written.
     """
     from cryptography.hazmat.primitives import serialization
@@ -32,6 +32,8 @@ def write_keys(file: Path, key: "Ed25519PrivateKey | EllipticCurvePrivateKey") -
     for taken in (file, public):
         if os.path.lexists(taken):
             raise ValueError(f"{taken}: already there, and no key is replaced; choose another FILE")
+    if not file.parent.is_dir():
+        raise ValueError(f"{file.parent}: no such folder; make it, or choose another FILE")
     pem = serialization.Encoding.PEM
     secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     _write_new(file, secret, 0o600)

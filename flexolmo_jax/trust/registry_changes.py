@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +26,7 @@ from flexolmo_jax.trust.registry import (
     registry_of,
     version_file,
 )
-from flexolmo_jax.trust.signers import Revoked, Signer, read_signer, utc_now
+from flexolmo_jax.trust.signers import Revoked, Signer, check_line, read_signer, utc_now
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -96,7 +97,8 @@ def revoke_signer(folder: Path, name: str, reason: str, key: "EllipticCurvePriva
     """Revokes a signer's key, for good: no signature of it is accepted any more.
 
     Raises:
-      ValueError: there is no such signer, or its key is revoked; otherwise as `add_signer`.
+      ValueError: there is no such signer, its key is revoked, or the reason is no line of text;
+        otherwise as `add_signer`.
     """
 
     def change(root: "Root") -> None:
@@ -109,7 +111,8 @@ def revoke_signer(folder: Path, name: str, reason: str, key: "EllipticCurvePriva
         signer = read_signer(signers[place], str(folder))
         if signer.revoked is not None:
             raise ValueError(f"{folder}: the key of {name} is revoked already")
-        signers[place] = signer._replace(revoked=Revoked(utc_now(), reason)).to_json()
+        revoked = Revoked(utc_now(), check_line(reason, "the reason"))
+        signers[place] = signer._replace(revoked=revoked).to_json()
 
     return _change(folder, change, key)
 
@@ -137,7 +140,8 @@ def renew(
     def change(root: "Root") -> None:
         role = root.roles[root.type]
         old = [root.keys[own].keyval["public"] for own in role.keyids]
-        made = _new_root(root_keys or old, threshold or role.threshold, _until(days))
+        needed = role.threshold if threshold is None else threshold
+        made = _new_root(root_keys or old, needed, _until(days))
         root.keys, root.roles, root.expires = made.keys, made.roles, made.expires
 
     return _change(folder, change, key)
@@ -150,7 +154,7 @@ def update(folder: Path, source: Path) -> tuple[int, int]:
 
     Args:
       folder: the registry as it is known here; for the first time, one that is missing.
-      source: a copy that came from somewhere.
+      source: a copy that came from somewhere; it may change meanwhile.
 
     Returns:
       the number of the last version before (0 for none) and now.
@@ -159,28 +163,55 @@ def update(folder: Path, source: Path) -> tuple[int, int]:
       ValueError: the copy does not verify, is older, or is another registry; nothing is taken over.
     """
     need_trust()
-    theirs = read_versions(source)[0]
-    read_log(theirs)
-    mine = read_versions(folder)[0].version if folder.exists() else 0
-    if theirs.version < mine:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder; choose another place for the registry")
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place)
+        versions = _verified_copy(source, copy)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            return _take_over(folder, source, copy, versions), versions
+
+
+def _verified_copy(source: Path, copy: Path) -> int:
+    """Copies a registry and verifies the copy: whoever can write the source may change it anytime.
+
+    Returns:
+      how many versions it has.
+    """
+    for number in range(1, read_versions(source)[0].version + 1):
+        _write(version_file(copy, number), read_file(version_file(source, number)))
+    if log := _bytes(source / LOG):
+        _write(copy / LOG, log)
+    try:
+        theirs = read_versions(copy)[0]
+        read_log(theirs)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(copy), str(source))) from error
+    return theirs.version
+
+
+def _take_over(folder: Path, source: Path, copy: Path, versions: int) -> int:
+    """Writes what a verified copy has beyond a registry; returns the version before, 0 for none."""
+    is_empty = all(name.startswith(".") for name in os.listdir(folder))
+    mine = 0 if is_empty else read_versions(folder)[0].version
+    if versions < mine:
         raise ValueError(
-            f"{source}: its last version is {theirs.version}, and {folder} has {mine} already; get "
-            "a newer copy"
+            f"{source}: its last version is {versions}, and {folder} has {mine} already; get a "
+            "newer copy"
         )
-    names = [f"{number}.json" for number in range(1, theirs.version + 1)]
-    for name in names[:mine]:
-        if read_file(folder / name) != read_file(source / name):
-            raise ValueError(f"{source / name}: not the version that {folder} has; it is another")
-    log, known = (_bytes(place / LOG) for place in (source, folder))
+    files = [version_file(Path(), number) for number in range(1, versions + 1)]
+    for file in files[:mine]:
+        if read_file(folder / file) != read_file(copy / file):
+            raise ValueError(f"{source / file}: not the version that {folder} has; it is another")
+    log, known = (_bytes(place / LOG) for place in (copy, folder))
     if not log.startswith(known):
         raise ValueError(f"{source / LOG}: not a continuation of {folder / LOG}; get it again")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        if log:
-            _write(folder / LOG, log)
-        for name in names[mine:]:
-            _write(folder / name, read_file(source / name))
-    return mine, theirs.version
+    if log:
+        _write(folder / LOG, log)
+    for file in files[mine:]:
+        _write(folder / file, read_file(copy / file))
+    return mine
 
 
 def _bytes(file: Path) -> bytes:
@@ -231,6 +262,11 @@ def _pending(folder: Path) -> "tuple[Metadata[Root] | None, Metadata[Root]]":
     expected = 1 if before is None else before.signed.version + 1
     if metadata.signed.version != expected:
         raise ValueError(f"{file}: expected version {expected}; delete it, and propose it again")
+    root = metadata.signed if before is None else before.signed
+    check_follows(metadata, before, file)
+    # Whoever can write the folder could put a version there, for others to sign.
+    if not metadata.signatures.keys() & root.keys.keys():
+        raise ValueError(f"{file}: nobody who has a root key proposed this version; delete it")
     return before, metadata
 
 
@@ -255,8 +291,8 @@ def _propose(
 
     if (folder / PENDING).exists():
         raise ValueError(
-            f"{folder / PENDING}: this version waits for signatures; sign it with `flexolmo "
-            "registry sign`, or delete it"
+            f"{folder / PENDING}: this version waits for signatures; look at it with `flexolmo "
+            "registry show`, then sign it with `flexolmo registry sign`, or delete it"
         )
     return _sign(folder, before, Metadata(root), key)
 
@@ -269,19 +305,34 @@ def _sign(
 ) -> Change:
     from securesystemslib.signer import CryptoSigner
 
+    is_proposal = not metadata.signatures
     signers = [metadata.signed] if before is None else [before.signed, metadata.signed]
+    signers = signers[:1] if is_proposal else signers
     public = public_of(key)
     if not any(key_id(public) in root.keys for root in signers):
         raise ValueError(f"{folder}: the key {key_id(public)[:12]} is none of its root keys")
     metadata.sign(CryptoSigner(key, tuf_key(public)), append=True)
     version, data = metadata.signed.version, metadata.to_bytes()
     missing = check_follows(parse_version(data, folder / PENDING), before, folder / PENDING)
+    if before is not None and not missing:
+        _check_log(folder, metadata)
     folder.mkdir(parents=True, exist_ok=True)
-    with new_file(folder / PENDING, "wb") as opened:
-        opened.write(data)
+    _write(folder / PENDING, data)
     if not missing:
         (folder / PENDING).rename(version_file(folder, version))
     return Change(version, missing)
+
+
+def _check_log(folder: Path, metadata: "Metadata[Root]") -> None:
+    """Raises ValueError if nobody could read the log any more once a version is in force."""
+    first_digest = read_versions(folder)[0].first_digest
+    try:
+        read_log(registry_of(folder, metadata, first_digest))
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / PENDING}: this version does not accept what was written into the log since "
+            f"it was proposed ({error}); delete it, and propose it again"
+        ) from error
 
 
 def _new_root(root_keys: Sequence[str], threshold: int, expires: datetime.datetime) -> "Root":

@@ -44,13 +44,15 @@ def sign_package(path: str | Path, key_file: str | Path) -> Path:
     import model_signing
 
     package = Package.open(Path(path))
+    file = signature_file(package.folder)
+    if file.is_dir():
+        raise ValueError(f"{file}: a folder, and the signature belongs there; rename the folder")
     hashing = model_signing.hashing.Config().set_ignored_paths(paths=[], ignore_git_paths=False)
     signing = model_signing.signing.Config().set_hashing_config(hashing)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "signature"
         signing.use_elliptic_key_signer(private_key=Path(key_file)).sign(package.folder, made)
         data = made.read_bytes()
-    file = signature_file(package.folder)
     signed = bundle.read_bundle(data, file)
     check_signed(signed, keys.public_of(private), file)
     try:

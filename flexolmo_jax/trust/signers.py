@@ -97,12 +97,12 @@ def read_signer(value: Any, where: str) -> Signer:
     if revoked is not None:
         if not isinstance(revoked, Mapping) or set(revoked) != {"time", "reason"}:
             raise ValueError(f"{where}: expected revoked to be null, or a time and a reason")
-        revoked = Revoked(read_time(revoked["time"], where), _text(revoked["reason"], where))
+        revoked = Revoked(read_time(revoked["time"], where), check_line(revoked["reason"], where))
     experts = value["experts"]
     if not isinstance(experts, list):
         raise ValueError(f"{where}: expected experts to be a list of names")
     return make_signer(
-        _text(value["name"], where), check_public(value["key"], where), value["role"],
+        value["name"], check_public(value["key"], where), value["role"],
         tuple(experts), read_time(value["from"], where), read_time(value["until"], where),
         revoked, where=where,
     )  # fmt: skip
@@ -124,6 +124,7 @@ def make_signer(
     Raises:
       ValueError: they do not; `where` says where they stand.
     """
+    check_line(name, f"{where}: the name")
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"{where}: expected a role, {', '.join(ROLES)}; found {role!r:.100}")
     if (role == "owner") != bool(experts):
@@ -173,11 +174,16 @@ def read_time(text: Any, where: str) -> datetime.datetime:
     raise ValueError(f"{where}: expected a time such as 2026-11-29T08:00:00Z, found {text!r:.100}")
 
 
-def _a(role: str) -> str:
-    return f"an {role}" if role == "owner" else f"a {role}"
+def check_line(value: Any, where: str) -> str:
+    """The value itself, if it is a line of text.
 
-
-def _text(value: Any, where: str) -> str:
+    Raises:
+      ValueError: it is not; `where` says where it stands.
+    """
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise ValueError(f"{where}: expected a line of text, found {value!r:.100}")
     return value
+
+
+def _a(role: str) -> str:
+    return f"an {role}" if role == "owner" else f"a {role}"

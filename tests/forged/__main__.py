@@ -1,6 +1,6 @@
 """Changes signed packages, signatures, registries and logs, and sees whether the verifier notices.
 
-    python -m tests.forged --count 3000 --seed 0
+    python -m tests.forged --count 4000 --seed 0
 
 Each attempt changes one thing in a copy of a small world of signed packages, as somebody could who
 lacks the keys that it would take. It must be refused in one plain sentence, or change nothing that
@@ -80,7 +80,7 @@ def attempt(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=3000)
+    parser.add_argument("--count", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=int, default=20)
     parser.add_argument("--only", type=int, help="this attempt alone, as a report names it")

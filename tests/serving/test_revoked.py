@@ -3,6 +3,7 @@
 import datetime
 import logging
 import shutil
+import threading
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from flexolmo_jax.federation.package import Package
 from flexolmo_jax.model import load
 from flexolmo_jax.serving import signed
 from flexolmo_jax.serving.keys import KEYS, Policy
-from flexolmo_jax.trust import keys, log, registry_changes
+from flexolmo_jax.trust import keys, log, registry_changes, trusted
 from flexolmo_jax.trust.signatures import sign_package
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -138,6 +139,26 @@ def test_a_registry_that_goes_back_or_vanishes_stops_it(own, monkeypatch, caplog
     shutil.rmtree(registry)
     own.server.wait_until(lambda: "lines before" not in own.error(503)["message"])
     shutil.copytree(kept, registry)
+    own.server.wait_until(lambda: own.served == ("public", "code"))
+
+
+def test_a_registry_that_does_not_answer_stops_it(own, monkeypatch):
+    """As a disk of the network that hangs: what was revoked meanwhile is not known."""
+    answers = threading.Event()
+    read = trusted._read
+
+    def wait(folder):
+        answers.wait(60)
+        return read(folder)
+
+    monkeypatch.setattr(trusted, "_read", wait)
+    monkeypatch.setattr(signed, "GRACE", 1.0)
+    try:
+        own.log(log.REVOKED, expert="math")
+        own.server.wait_until(lambda: own.served == ())
+        assert "takes too long" in own.error(503)["message"]
+    finally:
+        answers.set()
     own.server.wait_until(lambda: own.served == ("public", "code"))
 
 

@@ -5,10 +5,13 @@ import json
 import shutil
 
 import pytest
+from securesystemslib.signer import CryptoSigner
+from tuf.api.metadata import Metadata
 
+from flexolmo_jax.trust import log
 from flexolmo_jax.trust import registry_changes as changes
-from flexolmo_jax.trust.keys import make_keys, public_of, read_private, read_public
-from flexolmo_jax.trust.registry import PENDING, Registry
+from flexolmo_jax.trust.keys import make_keys, public_of, read_private, read_public, tuf_key
+from flexolmo_jax.trust.registry import PENDING, Registry, read_file, read_versions
 from flexolmo_jax.trust.signers import make_signer, utc_now
 
 YEAR = datetime.timedelta(days=365)
@@ -97,12 +100,101 @@ def test_a_version_counts_once_a_threshold_has_signed(registry, keys):
 
 def test_root_keys_change_only_by_the_old_ones(registry, keys):
     new = [public_of(keys["second"])]
-    assert changes.renew(registry, keys["second"], root_keys=new) == (4, 1)
+    with pytest.raises(ValueError, match="none of its root keys"):
+        changes.renew(registry, keys["second"], root_keys=new)
+    assert changes.renew(registry, keys["root"], root_keys=new) == (4, 1)
     assert list(Registry.open(registry).root_keys.values()) == [public_of(keys["root"])]
-    assert changes.cosign(registry, keys["root"]) == (4, 0)
+    assert changes.cosign(registry, keys["second"]) == (4, 0)
     assert list(Registry.open(registry).root_keys.values()) == new
     with pytest.raises(ValueError, match="none of its root keys"):
         changes.renew(registry, keys["root"])
+
+
+def test_nobody_signs_what_no_root_key_proposed(registry, keys):
+    """Whoever can write the folder puts a version there, signed with a root key of its own."""
+    root = read_versions(registry)[1].signed
+    mine = changes.create(registry.parent / "mine", [public_of(keys["third"])], 1, keys["third"])
+    assert mine == (1, 0)
+    third = read_versions(registry.parent / "mine")[1].signed
+    root.version, root.keys, root.roles = 4, third.keys, third.roles
+    planted = Metadata(root)
+    for signature in ((), (CryptoSigner(keys["third"], tuf_key(public_of(keys["third"]))),)):
+        for one in signature:
+            planted.sign(one)
+        (registry / PENDING).write_bytes(planted.to_bytes())
+        with pytest.raises(ValueError, match="nobody who has a root key proposed this version"):
+            changes.cosign(registry, keys["root"])
+        with pytest.raises(ValueError, match="nobody who has a root key proposed this version"):
+            changes.read_pending(registry)
+    with pytest.raises(ValueError, match="look at it with `flexolmo registry show`"):
+        changes.renew(registry, keys["root"])
+    assert Registry.open(registry).version == 3
+
+
+def test_no_version_makes_the_log_unreadable(registry, keys):
+    """A coordinator writes a line after its key's revocation was proposed, and before it holds."""
+    both = [public_of(keys["root"]), public_of(keys["second"])]
+    changes.renew(registry, keys["root"], root_keys=both, threshold=2)
+    changes.cosign(registry, keys["second"])
+    given = (registry, "hub", "laptop stolen", keys["root"])
+    assert changes.revoke_signer(*given) == (5, 1)
+    log.append(registry, keys["hub"], log.REVOKED, package="ab" * 32, reason="meanwhile")
+    pending = (registry / PENDING).read_bytes()
+    with pytest.raises(ValueError, match="delete it, and propose it again"):
+        changes.cosign(registry, keys["second"])
+    assert (registry / PENDING).read_bytes() == pending
+    assert len(log.read(Registry.open(registry))) == 1
+    (registry / PENDING).unlink()
+    assert changes.revoke_signer(*given) == (5, 1)
+    assert changes.cosign(registry, keys["second"]) == (5, 0)
+    assert [line.reason for line in log.read(Registry.open(registry))] == ["meanwhile"]
+
+
+def test_an_update_takes_over_nothing_that_it_did_not_verify(registry, keys, monkeypatch):
+    """The copy's folder is changed while it is read: after its first verification."""
+    mine, source = registry.parent / "mine", registry.parent / "source"
+    shutil.copytree(registry, source)
+    changes.update(mine, registry)
+    changes.renew(source, keys["root"])
+
+    def change(file):
+        data = read_file(file)
+        return data.replace(b"News Ltd", b"Nobody!!") if file == source / "4.json" else data
+
+    monkeypatch.setattr(changes, "read_file", change)
+    with pytest.raises(ValueError, match="source/4.json"):
+        changes.update(mine, source)
+    monkeypatch.undo()
+    assert Registry.open(mine).version == 3 and not (mine / "4.json").exists()
+    assert changes.update(mine, source) == (3, 4)
+
+
+def test_updates_at_the_same_time_do_not_go_back(registry, keys, monkeypatch):
+    """One that began with an older copy ends after one with a newer copy."""
+    mine, older = registry.parent / "mine", registry.parent / "older"
+    changes.update(mine, registry)
+    log.append(registry, keys["hub"], log.REVOKED, package="ab" * 32, reason="first")
+    shutil.copytree(registry, older)
+    log.append(registry, keys["hub"], log.REVOKED, package="cd" * 32, reason="second")
+    locked = changes._locked
+
+    def late(folder):
+        monkeypatch.undo()
+        changes.update(mine, registry)
+        return locked(folder)
+
+    monkeypatch.setattr(changes, "_locked", late)
+    with pytest.raises(ValueError, match="not a continuation of"):
+        changes.update(mine, older)
+    assert len(log.read(Registry.open(mine))) == 2
+
+
+def test_an_empty_folder_can_be_updated(registry, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert changes.update(tmp_path / "empty", registry) == (0, 3)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="not a folder"):
+        changes.update(tmp_path / "file", registry)
 
 
 def test_an_expired_registry_is_refused_until_renewed(registry, keys):

@@ -114,6 +114,18 @@ def test_wrong_use_is_one_line(signed, tmp_path, refused):
     assert "no such folder" in refused("verify", signed.math, "--keys", tmp_path / "none")
     assert "not a registry" in refused("verify", signed.math, "--keys", signed.math)
     assert "private key" in refused("sign", signed.math, "--key", signed.key("math.pub"))
+    assert "expected a time of this century" in refused(*add, "publisher", "--from", "9999-12-31")
+    assert "a threshold from 1" in refused("registry", "renew", registry, *key, "--threshold", 0)
+    for line in ("", "a\nb"):
+        words = ("--name", "math", "--reason", line, *key)
+        assert "the reason: expected a line" in refused("registry", "revoke-key", registry, *words)
+        words = ("--name", line, *public, "--role", "publisher", *key)
+        assert "the name: expected a line" in refused("registry", "add", registry, *words)
+    assert "none: no such folder" in refused("registry", "keygen", tmp_path / "none" / "key")
+    signature_file(signed.math).unlink()
+    signature_file(signed.math).mkdir()
+    said = refused("sign", signed.math, "--key", signed.key("math"))
+    assert "math.sig: a folder, and the signature belongs there" in said
     assert "no such folder" in refused("sign", signed.key("math"), "--key", signed.key("math"))
 
 
