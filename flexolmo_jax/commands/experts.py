@@ -106,7 +106,7 @@ def _record_removal(args: argparse.Namespace) -> bool:
         verify_signature(model, Registry.open(args.log))
     digests = {entry["name"]: entry["digest"] for entry in model.manifest["experts"]}
     if digests.keys() >= set(args.names):  # else the removal is refused
-        for name in args.names:
+        for name in dict.fromkeys(args.names):
             about = {"expert": name, "package": digests[name], "reason": args.reason}
             log.append(args.log, key, log.REMOVED, **about)
     return is_signed

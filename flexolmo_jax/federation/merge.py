@@ -215,7 +215,7 @@ def add_expert(
       model: the merged model.
       packages: expert packages.
       allow_share: as in `merge`.
-      require: as in `merge`, of the packages that are in the model too.
+      require: as in `merge`; of the model itself and of the packages that are in it, too.
 
     Raises:
       ValueError: as `merge`; the model is unchanged.
@@ -238,7 +238,7 @@ def _add(
     allow_share: float | None,
     require: Require | None,
 ) -> Added:
-    opened = open_merged(Package.open(model, "merged"), require=require)
+    opened = open_merged(open_required(model, "merged", require), require=require)
     manifest, anchor = opened.manifest, opened.anchor
     added = [open_required(path, "expert", require) for path in packages]
     whole = [*opened.experts, *added]

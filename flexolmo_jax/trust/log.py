@@ -7,6 +7,7 @@ that saw more lines before refuses that (`Trusted`).
 """
 
 import datetime
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 ADMITTED, REJECTED, REMOVED = "admitted", "rejected", "removed"
 REVOKED, REINSTATED = "revoked", "reinstated"
+MAX_BYTES = 2**28  # of a log; one with 100,000 lines has a third of it
 _NEEDED = {  # by each event
     ADMITTED: ("expert", "package"),
     REJECTED: ("expert", "package", "reason"),
@@ -77,13 +79,15 @@ def read(registry: Registry) -> tuple[Entry, ...]:
     Raises:
       ValueError: a line was changed, dropped or moved, is not signed by a key that was a
         coordinator's at its time, or is not one of such a log; the log is shorter than the
-        registry says, or another one.
+        registry says, or another one, or too large.
     """
     file = registry.folder / LOG
     entries = []
     try:
-        with open_regular(file):  # never waits for a pipe
-            pass
+        with open_regular(file) as opened:  # never waits for a pipe
+            size = os.fstat(opened.fileno()).st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{file}: expected at most {MAX_BYTES} bytes, found {size}")
         for record in hash_chain.read(file):
             entries.append(_entry(record, registry, file))
     except FileNotFoundError:

@@ -179,7 +179,9 @@ def _verified_copy(source: Path, copy: Path) -> int:
     Returns:
       how many versions it has.
     """
-    for number in range(1, read_versions(source)[0].version + 1):
+    theirs = read_versions(source)[0]
+    read_log(theirs)  # nothing is copied that is not one, or too large
+    for number in range(1, theirs.version + 1):
         _write(version_file(copy, number), read_file(version_file(source, number)))
     if log := _bytes(source / LOG):
         _write(copy / LOG, log)

@@ -75,7 +75,7 @@ def test_a_removal_leaves_a_record_and_a_signed_model(signed_world, flexolmo, re
     assert "--log needs --key" in refused(*remove, *record[:2])
     assert "--key needs --log" in refused(*remove, *record[2:])
     assert "expected that of a coord" in refused(*remove, *record[:3], world.key("mia"))
-    code, said, error = flexolmo(*remove, *record, "--reason", "its owner left")
+    code, said, error = flexolmo(*remove, "math", *record, "--reason", "its owner left")
     assert code == 0 and "the model is signed again" in said, error
     [line] = lines(flexolmo, world)
     assert (line["event"], line["expert"], line["package"]) == ("removed", "math", digest)

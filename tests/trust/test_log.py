@@ -73,6 +73,17 @@ def test_lines_come_back_with_who_signed_them(own):
     assert [entry.reason for entry in log.rejections(entries).values()] == ["NaN in a row"]
 
 
+def test_a_log_of_any_size_is_refused_at_once(own):
+    """A file of zeros takes no room on the disk, and would be read as one line."""
+    folder = filled(own)
+    os.truncate(folder / "log.jsonl", log.MAX_BYTES + 1)
+    with pytest.raises(ValueError, match="expected at most 268435456 bytes"):
+        log.read(Registry.open(folder))
+    with pytest.raises(ValueError, match="expected at most 268435456 bytes"):
+        registry_changes.update(own / "mine", folder)
+    assert not (own / "mine").exists()
+
+
 def test_an_empty_registry_has_an_empty_log(own):
     assert log.read(Registry.open(own / "registry")) == ()
 

@@ -193,6 +193,9 @@ def test_merging_can_require_signatures(signed):
     assert not out.exists()
     merge(signed.anchor, [signed.math], out, require=require)
     before = (out / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match=r"out\.sig: no signature"):
+        add_expert(out, signed.code, require=require)
+    sign_package(out, signed.key("hub"))
     with pytest.raises(ValueError, match=r"code\.sig: no signature"):
         add_expert(out, signed.code, require=require)
     assert (out / "manifest.json").read_bytes() == before

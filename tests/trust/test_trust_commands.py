@@ -60,6 +60,9 @@ def test_owners_sign_and_a_coordinator_merges(copied, tmp_path, said, refused, f
 
     assert "run `flexolmo sign` again" in said("experts", "remove", out, "code")
     assert "not the file that was signed" in refused("verify", out, "--keys", registry)
+    changed = refused("experts", "add", out, experts[1], *signed)
+    assert "manifest.json: not the file that was signed" in changed
+    said("sign", out, "--key", keys / "hub")
     signature_file(experts[1]).rename(tmp_path / "kept")
     assert "code.sig: no signature" in refused("experts", "add", out, experts[1], *signed)
     (tmp_path / "kept").rename(signature_file(experts[1]))
