@@ -57,10 +57,10 @@ def check_loss(model: FlexOlmo, name: str, texts: Texts, bounds: Loss) -> list[R
     # A rise that is not a number is the worst.
     worst = max(rises, key=lambda domain: (rises[domain] != rises[domain], rises[domain]))
     why = (
-        f"Of {len(rows)} domains it harms {worst} most: {rows[worst]['with']:.3f} bits per byte "
+        f"It harms {worst} most: {rows[worst]['with']:.3f} bits per byte "
         f"with it, {rows[worst]['without']:.3f} without."
         if not rises[worst] <= 0
-        else f"It harms none of {len(rows)} domains."
+        else "It harms no domain."
     )
     return [
         *results,

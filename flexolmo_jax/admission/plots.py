@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from flexolmo_jax.admission.results import Report, Result
 from flexolmo_jax.admission.spectral import Figures
@@ -71,8 +72,10 @@ def _matrices(result: Result) -> Figure:
         is_last = number == len(panels)
         axes.set_xticks(range(len(own)), list(own) if is_last else [""] * len(own), rotation=60)
         axes.tick_params(which="both", labelsize=7)
-        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            ticks("{x:.3g}")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        # Over few powers of ten the ticks between them are named too; over many they would overlap.
+        axes.yaxis.set_minor_formatter("{x:.3g}" if high < 10 * low else NullFormatter())
     return figure
 
 

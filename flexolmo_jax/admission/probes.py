@@ -134,7 +134,7 @@ def check_probes(
     failed, failed_before = leads > bounds.margin, before > bounds.margin
     subset, probe = divmod(int(leads.argmax()), len(probes))
     everything = failed[[len(own) for own in sets].index(len(model.expert_names))]
-    why = f"The worst of {len(probes)} probes in {len(sets)} subsets is {probes[probe].where}"
+    why = f"Of {len(probes)} probes in {len(sets)} subsets the worst is {probes[probe].where}"
     why += f" with {_said(sets[subset], model.expert_names)}"
     if failed.any():
         why += (

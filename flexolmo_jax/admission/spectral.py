@@ -124,12 +124,10 @@ def check_spectral(package: Package, cohort: Cohort, bounds: Spectral) -> list[R
     of_others = {name: [x[name] for x in all_norms if name in x] for name in own_norms}
     titles = "matrices out of the cohort", "norms out of the cohort"
     if len(members) < bounds.members:
-        few = f"{len(members)} admitted packages: {bounds.members} are needed to say what is usual."
+        few = f"Admitted packages: {len(members)}; it takes {bounds.members} to say what is usual."
         return [
-            not_judged("spectral", titles[0], f"There are {few}", figures=_rows(flat, others, {})),
-            not_judged(
-                "spectral", titles[1], f"There are {few}", figures=_rows(own_norms, of_others, {})
-            ),
+            not_judged("spectral", titles[0], few, figures=_rows(flat, others, {})),
+            not_judged("spectral", titles[1], few, figures=_rows(own_norms, of_others, {})),
         ]
     z: dict[str, float] = {}
     for name in flat:
