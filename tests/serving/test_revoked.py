@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from flexolmo_jax.federation.merge import add_expert, remove_expert
+from flexolmo_jax.federation.merge import add_expert, merge, remove_expert
 from flexolmo_jax.federation.package import Package
 from flexolmo_jax.model import load
 from flexolmo_jax.serving import signed
@@ -140,6 +140,27 @@ def test_a_registry_that_goes_back_or_vanishes_stops_it(own, monkeypatch, caplog
     own.server.wait_until(lambda: "lines before" not in own.error(503)["message"])
     shutil.copytree(kept, registry)
     own.server.wait_until(lambda: own.served == ("public", "code"))
+
+
+def test_requests_on_a_model_that_was_replaced_end_too(own, make_expert):
+    """The owner sent another package, which was merged, and then the first one was revoked."""
+    world, server = own.world, own.server
+    digest = Package.open(world.experts["math"]).digest
+    another = make_expert(world.root / "another", "math")
+    sign_package(another, world.key("mia"))
+    merge(world.anchor, [another, world.experts["code"]], world.root / "new", allow_share=None)
+    running, other = server.stream(), server.stream(experts={"without": ["math"]})
+    server.wait_until(lambda: running.text and other.text)
+    before = server.service.model
+    (world.root / "new" / "manifest.json").replace(world.merged / "manifest.json")
+    sign_package(world.merged, world.key("cora"))
+    server.wait_until(lambda: server.service.model is not before)
+    assert running.is_alive()
+    own.log(log.REVOKED, package=digest)
+    running.join(30)
+    assert running.ended == "expert_withdrawn" and "math" in own.served
+    other.join(30)
+    assert other.ended == "length"
 
 
 def test_a_registry_that_does_not_answer_stops_it(own, monkeypatch):
