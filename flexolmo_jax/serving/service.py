@@ -259,7 +259,8 @@ class Service:
             await asyncio.sleep(WATCH_SECONDS)
             try:
                 await asyncio.to_thread(registry.follow)
-                self._failed.pop("registry", None)
+                if self._failed.pop("registry", None) is not None:
+                    log.info("the registry is verified again")
             except Exception as error:
                 if self._failed.get("registry") != str(error):
                     self._failed["registry"] = str(error)
@@ -279,7 +280,7 @@ class Service:
         for name in now.revoked.keys() - before.revoked.keys():
             log.error("the expert %s is not used any more: %s", name, now.revoked[name])
         for name in before.revoked.keys() - now.revoked.keys():
-            if now.refused is None:
+            if now.refused is None and name in self.model.expert_names:
                 log.info("the expert %s may be used again", name)
         if now.refused != before.refused:
             said = "is served again" if now.refused is None else f"is not served: {now.refused}"
