@@ -10,7 +10,7 @@ import concurrent.futures
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 
 import jax
 import numpy as np
@@ -46,7 +46,7 @@ class Job:
 
     request: Request
     engine: Engine | Leader
-    names: tuple[str, ...]  # of the experts that `request.allowed` is about
+    model: FlexOlmo  # whose experts `request.allowed` is about
     events: asyncio.Queue
     has_ended: bool = False
     told: int = 0  # tokens
@@ -97,7 +97,7 @@ class Runner:
         """
         model, engine = self._current
         engine.check(request)
-        job = Job(request, engine, model.expert_names, events)
+        job = Job(request, engine, model, events)
         self.count += 1
         self._do(lambda: self._add(job))
         return job
@@ -106,12 +106,19 @@ class Runner:
         """Ends a request; its slot is free from the next step on."""
         self._do(lambda: job.engine.cancel(job.request, reason))
 
-    def withdraw(self, names: Sequence[str]) -> None:
-        """Ends the requests that may use one of these experts, as "expert_withdrawn"."""
+    def withdraw(self, off: Callable[[FlexOlmo], Collection[str]]) -> None:
+        """Ends the requests that may use certain experts, as "expert_withdrawn".
+
+        Args:
+          off: the names of these experts, of a model in use: of one that was replaced, too.
+        """
 
         def end() -> None:
+            models = {id(job.model): job.model for job in self._jobs}
+            names = {own: list(off(model)) for own, model in models.items()}
             for job in self._jobs:
-                if np.any(job.request.allowed & np.isin(job.names, names)):
+                is_off = np.isin(job.model.expert_names, names[id(job.model)])
+                if np.any(job.request.allowed & is_off):
                     job.engine.cancel(job.request, "expert_withdrawn")
 
         self._do(end)

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import jax
@@ -245,7 +245,7 @@ class Service:
             gone = set(self.sources.names[1:]) - self._entries
             withdrawn = self.sources.withdrawn | gone
             self.sources = dataclasses.replace(self.sources, withdrawn=withdrawn)
-            self.runner.withdraw(sorted(gone))
+            self.runner.withdraw(lambda model: gone)
         self._has_changed.set()
 
     def _state_of_model(self) -> tuple[object, ...]:
@@ -259,7 +259,8 @@ class Service:
             await asyncio.sleep(WATCH_SECONDS)
             try:
                 await asyncio.to_thread(registry.follow)
-                self._failed.pop("registry", None)
+                if self._failed.pop("registry", None) is not None:
+                    log.info("the registry is verified again")
             except Exception as error:
                 if self._failed.get("registry") != str(error):
                     self._failed["registry"] = str(error)
@@ -271,19 +272,26 @@ class Service:
         if self._registry is None:
             return
         before, now = self.sources, self._registry.standing(self.model.signed)
+        # Requests on a model that was replaced use packages of which the new one knows nothing.
+        self.runner.withdraw(self._off)
         if now == (before.revoked, before.refused):
             return
         self.sources = dataclasses.replace(before, revoked=now.revoked, refused=now.refused)
         for name in now.revoked.keys() - before.revoked.keys():
             log.error("the expert %s is not used any more: %s", name, now.revoked[name])
         for name in before.revoked.keys() - now.revoked.keys():
-            if now.refused is None:
+            if now.refused is None and name in self.model.expert_names:
                 log.info("the expert %s may be used again", name)
-        gone = sorted(now.revoked) if now.refused is None else self.model.expert_names
-        self.runner.withdraw(gone)
         if now.refused != before.refused:
             said = "is served again" if now.refused is None else f"is not served: {now.refused}"
             log.error("the model %s", said)
+
+    def _off(self, model: FlexOlmo) -> Collection[str]:
+        """The experts of a model that may not be used now."""
+        if self._registry is None:
+            return ()
+        standing = self._registry.standing(model.signed)
+        return standing.revoked if standing.refused is None else model.expert_names
 
     async def _load_changes(self) -> None:
         while True:

@@ -57,7 +57,8 @@ class Sources:
         return None
 
     def _why_off(self, name: str) -> str:
-        return f"was revoked: {self.revoked[name]}" if name in self.revoked else "was withdrawn"
+        why = self.revoked.get(name)
+        return "was withdrawn" if why is None else f"may not be used: {why}"
 
     def permitted(self, policy: Policy) -> tuple[str, ...]:
         """The experts that a key may use."""
