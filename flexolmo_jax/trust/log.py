@@ -131,7 +131,7 @@ def append(
     given = (event, expert, package, reason, report, keys.key_id(public))
     record = dict(zip(_FIELDS, given, strict=True))
     _check_fields(record, str(file))
-    _check_news(revocations(before), record, file)
+    _check_news(revocations(registry, before), record, file)
 
     def signed(line: dict[str, Any]) -> str:
         return _sign(key, _statement(line, registry))
@@ -141,14 +141,14 @@ def append(
     return next(entry for entry in read(registry) if entry.digest == digest)
 
 
-def revocations(entries: Iterable[Entry]) -> dict[str, Entry]:
+def revocations(registry: Registry, entries: Iterable[Entry]) -> dict[str, Entry]:
     """The revocations that hold, by `target`."""
-    return _last(entries, REVOKED, REINSTATED)
+    return _last(registry, entries, REVOKED, REINSTATED)
 
 
-def rejections(entries: Iterable[Entry]) -> dict[str, Entry]:
+def rejections(registry: Registry, entries: Iterable[Entry]) -> dict[str, Entry]:
     """The rejections that hold, by `target`; a later admission of the package ends one."""
-    return _last(entries, REJECTED, ADMITTED)
+    return _last(registry, entries, REJECTED, ADMITTED)
 
 
 def target(expert: str | None, package: str | None) -> str:
@@ -156,12 +156,21 @@ def target(expert: str | None, package: str | None) -> str:
     return f"package {package}" if package else f"expert {look(str(expert))}"
 
 
-def _last(entries: Iterable[Entry], begins: str, ends: str) -> dict[str, Entry]:
-    found: dict[str, Entry] = {}
+def _last(registry: Registry, entries: Iterable[Entry], begins: str, ends: str) -> dict[str, Entry]:
+    """What began and has not ended.
+
+    A line says itself when it was written. So whoever has a key that has expired could date one
+    back; it may begin something, and ends nothing until a version of the registry names it.
+    """
+    now, found = utc_now(), dict[str, Entry]()
+    current = {
+        signer.name for signer in registry.coordinators if signer.start <= now < signer.until
+    }
+    pinned = 0 if registry.log is None else registry.log.number
     for entry in entries:
         if entry.event == begins:
             found[target(entry.expert, entry.package)] = entry
-        elif entry.event == ends:
+        elif entry.event == ends and (entry.number <= pinned or entry.signer in current):
             found.pop(target(entry.expert, entry.package), None)
     return found
 

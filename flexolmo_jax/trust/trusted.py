@@ -153,7 +153,8 @@ class Trusted:
 
     def _take(self, registry: Registry, entries: tuple[Entry, ...]) -> None:
         self.registry, self.entries = registry, entries
-        self._revoked, self._rejected = log.revocations(entries), log.rejections(entries)
+        self._revoked = log.revocations(registry, entries)
+        self._rejected = log.rejections(registry, entries)
 
 
 def _read(folder: Path) -> tuple[Registry, tuple[Entry, ...]]:

@@ -77,9 +77,10 @@ def read_report(file: Path, month: str | None = None) -> Report:
 
     def see(record: dict[str, Any]) -> None:
         own = record["time"][:7]
-        if month in (None, own):
-            if month is None and own not in by_month:
-                by_month.clear()  # lines come in the order of time
+        if month is None and max(by_month, default="") < own:
+            by_month.clear()  # a clock may have been set back: no earlier month takes its place
+            by_month[own] = []
+        if own in by_month or own == month:
             by_month.setdefault(own, []).append(record)
 
     contents = replay(file, see)

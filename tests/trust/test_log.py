@@ -63,14 +63,16 @@ def filled(own):
 
 
 def test_lines_come_back_with_who_signed_them(own):
-    entries = log.read(Registry.open(filled(own)))
+    registry = Registry.open(filled(own))
+    entries = log.read(registry)
     assert [entry.number for entry in entries] == [1, 2, 3, 4, 5, 6]
     assert [entry.signer for entry in entries] == ["ann", "ann", "bob", "ann", "bob", "bob"]
     assert entries[0][3:8] == ("admitted", "news", NEWS, None, "ef" * 32)
-    assert {x: e.reason for x, e in log.revocations(entries).items()} == {
+    assert {x: e.reason for x, e in log.revocations(registry, entries).items()} == {
         "expert math": "of a poisoner"
     }
-    assert [entry.reason for entry in log.rejections(entries).values()] == ["NaN in a row"]
+    rejected = log.rejections(registry, entries).values()
+    assert [entry.reason for entry in rejected] == ["NaN in a row"]
 
 
 def test_a_log_of_any_size_is_refused_at_once(own):
@@ -249,6 +251,22 @@ def test_a_key_counts_while_it_is_valid(own, monkeypatch):
     with pytest.raises(ValueError, match="not valid since"):
         log.append(folder, key(own, "ann"), log.ADMITTED, expert="a", package=NEWS)
     assert len(log.read(Registry.open(folder))) == 6
+
+
+def test_an_expired_key_takes_nothing_back_unless_a_version_names_the_line(own, monkeypatch):
+    """Whoever has it could date a line back; what it revokes stays revoked."""
+    folder = filled(own)
+
+    def held():
+        registry = Registry.open(folder)
+        return {x for x, e in log.revocations(registry, log.read(registry)).items() if e.package}
+
+    assert not held()  # line 6 took it back
+    late = utc_now() + datetime.timedelta(days=2)
+    monkeypatch.setattr(log, "utc_now", lambda: late)
+    assert held() == {log.target(None, NEWS)}
+    registry_changes.renew(folder, key(own, "root"))
+    assert not held()
 
 
 @pytest.mark.parametrize(
