@@ -201,11 +201,12 @@ def _show_pending(proposed: "Registry", missing: int) -> None:
 def _show(registry: "Registry", title: str) -> None:
     fields = {
         "expires": time_text(registry.expires),
-        "sha256 of 1.json": registry.first_digest,
         "root keys": " ".join(key[:12] for key in registry.root_keys),
         "signatures needed": registry.threshold,
     }
     show_fields({name: value for name, value in fields.items() if value}, title)
+    if registry.first_digest:  # on one line, for it is to be compared
+        tell(f"1.json: sha256 {registry.first_digest}")
     rows = [
         {
             "name": signer.name, "role": signer.role, "experts": " ".join(signer.experts),

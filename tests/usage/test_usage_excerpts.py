@@ -150,4 +150,4 @@ def test_the_command_makes_keys_once(flexolmo, refused, tmp_path):
     assert flexolmo("usage", "keygen", file)[0] == 0
     assert b"PUBLIC KEY" in (tmp_path / "c.key.pub").read_bytes()
     assert "already there" in refused("usage", "keygen", file)
-    assert "No such file" in refused("usage", "keygen", tmp_path / "none" / "key")
+    assert "no such folder" in refused("usage", "keygen", tmp_path / "none" / "key")
