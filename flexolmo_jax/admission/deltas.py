@@ -1,4 +1,4 @@
-"""What an expert adds to the public weights: W - W_public of each matrix, whatever its form; heads."""
+"""What an expert adds to the public weights: W - W_public of each matrix in any form, and heads."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

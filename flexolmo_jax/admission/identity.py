@@ -42,7 +42,7 @@ def _of_name(package: Package, cohort: Cohort) -> Result:
 
 
 def _of_weights(package: Package, cohort: Cohort, bounds: Identity) -> Result:
-    measured = "likeness to the nearest admitted package"
+    measured = "likeness to an admitted one"
     if not cohort.members:
         return not_judged("identity", measured, "No package was admitted before.")
     rows = [
@@ -70,7 +70,7 @@ def _of_weights(package: Package, cohort: Cohort, bounds: Identity) -> Result:
 
 
 def distances(package: Package, member: Package, cohort: Cohort) -> dict[str, float | None]:
-    """{part: sine of the angle between what two packages add there}; None where one adds nothing."""
+    """{part: sine of the angle between what two packages add}; None where one adds nothing."""
     public = cohort.anchor.weights.public
     pairs = itertools.starmap(
         overlap,

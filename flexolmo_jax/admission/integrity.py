@@ -8,7 +8,7 @@ from flexolmo_jax.admission.results import Result
 from flexolmo_jax.federation.expert import check_made_for
 from flexolmo_jax.federation.package import Package, check_packages
 
-MEASURED = "files, digests, tensors, finite values, anchor"
+MEASURED = "files, tensors, anchor"
 
 
 def check_integrity(path: Path, cohort: Cohort, bounds: Integrity) -> tuple[Result, Package | None]:

@@ -11,9 +11,9 @@ from flexolmo_jax.evaluation.bits_per_byte import score
 from flexolmo_jax.federation.names import PUBLIC
 from flexolmo_jax.model import FlexOlmo
 
-ALONE = "rise on public text, this expert alone"
-PUBLIC_RISE = "rise on public text, beside the others"
-DOMAIN_RISE = "rise on an admitted domain, beside the others"
+ALONE = "public text, it alone"
+PUBLIC_RISE = "public text, beside others"
+DOMAIN_RISE = "domains, beside others"
 
 
 def check_loss(model: FlexOlmo, name: str, texts: Texts, bounds: Loss) -> list[Result]:
@@ -65,6 +65,13 @@ def check_loss(model: FlexOlmo, name: str, texts: Texts, bounds: Loss) -> list[R
     return [
         *results,
         judged(
-            "loss", DOMAIN_RISE, rises[worst], bounds.domain, bounds.fails, why, "change", rows=rows
+            "loss",
+            DOMAIN_RISE,
+            rises[worst],
+            bounds.domain,
+            bounds.fails,
+            why,
+            "change",
+            domains=rows,
         ),
-    ]
+    ]  # fmt: skip

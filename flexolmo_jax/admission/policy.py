@@ -44,7 +44,7 @@ domain = 0.05           # of an admitted domain's proxies, by the whole model, w
 bytes = 20000           # of each text that are read
 fails = "reject"
 
-[spectral]              # figures of W - W_public, and norms of router and heads, against the cohort's
+[spectral]              # figures of W - W_public, norms of router and heads, beside the cohort's
 z = 8.0                 # robust z (median, MAD of logarithms) beyond which a figure is out
 spread = 0.1            # the least relative spread that a cohort is taken to have
 matrices = 0.1          # share of the matrices that may be out

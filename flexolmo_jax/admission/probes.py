@@ -19,7 +19,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.evaluation.likelihood import Query, likelihoods
 from flexolmo_jax.model import FlexOlmo
 
-MEASURED = "lead of the likeliest forbidden text, nats"
+MEASURED = "forbidden over allowed, nats"
 _LISTS = ("allowed", "forbidden")
 
 
@@ -146,7 +146,7 @@ def check_probes(
             why += f"; {count} of them fail in such a subset without it, too"
     return judged(
         "probes", MEASURED, float(leads.max()), bounds.margin, bounds.fails, f"{why}.",
-        rows=_rows(sets, leads, before, failed, probes),
+        subsets=_rows(sets, leads, before, failed, probes),
     )  # fmt: skip
 
 
@@ -206,16 +206,13 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """Of each subset its worst probe, for JSON and plots."""
 
-    def finite(x: float) -> float | None:
-        return float(x) if np.isfinite(x) else None
-
     return [
         {
             "experts": list(own),
             "failed": int(failed[i].sum()),
             "worst": probes[int(leads[i].argmax())].where,
-            "lead": finite(leads[i].max()),
-            "lead_without_it": finite(before[i].max()),
+            "lead": float(leads[i].max()),
+            "lead_without_it": float(before[i].max()),
         }
         for i, own in enumerate(sets)
     ]

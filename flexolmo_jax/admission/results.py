@@ -41,13 +41,12 @@ class Result:
         if figure is None:
             return "-"
         if not math.isfinite(figure):
-            return "not finite"
+            return "NaN"
         return {"share": "{:.1%}", "change": "{:+.1%}"}.get(self.unit, "{:.3g}").format(figure)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; a figure that is not finite is null."""
-        fields = dataclasses.asdict(self)
-        return fields | {name: _finite(fields[name]) for name in ("value", "bound")}
+        return _finite(dataclasses.asdict(self))
 
 
 def judged(
@@ -108,5 +107,9 @@ class Report:
         return {"verdict": self.verdict, **fields, "cohort": list(self.cohort), "results": results}
 
 
-def _finite(figure: float | None) -> float | None:
-    return figure if figure is not None and math.isfinite(figure) else None
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,7 +13,7 @@ from flexolmo_jax.federation.package import Package
 from flexolmo_jax.federation.routing import without_evidence_head
 from flexolmo_jax.federation.shares import Shares, measure_shares
 
-ROWS, HEAD = "router row", "evidence head"
+ROWS, HEAD = "by router row", "by evidence"
 
 
 class Texts(NamedTuple):
@@ -34,7 +34,7 @@ def check_routing(
     """
     results = []
     for way in (ROWS, HEAD):
-        titles = f"public text taken by its {way}", f"an admitted domain taken by its {way}"
+        titles = f"public text, {way}", f"domains, {way}"
         missing = without_evidence_head(cohort.anchor, [package]) if way == HEAD else []
         if missing:
             why = f"There is no evidence head in {', '.join(missing)}."

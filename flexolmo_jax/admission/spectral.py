@@ -123,7 +123,7 @@ def check_spectral(package: Package, cohort: Cohort, bounds: Spectral) -> list[R
         for name in own_norms
         if len(values := [x[name] for x in all_norms if name in x]) >= bounds.members
     }
-    titles = "matrices with a figure beyond z", "norms of router and heads beyond z"
+    titles = "matrices out of the cohort", "norms out of the cohort"
     if len(members) < bounds.members:
         few = f"{len(members)} admitted packages: {bounds.members} are needed to say what is usual."
         return [
@@ -135,8 +135,8 @@ def check_spectral(package: Package, cohort: Cohort, bounds: Spectral) -> list[R
     worst = max(of_matrix, key=lambda name: of_matrix[name])
     out = sum(most > bounds.z for most, _ in of_matrix.values())
     why = (
-        f"{out} of {len(own)} matrices have a figure at a robust z above {bounds.z:g} from {among}; "
-        f"the farthest is the {of_matrix[worst][1]} of {worst}, at {of_matrix[worst][0]:.1f}."
+        f"{out} of {len(own)} matrices have a figure at a robust z above {bounds.z:g} from {among}"
+        f"; the farthest is the {of_matrix[worst][1]} of {worst}, at {of_matrix[worst][0]:.1f}."
     )
     z_norms = {name: robust_z(own_norms[name], shared[name], bounds.spread) for name in shared}
     return [

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 from flexolmo_jax.commands import (
+    admit,
     audit,
     compress,
     data,
@@ -47,14 +48,15 @@ from flexolmo_jax.runtime.startup import (
 )
 
 COMMANDS = (  # in the order of --help
-    demo, train, compress, plan, merge, experts, privacy, audit, inspect, evaluate, study, generate,
-    serve, usage, trace, data, hugging_face,
+    demo, train, compress, plan, admit, merge, experts, privacy, audit, inspect, evaluate, study,
+    generate, serve, usage, trace, data, hugging_face,
 )  # fmt: skip
 EVERYWHERE = ("--debug", "--no-cache")  # options that may stand before or after the command
 INTERRUPTED = 130
 EXIT_CODES = (
     "Exit codes: 0 success, or SIGTERM stopped a training that saved its state; 2 an error, "
-    "printed as one line; 130 interrupted by Ctrl-C (a training has saved its state)."
+    "printed as one line; of `admit`, 3 needs review and 4 rejected; 130 interrupted by Ctrl-C (a "
+    "training has saved its state)."
 )
 
 
@@ -114,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_program:
             end_at_second_interrupt()
         with profile(args):
-            args.run_command(args)
+            return args.run_command(args) or 0
     except KeyboardInterrupt:
         resume = "; continue with --resume" if args.trains else ""
         print(f"flexolmo: interrupted; saved work is kept{resume}", file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from flexolmo_jax.version import __version__
 
-Run = Callable[[argparse.Namespace], None]
+Run = Callable[[argparse.Namespace], int | None]  # an exit code; None is 0
 # Arguments that are text, not paths.
 TEXTS = ("prompt", "name", "names", "expert", "without", "only", "text_field", "separator")
 

@@ -48,8 +48,8 @@ def likelihoods(
     """Answers queries, in their order.
 
     Texts longer than the model's maximum length are truncated on the left. Queries that differ in
-    their last token only, such as the letters of a multiple choice, are read once, where they may use the
-    same experts.
+    their last token only, such as the letters of a multiple choice, are read once, if they may
+    use the same experts.
 
     Args:
       model: the model to ask.
