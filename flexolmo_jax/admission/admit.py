@@ -58,6 +58,8 @@ def examine(package: str | Path, anchor: str | Path, public: str, policy: Policy
     timer = _Timer()
     with timer.of("integrity"):
         sound, opened = check_integrity(Path(package), cohort, policy.integrity)
+        if opened is not None:
+            _check_fits(policy, (PUBLIC, *cohort.names), opened.manifest["name"], bool(probes))
     results = [sound]
     if opened is not None:
         results += _examine(opened, cohort, texts, probes, policy, timer)
@@ -82,10 +84,6 @@ def _examine(
     timer: "_Timer",
 ) -> list[Result]:
     name = package.manifest["name"]
-    names = (PUBLIC, *cohort.names, name)
-    _check_always_on(policy, names)
-    if probes:  # too many subsets are an error, before any long work
-        probing.subsets(names, policy.always_on, name, policy.probes.subsets)
     results: list[Result] = []
     with timer.of("identity"):
         results += check_identity(package, cohort, policy.identity)
@@ -105,10 +103,15 @@ def _examine(
     return results
 
 
-def _check_always_on(policy: Policy, names: tuple[str, ...]) -> None:
+def _check_fits(policy: Policy, names: tuple[str, ...], new: str, probes: bool) -> None:
+    """Raises ValueError, before any long work, if a policy is not for these experts."""
     for name in policy.always_on:
-        if name not in names:
-            raise ValueError(f"always_on: no expert named {name!r}; there are {', '.join(names)}")
+        if name not in (*names, new):
+            raise ValueError(
+                f"always_on: no expert named {name!r}; there are {', '.join((*names, new))}"
+            )
+    if probes and new not in names:
+        probing.subsets((*names, new), policy.always_on, new, policy.probes.subsets)
 
 
 def _merged(package: Package, cohort: Cohort) -> FlexOlmo:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from flexolmo_jax.admission.results import Report, Result
 from flexolmo_jax.admission.spectral import Figures
+from flexolmo_jax.federation.names import PUBLIC
 
 NEW, OTHERS, BOUND = "#b45309", "#8a867e", "#b91c1c"
 TITLES = {
@@ -69,7 +70,9 @@ def _matrices(result: Result) -> Figure:
         axes.set_ylabel(title.replace(" of the ", "\nof the "), fontsize=7)
         is_last = number == len(panels)
         axes.set_xticks(range(len(own)), list(own) if is_last else [""] * len(own), rotation=60)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
+        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            ticks("{x:.3g}")
     return figure
 
 
@@ -89,9 +92,11 @@ def _shares(result: Result) -> Figure | None:
                 layers, "o-", color=NEW if is_new else OTHERS, zorder=3 if is_new else 2,
                 markersize=4,
             )  # fmt: skip
-            axes.annotate(
-                row["expert"], (len(layers) - 1, layers[-1]), fontsize=6, ha="right", va="bottom"
-            )
+            if is_new or row["expert"] in (PUBLIC, title):
+                axes.annotate(
+                    row["expert"], (len(layers) - 1, layers[-1]), fontsize=7, ha="right",
+                    va="bottom", color=NEW if is_new else "black",
+                )  # fmt: skip
         axes.axhline(result.bound, color=BOUND, linestyle="--", linewidth=1)
         axes.set_title(title, fontsize=8)
         axes.set_ylim(0, 1)

@@ -69,15 +69,16 @@ def profile(package: Package, public: Experts) -> dict[str, Figures]:
 
 
 def norms(package: Package) -> dict[str, float]:
-    """{"row.0": norm} of router rows and biases, layer by layer, and of heads a b and their biases.
+    """{"row.0": norm} of router rows, layer by layer, and of heads a b and their biases.
 
-    A bias above 0 counts as 0, so it is 0 here.
+    "bias.0" is e^bias, the factor that a router bias puts on the expert's weight; a bias above 0
+    counts as 0.
     """
     leaves = named(package.weights)
     rows = np.asarray(leaves["router.row"], np.float64)[:, 0]
     biases = np.minimum(np.asarray(leaves["router.bias"], np.float64)[:, 0], 0)
     found = {f"row.{layer}": float(np.linalg.norm(row)) for layer, row in enumerate(rows)}
-    found |= {f"bias.{layer}": float(-bias) for layer, bias in enumerate(biases)}
+    found |= {f"bias.{layer}": float(np.exp(bias)) for layer, bias in enumerate(biases)}
     for name in ("head", "evidence"):
         head = head_of(package, name)
         if head is not None:
@@ -117,18 +118,15 @@ def check_spectral(package: Package, cohort: Cohort, bounds: Spectral) -> list[R
         for k in Figures._fields
     }
     own_norms, all_norms = norms(package), [norms(member) for member in members]
-    # A head that most of the cohort lacks is compared with nothing: routing and loss judge it.
-    shared = {
-        name: values
-        for name in own_norms
-        if len(values := [x[name] for x in all_norms if name in x]) >= bounds.members
-    }
+    of_others = {name: [x[name] for x in all_norms if name in x] for name in own_norms}
     titles = "matrices out of the cohort", "norms out of the cohort"
     if len(members) < bounds.members:
         few = f"{len(members)} admitted packages: {bounds.members} are needed to say what is usual."
         return [
             not_judged("spectral", titles[0], f"There are {few}", figures=_rows(flat, others, {})),
-            not_judged("spectral", titles[1], f"There are {few}", figures=_rows(own_norms, {}, {})),
+            not_judged(
+                "spectral", titles[1], f"There are {few}", figures=_rows(own_norms, of_others, {})
+            ),
         ]
     z = {name: robust_z(flat[name], others[name], bounds.spread) for name in flat}
     of_matrix = {name: max((z[f"{name}.{k}"], k) for k in Figures._fields) for name in own}
@@ -138,11 +136,16 @@ def check_spectral(package: Package, cohort: Cohort, bounds: Spectral) -> list[R
         f"{out} of {len(own)} matrices have a figure at a robust z above {bounds.z:g} from {among}"
         f"; the farthest is the {of_matrix[worst][1]} of {worst}, at {of_matrix[worst][0]:.1f}."
     )
-    z_norms = {name: robust_z(own_norms[name], shared[name], bounds.spread) for name in shared}
+    # A head that most of the cohort lacks is compared with nothing: routing and loss judge it.
+    z_norms = {
+        name: robust_z(own_norms[name], values, bounds.spread)
+        for name, values in of_others.items()
+        if len(values) >= bounds.members
+    }
     return [
         judged("spectral", titles[0], out / len(own), bounds.matrices, bounds.fails, why, "share",
                figures=_rows(flat, others, z)),
-        _of_norms(titles[1], own_norms, shared, z_norms, bounds, among),
+        _of_norms(titles[1], own_norms, of_others, z_norms, bounds, among),
     ]  # fmt: skip
 
 
