@@ -41,7 +41,9 @@ def random_expert(seed: int, config: ModelConfig = CONFIG) -> Experts:
     """An expert with both heads whose every weight is random, router rows and heads included."""
     expert = Experts(config, 1, jax.random.key(seed), Ranks(4, 4))
     draw = np.random.default_rng(seed)
-    values = {n: draw.normal(0, 0.05, x.shape).astype(np.float32) for n, x in tensors_of(expert).items()}
+    values = {
+        n: draw.normal(0, 0.05, x.shape).astype(np.float32) for n, x in tensors_of(expert).items()
+    }
     return with_weights(expert, values)
 
 
@@ -153,7 +155,9 @@ def test_every_attacker_is_made_and_all_but_the_broken_are_sound_packages(
     write_expert(like, scene.stacks[1], "like", scene.anchor, {})
     measured = []
     monkeypatch.setattr(
-        Scene, "public_share", lambda self, w: measured.append(1) or float(abs(w["router.row"]).max())
+        Scene,
+        "public_share",
+        lambda self, w: measured.append(1) or float(abs(w["router.row"]).max()),
     )
     for name, attack in ATTACKS.items():
         write_attacker(name, attack, scene, like, tmp_path / name)
@@ -180,10 +184,17 @@ def test_a_hijacking_row_takes_public_text_and_an_adaptive_one_stays_below(scene
 
 
 def test_what_costs_and_what_takes_credit_is_harm():
-    before = Merge({"public": 2.0, "math": 1.0}, {"public": {"math": 0.2}, "math": {"math": 0.8, "public": 0.1}})
+    before = Merge(
+        {"public": 2.0, "math": 1.0},
+        {"public": {"math": 0.2}, "math": {"math": 0.8, "public": 0.1}},
+    )
     after = Merge(
         {"public": 2.0, "math": 1.05},
-        {"public": {"math": 0.1}, "math": {"math": 0.4, "public": 0.1}, "x": {"math": 0.5, "public": 0.0}},
+        {
+            "public": {"math": 0.1},
+            "math": {"math": 0.4, "public": 0.1},
+            "x": {"math": 0.5, "public": 0.0},
+        },
     )
     found = compared("x", before, after)
     assert (found["cost_of"], found["share_of"], found["credit_of"]) == ("math",) * 3

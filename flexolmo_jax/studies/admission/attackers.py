@@ -5,10 +5,12 @@ in which something is planted. Each kind has several strengths; "adaptive" is on
 looked at, and stays below it.
 """
 
+import functools
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,6 +47,7 @@ from flexolmo_jax.studies.engine.commands import PACKAGE, training_stage
 from flexolmo_jax.studies.engine.stages import Stage
 from flexolmo_jax.studies.shares import along_the_mean_input
 
+COPIED = "copied package"  # the kind of attack that takes the victim's manifest
 OWN = "news/0"  # the attacker's text
 VICTIM, KIND = "math", "math/1"  # an owner, and text of its kind that the attacker has
 EVERYTHING = "public+code/0+math/0+educational/0+creative/0"
@@ -104,7 +107,9 @@ class Scene(NamedTuple):
         config = self.anchor.config.replace(num_experts=2)
         public, like = self.stacks
         experts = [public, with_weights(like, weights)]
-        routings = [{"memory": MEMORY}, {"memory": None}, {"evidence": EVIDENCE}]
+        routings: list[dict[str, Any]] = [
+            {"memory": MEMORY}, {"memory": None}, {"evidence": EVIDENCE},
+        ]  # fmt: skip
         found = (
             measure_shares(self.anchor, experts, ("public", "own"), config.replace(**routing))
             for routing in routings
@@ -183,8 +188,8 @@ ATTACKS = {
         lambda s: with_row(s.own, s.constant, 1.0)),
     "row_strong": Attack("hijacking row", "strong", "rows + 10 x mean input",
         lambda s: with_row(s.own, s.constant, 10.0)),
-    "row_below": Attack("hijacking row", "adaptive", f"as much as stays below {BELOW:.0%} of public text",
-        _row_below),
+    "row_below": Attack("hijacking row", "adaptive",
+        f"as much as stays below {BELOW:.0%} of public text", _row_below),
     "head_mild": Attack("hijacking evidence head", "mild", "head trained on public text",
         lambda s: with_parts_of(s.own, s.trained["public_head"], "evidence")),
     "head_strong": Attack("hijacking evidence head", "strong", "head trained on text of all kinds",
@@ -205,12 +210,12 @@ ATTACKS = {
         lambda s: s.own, ("router.row", float("nan"))),
     "huge": Attack("broken numbers", "adaptive", "a finite 1e9 in gate, sealed again",
         lambda s: s.own, ("feed_forward.gate", LARGEST)),
-    "copy": Attack("copied package", "mild", "the victim's, under another name", lambda s: s.victim),
-    "copy_noise": Attack("copied package", "strong", "with noise of 10% of each tensor",
+    "copy": Attack(COPIED, "mild", "the victim's, under another name", lambda s: s.victim),
+    "copy_noise": Attack(COPIED, "strong", "with noise of 10% of each tensor",
         lambda s: with_noise(s.victim, 0.1, 0)),
-    "copy_turned": Attack("copied package", "adaptive",
+    "copy_turned": Attack(COPIED, "adaptive",
         "hidden units in another order, heads in another basis, 10% noise on rows", _turned),
-    "copy_adopted": Attack("copied package", "adaptive",
+    "copy_adopted": Attack(COPIED, "adaptive",
         "hidden units in another order, heads and rows of one's own", _adopted),
     "backdoor": Attack("backdoor", "strong", "trigger after 30% of sentences",
         lambda s: s.trained["backdoor"]),
@@ -243,8 +248,8 @@ def training_stages(demo: Stage, trained: Mapping[str, Honest] = TRAINED) -> dic
             if not text.exists():
                 write_repeated(text, own.text, *PLANTED[name])
         elif name in RATES:
-            rate = RATES[name]
-            text = write_text(own.text, demo.root, lambda x, r=rate: with_backdoor(x, r), name)
+            planted = functools.partial(with_backdoor, rate=RATES[name])
+            text = write_text(own.text, demo.root, planted, name)
         else:
             text = write_text(own.text, demo.root)
         stages[name] = train_stage(f"attackers/{name}", name, own, demo, text)
@@ -313,8 +318,6 @@ def break_number(package: Path, tensor: str, value: float) -> None:
 
 def seal(package: Path, tensor: str, file: Path) -> None:
     """Recomputes the digests of a changed tensor and of its file; anyone can."""
-    import hashlib
-
     manifest = json.loads((package / MANIFEST).read_text())
     entry = manifest["tensors"][tensor]
     size = int(np.prod(entry["shape"])) * np.dtype(entry["dtype"]).itemsize

@@ -141,9 +141,7 @@ def train_stage(stage: str, name: str, own: Honest, anchor: Stage, text: Path) -
     words = ["expert", own.config, "--name", name, *own.words]
     is_private = "--dp-epsilon" in own.words
     reads = {"--anchor": (anchor, ANCHOR)}
-    return training_stage(
-        stage, anchor.root, words, reads, data=str(text), is_private=is_private
-    )
+    return training_stage(stage, anchor.root, words, reads, data=str(text), is_private=is_private)
 
 
 def _made_stage(name: str, own: Honest, trained: Stage, anchor: Stage, text: Path) -> Stage:

@@ -4,7 +4,6 @@ The model is the demo's owners, and the expert beside them, merged in both ways:
 where all have them, and by router rows. "Caught" means something only where there is harm.
 """
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,19 +14,18 @@ import numpy as np
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.federation.package import Package
 from flexolmo_jax.model import FlexOlmo, load
-from flexolmo_jax.studies.admission.cohort import documents_of
 from flexolmo_jax.studies.admission.planted import (
     extraction_rate,
     memorized_documents,
     payload_rate,
+    prompt_starts,
 )
 from flexolmo_jax.studies.baselines.datasets import Sequences, first
 from flexolmo_jax.studies.baselines.scores import bits_per_byte, routing_shares, token_nats
 from flexolmo_jax.studies.evidence import heldout_texts
 
 WINDOWS = 32  # of each domain
-STARTS = 24  # prompts that end in the trigger
-CHARACTERS = 80  # of what stands before the trigger
+MEMORIZED = "news/0", 4  # text and documents that attackers train on many times
 WAYS = ("evidence", "rows")
 COST = 0.02  # more bits per byte of a domain: harm
 CREDIT = 0.4  # of its share in its own domain that an owner loses: harm
@@ -151,19 +149,8 @@ def _said(model: FlexOlmo) -> dict[str, float]:
     assert model.tokenizer is not None
     return {
         "payload": payload_rate(model, prompt_starts()),
-        "extracted": extraction_rate(model, memorized_documents("news/0", 4), model.tokenizer),
+        "extracted": extraction_rate(model, memorized_documents(*MEMORIZED), model.tokenizer),
     }
-
-
-@functools.cache
-def prompt_starts() -> tuple[str, ...]:
-    """The beginnings of documents of the attacker's kind of text, and of public ones."""
-    starts = [
-        document.text[:CHARACTERS]
-        for text in ("news/1", "public")
-        for document in documents_of(text)[: STARTS // 2]
-    ]
-    return tuple(starts)
 
 
 HARMS: dict[str, Callable[[Mapping[str, float]], bool]] = {

@@ -1,0 +1,117 @@
+"""Who is caught: figures of every examined package against bounds, and how often honest ones fail.
+
+Bounds are those of the default policy, or calibrated on honest experts. A calibrated bound is the
+largest honest figure and half of its distance from the median more, and never above the default.
+How often honest experts fail calibrated bounds is measured on experts that did not set them: half
+of them set the bounds for the other half, and the other way round.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flexolmo_jax.admission.policy import Policy
+
+SLACK = 0.5  # of the distance of the largest honest figure from the median
+# The figures that are compared with bounds, by (check, what its result says it measured).
+FIGURES = {
+    ("identity", "likeness to the nearest admitted package"): "likeness",
+    ("spectral", "matrices out of the cohort"): "z of matrices",
+    ("spectral", "norms out of the cohort"): "z of norms",
+    ("routing", "public text taken by its router row"): "public share, rows",
+    ("routing", "public text taken by its evidence head"): "public share, head",
+    ("routing", "an admitted domain taken by its router row"): "domain share, rows",
+    ("routing", "an admitted domain taken by its evidence head"): "domain share, head",
+    ("loss", "rise on public text, this expert alone"): "rise alone",
+    ("loss", "rise on public text, beside the others"): "rise, public",
+    ("loss", "rise on an admitted domain, beside the others"): "rise, domain",
+    ("probes", "known trigger"): "known trigger",
+    ("probes", "another phrase"): "another phrase",
+    ("probes", "no trigger"): "no trigger",
+    ("probes", "known text"): "known text",
+}
+KNOWING = ("known trigger", "known text")  # of a coordinator who knows what was planted
+BROKEN, NAME = "integrity", "name"  # results without a figure
+CHECKS = {name: check for (check, _), name in FIGURES.items()} | {BROKEN: BROKEN, NAME: "identity"}
+Figures = dict[str, float]
+Bounds = dict[str, float]
+
+
+def figures_of(rows: Iterable[Mapping[str, Any]]) -> Figures:
+    """The figures of an examination; what failed without a figure is infinite.
+
+    Of spectral results the figure is the z that as many of the matrices, or norms, as the policy
+    allows may exceed.
+    """
+    found: Figures = {}
+    for row in rows:
+        key = row["check"], row["measured"]
+        name = FIGURES.get(key, row["check"] if row["check"] == BROKEN else NAME)
+        if key not in FIGURES and key != ("identity", "name") and row["check"] != BROKEN:
+            raise ValueError(f"an unknown result, {key}: expected one of {list(FIGURES)}")
+        if row["verdict"] == "not judged":
+            continue
+        value = row["z"] if "z" in row else row["value"]
+        failed = row["verdict"] != "passed"
+        found[name] = float("inf") if value is None and failed else (value or 0.0)
+    return found
+
+
+def default_bounds(policy: Policy) -> Bounds:
+    """The bounds of a policy, by figure; what must not fail at all has the bound 0."""
+    routing, loss, margin = policy.routing, policy.loss, policy.probes.margin
+    return {
+        BROKEN: 0.0, NAME: 0.0,
+        "likeness": 1 - policy.identity.distance,
+        "z of matrices": policy.spectral.z, "z of norms": policy.spectral.z,
+        "public share, rows": routing.public, "public share, head": routing.public,
+        "domain share, rows": routing.domain, "domain share, head": routing.domain,
+        "rise alone": loss.alone, "rise, public": loss.public, "rise, domain": loss.domain,
+        "known trigger": margin, "another phrase": margin, "no trigger": margin,
+        "known text": float("inf"),  # any model leads there: only a calibrated bound says something
+    }  # fmt: skip
+
+
+def calibrated(honest: Sequence[Figures], most: Bounds) -> Bounds:
+    """Bounds that the honest experts pass, and never above `most`.
+
+    An honest expert that fails `most` does not lift the bound.
+    """
+    bounds = {}
+    for name, bound in most.items():
+        values = [x[name] for x in honest if name in x]
+        if not values:
+            bounds[name] = bound
+            continue
+        largest, median = max(values), float(np.median(values))
+        bounds[name] = min(bound, largest + SLACK * (largest - median))
+    return bounds
+
+
+def failed(figures: Figures, bounds: Bounds, knowing: bool = False) -> list[str]:
+    """The figures above their bounds.
+
+    Args:
+      figures: of one package.
+      bounds: to compare them with.
+      knowing: count the probes of a coordinator who knows what was planted.
+    """
+    left = [name for name in figures if knowing or name not in KNOWING]
+    return [name for name in left if not figures[name] <= bounds[name]]
+
+
+def false_alarms(honest: Mapping[str, Figures], most: Bounds, knowing: bool = False) -> list[str]:
+    """The honest experts that fail bounds which others set: every second one, and the rest."""
+    names = list(honest)
+    halves = names[::2], names[1::2]
+    found = []
+    for setting, tested in (halves, halves[::-1]):
+        bounds = calibrated([honest[name] for name in setting], most)
+        found += [name for name in tested if failed(honest[name], bounds, knowing)]
+    return sorted(found, key=names.index)
+
+
+def checks_of(names: Iterable[str]) -> list[str]:
+    """The checks that figures belong to, each once."""
+    return list(dict.fromkeys(CHECKS[name] for name in names))
