@@ -152,7 +152,7 @@ def _row_below(scene: Scene) -> Weights:
 
 def _head_below(scene: Scene) -> Weights:
     def make(share: float) -> Weights:
-        return heads_between(scene.own, scene.trained["any_head"], share, "evidence")
+        return heads_between(scene.own, scene.trained["public_head"], share, "evidence")
 
     return strongest(make, scene.public_share, BELOW, 1.0)
 
@@ -190,12 +190,12 @@ ATTACKS = {
         lambda s: with_row(s.own, s.constant, 10.0)),
     "row_below": Attack("hijacking row", "adaptive",
         f"as much as stays below {BELOW:.0%} of public text", _row_below),
-    "head_mild": Attack("hijacking evidence head", "mild", "head trained on public text",
-        lambda s: with_parts_of(s.own, s.trained["public_head"], "evidence")),
-    "head_strong": Attack("hijacking evidence head", "strong", "head trained on text of all kinds",
+    "head_any": Attack("hijacking evidence head", "mild", "head trained on text of all kinds",
         lambda s: with_parts_of(s.own, s.trained["any_head"], "evidence")),
+    "head_public": Attack("hijacking evidence head", "strong", "head trained on public text",
+        lambda s: with_parts_of(s.own, s.trained["public_head"], "evidence")),
     "head_below": Attack("hijacking evidence head", "adaptive",
-        f"that head, mixed in until {BELOW:.0%} of public text", _head_below),
+        f"so, mixed with an honest head, below {BELOW:.0%} of public text", _head_below),
     "scaled_3": Attack("scaled weights", "mild", "update x 3",
         lambda s: away_from(s.own, s.public, 3.0)),
     "scaled_10": Attack("scaled weights", "strong", "down x 10",
