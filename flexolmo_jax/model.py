@@ -32,6 +32,7 @@ from flexolmo_jax.parallel.mesh import SERVING, check_for_use
 from flexolmo_jax.tracing.index import Index
 from flexolmo_jax.tracing.results import Trace
 from flexolmo_jax.tracing.trace import of_owners, trace
+from flexolmo_jax.trust.trusted import Signed, Trusted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class FlexOlmo:
       int8: the matrices are rounded to 8-bit integers, and generation on CPU stores them so.
       mesh: the devices that hold the weights, or None for one device. They share each batch, and
         `experts` may end with padding experts.
+      signed: its packages and who signed each, if it was loaded with `keys`.
 
     Examples:
       An expert that is switched off leaves no trace: the logits are those of a merge without it.
@@ -66,6 +68,7 @@ class FlexOlmo:
     int8: bool = False
     mesh: Mesh | None = None
     ends: tuple[int, ...] = ()
+    signed: tuple[Signed, ...] = ()
     _network_cache: dict = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -200,7 +203,7 @@ class FlexOlmo:
         for made in pieces:
             generated, ended, _ = made
             if are_texts or ends:
-                decode_after = self._need_tokenizer().decode_after
+                decode_after = continuations.need_tokenizer(self.tokenizer).decode_after
                 texts = [decode_after(*pair) for pair in zip(ids, generated, strict=True)]
             if ends and continuations.all_ended(ended, texts, ends):
                 break
@@ -245,7 +248,7 @@ class FlexOlmo:
                 yield generated[yielded_ids:]
                 yielded_ids = len(generated)
                 continue
-            text = self._need_tokenizer().decode_after(ids[0], generated)
+            text = continuations.need_tokenizer(self.tokenizer).decode_after(ids[0], generated)
             if not text.endswith("\ufffd"):  # a character may be incomplete
                 yield text[len(yielded) :]
                 yielded = text
@@ -263,14 +266,7 @@ class FlexOlmo:
             tell(mass_by_name(self.expert_names, own))
 
     def _prompt_ids(self, prompts: Sequence) -> list[list[int]]:
-        if isinstance(prompts[0], str):
-            tokenizer = self._need_tokenizer()
-            ids = [tokenizer.encode_prompt(text) for text in prompts]
-        else:
-            ids = [list(map(int, prompt)) for prompt in prompts]
-        for prompt in ids:
-            continuations.checked_tokens(np.asarray([prompt]), self.config.vocab_size)
-        return ids
+        return continuations.prompt_ids(prompts, self.tokenizer, self.config.vocab_size)
 
     def _continue(
         self,
@@ -400,11 +396,6 @@ class FlexOlmo:
         padding_experts = self.experts.router.bias.shape[1] - len(self.expert_names)
         return np.pad(mask, ((0, 0), (0, padding_experts)))
 
-    def _need_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ValueError("this model came without a tokenizer.json; give token ids instead")
-        return self.tokenizer
-
 
 def load(
     path: str | Path,
@@ -413,6 +404,7 @@ def load(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     separator: str | None = None,
+    keys: str | Path | None = None,
 ) -> FlexOlmo:
     """Loads a model, after checking every digest.
 
@@ -427,10 +419,12 @@ def load(
       mesh: spreads the model over several devices (`make_mesh`, without `tensor_parallel`).
       separator: the token that opens documents, where a Hugging Face directory names none; default:
         what the directory says, or what was named when the experts were trained.
+      keys: a registry (`flexolmo registry`) that says who may sign each package; what it or its log
+        revoked is refused before a weight is read. Default: signatures are not looked at.
 
     Raises:
-      ValueError: a part is missing, damaged, or made for something else; int8 on GPU or TPU, or
-        on several devices; sizes that the devices do not divide.
+      ValueError: a part is missing, damaged, made for something else, unsigned or revoked; int8 on
+        GPU or TPU, or on several devices; sizes that the devices do not divide.
 
     Examples:
       >>> import flexolmo_jax as fo
@@ -440,13 +434,15 @@ def load(
     """
     int8 = dtype == "int8"
     check_for_use(mesh, int8)
-    loaded = load_model(Path(path), anchor, None if int8 else dtype, mesh, SERVING, separator)
+    signed: list[Signed] = []
+    require = None if keys is None else Trusted.open(keys).checking(signed.append)
+    own_dtype = None if int8 else dtype
+    loaded = load_model(Path(path), anchor, own_dtype, mesh, SERVING, separator, require)
     backbone, experts, config = loaded.backbone, loaded.experts, loaded.config
     if int8:
         rounded = round_to_int8(backbone, experts)
         backbone, experts = placement.device_put(rounded, None, dtype="float32")
     if dtype is not None:
         config = config.replace(dtype="float32" if int8 else dtype)
-    return FlexOlmo(
-        backbone, experts, config, loaded.names, loaded.tokenizer, int8, mesh, loaded.ends
-    )
+    own = (loaded.names, loaded.tokenizer, int8, mesh, loaded.ends, tuple(signed))
+    return FlexOlmo(backbone, experts, config, *own)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import io
 import itertools
 import json
@@ -249,6 +250,59 @@ def copied(world, tmp_path) -> World:
     for name in ("anchor", "experts", "merged", "configs"):
         shutil.copytree(world.root / name, root / name)
     return dataclasses.replace(world, root=root)
+
+
+@dataclasses.dataclass(frozen=True)
+class SignedWorld(World):
+    """A copy whose packages are signed, as the registry in it says."""
+
+    @property
+    def registry(self) -> Path:
+        return self.root / "registry"
+
+    def key(self, name: str) -> Path:
+        """The private key of root, or of a signer: pat, mia, carl or cora."""
+        return self.root / "keys" / name
+
+
+@pytest.fixture(scope="session")
+def keys_and_registry(tmp_path_factory) -> Path:
+    """pat publishes the anchor; mia owns math, carl code; cora coordinates."""
+    from flexolmo_jax.trust import keys, registry_changes
+    from flexolmo_jax.trust.signers import make_signer, utc_now
+
+    folder = tmp_path_factory.mktemp("signers")
+    (folder / "keys").mkdir()
+    public = {
+        name: keys.read_public(keys.make_keys(folder / "keys" / name))
+        for name in ("root", "pat", "mia", "carl", "cora")
+    }
+    root, day = keys.read_private(folder / "keys" / "root"), datetime.timedelta(days=1)
+    registry_changes.create(folder / "registry", [public["root"]], 1, root)
+    for name, role, experts in (
+        ("pat", "publisher", ()),
+        ("mia", "owner", ("math",)),
+        ("carl", "owner", ("code",)),
+        ("cora", "coordinator", ()),
+    ):
+        times = utc_now() - day, utc_now() + day
+        signer = make_signer(name, public[name], role, experts, *times, where="here")
+        registry_changes.add_signer(folder / "registry", signer, root)
+    return folder
+
+
+@pytest.fixture
+def signed_world(copied, keys_and_registry) -> SignedWorld:
+    """As `copied`, with every package signed."""
+    from flexolmo_jax.trust.signatures import sign_package
+
+    shutil.copytree(keys_and_registry, copied.root, dirs_exist_ok=True)
+    made = SignedWorld(copied.root, copied.texts, copied.printed)
+    signers = {made.anchor: "pat", made.merged: "cora"}
+    signers |= {made.experts["math"]: "mia", made.experts["code"]: "carl"}
+    for package, name in signers.items():
+        sign_package(package, made.key(name))
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -22,13 +22,20 @@ from flexolmo_jax.data.sources import Document, read_documents
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.federation.names import PUBLIC
 from flexolmo_jax.federation.package import Package, privacy_summary
+from flexolmo_jax.federation.source import Require
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.runtime.console import log
 
 FACTS = ("name", "digest", "licence", "contact", "tokens_seen", "made_by")
 
 
-def examine(package: str | Path, anchor: str | Path, public: str, policy: Policy) -> Report:
+def examine(
+    package: str | Path,
+    anchor: str | Path,
+    public: str,
+    policy: Policy,
+    require: Require | None = None,
+) -> Report:
     """Examines an expert package: is it sound, new, modest in routing, harmless and usual.
 
     A package that is not sound is not examined further. All else is measured, whatever fails: the
@@ -39,6 +46,8 @@ def examine(package: str | Path, anchor: str | Path, public: str, policy: Policy
       anchor: the anchor that it must be made for.
       public: SOURCE of public text, as in `read_documents`.
       policy: bounds, cohort, domains and probes (`read_policy`).
+      require: may refuse the package by its signature (`record.requirement`); default: it need not
+        be signed.
 
     Returns:
       the report; `report.verdict` is "admitted", "review" or "rejected", and `report.results` has
@@ -57,7 +66,7 @@ def examine(package: str | Path, anchor: str | Path, public: str, policy: Policy
     probes = [] if file is None else probing.read_probes(file)
     timer = _Timer()
     with timer.of("integrity"):
-        sound, opened = check_integrity(Path(package), cohort, policy.integrity)
+        sound, opened = check_integrity(Path(package), cohort, policy.integrity, require)
         if opened is not None:
             _check_fits(policy, (PUBLIC, *cohort.names), opened.manifest["name"], bool(probes))
     results = [sound]

@@ -1,6 +1,6 @@
 """What an expert adds to the public weights: W - W_public of each matrix in any form, and heads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -51,19 +51,31 @@ def deltas(expert: Experts, public: Experts) -> Iterator[Delta]:
       expert: a stack of one; leaves may be on disk.
       public: the public expert.
     """
-    own, base = expert.feed_forward, named(public.feed_forward)
-    width = base["gate"].shape[-1]
-    is_pruned = isinstance(own, FeedForward) and named(own)["gate"].shape[-1] < width
-    full = named(own if is_pruned else with_full_feed_forward(expert, public).feed_forward)
-    for layer in range(public.router.bias.shape[0]):
-        theirs = {name: _layer_of(full[name], layer) for name in NAMES}
-        ours = {name: _layer_of(base[name], layer) for name in NAMES}
-        units = _origins(theirs, ours) if is_pruned else None
+    for layer, (own, base) in enumerate(
+        zip(matrices(expert, public), matrices(public, public), strict=True)
+    ):
+        units = origins(own, base)
         for name in NAMES:
-            before = ours[name]
-            if units is not None:
-                before = before[units] if name == "down" else before[:, units]
-            yield Delta(name, layer, theirs[name] - before, units)
+            before = base[name] if units is None else at_units(base, name, units)
+            yield Delta(name, layer, own[name] - before, units)
+
+
+def matrices(expert: Experts, public: Experts) -> Iterator[dict[str, np.ndarray]]:
+    """Of each layer gate and up [D, F'] and down [F', D], float32; a pruned expert has fewer units.
+
+    Args:
+      expert, public: as in `deltas`.
+    """
+    own = expert.feed_forward
+    is_full = isinstance(own, FeedForward)
+    named_own = named(own if is_full else with_full_feed_forward(expert, public).feed_forward)
+    for layer in range(public.router.bias.shape[0]):
+        yield {name: _layer_of(named_own[name], layer) for name in NAMES}
+
+
+def at_units(of_layer: dict[str, np.ndarray], name: str, units: np.ndarray) -> np.ndarray:
+    """A matrix of a layer, of these hidden units only."""
+    return of_layer[name][units] if name == "down" else of_layer[name][:, units]
 
 
 class Head(NamedTuple):
@@ -88,7 +100,12 @@ def overlap(left: Delta, right: Delta) -> tuple[float, float, float]:
     a, b = left.matrix, right.matrix
     if left.units is not None or right.units is not None:
         a, b = _common(left, right)
-    return tuple(float(np.vdot(x, y)) for x, y in ((a, b), (a, a), (b, b)))  # type: ignore
+    return products(a, b)
+
+
+def products(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    """<a, b>, <a, a> and <b, b>."""
+    return float(np.vdot(a, b)), float(np.vdot(a, a)), float(np.vdot(b, b))
 
 
 def _common(left: Delta, right: Delta) -> tuple[np.ndarray, np.ndarray]:
@@ -100,17 +117,27 @@ def _common(left: Delta, right: Delta) -> tuple[np.ndarray, np.ndarray]:
     return np.take(left.matrix, first, axis), np.take(right.matrix, second, axis)
 
 
-def _origins(own: dict[str, np.ndarray], public: dict[str, np.ndarray]) -> np.ndarray:
-    """For each hidden unit the public one with the most similar columns of gate and up.
+def origins(own: dict[str, np.ndarray], public: dict[str, np.ndarray]) -> np.ndarray | None:
+    """For each hidden unit of a pruned expert's layer the public one that it came from; else None.
 
-    Pruning refits `down`, and leaves these columns as training made them from the public ones.
+    Pruning refits `down`, and leaves the columns of gate and up as training made them.
     """
+    if own["gate"].shape == public["gate"].shape:
+        return None
+    return np.argmax(likeness(own, public, ("gate", "up")), axis=1)
 
-    def directions(matrices: dict[str, np.ndarray]) -> np.ndarray:
-        columns = np.concatenate([matrices["gate"], matrices["up"]])
+
+def likeness(
+    left: dict[str, np.ndarray], right: dict[str, np.ndarray], names: Sequence[str] = NAMES
+) -> np.ndarray:
+    """Cosines of the weights of all pairs of hidden units of two layers: float32 [F', F'']."""
+
+    def directions(of_layer: dict[str, np.ndarray]) -> np.ndarray:
+        parts = [of_layer[name].T if name == "down" else of_layer[name] for name in names]
+        columns = np.concatenate(parts)
         return columns / np.maximum(np.linalg.norm(columns, axis=0), 1e-30)
 
-    return np.argmax(directions(own).T @ directions(public), axis=1)
+    return directions(left).T @ directions(right)
 
 
 def _layer_of(stack: jax.Array, layer: int) -> np.ndarray:

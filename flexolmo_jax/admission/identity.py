@@ -7,13 +7,29 @@ from collections.abc import Iterator
 import numpy as np
 
 from flexolmo_jax.admission.cohort import Cohort
-from flexolmo_jax.admission.deltas import Head, deltas, head_of, overlap
+from flexolmo_jax.admission.deltas import (
+    NAMES,
+    Head,
+    at_units,
+    deltas,
+    head_of,
+    likeness,
+    matrices,
+    origins,
+    overlap,
+    products,
+)
 from flexolmo_jax.admission.policy import Identity
 from flexolmo_jax.admission.results import Result, judged, not_judged
 from flexolmo_jax.federation.names import look
 from flexolmo_jax.federation.package import Package
+from flexolmo_jax.modeling.experts import Experts
+from flexolmo_jax.storage.tensors import named
 
-PARTS = ("feed_forward", "head", "evidence")  # parts whose likeness is judged
+JUDGED = ("feed_forward", "head")
+# An evidence head is a bigram model of its owner's text, so that of two honest experts of the same
+# text is at a distance of 0.25: it is shown, and not judged.
+PARTS = (*JUDGED, "evidence")
 
 
 def check_identity(package: Package, cohort: Cohort, bounds: Identity) -> list[Result]:
@@ -21,7 +37,8 @@ def check_identity(package: Package, cohort: Cohort, bounds: Identity) -> list[R
 
     The distance of two packages in a part is the sine of the angle between what each adds to the
     public weights: 0 for a copy, times any factor, also a negative one; near 1 for experts that
-    were trained apart. A small noise on a copy gives a small distance.
+    were trained apart. A small noise on a copy gives a small distance. A tensor with the same bytes
+    is a copy too.
     """
     return [_of_name(package, cohort), _of_weights(package, cohort, bounds)]
 
@@ -53,34 +70,62 @@ def _of_weights(package: Package, cohort: Cohort, bounds: Identity) -> Result:
         }
         for member in cohort.members
     ]
-    pairs = [(row[part], part, row) for row in rows for part in PARTS if row.get(part) is not None]
-    if not pairs:
+    pairs = [(row[part], part, row) for row in rows for part in JUDGED if row[part] is not None]
+    same = max(rows, key=lambda row: row["identical_tensors"])
+    if same["identical_tensors"]:
+        nearest = 0.0
+        count = same["identical_tensors"]
+        why = f"{count} of its tensors are those of {same['expert']}, bit for bit."
+    elif pairs:
+        nearest, part, row = min(pairs, key=lambda pair: pair[0])
+        why = (
+            f"Its part {part} is at a distance of {nearest:.3f} from that of {row['expert']} (0 is "
+            f"a copy, 1 is unrelated; at least {bounds.distance:g} is expected)."
+        )
+    else:
         return not_judged("identity", measured, "It adds nothing to the public weights.", rows=rows)
-    nearest, part, row = min(pairs, key=lambda pair: pair[0])
-    same = row["identical_tensors"]
-    why = (
-        f"Its part {part} is at a distance of {nearest:.3f} from that of {row['expert']} (0 is a "
-        f"copy, 1 is unrelated; at least {bounds.distance:g} is expected)"
-        + (f", and {same} of its tensors are the same, bit for bit." if same else ".")
-    )
-    likeness, most = 1 - nearest, 1 - bounds.distance
     return judged(
-        "identity", measured, likeness, most, bounds.fails, why, "share", rows=rows
+        "identity", measured, 1 - nearest, 1 - bounds.distance, bounds.fails, why, "share",
+        rows=rows,
     )  # fmt: skip
 
 
 def distances(package: Package, member: Package, cohort: Cohort) -> dict[str, float | None]:
-    """{part: sine of the angle between what two packages add}; None where one adds nothing."""
+    """{part: sine of the angle between what two packages add}; None where one adds nothing.
+
+    Of the feed-forward networks the smaller one of two: with hidden units in their places, and
+    with each unit of the package beside the member's most similar one, since a copy whose units
+    are in another order computes the same.
+    """
     public = cohort.anchor.weights.public
-    pairs = itertools.starmap(
+    in_place = itertools.starmap(
         overlap,
         zip(deltas(package.weights, public), deltas(member.weights, public), strict=True),
     )
-    found = {"feed_forward": _sine(pairs)}
+    found = [_sine(in_place), _sine(_of_matched_units(package, member, public))]
+    measured = [sine for sine in found if sine is not None]
+    parts = {"feed_forward": min(measured, default=None)}
     for name in PARTS[1:]:
         heads = [head_of(x, name) for x in (package, member)]
-        found[name] = None if None in heads else _sine(iter([_of_heads(*heads)]))  # type: ignore
-    return found
+        parts[name] = None if None in heads else _sine(iter([_of_heads(*heads)]))  # type: ignore
+    return parts
+
+
+def _of_matched_units(
+    package: Package, member: Package, public: Experts
+) -> Iterator[tuple[float, float, float]]:
+    """As `overlap`, of each matrix, after each hidden unit was matched with one of the member's."""
+    layers = zip(
+        matrices(package.weights, public), matrices(member.weights, public),
+        matrices(public, public), strict=True,
+    )  # fmt: skip
+    for own, theirs, base in layers:
+        match = np.argmax(np.abs(likeness(own, theirs)), axis=1)
+        of_member = origins(theirs, base)
+        units = match if of_member is None else of_member[match]
+        for name in NAMES:
+            before = at_units(base, name, units)
+            yield products(own[name] - before, at_units(theirs, name, match) - before)
 
 
 def _sine(sums: Iterator[tuple[float, float, float]]) -> float | None:
@@ -100,10 +145,8 @@ def _of_heads(left: Head, right: Head) -> tuple[float, float, float]:
 
 
 def _identical(package: Package, member: Package) -> int:
-    """How many tensors have the same bytes; biases of zeros, which many share, do not count."""
+    """How many tensors have the same bytes; zeros, which many share, do not count."""
     own, theirs = package.manifest["tensors"], member.manifest["tensors"]
-    return sum(
-        own[name]["sha256"] == theirs[name]["sha256"]
-        for name in own.keys() & theirs.keys()
-        if not name.endswith("bias")
-    )
+    same = [x for x in own.keys() & theirs.keys() if own[x]["sha256"] == theirs[x]["sha256"]]
+    leaves = named(package.weights)
+    return sum(name not in leaves or bool(np.any(np.asarray(leaves[name]))) for name in same)

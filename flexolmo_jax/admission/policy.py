@@ -28,7 +28,7 @@ always_on = ["public"]
 fails = "reject"
 
 [identity]              # is it an admitted package under another name
-distance = 0.2          # least distance to each: 0 is a copy, whatever its scale; 1 is unrelated
+distance = 0.5          # least distance to each: 0 is a copy, whatever its scale; 1 is unrelated
 fails = "reject"
 
 [routing]               # the largest share of a text's tokens, in a layer, that it would take
@@ -45,7 +45,7 @@ bytes = 20000           # of each text that are read
 fails = "reject"
 
 [spectral]              # figures of W - W_public, norms of router and heads, beside the cohort's
-z = 8.0                 # robust z (median, MAD of logarithms) beyond which a figure is out
+z = 6.0                 # robust z (median, MAD of logarithms) beyond which a figure is out
 spread = 0.1            # the least relative spread that a cohort is taken to have
 matrices = 0.1          # share of the matrices that may be out
 parts = 0.1             # share of the norms that may be out
@@ -102,7 +102,7 @@ class Integrity(_Section):
 class Identity(_Section):
     """How near a package may be to an admitted one."""
 
-    distance: float = _number(0.2, 0.0, 1.0)
+    distance: float = _number(0.5, 0.0, 1.0)
     fails: Consequence = "reject"
 
 
@@ -131,7 +131,7 @@ class Loss(_Section):
 class Spectral(_Section):
     """How far figures of the weights may be from the cohort's."""
 
-    z: float = _number(8.0, 0.0, 1e9)
+    z: float = _number(6.0, 0.0, 1e9)
     spread: float = _number(0.1, 1e-6, 1e3)
     matrices: float = _number(0.1, 0.0, 1.0)
     parts: float = _number(0.1, 0.0, 1.0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from flexolmo_jax.admission.report import write_report
 from flexolmo_jax.admission.results import Report
 from flexolmo_jax.storage.files import new_directory
+from flexolmo_jax.trust.signatures import signature_file
 
 PACKAGE = "package"
 
@@ -15,9 +16,9 @@ PACKAGE = "package"
 def quarantine(package: Path, folder: Path, report: Report) -> Path:
     """Moves a package to FOLDER/NAME-TIME/package, its report to FOLDER/NAME-TIME/report.
 
-    The move is one rename; to another file system, it is a copy, complete before the original is
-    deleted. So the package is whole, at one of the two places, whenever the power fails. Links in
-    it are moved as links, and nothing in it is opened.
+    A signature beside it, PACKAGE.sig, goes with it. The move is one rename; to another file
+    system, it is a copy, complete before the original is deleted. So the package is whole, at one
+    of the two places, whenever the power fails. Links in it are moved as links.
 
     Args:
       package: the folder to move.
@@ -43,6 +44,9 @@ def quarantine(package: Path, folder: Path, report: Report) -> Path:
         with new_directory(moved) as partial:
             shutil.copytree(package, partial, symlinks=True, dirs_exist_ok=True)
         shutil.rmtree(package)
+    signature = signature_file(package)
+    if os.path.lexists(signature):
+        shutil.move(signature, signature_file(moved))
     return place
 
 

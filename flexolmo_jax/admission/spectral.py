@@ -17,6 +17,7 @@ from flexolmo_jax.federation.package import Package
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.storage.tensors import named
 
+SIZES = ("largest", "norm")  # figures that say how much was changed
 TINY = 1e-12  # below any figure of weights that were trained; the logarithm of 0 is that of this
 NORMAL = 1.4826  # a normal distribution's standard deviation, in units of its MAD
 
@@ -106,10 +107,11 @@ def check_spectral(package: Package, cohort: Cohort, bounds: Spectral) -> list[R
     """Figures of all matrices, and norms of router and heads, against the cohort's.
 
     Experts of another form (low-rank, pruned, integers) have other figures. So an expert is
-    compared with those of its own form, if there are enough, and else with all.
+    compared with those of its own form, if there are enough; and else with all, by the size of what
+    it changed only.
     """
     public = cohort.anchor.weights.public
-    members, among = comparable(package, cohort, bounds.members)
+    members, among, compared = comparable(package, cohort, bounds.members)
     own, all_members = profile(package, public), [profile(m, public) for m in members]
     flat = {f"{name}.{k}": v for name, x in own.items() for k, v in x._asdict().items()}
     others = {
@@ -128,8 +130,12 @@ def check_spectral(package: Package, cohort: Cohort, bounds: Spectral) -> list[R
                 "spectral", titles[1], f"There are {few}", figures=_rows(own_norms, of_others, {})
             ),
         ]
-    z = {name: robust_z(flat[name], others[name], bounds.spread) for name in flat}
-    of_matrix = {name: max((z[f"{name}.{k}"], k) for k in Figures._fields) for name in own}
+    z = {
+        name: robust_z(flat[name], others[name], bounds.spread)
+        for name in flat
+        if name.rpartition(".")[2] in compared
+    }
+    of_matrix = {name: max((z[f"{name}.{k}"], k) for k in compared) for name in own}
     worst = max(of_matrix, key=lambda name: of_matrix[name])
     out = sum(most > bounds.z for most, _ in of_matrix.values())
     why = (
@@ -149,13 +155,16 @@ def check_spectral(package: Package, cohort: Cohort, bounds: Spectral) -> list[R
     ]  # fmt: skip
 
 
-def comparable(package: Package, cohort: Cohort, least: int) -> tuple[tuple[Package, ...], str]:
-    """The admitted packages that an expert's figures are compared with, and who they are."""
+def comparable(
+    package: Package, cohort: Cohort, least: int
+) -> tuple[tuple[Package, ...], str, tuple[str, ...]]:
+    """The admitted packages that an expert is compared with, who they are, and in which figures."""
     form = form_of(package)
     same = tuple(member for member in cohort.members if form_of(member) == form)
     if len(same) >= least or len(same) == len(cohort.members):
-        return same, f"{len(same)} admitted {form} experts"
-    return cohort.members, f"{len(cohort.members)} admitted experts, {len(same)} of them {form}"
+        return same, f"{len(same)} admitted {form} experts", Figures._fields
+    among = f"{len(cohort.members)} admitted experts, by size only, since {len(same)} are {form}"
+    return cohort.members, among, SIZES
 
 
 def _of_norms(

@@ -10,6 +10,7 @@ from flexolmo_jax.runtime.console import print_json, show_table, tell
 
 if TYPE_CHECKING:
     from flexolmo_jax.admission.results import Report
+    from flexolmo_jax.trust.log import Entry
 
 EXIT_CODES = {"admitted": 0, "review": 3, "rejected": 4}
 
@@ -55,6 +56,16 @@ def add_to(commands: Commands) -> None:
         help="move the package below this folder if it is rejected, with its report",
     )
     parser.add_argument(
+        "--keys",
+        metavar="REGISTRY",
+        help="require the owner's signature, and write the decision into the log of this registry",
+    )
+    parser.add_argument(
+        "--key",
+        metavar="FILE",
+        help="with --keys and --out: the private key of a coordinator, which signs the log's line",
+    )
+    parser.add_argument(
         "--print-policy",
         action=PrintPolicy,
         nargs=0,
@@ -68,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from flexolmo_jax.admission.admit import examine
     from flexolmo_jax.admission.policy import read_policy
     from flexolmo_jax.admission.quarantine import check_can_move, quarantine
-    from flexolmo_jax.admission.report import HTML, write_report
+    from flexolmo_jax.admission.report import HTML, JSON, write_report
     from flexolmo_jax.storage.outputs import check_kept_folder, check_new_folder
 
     package, out, aside = Path(args.package), optional_path(args.out), args.quarantine
@@ -78,7 +89,19 @@ def run(args: argparse.Namespace) -> int:
     if aside is not None:
         check_kept_folder(aside, reads)
         check_can_move(package)
-    report = examine(package, args.anchor, args.public, read_policy(args.policy))
+    require = key = None
+    if args.keys is not None:
+        from flexolmo_jax.admission.record import read_coordinator, requirement
+
+        if args.key is None or out is None:
+            raise ValueError(
+                "--keys needs --key, of a coordinator, and --out: the log's line has the digest of "
+                "the report"
+            )
+        require, key = requirement(args.keys), read_coordinator(args.keys, Path(args.key))
+    elif args.key is not None:
+        raise ValueError("--key is for --keys, the registry whose log is written")
+    report = examine(package, args.anchor, args.public, read_policy(args.policy), require)
     if args.json:
         print_json(report.to_json())
     else:
@@ -87,11 +110,25 @@ def run(args: argparse.Namespace) -> int:
         write_report(report, out)
         if not args.json:
             tell(f"wrote {out / HTML}")
+    if key is not None and out is not None:
+        from flexolmo_jax.admission.record import record
+
+        entry = record(report, out / JSON, args.keys, key)
+        if not args.json:
+            tell(_said(entry, report))
     if aside is not None and report.verdict == "rejected":
         moved = quarantine(package, Path(aside), report)
         if not args.json:
             tell(f"moved {package} to {moved}")
     return EXIT_CODES[report.verdict]
+
+
+def _said(entry: "Entry | None", report: "Report") -> str:
+    if entry is not None:
+        return f"line {entry.number} of the log: the {entry.what} is {entry.event}"
+    if report.verdict == "review":
+        return "nothing is in the log yet: a person decides first"
+    return "nothing is in the log: what is not sound and signed is no package of anybody"
 
 
 def _show(report: "Report") -> None:

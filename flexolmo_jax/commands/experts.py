@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from flexolmo_jax.commands.merge import show_shares
 from flexolmo_jax.commands.parser import Commands
-from flexolmo_jax.commands.shared_arguments import add_allow_share, add_json
+from flexolmo_jax.commands.shared_arguments import (
+    add_allow_share,
+    add_json,
+    add_require_signed,
+    requirement,
+)
 from flexolmo_jax.runtime.console import print_json, show_table, tell
 
 if TYPE_CHECKING:  # importing it imports JAX, which no --help waits for
@@ -24,9 +29,18 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("model")
     parser.add_argument("packages", nargs="+", metavar="PACKAGE")
     add_allow_share(parser)
-    parser = actions.add("remove", remove, "remove experts from a merged model")
+    add_require_signed(parser)
+    parser = actions.add(
+        "remove", remove, "remove experts from a merged model",
+        "Removes experts from a merged model; their packages stay where they are, and may be added "
+        "again. With --log and --key, the registry's log has a line for each, and a model that was "
+        "signed is signed again. To let nobody use a package any more: `flexolmo revoke`.",
+    )  # fmt: skip
     parser.add_argument("model")
     parser.add_argument("names", nargs="+", metavar="NAME")
+    parser.add_argument("--log", metavar="REGISTRY", help="record the removal in this registry")
+    parser.add_argument("--key", metavar="FILE", help="a coordinator's private key, for --log")
+    parser.add_argument("--reason", metavar="TEXT", help="for the record")
 
 
 def list_experts(args: argparse.Namespace) -> None:
@@ -45,15 +59,65 @@ def list_experts(args: argparse.Namespace) -> None:
 def add(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import add_expert
 
-    added = add_expert(args.model, *args.packages, allow_share=args.allow_share)
+    added = add_expert(
+        args.model, *args.packages, allow_share=args.allow_share,
+        require=requirement(args.require_signed),
+    )  # fmt: skip
     _tell_if_untuned(added.undone)
+    _tell_if_signed(args.model)
     show_shares(added.shares)
 
 
 def remove(args: argparse.Namespace) -> None:
     from flexolmo_jax.federation.merge import remove_expert
 
+    is_signed = _record_removal(args)
     _tell_if_untuned(remove_expert(args.model, *args.names))
+    if is_signed:
+        from flexolmo_jax.trust.signatures import sign_package
+
+        tell(f"wrote {sign_package(args.model, args.key)}: the model is signed again")
+    else:
+        _tell_if_signed(args.model)
+
+
+def _record_removal(args: argparse.Namespace) -> bool:
+    """Writes a removal down, before it happens, if that is asked for.
+
+    Returns:
+      whether the model was signed, and is to be signed again.
+    """
+    if args.log is None:
+        for option in ("key", "reason"):
+            if getattr(args, option) is not None:
+                raise ValueError(f"--{option} needs --log REGISTRY")
+        return False
+    if args.key is None:
+        raise ValueError("--log needs --key FILE, a coordinator's private key")
+    from flexolmo_jax.federation.package import Package
+    from flexolmo_jax.trust import log
+    from flexolmo_jax.trust.keys import read_private
+    from flexolmo_jax.trust.registry import Registry
+    from flexolmo_jax.trust.signatures import signature_file, verify_signature
+
+    key, model = read_private(Path(args.key)), Package.open(Path(args.model), "merged")
+    is_signed = signature_file(model.folder).exists()
+    if is_signed:  # what somebody else changed is not signed again
+        verify_signature(model, Registry.open(args.log))
+    digests = {entry["name"]: entry["digest"] for entry in model.manifest["experts"]}
+    if digests.keys() >= set(args.names):  # else the removal is refused
+        for name in args.names:
+            about = {"expert": name, "package": digests[name], "reason": args.reason}
+            log.append(args.log, key, log.REMOVED, **about)
+    return is_signed
+
+
+def _tell_if_signed(model: str) -> None:
+    from flexolmo_jax.trust.signatures import signature_file
+
+    file = signature_file(Path(model))
+    if file.exists():
+        tell(f"{file} is of the model before this change: run `flexolmo sign` again")
 
 
 def _tell_if_untuned(undone: bool) -> None:

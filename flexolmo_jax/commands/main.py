@@ -21,7 +21,10 @@ from flexolmo_jax.commands import (
     merge,
     plan,
     privacy,
+    registry,
+    revoke,
     serve,
+    sign,
     study,
     trace,
     train,
@@ -48,8 +51,8 @@ from flexolmo_jax.runtime.startup import (
 )
 
 COMMANDS = (  # in the order of --help
-    demo, train, compress, plan, admit, merge, experts, privacy, audit, inspect, evaluate, study,
-    generate, serve, usage, trace, data, hugging_face,
+    demo, train, compress, plan, sign, registry, admit, merge, experts, privacy, audit, inspect,
+    evaluate, study, generate, serve, revoke, usage, trace, data, hugging_face,
 )  # fmt: skip
 EVERYWHERE = ("--debug", "--no-cache")  # options that may stand before or after the command
 INTERRUPTED = 130

@@ -5,7 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexolmo_jax.commands.parser import Commands
-from flexolmo_jax.commands.shared_arguments import add_allow_share, add_separator
+from flexolmo_jax.commands.shared_arguments import (
+    add_allow_share,
+    add_require_signed,
+    add_separator,
+    requirement,
+)
 from flexolmo_jax.config import EVIDENCE, MEMORY
 from flexolmo_jax.runtime.console import show_table, tell
 
@@ -26,6 +31,7 @@ def add_to(commands: Commands) -> None:
         "--active", type=int, metavar="A", help="experts that a token may use (default: all)"
     )
     add_allow_share(parser)
+    add_require_signed(parser)
     memory = parser.add_mutually_exclusive_group()
     memory.add_argument(
         "--memory",
@@ -74,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
         args.anchor, args.experts, args.out, active_experts=args.active,
         memory=args.memory and tuple(args.memory), evidence=evidence,
         separator=args.separator, allow_share=args.allow_share,
+        require=requirement(args.require_signed),
     )  # fmt: skip
     routing = Routing.of(read_manifest(Path(args.out)))
     tell(f"wrote {args.out}: public + {len(args.experts)} experts, {routing.described()}")

@@ -47,6 +47,11 @@ def add_to(commands: Commands) -> None:
         "--keys", metavar="FILE", help="serve only those whose API key `flexolmo keys add` made"
     )
     parser.add_argument(
+        "--require-signed", metavar="REGISTRY",
+        help="serve only packages that are signed by whom this registry says, and follow it and "
+        "its log: what is revoked is not used any more, within a minute",
+    )  # fmt: skip
+    parser.add_argument(
         "--chat-template", metavar="FILE",
         help="Jinja, for /v1/chat/completions (default: that of a Hugging Face folder)",
     )  # fmt: skip
@@ -146,6 +151,7 @@ def run(args: argparse.Namespace) -> None:
         counterfactual=args.counterfactual,
         trace_owners=optional_path(args.trace_owners),
         chat_template=_read_template(args.chat_template),
+        require_signed=optional_path(args.require_signed),
     )
     serve(settings, args.host, args.port)
 

@@ -10,6 +10,7 @@ from flexolmo_jax.commands.parser import Parser
 from flexolmo_jax.runtime.console import log
 
 if TYPE_CHECKING:
+    from flexolmo_jax.federation.source import Require
     from flexolmo_jax.web.keys import Holder, KeyFiles
 
 SOURCE = (
@@ -73,6 +74,28 @@ def add_allow_share(parser: Parser) -> None:
         help="the largest share of the anchor's public text that the router may send to an expert "
         "in a layer (default: %(default)s; without a number: any share)",
     )
+
+
+def add_require_signed(parser: Parser) -> None:
+    parser.add_argument(
+        "--require-signed",
+        metavar="REGISTRY",
+        help="refuse every package without a signature that this registry of keys accepts, and "
+        "what its log revoked",
+    )
+
+
+def requirement(registry: str | None) -> "Require | None":
+    """What `--require-signed` asks of packages; None if it is not given.
+
+    Raises:
+      ValueError: the registry is missing, damaged or expired.
+    """
+    if registry is None:
+        return None
+    from flexolmo_jax.trust.trusted import Trusted
+
+    return Trusted.open(registry).check
 
 
 def add_model(parser: Parser) -> None:

@@ -24,8 +24,13 @@ EXPERT_DTYPES = (*DTYPES, *LARGEST)
 _LARGEST_INTEGER = 2**63 - 1
 
 
-def parse(data: bytes, where: Path) -> dict[str, Any]:
+def parse(data: bytes, where: Path, what: str = "a manifest") -> dict[str, Any]:
     """A JSON object from bytes.
+
+    Args:
+      data: in UTF-8.
+      where: the file, to be named in errors.
+      what: what the object should be, for errors.
 
     Raises:
       ValueError: it is not a JSON object, has a key twice, or holds NaN or infinity.
@@ -38,11 +43,9 @@ def parse(data: bytes, where: Path) -> dict[str, Any]:
             parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: damaged, not a manifest ({error})") from error
+        raise ValueError(f"{where}: damaged, not {what} ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(
-            f"{where}: damaged, not a manifest (expected an object, found {_kind(value)})"
-        )
+        raise ValueError(f"{where}: damaged, not {what} (expected an object, found {_kind(value)})")
     return value
 
 

@@ -20,7 +20,7 @@ from flexolmo_jax.federation.expert import check_made_for
 from flexolmo_jax.federation.merged import OpenedModel, open_merged
 from flexolmo_jax.federation.names import PUBLIC
 from flexolmo_jax.federation.package import MANIFEST, Package, check_packages, read_manifest
-from flexolmo_jax.federation.source import HuggingFace, WeightSource, open_source
+from flexolmo_jax.federation.source import HuggingFace, Require, WeightSource, open_source
 from flexolmo_jax.modeling.experts import Experts, pad_experts, split, with_parts
 from flexolmo_jax.modeling.low_rank import LowRankGroups, MixedFeedForward
 from flexolmo_jax.modeling.transformer import Backbone
@@ -57,6 +57,7 @@ def load_model(
     mesh: Mesh | None = None,
     over: tuple[str, ...] = AXES,
     separator: str | None = None,
+    require: Require | None = None,
 ) -> LoadedModel:
     """Loads a model of any kind, after checking every digest.
 
@@ -68,35 +69,42 @@ def load_model(
         file; with padding experts after them, up to a number that the axis `expert` divides. All
         processes must load, and each checks its share of the bytes.
       separator: the token that opens documents; default: as the model says.
+      require: what every package must be (`federation.source`).
 
     Raises:
-      ValueError: a part is missing, damaged, or not the one that was merged.
+      ValueError: a part is missing, damaged, refused, or not the one that was merged.
     """
 
     def load() -> LoadedModel:
-        source = open_source(path)
+        source = open_source(path, require=require)
         if isinstance(source, HuggingFace):
             return _load_hugging_face(source, dtype, mesh, over, separator)
-        return _load(open_model(source, anchor, separator), dtype, mesh, over)
+        return _load(open_model(source, anchor, separator, require), dtype, mesh, over)
 
     return load() if mesh is None else raise_together(load)
 
 
 def open_model(
-    package: Package, anchor: str | Path | None = None, separator: str | None = None
+    package: Package,
+    anchor: str | Path | None = None,
+    separator: str | None = None,
+    require: Require | None = None,
 ) -> OpenedModel:
     """What a package of any kind is loaded as; an expert with its anchor, as its owner uses it.
 
+    `require` is asked about the packages that are opened here, beside `package`.
+
     Raises:
-      ValueError: a part is missing, unfit, or not the one that was merged.
+      ValueError: a part is missing, unfit, refused, or not the one that was merged.
     """
     kind = package.manifest["kind"]
     if kind == "merged":
-        return open_merged(package, separator)
+        return open_merged(package, separator, require)
     if kind == "anchor":
         return OpenedModel(open_anchor(package, separator), [])
     named = separator or package.manifest.get("separator")
-    source = open_source(anchor_path(package) if anchor is None else Path(anchor), "anchor")
+    path = anchor_path(package) if anchor is None else Path(anchor)
+    source = open_source(path, "anchor", require)
     opened = OpenedModel(open_anchor(source, named), [package])
     check_made_for(package, opened.anchor)
     return opened

@@ -32,7 +32,7 @@ from flexolmo_jax.federation.routing import (
     without_evidence_head,
 )
 from flexolmo_jax.federation.shares import REFUSE, Shares, check_shares, measure_shares
-from flexolmo_jax.federation.source import open_source
+from flexolmo_jax.federation.source import Require, open_required, open_source
 from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.storage.files import new_directory
 from flexolmo_jax.storage.locks import locked
@@ -52,6 +52,7 @@ def merge(
     evidence: EvidenceChoice = "auto",
     separator: str | None = None,
     allow_share: float | None = REFUSE,
+    require: Require | None = None,
 ) -> Shares | None:
     """Merges an anchor and expert packages into a model: checks all of them, trains nothing.
 
@@ -69,6 +70,8 @@ def merge(
         layer, in (0, 1]; None does not route it.
       separator: the token that opens documents, for a Hugging Face directory that names none;
         default: what was named when the experts were trained.
+      require: is called with the anchor's package and each expert's before they are used, and
+        raises ValueError to refuse one; a Hugging Face directory is then refused too.
 
     Returns:
       the share of public text that each expert takes; None if the anchor came without such text, or
@@ -86,7 +89,7 @@ def merge(
     """
     check_new_folder(out, [anchor, *experts])
     anchor, out = Path(anchor), Path(out).absolute()
-    loaded, packages, separator = _open_all(anchor, experts, separator)
+    loaded, packages, separator = _open_all(anchor, experts, separator, require)
     routing = choose_routing(loaded, packages, active_experts, memory, evidence)
     if evidence == "auto":
         _warn_of_rows(without_evidence_head(loaded, packages), len(packages))
@@ -117,13 +120,16 @@ def _warn_of_rows(without: list[str], num_packages: int) -> None:
 
 
 def _open_all(
-    anchor: Path, experts: Sequence[str | Path], separator: str | None
+    anchor: Path,
+    experts: Sequence[str | Path],
+    separator: str | None,
+    require: Require | None,
 ) -> tuple[LoadedAnchor, list[Package], str | None]:
     """The anchor, the packages, which are made for it, and the separator that they name."""
-    packages = [Package.open(Path(path), "expert") for path in experts]
+    packages = [open_required(Path(path), "expert", require) for path in experts]
     _check_twice(packages)
     separator = separator or _named_separator(packages)
-    loaded = open_anchor(open_source(anchor, "anchor"), separator)
+    loaded = open_anchor(open_source(anchor, "anchor", require), separator)
     for package in packages:
         check_made_for(package, loaded)
     check_packages([*loaded.packages, *packages])
@@ -195,7 +201,10 @@ class Added(NamedTuple):
 
 
 def add_expert(
-    model: str | Path, *packages: str | Path, allow_share: float | None = REFUSE
+    model: str | Path,
+    *packages: str | Path,
+    allow_share: float | None = REFUSE,
+    require: Require | None = None,
 ) -> Added:
     """Adds packages to a merged model on disk, all or none.
 
@@ -206,6 +215,7 @@ def add_expert(
       model: the merged model.
       packages: expert packages.
       allow_share: as in `merge`.
+      require: as in `merge`, of the packages that are in the model too.
 
     Raises:
       ValueError: as `merge`; the model is unchanged.
@@ -219,13 +229,18 @@ def add_expert(
     """
     model = Path(model)
     with _changing(model):
-        return _add(model, [Path(package) for package in packages], allow_share)
+        return _add(model, [Path(package) for package in packages], allow_share, require)
 
 
-def _add(model: Path, packages: Sequence[Path], allow_share: float | None) -> Added:
-    opened = open_merged(Package.open(model, "merged"))
+def _add(
+    model: Path,
+    packages: Sequence[Path],
+    allow_share: float | None,
+    require: Require | None,
+) -> Added:
+    opened = open_merged(Package.open(model, "merged"), require=require)
     manifest, anchor = opened.manifest, opened.anchor
-    added = [Package.open(path, "expert") for path in packages]
+    added = [open_required(path, "expert", require) for path in packages]
     whole = [*opened.experts, *added]
     _check_twice(whole)
     for package in added:

@@ -12,7 +12,7 @@ from flexolmo_jax.federation.names import PUBLIC
 from flexolmo_jax.federation.package import Package, check_packages, check_shapes
 from flexolmo_jax.federation.routing import Routing, choose_routing
 from flexolmo_jax.federation.shares import Shares, measure_shares
-from flexolmo_jax.federation.source import open_source
+from flexolmo_jax.federation.source import Require, open_required, open_source
 from flexolmo_jax.modeling.experts import Experts, with_parts, with_same_parts
 from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.storage.tensors import refill
@@ -84,21 +84,24 @@ class OpenedModel(NamedTuple):
         return [stack.router for stack in self.own_stacks]
 
 
-def open_merged(package: Package, separator: str | None = None) -> OpenedModel:
+def open_merged(
+    package: Package, separator: str | None = None, require: Require | None = None
+) -> OpenedModel:
     """Opens the anchor and the packages of a merged model; reads no weights of packages.
 
     Args:
       package: of the merged model.
       separator: the token that opens documents; default: what was named when it was merged.
+      require: what the anchor and the experts must be (`federation.source`).
 
     Raises:
-      ValueError: a part is missing, unfit, or not the one that was merged.
+      ValueError: a part is missing, unfit, refused, or not the one that was merged.
     """
     model, pinned = package.folder, package.manifest["anchor"]
-    source = open_source(model / pinned["path"], "anchor")
+    source = open_source(model / pinned["path"], "anchor", require)
     anchor = open_anchor(source, separator or pinned.get("separator"))
     _check_pin(source.folder, anchor, pinned)
-    experts = [open_part(model, entry) for entry in package.manifest["experts"]]
+    experts = [open_part(model, entry, require) for entry in package.manifest["experts"]]
     for expert in experts:
         check_made_for(expert, anchor)
     experts.sort(key=lambda expert: expert.weights.deltas or ())
@@ -108,18 +111,22 @@ def open_merged(package: Package, separator: str | None = None) -> OpenedModel:
     return OpenedModel(anchor, experts, package)
 
 
-def check_package(path: Path) -> OpenedModel | Package:
+def check_package(path: Path, require: Require | None = None) -> OpenedModel | Package:
     """Checks every byte of a package of any kind; of a merged model, of all its parts too.
+
+    Args:
+      path: its folder.
+      require: what the package, and each part of a merged model, must be (`federation.source`).
 
     Returns:
       the opened model if it is a merged one, else the opened package.
 
     Raises:
-      ValueError: a part is missing, damaged, unfit, or not the one that was merged.
+      ValueError: a part is missing, damaged, unfit, refused, or not the one that was merged.
     """
-    package = Package.open(path)
+    package = open_required(path, None, require)
     if package.manifest["kind"] == "merged":
-        opened = open_merged(package)
+        opened = open_merged(package, require=require)
         check_packages(opened.packages)
         return opened
     packages = open_anchor(package).packages if package.manifest["kind"] == "anchor" else [package]
@@ -136,13 +143,13 @@ def shares_of(opened: OpenedModel) -> Shares | None:
     )
 
 
-def open_part(model: Path, entry: dict[str, str]) -> Package:
+def open_part(model: Path, entry: dict[str, str], require: Require | None = None) -> Package:
     """The package of an entry of a merged model, if it is the one that was merged.
 
     Raises:
-      ValueError: it is missing, unfit, or another package.
+      ValueError: it is missing, unfit, refused, or another package.
     """
-    package = Package.open(model / entry["path"], "expert")
+    package = open_required(model / entry["path"], "expert", require)
     found = package.manifest["name"]
     if package.digest != entry["digest"] or found != entry["name"]:
         what = "its manifest differs" if found == entry["name"] else f"its name is {found!r}"

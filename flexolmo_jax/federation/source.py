@@ -1,5 +1,6 @@
 """Where weights come from: a package or a Hugging Face directory, decided once, at opening."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,16 +53,37 @@ class HuggingFace(NamedTuple):
 
 
 WeightSource = Package | HuggingFace
+# Is called with an opened package before anything but its manifest is used, and raises ValueError
+# to refuse it: `trust` gives one that asks for a signature.
+Require = Callable[[Package], object]
 
 
-def open_source(path: Path, kind: str | None = None) -> WeightSource:
+def open_source(
+    path: Path, kind: str | None = None, require: Require | None = None
+) -> WeightSource:
     """Opens a package or a Hugging Face directory.
 
     Args:
       path: the folder.
       kind: of a package, as in `Package.open`.
+      require: what a package must be, beyond that; a Hugging Face directory is then refused.
 
     Raises:
-      ValueError: it is neither, or as `Package.open`.
+      ValueError: it is neither, or as `Package.open`, or `require` refuses it.
     """
-    return HuggingFace(path) if hf_import.is_hugging_face(path) else Package.open(path, kind)
+    if not hf_import.is_hugging_face(path):
+        return open_required(path, kind, require)
+    if require is not None:
+        raise ValueError(
+            f"{path}: expected a signed package, found a Hugging Face folder, which cannot be "
+            "signed; make a package of it with `flexolmo import`"
+        )
+    return HuggingFace(path)
+
+
+def open_required(path: Path, kind: str | None = None, require: Require | None = None) -> Package:
+    """As `Package.open`; `require` may refuse the package."""
+    package = Package.open(path, kind)
+    if require is not None:
+        require(package)
+    return package

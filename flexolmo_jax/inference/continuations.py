@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.inference.sampling import Sampling
 
 
@@ -109,3 +110,28 @@ def checked_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
             f"tokens must be in [0, {vocab_size}), the vocabulary; found {low if low < 0 else high}"
         )
     return tokens.astype(np.int32)
+
+
+def prompt_ids(
+    prompts: Sequence[str] | Sequence[Sequence[int]], tokenizer: Tokenizer | None, vocab_size: int
+) -> list[list[int]]:
+    """The ids of prompts, texts or ids.
+
+    Raises:
+      ValueError: they are texts, and there is no tokenizer; or as `checked_tokens`.
+    """
+    if isinstance(prompts[0], str):
+        encode = need_tokenizer(tokenizer).encode_prompt
+        ids = [encode(text) for text in prompts]  # type: ignore[arg-type]
+    else:
+        ids = [list(map(int, prompt)) for prompt in prompts]
+    for prompt in ids:
+        checked_tokens(np.asarray([prompt]), vocab_size)
+    return ids
+
+
+def need_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer; a ValueError if there is none."""
+    if tokenizer is None:
+        raise ValueError("this model came without a tokenizer.json; give token ids instead")
+    return tokenizer

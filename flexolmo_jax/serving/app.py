@@ -33,8 +33,9 @@ ERRORS: Any = {
     status: {"description": text}
     for status, text in {
         400: "a parameter is wrong", 401: "no known key", 403: "the key does not permit it",
-        404: "no such model", 410: "the expert was withdrawn", 413: "the body is too large",
-        429: "the key's limit is reached", 503: "no room, or shutting down",
+        404: "no such model", 410: "the expert was withdrawn or revoked",
+        413: "the body is too large", 429: "the key's limit is reached",
+        503: "no room, shutting down, or the model may not be used",
     }.items()
 }  # fmt: skip
 log = logging.getLogger("flexolmo_jax.serving")
@@ -89,16 +90,23 @@ async def page() -> Response:
 
 @routes.get("/health")
 async def health(request: Request) -> Response:
-    """The process answers, and its engine works."""
-    is_broken = service_of(request).runner.is_broken
-    return Json({"status": "broken" if is_broken else "ok"}, 503 if is_broken else 200)
+    """The process answers, its engine works, and its model may be used."""
+    service = service_of(request)
+    if service.runner.is_broken:
+        return Json({"status": "broken"}, 503)
+    if service.sources.refused is not None:
+        return Json({"status": "refused", "reason": service.sources.refused}, 503)
+    return Json({"status": "ok"})
 
 
 @routes.get("/ready")
 async def ready(request: Request) -> Response:
     """New requests are taken."""
-    is_draining = service_of(request).is_draining
-    return Json({"status": "draining" if is_draining else "ready"}, 503 if is_draining else 200)
+    service = service_of(request)
+    if service.is_draining:
+        return Json({"status": "draining"}, 503)
+    service.sources.check()
+    return Json({"status": "ready"})
 
 
 @routes.get("/metrics")
@@ -106,7 +114,9 @@ async def metrics(request: Request) -> Response:
     """For Prometheus. With keys it needs one; the experts are shown to a key for all of them."""
     service = service_of(request)
     policy = service.policy(request.headers.get("authorization"))
-    text = service.metrics.text(service.runner.count, with_experts=policy.experts is None)
+    text = service.metrics.text(
+        service.runner.count, service.sources, with_experts=policy.experts is None
+    )
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -160,6 +170,7 @@ async def trace(request: Request, body: TraceOf) -> Response:
         raise ApiError(
             404, "this server traces no answers (it has no --trace-owners)", code="no_traces"
         )
+    service.sources.check()
     permitted = service.sources.permitted(policy)
     return Json(await service.traces.trace(body.id, policy, permitted))
 
@@ -167,6 +178,7 @@ async def trace(request: Request, body: TraceOf) -> Response:
 def _models(request: Request) -> dict[str, dict[str, Any]]:
     service = service_of(request)
     policy = service.policy(request.headers.get("authorization"))
+    service.sources.check()
     own = service.sources.models(policy)
     always_on = [name for name in service.sources.permitted(policy) if name in policy.always_on]
     return {

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from flexolmo_jax.serving.sources import Sources
+
 SECONDS = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -32,6 +34,15 @@ class Metrics:
         self._whole = Histogram(
             "flexolmo_request_seconds", "Duration of requests.", buckets=SECONDS, registry=own
         )
+        self._revoked = Gauge(
+            "flexolmo_expert_revoked",
+            "Experts in memory that are not used, since they were revoked.",
+            ["expert"],
+            registry=self._of_experts,
+        )
+        self._refused = Gauge(
+            "flexolmo_model_refused", "Whether the whole model may not be used.", registry=own
+        )
         self._in_flight = Gauge(
             "flexolmo_requests_in_flight", "Requests that run or wait.", registry=own
         )
@@ -55,8 +66,12 @@ class Metrics:
         for name, share in shares.items():
             self._shares.labels(name).inc(share * tokens)
 
-    def text(self, in_flight: int, with_experts: bool) -> bytes:
+    def text(self, in_flight: int, sources: Sources, with_experts: bool) -> bytes:
         """In Prometheus' format."""
         self._in_flight.set(in_flight)
+        self._refused.set(sources.refused is not None)
+        self._revoked.clear()
+        for name in sources.revoked:
+            self._revoked.labels(name).set(1)
         text = generate_latest(self._registry)
         return text + generate_latest(self._of_experts) if with_experts else text

@@ -17,9 +17,11 @@ from flexolmo_jax.serving.chat import find_template, parse_template
 from flexolmo_jax.serving.keys import KEYS, OPEN, Policy
 from flexolmo_jax.serving.metrics import Metrics
 from flexolmo_jax.serving.runner import Runner
+from flexolmo_jax.serving.signed import GRACE, Followed
 from flexolmo_jax.serving.sources import Sources
 from flexolmo_jax.serving.traces import Traces
 from flexolmo_jax.serving.usage import Usage, digest_of
+from flexolmo_jax.trust.signatures import signature_file
 from flexolmo_jax.usage.ledger import Ledger
 from flexolmo_jax.usage.signing import read_private
 from flexolmo_jax.web.errors import ApiError
@@ -53,6 +55,7 @@ class Settings:
       counterfactual: the share of answers that are scored again without each expert.
       trace_owners: a file of owners who answer traces; None: answers are not traced.
       chat_template: a Jinja template; None: that of a Hugging Face directory, if it has one.
+      require_signed: the registry that says who may sign the model's packages; None: nobody need.
     """
 
     path: Path
@@ -74,6 +77,7 @@ class Settings:
     counterfactual: float = 0.0
     trace_owners: Path | None = None
     chat_template: str | None = None
+    require_signed: Path | None = None
 
 
 class Service:
@@ -84,8 +88,8 @@ class Service:
       model: that `settings.path` holds.
 
     Raises:
-      ValueError: the file of keys, the chat template, or the ledger, is damaged; a profile names an
-        expert that the model has not.
+      ValueError: the file of keys, the chat template, the ledger or the registry is damaged; a
+        profile names an expert that the model has not.
 
     Attributes:
       sources: the experts, and who may use them.
@@ -117,11 +121,14 @@ class Service:
         self.runner = Runner(model, settings.slots, length)
         self._meters: dict[str, Meter] = {}
         self._seen_keys = state(settings.keys)
-        self._seen_model = state(settings.path / MANIFEST)
+        self._seen_model = self._state_of_model()
         self._entries: frozenset[str] | None = None  # names in a manifest that has changed
         self._has_changed = asyncio.Event()
         self._failed: dict[str, str] = {}  # what could not be followed, and why
         self.usage = self._open_usage()
+        required = settings.require_signed
+        self._registry = None if required is None else Followed(required)
+        self._apply_registry()
 
     @property
     def model(self) -> FlexOlmo:
@@ -194,6 +201,8 @@ class Service:
     async def watch(self) -> None:
         """Follows the merged model's manifest and the file of keys, until it is cancelled."""
         tasks = [asyncio.create_task(self._load_changes())]
+        if self._registry is not None:
+            tasks.append(asyncio.create_task(self._follow_registry(self._registry)))
         if self.usage is not None:
             tasks.append(asyncio.create_task(self.usage.watch()))
         try:
@@ -225,7 +234,7 @@ class Service:
 
     def _follow_manifest(self) -> None:
         """Takes experts off that are gone, at once: masks do it bit for bit, before any load."""
-        seen = state(self.settings.path / MANIFEST)
+        seen = self._state_of_model()
         if seen == self._seen_model:
             return
         manifest = read_manifest(self.settings.path)
@@ -237,6 +246,41 @@ class Service:
             self.sources = dataclasses.replace(self.sources, withdrawn=withdrawn)
             self.runner.withdraw(sorted(gone))
         self._has_changed.set()
+
+    def _state_of_model(self) -> tuple[object, ...]:
+        """A signature comes after the manifest that it signs, so that both are followed."""
+        path, is_signed = self.settings.path, self.settings.require_signed is not None
+        return state(path / MANIFEST), state(signature_file(path)) if is_signed else None
+
+    async def _follow_registry(self, registry: Followed) -> None:
+        """Whatever is revoked is not used any more from the next second on."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            try:
+                await asyncio.to_thread(registry.follow)
+                self._failed.pop("registry", None)
+            except Exception as error:
+                if self._failed.get("registry") != str(error):
+                    self._failed["registry"] = str(error)
+                    log.error("in %d s nothing is served: %s", GRACE, error)
+            self._apply_registry()
+
+    def _apply_registry(self) -> None:
+        """Ends requests that use what may not be used now, and admits no more of them."""
+        if self._registry is None:
+            return
+        before, now = self.sources, self._registry.standing(self.model.signed)
+        self.sources = dataclasses.replace(before, revoked=now.revoked, refused=now.refused)
+        for name in now.revoked.keys() - before.revoked.keys():
+            log.error("the expert %s is not used any more: %s", name, now.revoked[name])
+        for name in before.revoked.keys() - now.revoked.keys():
+            log.info("the expert %s is no longer revoked", name)
+        self.runner.withdraw(sorted(now.revoked))
+        if now.refused is not None:
+            self.runner.withdraw(self.model.expert_names)
+        if now.refused != before.refused:
+            said = "is served again" if now.refused is None else f"is not served: {now.refused}"
+            log.error("the model %s", said)
 
     async def _load_changes(self) -> None:
         while True:
@@ -258,6 +302,7 @@ class Service:
         present = set(names) if self._entries is None else set(names) & self._entries
         withdrawn = (self.sources.withdrawn | known) - present
         self.sources = dataclasses.replace(self.sources, names=names, withdrawn=withdrawn)
+        self._apply_registry()  # what was revoked meanwhile, too
         seconds = time.monotonic() - begun
         log.info("now serving %s (%.1f s)", ", ".join(self.sources.served), seconds)
 
@@ -289,4 +334,5 @@ def load_served(settings: Settings) -> FlexOlmo:
         dtype=settings.dtype,
         separator=settings.separator,
         mesh=None if share is None else make_mesh(share),
+        keys=settings.require_signed,
     )

@@ -20,16 +20,44 @@ class Sources:
       names: of all experts in memory, in the order of the stack.
       withdrawn: experts that were here once; some of them may still be in memory.
       profiles: names, and the experts that they stand for, beside `without-NAME` of each expert.
+      revoked: experts that may not be used, and why (`serving/signed.py`).
+      refused: why the whole model may not be used; None: it may.
     """
 
     model: str
     names: tuple[str, ...]
     withdrawn: frozenset[str] = frozenset()
     profiles: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    revoked: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    refused: str | None = None
 
     @property
     def served(self) -> tuple[str, ...]:
-        return tuple(name for name in self.names if name not in self.withdrawn)
+        if self.refused is not None:
+            return ()
+        return tuple(name for name in self.names if name not in self._off)
+
+    @property
+    def _off(self) -> frozenset[str]:
+        return self.withdrawn | self.revoked.keys()
+
+    def check(self) -> None:
+        """Raises ApiError 503, with the reason, if the whole model may not be used."""
+        if self.refused is not None:
+            raise ApiError(
+                503, f"this model may not be used now: {self.refused}", code="model_refused"
+            )
+
+    def missing(self, policy: Policy) -> str | None:
+        """Why a key has no answers: an expert that it may not switch off is off; None: none is."""
+        for name in policy.always_on:
+            if name not in self.served:
+                why = self._why_off(name) if name in self._off else "is not in this model"
+                return f"this key has answers with {name!r} only, which {why}"
+        return None
+
+    def _why_off(self, name: str) -> str:
+        return f"was revoked: {self.revoked[name]}" if name in self.revoked else "was withdrawn"
 
     def permitted(self, policy: Policy) -> tuple[str, ...]:
         """The experts that a key may use."""
@@ -39,6 +67,8 @@ class Sources:
 
     def models(self, policy: Policy) -> dict[str, tuple[str, ...]]:
         """The model's names that a key may use, and their experts; the whole model first."""
+        if self.missing(policy) is not None:
+            return {}
         own = self.permitted(policy)
         found = {self.model: own}
         for name in own:
@@ -57,8 +87,13 @@ class Sources:
 
         Raises:
           ApiError: 404 an unknown model; 400 an unknown expert, or none is left; 403 an expert that
-            the key may not use, or may not switch off; 410 a withdrawn one.
+            the key may not use, or may not switch off; 410 a withdrawn or revoked one; 503 the
+            model may not be used, or an expert is off that the key may not switch off.
         """
+        self.check()
+        missing = self.missing(policy)
+        if missing is not None:
+            raise ApiError(503, missing, "model", "expert_always_on")
         own = self.models(policy).get(model)
         if own is None:
             own = self._of_refused(model, policy)
@@ -85,20 +120,16 @@ class Sources:
         base, _, profile = model.partition(":")
         if base == self.model and profile.startswith("without-"):
             name = profile.removeprefix("without-")
-            if name in self.withdrawn and _may_use(policy, name):  # it is off anyway
+            if name in self._off and _may_use(policy, name):  # it is off anyway
                 return self.permitted(policy)
             if name in policy.always_on:
                 raise ApiError(
                     403, f"this key may not switch off {name!r}", "model", "expert_always_on"
                 )
         if base == self.model and profile in self.profiles:
-            gone = {
-                x for x in self.profiles[profile] if x in self.withdrawn and _may_use(policy, x)
-            }
+            gone = [x for x in self.profiles[profile] if x in self._off and _may_use(policy, x)]
             if gone and not set(self.profiles[profile]) & set(self.served):
-                raise ApiError(
-                    410, f"withdrawn: {', '.join(sorted(gone))}", "model", "expert_withdrawn"
-                )
+                raise self._gone(gone[0], "model")
             raise ApiError(403, f"this key may not use {model!r}", "model", "not_permitted")
         known = ", ".join(self.models(policy))
         raise ApiError(
@@ -106,15 +137,19 @@ class Sources:
         )
 
     def _check(self, name: str, policy: Policy, param: str) -> None:
-        if name not in self.names and name not in self.withdrawn:
+        if name not in self.names and name not in self._off:
             known = ", ".join(self.permitted(policy))
             raise ApiError(
                 400, f"no expert named {name!r}; there are {known}", param, "unknown_expert"
             )
         if not _may_use(policy, name):
             raise ApiError(403, f"this key may not use the expert {name!r}", param, "not_permitted")
-        if name in self.withdrawn:
-            raise ApiError(410, f"the expert {name!r} was withdrawn", param, "expert_withdrawn")
+        if name in self._off:
+            raise self._gone(name, param)
+
+    def _gone(self, name: str, param: str) -> ApiError:
+        code = "expert_revoked" if name in self.revoked else "expert_withdrawn"
+        return ApiError(410, f"the expert {name!r} {self._why_off(name)}", param, code)
 
 
 def _may_use(policy: Policy, name: str) -> bool:

@@ -60,6 +60,7 @@ async def detokenize(request: Request, body: Tokens) -> Response:
 def _tokenizer(request: Request) -> Tokenizer:
     service = service_of(request)
     service.policy(request.headers.get("authorization"))
+    service.sources.check()
     if service.model.tokenizer is None:
         raise ApiError(404, "this model has no tokenizer", code="no_tokenizer")
     return service.model.tokenizer

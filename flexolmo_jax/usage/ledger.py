@@ -14,9 +14,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import os
 import secrets
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -216,7 +214,7 @@ class Ledger:
         lock = file.with_name(f".{file.name}.writer.lock")
         self._held.enter_context(locked(lock, f"is writing {file.name}", "give each its own"))
         try:
-            _cut_torn_line(file)
+            hash_chain.mend(file)
             if not file.exists() or not file.stat().st_size:
                 first = {"kind": LEDGER, "format": FORMAT, "ledger": secrets.token_hex(16)}
                 hash_chain.append(file, [{**first, "key": public_of(key)}])
@@ -269,24 +267,3 @@ class Ledger:
     def close(self) -> None:
         """Lets other processes write it."""
         self._held.close()
-
-
-def _cut_torn_line(file: Path) -> None:
-    """Cuts off what a crash left of a last line: nobody was told that it had been written."""
-    if not file.exists():
-        return
-    with open(file, "r+b") as opened:
-        first, whole, torn = b"", 0, 0  # the last two in bytes
-        for line in opened:
-            first = first or line
-            if line.endswith(b"\n"):
-                whole += len(line)
-            else:
-                torn = len(line)
-        if not torn:
-            return
-        if not first.startswith(b'{"number": 1, '):
-            raise ValueError(f"{file}: expected a usage ledger (`flexolmo serve --usage`)")
-        opened.truncate(whole)
-        os.fsync(opened.fileno())
-    warnings.warn(f"{file}: cut off {torn} bytes of an unfinished last line", stacklevel=2)

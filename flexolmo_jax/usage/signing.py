@@ -1,20 +1,19 @@
 """Ed25519 signatures of JSON values (the extra `usage`: the library `cryptography`)."""
 
 import json
-import os
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from flexolmo_jax.storage import key_files
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+_KEY = ("an Ed25519 key", "flexolmo usage keygen")
+
 
 def make_keys(file: Path) -> Path:
     """Makes a key pair: `file` for the coordinator alone, and beside it a `.pub` for everybody.
-
-    Both are PEM (PKCS #8, SubjectPublicKeyInfo), as OpenSSL writes them; the private one is not
-    encrypted, and has mode 0600.
 
     Returns:
       the file of the public key.
@@ -24,20 +23,9 @@ def make_keys(file: Path) -> Path:
       OSError: they cannot be written.
     """
     _need_cryptography()
-    from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    public = file.with_name(f"{file.name}.pub")
-    for taken in (file, public):
-        if os.path.lexists(taken):
-            raise ValueError(f"{taken}: already there, and no key is replaced; choose another FILE")
-    key = Ed25519PrivateKey.generate()
-    pem = serialization.Encoding.PEM
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    _write_new(file, secret, 0o600)
-    shared = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
-    _write_new(public, shared, 0o644)
-    return public
+    return key_files.write_keys(file, Ed25519PrivateKey.generate())
 
 
 def read_private(file: Path) -> "Ed25519PrivateKey":
@@ -47,22 +35,9 @@ def read_private(file: Path) -> "Ed25519PrivateKey":
       ValueError: it is missing, no such key, or others may read it; `cryptography` is missing.
     """
     _need_cryptography()
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    try:
-        mode = stat.S_IMODE(file.stat().st_mode)
-        key = serialization.load_pem_private_key(file.read_bytes(), password=None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ValueError(
-            f"{file}: expected a private key that `flexolmo usage keygen` wrote ({error})"
-        ) from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ValueError(f"{file}: expected an Ed25519 key, found a {type(key).__name__}")
-    if mode & 0o077:
-        raise ValueError(f"{file}: others may read this key (mode {mode:04o}); chmod 600 {file}")
-    return key
+    return key_files.read_private(file, Ed25519PrivateKey, *_KEY)
 
 
 def read_public(file: Path) -> str:
@@ -72,19 +47,9 @@ def read_public(file: Path) -> str:
       ValueError: it is missing, or no such key; `cryptography` is missing.
     """
     _need_cryptography()
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    try:
-        key = serialization.load_pem_public_key(file.read_bytes())
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise ValueError(
-            f"{file}: expected a public key, the .pub of `flexolmo usage keygen` ({error})"
-        ) from error
-    if not isinstance(key, Ed25519PublicKey):
-        raise ValueError(f"{file}: expected an Ed25519 key, found a {type(key).__name__}")
-    return key.public_bytes_raw().hex()
+    return key_files.read_public(file, Ed25519PublicKey, *_KEY).public_bytes_raw().hex()
 
 
 def public_of(key: "Ed25519PrivateKey") -> str:
@@ -129,11 +94,3 @@ def _need_cryptography() -> None:
         raise ValueError(
             "usage ledgers need one more package: pip install 'flexolmo_jax[usage]'"
         ) from error
-
-
-def _write_new(file: Path, data: bytes, mode: int) -> None:
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with open(descriptor, "wb") as opened:
-        opened.write(data)
-        opened.flush()
-        os.fsync(opened.fileno())

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import socket
 import threading
 import time
@@ -37,6 +38,41 @@ class Served:
 
     def text(self, **body) -> str:
         return self.choices(**body)[0]["text"]
+
+    def stream(self, **body) -> "Stream":
+        return Stream(self.url, **body)
+
+    @staticmethod
+    def wait_until(holds, seconds=30.0) -> None:
+        end = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+class Stream(threading.Thread):
+    """Reads a long answer."""
+
+    def __init__(self, url, **body):
+        super().__init__(daemon=True)
+        self.body = {
+            "model": "ours",
+            "prompt": "The theorem",
+            "max_tokens": 3900,
+            "stream": True,
+            **body,
+        }
+        self.body |= {"temperature": 0, "logit_bias": {"0": -100}}
+        self.url, self.text, self.ended = url, "", None
+        self.start()
+
+    def run(self):
+        with httpx.stream("POST", self.url + "/v1/completions", json=self.body, timeout=60) as got:
+            for line in got.iter_lines():
+                if line.startswith("data: {"):
+                    [choice] = json.loads(line[6:])["choices"]
+                    self.text += choice["text"]
+                    self.ended = choice["finish_reason"]
 
 
 @contextlib.contextmanager

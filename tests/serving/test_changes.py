@@ -1,7 +1,6 @@
 """Experts come and go while the server runs, and a client that goes frees its slot."""
 
 import json
-import threading
 import time
 
 import httpx
@@ -14,13 +13,6 @@ pytestmark = pytest.mark.usefixtures("quick")
 PROMPT = "The theorem"
 
 
-def wait_until(holds, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def own(serving, copied):
     """A server over a model that the test may change, and that model's folder."""
@@ -28,37 +20,18 @@ def own(serving, copied):
         yield server, copied
 
 
-class Stream(threading.Thread):
-    """Reads a long answer."""
-
-    def __init__(self, server, **body):
-        super().__init__(daemon=True)
-        self.body = {"model": "ours", "prompt": PROMPT, "max_tokens": 3900, "stream": True, **body}
-        self.body |= {"temperature": 0, "logit_bias": {"0": -100}}
-        self.url, self.text, self.ended = server.url, "", None
-        self.start()
-
-    def run(self):
-        with httpx.stream("POST", self.url + "/v1/completions", json=self.body, timeout=60) as got:
-            for line in got.iter_lines():
-                if line.startswith("data: {"):
-                    [choice] = json.loads(line[6:])["choices"]
-                    self.text += choice["text"]
-                    self.ended = choice["finish_reason"]
-
-
 def test_a_withdrawn_expert_is_gone_at_once(own):
     server, world = own
     body = {"prompt": PROMPT, "max_tokens": 8}
-    uses_it = Stream(server)
-    does_not = Stream(server, experts={"without": ["code"]}, max_tokens=200)
-    wait_until(lambda: uses_it.text and does_not.text)
+    uses_it = server.stream()
+    does_not = server.stream(experts={"without": ["code"]}, max_tokens=200)
+    server.wait_until(lambda: uses_it.text and does_not.text)
     remove_expert(world.merged, "code")
     uses_it.join(30)
     does_not.join(30)
     assert uses_it.ended == "expert_withdrawn" and does_not.ended == "length"
     smaller = load(world.merged)
-    wait_until(lambda: server.service.model.expert_names == smaller.expert_names)
+    server.wait_until(lambda: server.service.model.expert_names == smaller.expert_names)
     assert server.text(**body) == smaller.generate([PROMPT], 8)[0]
     for experts in ({"only": ["code"]}, {"without": ["code"]}):
         answer = server.post(model="ours", **body, experts=experts)
@@ -67,19 +40,19 @@ def test_a_withdrawn_expert_is_gone_at_once(own):
         "ours", "ours:without-math",
     ]  # fmt: skip
     add_expert(world.merged, world.experts["code"])
-    wait_until(lambda: "code" in server.service.sources.served)
+    server.wait_until(lambda: "code" in server.service.sources.served)
     assert server.text(**body, model="ours:without-code") == smaller.generate([PROMPT], 8)[0]
     assert server.text(**body) == load(world.merged).generate([PROMPT], 8)[0]
 
 
 def test_an_expert_is_added_and_requests_in_flight_end_as_they_began(own, make_expert, tmp_path):
     server, world = own
-    before = Stream(server, max_tokens=400)
+    before = server.stream(max_tokens=400)
     before.join(30)
-    running = Stream(server, max_tokens=400)
-    wait_until(lambda: running.text)
+    running = server.stream(max_tokens=400)
+    server.wait_until(lambda: running.text)
     add_expert(world.merged, make_expert(tmp_path / "loud", "loud", seed=5), allow_share=None)
-    wait_until(lambda: "loud" in server.service.sources.served)
+    server.wait_until(lambda: "loud" in server.service.sources.served)
     running.join(30)
     assert running.text == before.text and running.ended == "length"
     expected = load(world.merged).generate([PROMPT], 8)[0]
@@ -109,10 +82,10 @@ def test_a_client_that_vanishes_frees_its_slot(own):
     ) as answer:
         next(answer.iter_lines())
         assert runner.count == 3
-    wait_until(lambda: runner.count == 0, 5)
+    server.wait_until(lambda: runner.count == 0, 5)
     with pytest.raises(httpx.ReadTimeout):  # one that waits for the whole answer, too
         httpx.post(server.url + "/v1/completions", json=body, timeout=0.5)
-    wait_until(lambda: runner.count == 0, 5)
+    server.wait_until(lambda: runner.count == 0, 5)
 
 
 def test_a_request_may_take_so_long(serving, copied):

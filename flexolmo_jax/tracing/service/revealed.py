@@ -39,7 +39,8 @@ class Revealed:
     """The log of one service, and what each asker has used today.
 
     Args:
-      file: the log; None: nothing is kept, and budgets begin with the process.
+      file: the log; None: nothing is kept, and budgets begin with the process. What a crash left
+        of its last line is cut off.
 
     Raises:
       ValueError: the log is damaged; the text names the line.
@@ -50,6 +51,7 @@ class Revealed:
         self._today = today()
         self._used: dict[str, Used] = defaultdict(Used)
         if file is not None and file.exists():
+            hash_chain.mend(file)
             for (day, asker), used in usage(hash_chain.read(file)).items():
                 if day == self._today:
                     self._used[asker] = used

@@ -140,8 +140,21 @@ def test_nothing_is_said_that_cannot_be_written_down(serve, common):
     with serve() as owner:
         assert owner.spans(common)
         log = owner.folder / "log"
-        log.write_text(log.read_text()[:-5])
+        log.write_text(log.read_text()[:-5] + "\n")
         assert error(owner.post(common)) == (503, "log")
+
+
+def test_a_line_that_a_crash_tore_stops_neither_a_service_nor_its_restart(serve, common):
+    with serve() as owner:
+        assert owner.spans(common)
+        log = owner.folder / "log"
+        whole = log.read_text()
+        with pytest.warns(UserWarning, match="an unfinished last line"):
+            log.write_text(whole + whole[:5])
+            assert owner.spans(common)
+            log.write_text(log.read_text()[:-5])
+            assert revealed.Revealed(log).used("anybody").requests == 1
+    assert log.read_text() == whole
 
 
 def test_a_withdrawn_document_is_gone_from_the_next_answer(serve, common):
