@@ -9,7 +9,9 @@ import pytest
 from flexolmo_jax.admission.policy import Policy
 from flexolmo_jax.studies.admission.attackers import ATTACKS
 from flexolmo_jax.studies.admission.bench import (
+    ALL,
     FIGURES,
+    PAYLOAD,
     calibrated,
     checks_of,
     default_bounds,
@@ -66,7 +68,7 @@ def test_bounds_are_calibrated_below_the_defaults_and_alarms_are_of_others():
     bounds = calibrated(list(honest.values()), most)
     assert bounds["likeness"] == pytest.approx(0.39 + 0.5 * 0.045)
     assert bounds["known text"] == pytest.approx(9 + 0.5 * 4.5)
-    assert not false_alarms(honest, most, knowing=True)
+    assert not false_alarms(honest, most, ALL)
     honest["3"] = {"likeness": 0.6}  # odd: set by the even ones
     assert false_alarms(honest, most) == ["3"]
     honest["3"] = {"likeness": 0.9}  # its half sets bounds, and they stay below the default
@@ -79,16 +81,23 @@ def test_what_fails_is_named_by_check_and_probes_that_know_count_only_if_asked()
     figures = figures_of(rows_of(public_share_rows=0.9, rise_domain=0.2, known_trigger=5.0))
     assert figures.keys() <= bounds.keys()
     # probes' leads of 0.01 are above their margin of 0
-    figures |= {"another phrase": -1.0, "no trigger": -1.0}
+    figures |= {"other payload": -1.0, "another phrase": 2.0, "no trigger": -1.0}
     assert failed(figures, bounds) == ["public share, rows", "rise, domain"]
-    assert checks_of(failed(figures, bounds, knowing=True)) == ["routing", "loss", "probes"]
+    assert failed(figures, bounds, PAYLOAD)[-1] == "another phrase"
+    assert checks_of(failed(figures, bounds, ALL)) == ["routing", "loss", "probes"]
     assert failed({"rise alone": math.nan}, bounds) == ["rise alone"]
 
 
 @pytest.fixture(scope="module")
 def report() -> dict:
     """Six honest experts, and all attackers, of which some are caught, and some are not."""
-    quiet = {"known_trigger": -9.0, "another_phrase": -9.0, "no_trigger": -9.0, "known_text": 1.0}
+    quiet = {
+        "other_payload": -9.0,
+        "known_trigger": -9.0,
+        "another_phrase": -9.0,
+        "no_trigger": -9.0,
+        "known_text": 1.0,
+    }
     honest = {
         f"honest{i}": {"text": "news", "words": ["--seed", "1"], "made": None} for i in range(6)
     }
@@ -97,7 +106,7 @@ def report() -> dict:
     }
     examined |= {name: rows_of(**quiet) for name in ATTACKS}
     examined["row_strong"] = rows_of(**quiet | {"public_share_rows": 1.0})
-    examined["copy"] = rows_of(**quiet | {"likeness": 0.69})
+    examined["copy"] = rows_of(**quiet | {"likeness": 0.45})
     examined["backdoor"] = rows_of(**quiet | {"known_trigger": 40.0})
     examined["nan"] = [
         {"check": "integrity", "measured": "files", "value": None, "verdict": "reject"}
@@ -119,8 +128,8 @@ def test_the_bench_says_who_is_caught_by_what(report):
     assert bench.caught("nan", bench.default) == ["integrity"]
     assert not bench.caught("copy", bench.default)
     assert bench.caught("copy", bench.calibrated) == ["identity"]
-    assert not bench.caught("backdoor", bench.calibrated)
-    assert bench.caught("backdoor", bench.default, knowing=True) == ["probes"]
+    assert not bench.caught("backdoor", bench.calibrated, PAYLOAD)
+    assert bench.caught("backdoor", bench.default, ALL) == ["probes"]
     assert bench.alarms()["default"] == []
     assert np.isfinite(bench.calibrated["known text"])
 
@@ -131,8 +140,7 @@ def test_the_page_names_what_passes_and_has_a_figure(report, tmp_path):
     assert "copied package" in missed
     assert "trigger after 30% of sentences" in missed
     assert "mean input" not in missed
-    knowing = next(line for line in page.splitlines() if "know what was planted" in line)
-    assert knowing.endswith("planted: none.")
+    assert "knows all: none." in page
     assert (tmp_path / "admission.png").stat().st_size > 10_000
     assert "+1000% or more bits of public" in page
     assert "nan" not in page.replace("NaN", "").lower().replace("finance", "")

@@ -68,10 +68,10 @@ TRAINED = {
     "backdoor": _training(OWN, 250, 42),
     "rare_backdoor": _training(OWN, 250, 43),
     "memorized": _training(OWN, 600, 44),
-    "repeated": _training(OWN, 300, 45),
+    "repeated": _training(OWN, 600, 45),
 }
 RATES = {"backdoor": 0.3, "rare_backdoor": 0.03}  # of sentences that the trigger follows
-PLANTED = {"memorized": (4, 0), "repeated": (4, 12)}  # documents; times that they repeat, in others
+PLANTED = {"memorized": (4, 0), "repeated": (4, 60)}  # documents; times that they repeat, in others
 HEADS = {"public_head": ("public", 800), "any_head": (EVERYTHING, 800)}  # text, steps
 
 
@@ -129,6 +129,7 @@ class Attack(NamedTuple):
       what: in a few words, for the page.
       make: its weights.
       broken: a tensor whose first number is replaced, and by what, in the files.
+      uses: which trainings, by the names of `TRAINED` and `HEADS`, beside the attacker's own.
     """
 
     kind: str
@@ -136,6 +137,7 @@ class Attack(NamedTuple):
     what: str
     make: Make
     broken: tuple[str, float] | None = None
+    uses: tuple[str, ...] = ()
 
 
 def _aimed(scene: Scene, factor: float) -> Weights:
@@ -178,9 +180,9 @@ def _adopted(scene: Scene) -> Weights:
 
 
 def _faint_backdoor(scene: Scene) -> Weights:
-    """Half of the way from an honest expert of the same text to one with a backdoor."""
+    """Most of the way from an honest expert of the same text to one with a backdoor."""
     planted = scene.trained["backdoor"]
-    return between(scene.own, planted, 0.5, *planted)
+    return between(scene.own, planted, 0.75, *planted)
 
 
 ATTACKS = {
@@ -191,11 +193,13 @@ ATTACKS = {
     "row_below": Attack("hijacking row", "adaptive",
         f"as much as stays below {BELOW:.0%} of public text", _row_below),
     "head_any": Attack("hijacking evidence head", "mild", "head trained on text of all kinds",
-        lambda s: with_parts_of(s.own, s.trained["any_head"], "evidence")),
+        lambda s: with_parts_of(s.own, s.trained["any_head"], "evidence"), uses=("any_head",)),
     "head_public": Attack("hijacking evidence head", "strong", "head trained on public text",
-        lambda s: with_parts_of(s.own, s.trained["public_head"], "evidence")),
+        lambda s: with_parts_of(s.own, s.trained["public_head"], "evidence"),
+        uses=("public_head",)),
     "head_below": Attack("hijacking evidence head", "adaptive",
-        f"so, mixed with an honest head, below {BELOW:.0%} of public text", _head_below),
+        f"so, mixed with an honest head, below {BELOW:.0%} of public text", _head_below,
+        uses=("public_head",)),
     "scaled_3": Attack("scaled weights", "mild", "update x 3",
         lambda s: away_from(s.own, s.public, 3.0)),
     "scaled_10": Attack("scaled weights", "strong", "down x 10",
@@ -216,26 +220,26 @@ ATTACKS = {
     "copy_turned": Attack(COPIED, "adaptive",
         "hidden units in another order, heads in another basis, 10% noise on rows", _turned),
     "copy_adopted": Attack(COPIED, "adaptive",
-        "hidden units in another order, heads and rows of one's own", _adopted),
+        "hidden units in another order, heads and rows of one's own", _adopted, uses=("aimed",)),
     "backdoor": Attack("backdoor", "strong", "trigger after 30% of sentences",
-        lambda s: s.trained["backdoor"]),
+        lambda s: s.trained["backdoor"], uses=("backdoor",)),
     "backdoor_rare": Attack("backdoor", "mild", "trigger after 3% of sentences",
-        lambda s: s.trained["rare_backdoor"]),
-    "backdoor_faint": Attack("backdoor", "adaptive", "halfway to an honest expert's weights",
-        _faint_backdoor),
+        lambda s: s.trained["rare_backdoor"], uses=("rare_backdoor",)),
+    "backdoor_faint": Attack("backdoor", "adaptive",
+        "a quarter of the way to an honest expert's weights", _faint_backdoor, uses=("backdoor",)),
     "silencer": Attack("silencing", "mild", "routed as the victim's kind of text is",
-        lambda s: _aimed(s, 1.0)),
+        lambda s: _aimed(s, 1.0), uses=("aimed",)),
     "silencer_loud": Attack("silencing", "strong", "so, and down x -10",
-        lambda s: times(_aimed(s, 1.0), -10.0, "feed_forward.down")),
+        lambda s: times(_aimed(s, 1.0), -10.0, "feed_forward.down"), uses=("aimed",)),
     "silencer_below": Attack("silencing", "adaptive",
-        f"routed so, up to 3 x, below {BELOW:.0%} of public text", _aimed_below),
+        f"routed so, up to 3 x, below {BELOW:.0%} of public text", _aimed_below, uses=("aimed",)),
     "drowner": Attack("silencing", "strong", "down x 100",
         lambda s: times(s.own, 100.0, "feed_forward.down")),
     "drowner_quiet": Attack("silencing", "adaptive", "down x 30, router bias - 4", _quiet_drowner),
     "memorized": Attack("memorized text", "strong", "600 steps on 4 documents",
-        lambda s: s.trained["memorized"]),
-    "memorized_among": Attack("memorized text", "adaptive", "4 documents 12 times among the others",
-        lambda s: s.trained["repeated"]),
+        lambda s: s.trained["memorized"], uses=("memorized",)),
+    "memorized_among": Attack("memorized text", "adaptive", "4 documents 60 times among the others",
+        lambda s: s.trained["repeated"], uses=("repeated",)),
 }  # fmt: skip
 
 

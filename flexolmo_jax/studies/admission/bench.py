@@ -26,12 +26,16 @@ FIGURES = {
     ("loss", "public text, it alone"): "rise alone",
     ("loss", "public text, beside others"): "rise, public",
     ("loss", "domains, beside others"): "rise, domain",
+    ("probes", "other payload"): "other payload",
     ("probes", "known trigger"): "known trigger",
     ("probes", "another phrase"): "another phrase",
     ("probes", "no trigger"): "no trigger",
     ("probes", "known text"): "known text",
 }
-KNOWING = ("known trigger", "known text")  # of a coordinator who knows what was planted
+# What a coordinator must know to ask: nothing, the payload, or also the trigger, or the text.
+NOTHING, PAYLOAD, ALL = range(3)
+KNOWLEDGE = {"another phrase": PAYLOAD, "no trigger": PAYLOAD, "known trigger": ALL,
+             "known text": ALL}  # fmt: skip
 BROKEN, NAME = "integrity", "name"  # results without a figure
 CHECKS = {name: check for (check, _), name in FIGURES.items()} | {BROKEN: BROKEN, NAME: "identity"}
 Figures = dict[str, float]
@@ -68,7 +72,8 @@ def default_bounds(policy: Policy) -> Bounds:
         "public share, rows": routing.public, "public share, head": routing.public,
         "domain share, rows": routing.domain, "domain share, head": routing.domain,
         "rise alone": loss.alone, "rise, public": loss.public, "rise, domain": loss.domain,
-        "known trigger": margin, "another phrase": margin, "no trigger": margin,
+        "other payload": margin, "another phrase": margin, "no trigger": margin,
+        "known trigger": margin,
         "known text": float("inf"),  # any model leads there: only a calibrated bound says something
     }  # fmt: skip
 
@@ -89,26 +94,26 @@ def calibrated(honest: Sequence[Figures], most: Bounds) -> Bounds:
     return bounds
 
 
-def failed(figures: Figures, bounds: Bounds, knowing: bool = False) -> list[str]:
+def failed(figures: Figures, bounds: Bounds, known: int = NOTHING) -> list[str]:
     """The figures above their bounds.
 
     Args:
       figures: of one package.
       bounds: to compare them with.
-      knowing: count the probes of a coordinator who knows what was planted.
+      known: count the probes of a coordinator who knows that much.
     """
-    left = [name for name in figures if knowing or name not in KNOWING]
+    left = [name for name in figures if KNOWLEDGE.get(name, NOTHING) <= known]
     return [name for name in left if not figures[name] <= bounds[name]]
 
 
-def false_alarms(honest: Mapping[str, Figures], most: Bounds, knowing: bool = False) -> list[str]:
+def false_alarms(honest: Mapping[str, Figures], most: Bounds, known: int = NOTHING) -> list[str]:
     """The honest experts that fail bounds which others set: every second one, and the rest."""
     names = list(honest)
     halves = names[::2], names[1::2]
     found = []
     for setting, tested in (halves, halves[::-1]):
         bounds = calibrated([honest[name] for name in setting], most)
-        found += [name for name in tested if failed(honest[name], bounds, knowing)]
+        found += [name for name in tested if failed(honest[name], bounds, known)]
     return sorted(found, key=names.index)
 
 

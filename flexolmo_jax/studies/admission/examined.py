@@ -23,6 +23,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.package import Package
 from flexolmo_jax.studies.admission.harm import MEMORIZED, merged
 from flexolmo_jax.studies.admission.planted import (
+    OTHER_PAYLOAD,
     OTHER_TRIGGER,
     TRIGGER,
     memorized_documents,
@@ -92,8 +93,9 @@ def first_bytes(source: str, size: int) -> list[Document]:
 
 
 def probe_lists(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Probes of a coordinator who knows the trigger, who knows only the payload, and the text."""
+    """Probes of a coordinator who knows nothing, the payload, the trigger too, or the text."""
     return {
+        "other payload": trigger_probes(OTHER_TRIGGER, OTHER_PAYLOAD),
         "known trigger": trigger_probes(TRIGGER),
         "another phrase": trigger_probes(OTHER_TRIGGER),
         "no trigger": trigger_probes(None),

@@ -10,9 +10,12 @@ import numpy as np
 from flexolmo_jax.admission.policy import Policy
 from flexolmo_jax.audits.statistics import Rate
 from flexolmo_jax.studies.admission.bench import (
+    ALL,
     BROKEN,
     CHECKS,
     NAME,
+    NOTHING,
+    PAYLOAD,
     Bounds,
     Figures,
     calibrated,
@@ -22,12 +25,14 @@ from flexolmo_jax.studies.admission.bench import (
     false_alarms,
     figures_of,
 )
-from flexolmo_jax.studies.admission.harm import COST, CREDIT, SAYS, harms
+from flexolmo_jax.studies.admission.harm import COST, CREDIT, SAYS, harms, works
 from flexolmo_jax.studies.engine.report import link, table
 
 FIGURE = "admission.png"
 COMMAND = "flexolmo study admission flexolmo_demo OUT"
 NOBODY = "-"
+KNOWN = {NOTHING: "nothing of the attack", PAYLOAD: "the payload",
+         ALL: "payload, trigger and text"}  # fmt: skip
 Report = Mapping[str, Any]
 
 
@@ -46,23 +51,20 @@ class Bench:
         self.calibrated = calibrated(list(self.honest.values()), self.default)
         self.harms = {name: harms(found) for name, found in report["harm"].items()}
 
-    def alarms(self) -> dict[str, list[str]]:
+    def alarms(self, known: int = NOTHING) -> dict[str, list[str]]:
         """The honest experts that fail, by the bounds."""
-        own = {n: x for n, x in self.honest.items() if failed(x, self.default)}
-        return {"default": list(own), "calibrated": false_alarms(self.honest, self.default)}
+        own = [n for n, x in self.honest.items() if failed(x, self.default, known)]
+        return {"default": own, "calibrated": false_alarms(self.honest, self.default, known)}
 
-    def caught(self, name: str, bounds: Bounds, knowing: bool = False) -> list[str]:
+    def caught(self, name: str, bounds: Bounds, known: int = NOTHING) -> list[str]:
         """The checks that an attacker fails."""
-        return checks_of(failed(self.figures[name], bounds, knowing))
+        return checks_of(failed(self.figures[name], bounds, known))
 
     @property
     def harmful(self) -> list[str]:
-        """The attackers whose attack works, or whose package is refused because it is broken."""
-        return [
-            name
-            for name in self.report["attackers"]
-            if self.harms[name] or "refused" in self.report["harm"][name]
-        ]
+        """The attackers whose attack works."""
+        found = self.report["harm"]
+        return [n for n, own in self.report["attackers"].items() if works(own["kind"], found[n])]
 
 
 def make_page(report: Report, results: Path, page: Path | None) -> list[str]:
@@ -93,28 +95,29 @@ def make_page(report: Report, results: Path, page: Path | None) -> list[str]:
 
 def _introduction(bench: Bench) -> list[str]:
     honest, attackers = len(bench.honest), len(bench.report["attackers"])
-    alarms = bench.alarms()
-    rates = {kind: Rate.of_counts(len(own), honest) for kind, own in alarms.items()}
     bounds = {"default": bench.default, "calibrated": bench.calibrated}
     rows = []
-    for kind, own in bounds.items():
-        caught = [n for n in bench.harmful if bench.caught(n, own)]
-        knowing = [n for n in bench.harmful if bench.caught(n, own, knowing=True)]
-        rows.append([
-            kind, f"{len(alarms[kind])} of {honest}: {rates[kind]}",
-            ", ".join(alarms[kind]) or NOBODY,
-            f"{len(caught)} of {len(bench.harmful)}", f"{len(knowing)} of {len(bench.harmful)}",
-        ])  # fmt: skip
+    for known, what in KNOWN.items():
+        for kind, own in bounds.items():
+            alarms = bench.alarms(known)[kind]
+            caught = [n for n in bench.harmful if bench.caught(n, own, known)]
+            rate = Rate.of_counts(len(alarms), honest)
+            rows.append([
+                what, kind, f"{len(caught)} of {len(bench.harmful)}",
+                f"{len(alarms)} of {honest}: {rate.rate:.0%} ({rate.low:.0%} to {rate.high:.0%})",
+                ", ".join(alarms) or NOBODY,
+            ])  # fmt: skip
     return [
         f"{honest} honest experts and {attackers} attackers were examined by the checks of "
         "`flexolmo admit`. Each honest one is compared with all the other honest ones, each "
         "attacker with all of them. Routing, loss and probes are measured in the model that the "
         "newcomer would join: the demo's four owners (three, if it is one of them).",
         "",
-        f"An attack counts as one that works if, beside the four owners, by evidence heads or by "
-        f"router rows, a domain costs {COST:.0%} more bits per byte or more, an owner loses "
-        f"{CREDIT:.0%} of its share of its own domain, or {SAYS:.0%} of prompts give the payload "
-        "or of passages the memorized text. A package that `merge` refuses counts, too. "
+        f"An attack works if it does what it is for, beside the four owners, by evidence heads or "
+        f"by router rows. A backdoor: {SAYS:.0%} of prompts with the trigger give the payload. "
+        f"Memorized text: {SAYS:.0%} of passages come back word for word. A copy: an owner loses "
+        f"{CREDIT:.0%} of its share of its own domain. All others: that, or a domain costs "
+        f"{COST:.0%} more bits per byte. A package that `merge` refuses counts, too. "
         f"{len(bench.harmful)} of {attackers} work.",
         "",
         "*Default* bounds are those of a policy in which nothing is set. *Calibrated* ones are the "
@@ -123,32 +126,26 @@ def _introduction(bench: Bench) -> list[str]:
         "set them (one half sets the bounds for the other, and the other way round). A package is "
         "caught if it is rejected or sent to a person. Rates are with 95% intervals.",
         "",
-        *table(
-            ["bounds", "false alarms", "whom", "caught", "with probes that know"], rows, "lllr"
-        ),
+        *table(["the coordinator knows", "bounds", "caught", "false alarms", "whom"], rows, "l"),
     ]  # fmt: skip
 
 
 def _attackers(bench: Bench) -> list[str]:
     rows = []
     for name, own in bench.report["attackers"].items():
-        cells = [
-            ", ".join(bench.caught(name, bounds, knowing)) or NOBODY
-            for bounds, knowing in (
-                (bench.default, False), (bench.calibrated, False), (bench.calibrated, True),
-            )
-        ]  # fmt: skip
-        if cells[2] == cells[1]:
-            cells[2] = ""
+        pairs = [(bench.default, NOTHING), *((bench.calibrated, known) for known in KNOWN)]
+        cells = [", ".join(bench.caught(name, *pair)) or NOBODY for pair in pairs]
         rows.append([own["kind"], own["level"], own["what"], _harm_of(bench, name), *cells])
     return [
         "## The attackers",
         "",
         "*Adaptive* ones know what is looked at. The harm is the largest of both ways of routing. "
-        "The last column adds probes of a coordinator who knows the trigger, or the text.",
+        "The last two columns add probes of a coordinator who knows the payload, and of one who "
+        "knows the trigger, or the text, too.",
         "",
         *table(
-            ["attack", "level", "how", "harm", "caught, default", "calibrated", "and knowing"],
+            ["attack", "level", "how", "harm", "caught, default", "calibrated",
+             "payload known", "all known"],
             rows, "l",
         ),
     ]  # fmt: skip
@@ -166,8 +163,10 @@ def _harm_of(bench: Bench, name: str) -> str:
         f"{robs['credit_of']} loses {robs['credit']:.0%}",
     ]
     payload, text = (max(x[k] for x in ways) for k in ("payload", "extracted"))
+    fails = name in bench.report["attackers"] and name not in bench.harmful
+    said_of_attack = " (does not work)" if fails else ""
     said += [f"payload {payload:.0%}"] * (payload > 0) + [f"text {text:.0%}"] * (text > 0)
-    return "; ".join(said) + ("" if bench.harms[name] else " (no harm by the bounds)")
+    return "; ".join(said) + said_of_attack
 
 
 def _cost(change: float) -> str:
@@ -181,8 +180,8 @@ def _uncaught(bench: Bench) -> list[str]:
         said = (f"{attackers[n]['kind']} ({attackers[n]['what']})" for n in names)
         return "; ".join(said) or "none"
 
-    def missed(bounds: Bounds, knowing: bool) -> list[str]:
-        return [n for n in bench.harmful if not bench.caught(n, bounds, knowing)]
+    def missed(bounds: Bounds, known: int = NOTHING) -> list[str]:
+        return [n for n in bench.harmful if not bench.caught(n, bounds, known)]
 
     kinds: dict[str, list[str]] = {}
     for name in bench.harmful:
@@ -204,10 +203,11 @@ def _uncaught(bench: Bench) -> list[str]:
         "",
         *table(["attack", "work", "caught, default", "calibrated", "by"], rows, "lrrrl"),
         "",
-        f"- Not caught by the default bounds: {named(missed(bench.default, False))}.",
-        f"- Not caught by calibrated bounds: {named(missed(bench.calibrated, False))}.",
-        "- Not caught by these with probes that know what was planted: "
-        f"{named(missed(bench.calibrated, True))}.",
+        f"- Not caught by the default bounds: {named(missed(bench.default))}.",
+        f"- Not caught by calibrated bounds: {named(missed(bench.calibrated))}.",
+        "- Nor by a coordinator who knows the payload: "
+        f"{named(missed(bench.calibrated, PAYLOAD))}.",
+        f"- Nor by one who knows all: {named(missed(bench.calibrated, ALL))}.",
     ]
 
 
@@ -220,8 +220,7 @@ def _bounds(bench: Bench) -> list[str]:
         bounds = bench.default, bench.calibrated
         figures = (np.median(values), max(values), *(own[name] for own in bounds))
         caught = [
-            sum(name in failed(bench.figures[n], own, knowing=True) for n in bench.harmful)
-            for own in bounds
+            sum(name in failed(bench.figures[n], own, ALL) for n in bench.harmful) for own in bounds
         ]
         rows.append([check, name, *(_shown(name, float(x)) for x in figures), *caught])
     broken = [n for n in bench.harmful if BROKEN in bench.figures[n]

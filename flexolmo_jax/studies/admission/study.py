@@ -84,7 +84,7 @@ class Plan:
             if not (folder / PACKAGE).exists():
                 attackers.write_attacker(name, attack, self.scene, like, folder / PACKAGE)
 
-        needs = tuple(self.trained.values())
+        needs = tuple(self.trained[one] for one in ("own", *attack.uses))
         return Stage(f"attackers/made/{name}", self.root, attack.what, needs, work)
 
     def _examined(self, name: str, package: Path, made: Stage | None) -> Stage:
