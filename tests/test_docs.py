@@ -19,7 +19,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PUBLIC = sorted(set(flexolmo_jax.__all__) - {"__version__"})
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s#]+)[^)]*\)")
-FILES = {"json", "jsonl", "md", "npy", "py", "safetensors", "sh"}
+FILES = {"html", "json", "jsonl", "md", "npy", "png", "py", "safetensors", "sh"}
 DOTTED = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)(\(.*\))?")
 
 

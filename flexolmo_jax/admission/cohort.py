@@ -13,7 +13,7 @@ from flexolmo_jax.federation.routing import Routing
 
 
 class Cohort(NamedTuple):
-    """What is there already.
+    """What was admitted before, and the anchor.
 
     Attributes:
       anchor: its weights are left in their files.

@@ -32,7 +32,10 @@ class Delta(NamedTuple):
 
 
 def form_of(package: Package) -> str:
-    """How an expert's matrices are stored: honest figures of different forms differ."""
+    """How an expert's matrices are stored, and whether it claims a private training.
+
+    Honest figures of different forms differ.
+    """
     experts, entries = package.weights, package.manifest["tensors"]
     form = "full"
     if experts.deltas is not None:
@@ -41,7 +44,8 @@ def form_of(package: Package) -> str:
         form = "pruned"
     dtypes = {entry["dtype"] for name, entry in entries.items() if name.startswith("feed_forward.")}
     integers = sorted(dtype for dtype in dtypes if dtype.startswith("int"))
-    return " ".join([form, *integers])
+    is_private = isinstance(package.manifest["privacy"], dict)
+    return " ".join([form, *integers, *(["private"] if is_private else [])])
 
 
 def deltas(expert: Experts, public: Experts) -> Iterator[Delta]:

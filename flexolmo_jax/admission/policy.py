@@ -28,7 +28,7 @@ always_on = ["public"]
 fails = "reject"
 
 [identity]              # is it an admitted package under another name
-distance = 0.5          # least distance to each: 0 is a copy, whatever its scale; 1 is unrelated
+distance = 0.4          # least distance to each: 0 is a copy, whatever its scale; 1 is unrelated
 fails = "reject"
 
 [routing]               # the largest share of a text's tokens, in a layer, that it would take
@@ -102,7 +102,7 @@ class Integrity(_Section):
 class Identity(_Section):
     """How near a package may be to an admitted one."""
 
-    distance: float = _number(0.5, 0.0, 1.0)
+    distance: float = _number(0.4, 0.0, 1.0)
     fails: Consequence = "reject"
 
 

@@ -90,7 +90,7 @@ def norms(package: Package) -> dict[str, float]:
 
 
 def robust_z(value: float, others: Sequence[float], spread: float) -> float:
-    """How far a figure is from the others': |log value - median| over the spread of logarithms.
+    """How far a figure is from the others': (log value - median) over the spread of logarithms.
 
     Args:
       value, others: 0 or more.
@@ -100,15 +100,16 @@ def robust_z(value: float, others: Sequence[float], spread: float) -> float:
     logs = np.log(np.maximum(others, TINY))
     median = float(np.median(logs))
     scale = NORMAL * float(np.median(np.abs(logs - median)))
-    return abs(float(np.log(max(value, TINY))) - median) / max(scale, spread)
+    return (float(np.log(max(value, TINY))) - median) / max(scale, spread)
 
 
 def check_spectral(package: Package, cohort: Cohort, bounds: Spectral) -> list[Result]:
     """Figures of all matrices, and norms of router and heads, against the cohort's.
 
-    Experts of another form (low-rank, pruned, integers) have other figures. So an expert is
-    compared with those of its own form, if there are enough; and else with all, by the size of what
-    it changed only.
+    Experts of another form (low-rank, pruned, integers, private) have other figures. So an expert
+    is compared with those of its own form, if there are enough; and else with all, by the size of
+    what it changed only. A size below the cohort's is no fault: a short or private training changes
+    little.
     """
     public = cohort.anchor.weights.public
     members, among, compared = comparable(package, cohort, bounds.members)
@@ -130,11 +131,12 @@ def check_spectral(package: Package, cohort: Cohort, bounds: Spectral) -> list[R
                 "spectral", titles[1], f"There are {few}", figures=_rows(own_norms, of_others, {})
             ),
         ]
-    z = {
-        name: robust_z(flat[name], others[name], bounds.spread)
-        for name in flat
-        if name.rpartition(".")[2] in compared
-    }
+    z: dict[str, float] = {}
+    for name in flat:
+        kind = name.rpartition(".")[2]
+        if kind in compared:
+            own_z = robust_z(flat[name], others[name], bounds.spread)
+            z[name] = max(own_z, 0.0) if kind in SIZES else abs(own_z)
     of_matrix = {name: max((z[f"{name}.{k}"], k) for k in compared) for name in own}
     worst = max(of_matrix, key=lambda name: of_matrix[name])
     out = sum(most > bounds.z for most, _ in of_matrix.values())
@@ -144,7 +146,7 @@ def check_spectral(package: Package, cohort: Cohort, bounds: Spectral) -> list[R
     )
     # A head that most of the cohort lacks is compared with nothing: routing and loss judge it.
     z_norms = {
-        name: robust_z(own_norms[name], values, bounds.spread)
+        name: abs(robust_z(own_norms[name], values, bounds.spread))
         for name, values in of_others.items()
         if len(values) >= bounds.members
     }

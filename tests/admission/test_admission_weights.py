@@ -66,7 +66,7 @@ def test_robust_z_is_not_moved_by_one_bad_member():
     assert robust_z(1.02, honest, 0.01) < 1
     assert robust_z(3.0, honest, 0.01) > 8
     assert robust_z(3.0, [*honest, 50.0], 0.01) > 8
-    assert robust_z(0.0, honest, 0.01) > 8
+    assert robust_z(0.0, honest, 0.01) < -8
     assert robust_z(2.0, [1.0] * 5, 0.1) == pytest.approx(np.log(2) / 0.1)
 
 
@@ -149,6 +149,7 @@ def test_spectral_figures_of_honest_and_changed_experts(anchor, honest, write, c
 
     assert verdicts("honest", honest(40)) == ["passed", "passed"]
     assert verdicts("scaled", scaled(honest(40), anchor, 4.0)) == ["review", "passed"]
+    assert verdicts("little", scaled(honest(40), anchor, 0.2)) == ["passed", "passed"]
     one_layer = honest(40)
     spike = np.zeros(one_layer.feed_forward.gate.shape, np.float32)
     spike[0, 0, 3, 5] = 2.0
