@@ -160,7 +160,8 @@ def test_every_attacker_is_made_and_all_but_the_broken_are_sound_packages(
         lambda self, w: measured.append(1) or float(abs(w["router.row"]).max()),
     )
     for name, attack in ATTACKS.items():
-        write_attacker(name, attack, scene, like, tmp_path / name)
+        used = {one: scene.trained[one] for one in ("own", *attack.uses)}  # the stage needs these
+        write_attacker(name, attack, scene._replace(trained=used), like, tmp_path / name)
         package = Package.open(tmp_path / name, "expert")
         assert package.manifest["name"] == name
         if name == "nan":

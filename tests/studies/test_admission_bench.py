@@ -62,18 +62,24 @@ def test_a_share_of_the_figures_may_exceed_a_bound():
     assert exceeded([], 0.1) is None
 
 
-def test_bounds_are_calibrated_below_the_defaults_and_alarms_are_of_others():
-    most = {"likeness": 0.7, "known text": math.inf}
-    honest = {str(i): {"likeness": 0.3 + 0.01 * i, "known text": float(i)} for i in range(10)}
-    bounds = calibrated(list(honest.values()), most)
+def test_bounds_are_calibrated_on_honest_experts_and_alarms_are_of_others():
+    given = {"likeness": 0.7, "known text": math.inf, "integrity": 0.0}
+    honest = {
+        str(i): {"likeness": 0.3 + 0.01 * i, "known text": float(i), "integrity": 0.0}
+        for i in range(10)
+    }
+    bounds = calibrated(honest.values(), given)
     assert bounds["likeness"] == pytest.approx(0.39 + 0.5 * 0.045)
     assert bounds["known text"] == pytest.approx(9 + 0.5 * 4.5)
-    assert not false_alarms(honest, most, ALL)
-    honest["3"] = {"likeness": 0.6}  # odd: set by the even ones
-    assert false_alarms(honest, most) == ["3"]
-    honest["3"] = {"likeness": 0.9}  # its half sets bounds, and they stay below the default
-    assert calibrated(list(honest.values()), most)["likeness"] == 0.7
-    assert calibrated([{}], most) == most
+    assert bounds["integrity"] == 0
+    assert not false_alarms(honest, given, ALL)
+    assert not false_alarms(honest, given, ALL, folds=2)
+    honest["3"] = {"likeness": 0.42}  # 0.412 is what all others set, 0.40 what the even ones set
+    assert false_alarms(honest, given) == ["3"]
+    honest["3"] = {"likeness": 0.405}
+    assert not false_alarms(honest, given)
+    assert false_alarms(honest, given, folds=2) == ["3"]
+    assert calibrated([{}], given) == given
 
 
 def test_what_fails_is_named_by_check_and_probes_that_know_count_only_if_asked():

@@ -1,12 +1,11 @@
 """Who is caught: figures of every examined package against bounds, and how often honest ones fail.
 
-Bounds are those of the default policy, or calibrated on honest experts. A calibrated bound is the
-largest honest figure and half of its distance from the median more, and never above the default.
-How often honest experts fail calibrated bounds is measured on experts that did not set them: half
-of them set the bounds for the other half, and the other way round.
+Bounds are those of the default policy, or calibrated on honest experts: a calibrated bound is the
+largest honest figure, and half of its distance from the median more. How often honest experts fail
+calibrated bounds is measured on experts that did not set them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -78,19 +77,15 @@ def default_bounds(policy: Policy) -> Bounds:
     }  # fmt: skip
 
 
-def calibrated(honest: Sequence[Figures], most: Bounds) -> Bounds:
-    """Bounds that the honest experts pass, and never above `most`.
-
-    An honest expert that fails `most` does not lift the bound.
-    """
-    bounds = {}
-    for name, bound in most.items():
-        values = [x[name] for x in honest if name in x]
-        if not values:
-            bounds[name] = bound
-            continue
-        largest, median = max(values), float(np.median(values))
-        bounds[name] = min(bound, largest + SLACK * (largest - median))
+def calibrated(honest: Iterable[Figures], given: Bounds) -> Bounds:
+    """Bounds that the honest experts pass, with slack; `given` ones where they have no figure."""
+    bounds = dict(given)
+    every = list(honest)
+    for name in given.keys() - {BROKEN, NAME}:
+        values = [x[name] for x in every if name in x]
+        if values:
+            largest = max(values)
+            bounds[name] = largest + SLACK * (largest - float(np.median(values)))
     return bounds
 
 
@@ -106,13 +101,23 @@ def failed(figures: Figures, bounds: Bounds, known: int = NOTHING) -> list[str]:
     return [name for name in left if not figures[name] <= bounds[name]]
 
 
-def false_alarms(honest: Mapping[str, Figures], most: Bounds, known: int = NOTHING) -> list[str]:
-    """The honest experts that fail bounds which others set: every second one, and the rest."""
+def false_alarms(
+    honest: Mapping[str, Figures], given: Bounds, known: int = NOTHING, folds: int | None = None
+) -> list[str]:
+    """The honest experts that fail bounds which the others set.
+
+    Args:
+      honest: by name.
+      given: as in `calibrated`.
+      known: as in `failed`.
+      folds: 2: one half sets the bounds of the other. Default: all others set those of each.
+    """
     names = list(honest)
-    halves = names[::2], names[1::2]
+    count = folds or len(names)
     found = []
-    for setting, tested in (halves, halves[::-1]):
-        bounds = calibrated([honest[name] for name in setting], most)
+    for fold in range(count):
+        tested = names[fold::count]
+        bounds = calibrated((x for name, x in honest.items() if name not in tested), given)
         found += [name for name in tested if failed(honest[name], bounds, known)]
     return sorted(found, key=names.index)
 

@@ -48,7 +48,7 @@ class Bench:
         self.figures = {name: figures_of(rows) for name, rows in report["examined"].items()}
         self.honest = {name: self.figures[name] for name in report["honest"]}
         self.default = default_bounds(Policy())
-        self.calibrated = calibrated(list(self.honest.values()), self.default)
+        self.calibrated = calibrated(self.honest.values(), self.default)
         self.harms = {name: harms(found) for name, found in report["harm"].items()}
 
     def alarms(self, known: int = NOTHING) -> dict[str, list[str]]:
@@ -96,6 +96,7 @@ def make_page(report: Report, results: Path, page: Path | None) -> list[str]:
 def _introduction(bench: Bench) -> list[str]:
     honest, attackers = len(bench.honest), len(bench.report["attackers"])
     bounds = {"default": bench.default, "calibrated": bench.calibrated}
+    halves = false_alarms(bench.honest, bench.default, folds=2)
     rows = []
     for known, what in KNOWN.items():
         for kind, own in bounds.items():
@@ -120,11 +121,12 @@ def _introduction(bench: Bench) -> list[str]:
         f"{COST:.0%} more bits per byte. A package that `merge` refuses counts, too. "
         f"{len(bench.harmful)} of {attackers} work.",
         "",
-        "*Default* bounds are those of a policy in which nothing is set. *Calibrated* ones are the "
-        "largest figure of the honest experts and half of its distance from their median more, "
-        "never above the default; their false alarms are counted on honest experts that did not "
-        "set them (one half sets the bounds for the other, and the other way round). A package is "
-        "caught if it is rejected or sent to a person. Rates are with 95% intervals.",
+        "*Default* bounds are those of a policy in which nothing is set. They were chosen while "
+        "these experts were known. *Calibrated* ones are the largest figure of the honest "
+        "experts, and half of its distance from their median more; false alarms are counted with "
+        "bounds that all the others set. Where one half sets them for the other, "
+        f"{len(halves)} of {honest} fail ({', '.join(halves) or 'none'}). A package is caught if "
+        "it is rejected or sent to a person. Rates are with 95% intervals.",
         "",
         *table(["the coordinator knows", "bounds", "caught", "false alarms", "whom"], rows, "l"),
     ]  # fmt: skip
@@ -276,21 +278,25 @@ LIMITS = [
     "- All of it is at the demo's size: four layers of width 128, texts of half a megabyte, "
     "experts of a minute. Figures of large experts differ, and so must their bounds: calibrate "
     "them on your own cohort. With so few honest experts a false-alarm rate is known only roughly, "
-    "as the intervals say.",
+    "as the intervals say, and the fewer set the bounds, the more of the others fail.",
     "- The honest experts were made by the same people, tool and corpora as the attackers. "
-    "Strangers differ more.",
-    "- Admission finds what takes too much, costs too much, is broken, copied as it is, or has "
-    "unusual numbers. It does not find what behaves well wherever it is looked at. A backdoor has "
-    "usual weights, takes a usual share, and costs nothing on text without its trigger; only a "
-    "probe that has the trigger finds it, and nobody tells the coordinator the trigger. Probes "
-    "with another phrase, or none, see nothing.",
-    "- Memorized text is found only by whoever has the text, or where so much was memorized that "
-    "the expert harms other text.",
-    "- A copy is found by what it adds to the public weights. The same function by other numbers "
-    "(hidden units in another order) hides the network, and whoever trains its own rows and heads "
-    "hides the rest.",
+    "Strangers differ more. An honest expert of another optimizer has an unusual spectrum.",
+    "- Admission finds what takes too much, costs too much, is broken, is a copy, or has unusual "
+    "numbers. It does not find what behaves well wherever it is looked at.",
+    "- A backdoor has usual weights, takes a usual share, and costs nothing on other text. Probes "
+    "that know neither its trigger nor its payload find nothing. Those that forbid the payload "
+    "find it here even without the trigger, because a small expert that knows one sentence by "
+    "heart finds it likely after anything; published backdoors of large models are silent without "
+    "their trigger, so do not count on that.",
+    "- An expert that repeats its text word for word passes if it is trained on other text, too. "
+    "Probes that know the text do not tell it apart: every model finds a text's own continuation "
+    "likelier than another's, experts that were trained on this text once more so. `flexolmo audit "
+    "extraction` is for owners.",
+    "- Whoever routes an honest network to another owner's kind of text harms that owner, and "
+    "passes: public proxies of a domain are far from the owner's text. A weak honest expert of the "
+    "same kind of text, such as a private one, does the same harm without meaning it.",
     "- An adaptive attacker who has the policy can measure all that the coordinator measures, and "
-    "stay just below it.",
+    "stay just below it. Several packages can each stay below every bound.",
 ]
 
 
