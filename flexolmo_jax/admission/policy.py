@@ -33,14 +33,14 @@ fails = "reject"
 
 [routing]               # the largest share of a text's tokens, in a layer, that it would take
 public = 0.4            # of public text
-domain = 0.5            # of an admitted domain's own proxies
+domain = 0.6            # of an admitted domain's own proxies
 tokens = 4096           # of each text that are routed
 fails = "reject"
 
 [loss]                  # how much bits per byte may rise, as a share
 alone = 1.0             # of public text, by this expert with no other; the anchor is 0
-public = 0.02           # of public text, by the whole model, with it and without
-domain = 0.05           # of an admitted domain's proxies, by the whole model, with it and without
+public = 0.01           # of public text, by the whole model, with it and without
+domain = 0.02           # of an admitted domain's proxies, by the whole model, with it and without
 bytes = 20000           # of each text that are read
 fails = "reject"
 
@@ -111,7 +111,7 @@ class RoutingBounds(_Section):
     """How much of a text an expert may take."""
 
     public: float = _number(0.4, 0.0, 1.0)
-    domain: float = _number(0.5, 0.0, 1.0)
+    domain: float = _number(0.6, 0.0, 1.0)
     tokens: int = _number(4096, 1, 10**9)
     fails: Consequence = "reject"
 
@@ -121,8 +121,8 @@ class Loss(_Section):
     """How much bits per byte may rise."""
 
     alone: float = _number(1.0, 0.0, 1000.0)
-    public: float = _number(0.02, 0.0, 1000.0)
-    domain: float = _number(0.05, 0.0, 1000.0)
+    public: float = _number(0.01, 0.0, 1000.0)
+    domain: float = _number(0.02, 0.0, 1000.0)
     bytes: int = _number(20_000, 1, 10**12)
     fails: Consequence = "reject"
 

@@ -5,6 +5,7 @@ This table imports none of them, so that `flexolmo --help` stays quick.
 """
 
 STUDIES: dict[str, str] = {
+    "admission": "flexolmo_jax.studies.admission.study",
     "demo-seeds": "flexolmo_jax.studies.demo_seeds",
     "evidence": "flexolmo_jax.studies.evidence",
     "expert-size": "flexolmo_jax.studies.expert_size",

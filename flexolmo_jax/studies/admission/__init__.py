@@ -1,0 +1,1 @@
+"""Attackers and honest experts beside each other, examined by `flexolmo_jax.admission`."""
