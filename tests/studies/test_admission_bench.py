@@ -122,7 +122,7 @@ def report() -> dict:
              "copy": {"rows": {**QUIET, "credit": 0.5}},
              "backdoor": {"rows": QUIET, "evidence": {**QUIET, "payload": 1.0}}}  # fmt: skip
     attackers = {n: {"kind": a.kind, "level": a.level, "what": a.what} for n, a in ATTACKS.items()}
-    made = {"machine": "2 cores, today", "honest": honest, "attackers": attackers,
+    made = {"machine": "2 cores, today", "minutes": 1, "honest": honest, "attackers": attackers,
             "examined": examined, "harm": harm}  # fmt: skip
     return json.loads(json.dumps(made))
 

@@ -74,7 +74,8 @@ def make_page(report: Report, results: Path, page: Path | None) -> list[str]:
     return [
         "# Admission, attacked",
         "",
-        f"`{COMMAND}`, {report['machine']}. Numbers: "
+        f"`{COMMAND}`, {report['machine']}. The times of its stages, beside other work on the "
+        f"machine, add up to {report['minutes']} minutes. Numbers: "
         f"[admission.json]({link(results / 'admission.json', page)}).",
         "",
         *_introduction(bench),
@@ -122,8 +123,8 @@ def _introduction(bench: Bench) -> list[str]:
         f"{len(bench.harmful)} of {attackers} work.",
         "",
         "*Default* bounds are those of a policy in which nothing is set. They were chosen while "
-        "these experts were known. *Calibrated* ones are the largest figure of the honest "
-        "experts, and half of its distance from their median more; false alarms are counted with "
+        "these experts and attackers were known. *Calibrated* ones are the largest honest "
+        "figure, and half of its distance from the median more; false alarms are counted with "
         "bounds that all the others set. Where one half sets them for the other, "
         f"{len(halves)} of {honest} fail ({', '.join(halves) or 'none'}). A package is caught if "
         "it is rejected or sent to a person. Rates are with 95% intervals.",
