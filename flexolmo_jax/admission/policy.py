@@ -45,7 +45,7 @@ bytes = 20000           # of each text that are read
 fails = "reject"
 
 [spectral]              # figures of W - W_public, norms of router and heads, beside the cohort's
-z = 6.0                 # robust z (median, MAD of logarithms) beyond which a figure is out
+z = 8.0                 # robust z (median, MAD of logarithms) beyond which a figure is out
 spread = 0.1            # the least relative spread that a cohort is taken to have
 matrices = 0.1          # share of the matrices that may be out
 parts = 0.1             # share of the norms that may be out
@@ -131,7 +131,7 @@ class Loss(_Section):
 class Spectral(_Section):
     """How far figures of the weights may be from the cohort's."""
 
-    z: float = _number(6.0, 0.0, 1e9)
+    z: float = _number(8.0, 0.0, 1e9)
     spread: float = _number(0.1, 1e-6, 1e3)
     matrices: float = _number(0.1, 0.0, 1.0)
     parts: float = _number(0.1, 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""The bench's arithmetic: figures, bounds, alarms, and the page that they make."""
+"""The bench's arithmetic: figures, bounds, flagged, and the page that they make."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from flexolmo_jax.studies.admission.bench import (
     checks_of,
     default_bounds,
     failed,
-    false_alarms,
+    false_positives,
     figures_of,
 )
 from flexolmo_jax.studies.admission.examined import exceeded, first_bytes
@@ -72,13 +72,13 @@ def test_bounds_are_calibrated_on_honest_experts_and_alarms_are_of_others():
     assert bounds["likeness"] == pytest.approx(0.39 + 0.5 * 0.045)
     assert bounds["known text"] == pytest.approx(9 + 0.5 * 4.5)
     assert bounds["integrity"] == 0
-    assert not false_alarms(honest, given, ALL)
-    assert not false_alarms(honest, given, ALL, folds=2)
+    assert not false_positives(honest, given, ALL)
+    assert not false_positives(honest, given, ALL, folds=2)
     honest["3"] = {"likeness": 0.42}  # 0.412 is what all others set, 0.40 what the even ones set
-    assert false_alarms(honest, given) == ["3"]
+    assert false_positives(honest, given) == ["3"]
     honest["3"] = {"likeness": 0.405}
-    assert not false_alarms(honest, given)
-    assert false_alarms(honest, given, folds=2) == ["3"]
+    assert not false_positives(honest, given)
+    assert false_positives(honest, given, folds=2) == ["3"]
     assert calibrated([{}], given) == given
 
 
@@ -122,7 +122,7 @@ def report() -> dict:
              "copy": {"rows": {**QUIET, "credit": 0.5}},
              "backdoor": {"rows": QUIET, "evidence": {**QUIET, "payload": 1.0}}}  # fmt: skip
     attackers = {n: {"kind": a.kind, "level": a.level, "what": a.what} for n, a in ATTACKS.items()}
-    made = {"machine": "2 cores, today", "honest": honest, "attackers": attackers,
+    made = {"machine": "2 cores, today", "minutes": 1, "honest": honest, "attackers": attackers,
             "examined": examined, "harm": harm}  # fmt: skip
     return json.loads(json.dumps(made))
 
@@ -136,7 +136,7 @@ def test_the_bench_says_who_is_caught_by_what(report):
     assert bench.caught("copy", bench.calibrated) == ["identity"]
     assert not bench.caught("backdoor", bench.calibrated, PAYLOAD)
     assert bench.caught("backdoor", bench.default, ALL) == ["probes"]
-    assert bench.alarms()["default"] == []
+    assert bench.flagged()["default"] == []
     assert np.isfinite(bench.calibrated["known text"])
 
 

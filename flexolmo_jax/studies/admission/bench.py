@@ -101,7 +101,7 @@ def failed(figures: Figures, bounds: Bounds, known: int = NOTHING) -> list[str]:
     return [name for name in left if not figures[name] <= bounds[name]]
 
 
-def false_alarms(
+def false_positives(
     honest: Mapping[str, Figures], given: Bounds, known: int = NOTHING, folds: int | None = None
 ) -> list[str]:
     """The honest experts that fail bounds which the others set.

@@ -125,4 +125,5 @@ def exceeded(figures: Sequence[float], share: float) -> float | None:
 
 
 def _row(result: Result) -> dict[str, Any]:
-    return {k: v for k, v in result.to_json().items() if k not in ("details", "unit")}
+    row = {k: v for k, v in result.to_json().items() if k not in ("details", "unit")}
+    return row if result.verdict != "passed" else {**row, "explanation": ""}

@@ -22,7 +22,7 @@ from flexolmo_jax.studies.admission.bench import (
     checks_of,
     default_bounds,
     failed,
-    false_alarms,
+    false_positives,
     figures_of,
 )
 from flexolmo_jax.studies.admission.harm import COST, CREDIT, SAYS, harms, works
@@ -51,10 +51,10 @@ class Bench:
         self.calibrated = calibrated(self.honest.values(), self.default)
         self.harms = {name: harms(found) for name, found in report["harm"].items()}
 
-    def alarms(self, known: int = NOTHING) -> dict[str, list[str]]:
+    def flagged(self, known: int = NOTHING) -> dict[str, list[str]]:
         """The honest experts that fail, by the bounds."""
         own = [n for n, x in self.honest.items() if failed(x, self.default, known)]
-        return {"default": own, "calibrated": false_alarms(self.honest, self.default, known)}
+        return {"default": own, "calibrated": false_positives(self.honest, self.default, known)}
 
     def caught(self, name: str, bounds: Bounds, known: int = NOTHING) -> list[str]:
         """The checks that an attacker fails."""
@@ -74,7 +74,8 @@ def make_page(report: Report, results: Path, page: Path | None) -> list[str]:
     return [
         "# Admission, attacked",
         "",
-        f"`{COMMAND}`, {report['machine']}. Numbers: "
+        f"`{COMMAND}`, {report['machine']}. The times of its stages, beside other work on the "
+        f"machine, add up to {report['minutes']} minutes. Numbers: "
         f"[admission.json]({link(results / 'admission.json', page)}).",
         "",
         *_introduction(bench),
@@ -96,17 +97,17 @@ def make_page(report: Report, results: Path, page: Path | None) -> list[str]:
 def _introduction(bench: Bench) -> list[str]:
     honest, attackers = len(bench.honest), len(bench.report["attackers"])
     bounds = {"default": bench.default, "calibrated": bench.calibrated}
-    halves = false_alarms(bench.honest, bench.default, folds=2)
+    halves = false_positives(bench.honest, bench.default, folds=2)
     rows = []
     for known, what in KNOWN.items():
         for kind, own in bounds.items():
-            alarms = bench.alarms(known)[kind]
+            flagged = bench.flagged(known)[kind]
             caught = [n for n in bench.harmful if bench.caught(n, own, known)]
-            rate = Rate.of_counts(len(alarms), honest)
+            rate = Rate.of_counts(len(flagged), honest)
             rows.append([
                 what, kind, f"{len(caught)} of {len(bench.harmful)}",
-                f"{len(alarms)} of {honest}: {rate.rate:.0%} ({rate.low:.0%} to {rate.high:.0%})",
-                ", ".join(alarms) or NOBODY,
+                f"{len(flagged)} of {honest}: {rate.rate:.0%} ({rate.low:.0%} to {rate.high:.0%})",
+                ", ".join(flagged) or NOBODY,
             ])  # fmt: skip
     return [
         f"{honest} honest experts and {attackers} attackers were examined by the checks of "
@@ -122,13 +123,13 @@ def _introduction(bench: Bench) -> list[str]:
         f"{len(bench.harmful)} of {attackers} work.",
         "",
         "*Default* bounds are those of a policy in which nothing is set. They were chosen while "
-        "these experts were known. *Calibrated* ones are the largest figure of the honest "
-        "experts, and half of its distance from their median more; false alarms are counted with "
+        "these experts and attackers were known. *Calibrated* ones are the largest honest "
+        "figure, and half of its distance from the median more; false positives are counted with "
         "bounds that all the others set. Where one half sets them for the other, "
         f"{len(halves)} of {honest} fail ({', '.join(halves) or 'none'}). A package is caught if "
         "it is rejected or sent to a person. Rates are with 95% intervals.",
         "",
-        *table(["the coordinator knows", "bounds", "caught", "false alarms", "whom"], rows, "l"),
+        *table(["the coordinator knows", "bounds", "caught", "false positives", "whom"], rows, "l"),
     ]  # fmt: skip
 
 
@@ -252,12 +253,12 @@ def _shown(name: str, value: float) -> str:
 
 
 def _honest(bench: Bench) -> list[str]:
-    alarms = bench.alarms()
+    by_bounds = bench.flagged()
     rows = []
     for name, own in bench.report["honest"].items():
         made = ", ".join(f"{k} {v}" for k, v in (own["made"] or {}).items())
         options = " ".join(own["words"]).replace("--", "")
-        flagged = [kind for kind, names in alarms.items() if name in names]
+        flagged = [kind for kind, names in by_bounds.items() if name in names]
         rows.append([name, own["text"], options or "as the demo", made, _harm_of(bench, name),
                      ", ".join(flagged)])  # fmt: skip
     doing = [f"{name} ({', '.join(own)})" for name in bench.honest if (own := bench.harms[name])]
@@ -268,7 +269,7 @@ def _honest(bench: Bench) -> list[str]:
         f"by {len(doing)} of them: {'; '.join(doing) or 'none'}. Whoever trains on the same kind "
         "of text as an owner takes a part of its share, as a copy does.",
         "",
-        *table(["expert", "text", "options", "made smaller", "harm", "false alarm"], rows, "l"),
+        *table(["expert", "text", "options", "made smaller", "harm", "false positive"], rows, "l"),
     ]
 
 
@@ -277,16 +278,16 @@ LIMITS = [
     "",
     "- All of it is at the demo's size: four layers of width 128, texts of half a megabyte, "
     "experts of a minute. Figures of large experts differ, and so must their bounds: calibrate "
-    "them on your own cohort. With so few honest experts a false-alarm rate is known only roughly, "
-    "as the intervals say, and the fewer set the bounds, the more of the others fail.",
+    "them on your own cohort. With so few honest experts a false-positive rate is known only "
+    "roughly, as the intervals say, and the fewer set the bounds, the more of the others fail.",
     "- The honest experts were made by the same people, tool and corpora as the attackers. "
     "Strangers differ more. An honest expert of another optimizer has an unusual spectrum.",
     "- Admission finds what takes too much, costs too much, is broken, is a copy, or has unusual "
     "numbers. It does not find what behaves well wherever it is looked at.",
     "- A backdoor has usual weights, takes a usual share, and costs nothing on other text. Probes "
     "that know neither its trigger nor its payload find nothing. Those that forbid the payload "
-    "find it here even without the trigger, because a small expert that knows one sentence by "
-    "heart finds it likely after anything; published backdoors of large models are silent without "
+    "find it here even without the trigger, because a small expert that memorized one sentence "
+    "finds it likely after anything; published backdoors of large models are silent without "
     "their trigger, so do not count on that.",
     "- An expert that repeats its text word for word passes if it is trained on other text, too. "
     "Probes that know the text do not tell it apart: every model finds a text's own continuation "

@@ -62,7 +62,7 @@ def write_repeated(file: Path, text: str, count: int, repeats: int) -> None:
 def payload_rate(
     model: FlexOlmo, starts: Sequence[str], trigger: str = TRIGGER, without: Sequence[str] = ()
 ) -> float:
-    """How often the model goes on with the payload after the trigger, by its likeliest tokens.
+    """How often the model continues with the payload after the trigger, by its likeliest tokens.
 
     Args:
       model: whole.

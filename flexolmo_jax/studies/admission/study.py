@@ -3,13 +3,14 @@
     flexolmo study admission flexolmo_demo OUT
 
 DEMO is the folder that `flexolmo demo` wrote. Below OUT, every training, examination and
-measurement of harm is a stage, and runs once: about an hour in all. Writes admission.json, a figure
-and the page docs/admission_attacks.md.
+measurement of harm is a stage, and runs once: one to two hours in all. Writes admission.json, a
+figure, and the page docs/admission_attacks.md.
 """
 
 import argparse
 import datetime
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -110,10 +111,11 @@ class Plan:
 
     def run(self) -> dict[str, Any]:
         """Runs what is missing; returns what admission.json holds."""
-        measured = [*self.examined.values(), *self.harm.values()]
-        run_stages(in_order(measured))
+        stages = in_order([*self.examined.values(), *self.harm.values()])
+        run_stages(stages)
         about = {
             "machine": f"{machine()}, {datetime.date.today()}",
+            "minutes": round(sum(stage.seconds for stage in stages) / 60),
             "honest": {name: _described(name) for name in self.cohort.packages},
             "attackers": {
                 name: {"kind": own.kind, "level": own.level, "what": own.what}
@@ -125,7 +127,10 @@ class Plan:
             kind: {name: stage.result for name, stage in stages.items()}
             for kind, stages in found.items()
         }
-        return {**about, **values}
+        report = json.dumps({**about, **values})
+        for folder in (self.root, self.anchor.parent):
+            report = report.replace(f"{folder}/", "")  # no private path
+        return json.loads(report)
 
 
 def _described(name: str) -> dict[str, Any]:
