@@ -32,7 +32,12 @@ class Router(nnx.Module):
             row, bias = row_and_bias
             return x @ row.astype(jnp.float32) + jnp.minimum(bias, 0.0)
 
-        return jax.lax.map(logit, (self.row[...], self.bias[...]))
+        rows = self.row[...], self.bias[...]
+        if len(rows[0]) > 1:
+            return jax.lax.map(logit, rows)
+        # XLA unrolls a loop of one step, and then multiplies in another order.
+        twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), rows)
+        return jax.lax.map(logit, twice)[:1]
 
 
 @jax.named_scope("route")
