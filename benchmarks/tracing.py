@@ -30,6 +30,7 @@ from benchmarks.machine import commit, machine, versions
 from benchmarks.tracing_page import plot, table
 from benchmarks.tracing_peer import ALL, Peer
 from benchmarks.tracing_text import Text, read_text, write_rows
+from flexolmo_jax.studies.loading import evict
 from flexolmo_jax.tracing.index import Index
 from flexolmo_jax.tracing.layout import FORMAT, TOKENIZER, entry, read_tokenizer, write_index
 from flexolmo_jax.tracing.shard_writer import ShardWriter
@@ -114,11 +115,7 @@ def first_time(folder: Path, ids: np.ndarray, is_dropped: bool) -> float:
     """Milliseconds of the first question after opening; with the pages of all files dropped."""
     index = Index.open(folder)
     if is_dropped:
-        for file in folder.rglob("*"):
-            if file.is_file():
-                descriptor = os.open(file, os.O_RDONLY)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(descriptor)
+        evict(folder)
     begun = time.perf_counter()
     kept_spans(index, ids)
     return round(1000 * (time.perf_counter() - begun), 1)

@@ -33,6 +33,7 @@ from flexolmo_jax.federation.package import NO_PRIVACY, Package, check_packages,
 from flexolmo_jax.federation.package_files import CHUNK
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.storage.regular_files import open_regular
+from flexolmo_jax.studies.loading import evict
 from flexolmo_jax.trust import registry_changes
 from flexolmo_jax.trust.keys import make_keys, read_private, read_public
 from flexolmo_jax.trust.registry import Registry
@@ -98,16 +99,6 @@ def _read_file(file: Path) -> None:
     with open_regular(file) as opened:
         while opened.readinto(memory):  # type: ignore[attr-defined]
             pass
-
-
-def evict(package: Path) -> None:
-    """Evicts the files from the system's memory."""
-    for file in package.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
 
 
 def measure(

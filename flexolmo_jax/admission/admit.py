@@ -18,7 +18,6 @@ from flexolmo_jax.admission.policy import Policy
 from flexolmo_jax.admission.results import Report, Result, not_judged
 from flexolmo_jax.admission.routing import Texts, check_routing
 from flexolmo_jax.admission.spectral import check_spectral
-from flexolmo_jax.data.sources import Document, read_documents
 from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.federation.names import PUBLIC
 from flexolmo_jax.federation.package import Package, privacy_summary
@@ -58,10 +57,7 @@ def examine(
         a text, or the probes are missing or damaged; the policy allows too few subsets.
     """
     cohort = open_cohort(anchor, policy.cohort)
-    texts = Texts(
-        _first(public, policy.loss.bytes),
-        {name: _first(source, policy.loss.bytes) for name, source in policy.domains.items()},
-    )
+    texts = Texts.read(public, policy.domains, policy.loss.bytes)
     file = policy.probes.file
     probes = [] if file is None else probing.read_probes(file)
     timer = _Timer()
@@ -137,17 +133,6 @@ def _merged(package: Package, cohort: Cohort) -> FlexOlmo:
             memory=cohort.memory, evidence=evidence, allow_share=None,
         )  # fmt: skip
         return load(merged)
-
-
-def _first(source: str, size: int) -> list[Document]:
-    """The first documents of a source, up to the one that reaches `size` bytes."""
-    chosen: list[Document] = []
-    for document in read_documents(source):
-        chosen.append(document)
-        size -= len(document.text.encode())
-        if size <= 0:
-            break
-    return chosen
 
 
 def _facts(package: Package) -> dict[str, Any]:

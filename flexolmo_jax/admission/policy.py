@@ -3,14 +3,13 @@
 import dataclasses
 import difflib
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from flexolmo_jax.admission.results import Consequence
 from flexolmo_jax.federation.names import PUBLIC, check_name
-from flexolmo_jax.storage.files import canonical_digest
+from flexolmo_jax.storage.files import canonical_digest, read_toml
 
 EXAMPLE = """\
 # What `flexolmo admit` asks of an expert package. Every line may be left out; the values here are
@@ -215,13 +214,8 @@ def read_policy(file: str | Path) -> Policy:
       ValueError: it is missing, not TOML, has an unknown field or an impossible value.
     """
     file = Path(file)
-    try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"{file}: expected a policy in TOML; `flexolmo admit --print-policy` prints one to "
-            f"begin with ({error})"
-        ) from error
+    what = "a policy in TOML; `flexolmo admit --print-policy` prints one to begin with"
+    tables = read_toml(file, what)
     try:
         return _located(parse_policy(tables), file.parent)
     except ValueError as error:

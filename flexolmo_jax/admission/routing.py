@@ -7,7 +7,7 @@ from typing import NamedTuple
 from flexolmo_jax.admission.cohort import Cohort
 from flexolmo_jax.admission.policy import RoutingBounds
 from flexolmo_jax.admission.results import Result, judged, not_judged
-from flexolmo_jax.data.sources import Document
+from flexolmo_jax.data.sources import Document, first_bytes, read_documents
 from flexolmo_jax.federation.names import PUBLIC
 from flexolmo_jax.federation.package import Package
 from flexolmo_jax.federation.routing import without_evidence_head
@@ -21,6 +21,12 @@ class Texts(NamedTuple):
 
     public: Sequence[Document]
     domains: Mapping[str, Sequence[Document]]
+
+    @classmethod
+    def read(cls, public: str, domains: Mapping[str, str], size: int) -> "Texts":
+        """The first `size` bytes of each source, to the end of a document."""
+        first = {name: first_bytes(read_documents(x), size) for name, x in domains.items()}
+        return cls(first_bytes(read_documents(public), size), first)
 
 
 def check_routing(

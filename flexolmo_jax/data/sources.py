@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -135,6 +135,17 @@ def read_documents(
             + (f"; {counted(len(bad), 'bad row')}, the first: {bad[0]}" if bad else "")
             + (f"; not read: {some_of(others)}" if others else "")
         )
+
+
+def first_bytes(documents: Iterable[Document], size: int) -> list[Document]:
+    """The first documents, up to the one with which they have `size` bytes of UTF-8."""
+    chosen: list[Document] = []
+    for document in documents:
+        if size <= 0:
+            break
+        chosen.append(document)
+        size -= len(document.text.encode())
+    return chosen
 
 
 def is_heldout(document: Document, share: float) -> bool:

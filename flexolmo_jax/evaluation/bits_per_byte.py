@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from flexolmo_jax.config import DataConfig, ModelConfig
 from flexolmo_jax.data.batches import Batch, stacked
-from flexolmo_jax.data.sources import Document, Report, is_heldout, read_documents
+from flexolmo_jax.data.sources import Document, Report, first_bytes, is_heldout, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.windows import tokenized, windows
 from flexolmo_jax.evaluation.split import GROUP_FIELD, check_share
@@ -93,18 +93,10 @@ def heldout_documents(source: str, data: DataConfig, max_bytes: int = 40_000) ->
       data: defines which documents are held out.
       max_bytes: stop after the document that reaches this size.
     """
-    chosen: list[Document] = []
     if not data.heldout:
-        return chosen  # without reading the source
-    size = 0
+        return []  # without reading the source
     documents = read_documents(source, text_field=data.text_field, group_field=data.group_field)
-    for document in documents:
-        if size >= max_bytes:
-            break
-        if is_heldout(document, data.heldout):
-            chosen.append(document)
-            size += len(document.text.encode())
-    return chosen
+    return first_bytes((x for x in documents if is_heldout(x, data.heldout)), max_bytes)
 
 
 def score(

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete, in one rename, or not at all; and their digests."""
+"""Files and folders that appear complete, in one rename, or not at all; digests; TOML files."""
 
 import contextlib
 import hashlib
@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import time
+import tomllib
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,24 @@ def file_digest(file: Path) -> str:
     """The sha256 of a file's bytes, read in chunks."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def read_toml(file: Path, what: str) -> dict[str, Any]:
+    """The fields of a TOML file.
+
+    Args:
+      file: in UTF-8.
+      what: it should be, for the message.
+
+    Raises:
+      ValueError: it is missing, or no TOML.
+    """
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{file}: expected {what} ({error}; a text stands in quotes)") from error
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{file}: expected {what} ({error})") from error
 
 
 def _partial(path: Path) -> Path:

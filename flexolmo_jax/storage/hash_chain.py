@@ -55,8 +55,7 @@ def append(
         if taken := [name for name in ours if name in record]:
             raise ValueError(f"{file}: a record may not have a field {taken[0]!r}")
     with _writing(file):
-        _mend(file)
-        number, before = _end(file)
+        number, before = _end(_mended(file), file)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         made = []
         for record in records:
@@ -79,7 +78,7 @@ def mend(file: Path) -> None:
       OSError: the log cannot be written.
     """
     with _writing(file):
-        _mend(file)
+        _mended(file)
 
 
 def read(file: Path) -> Iterator[dict[str, Any]]:
@@ -122,13 +121,14 @@ def _writing(file: Path) -> Iterator[None]:
         yield
 
 
-def _mend(file: Path) -> None:
+def _mended(file: Path) -> bytes:
+    """Cuts off a torn last line; returns the last whole one, empty if there is none."""
     if not file.exists() or not file.stat().st_size:
-        return
+        return b""
     with open(file, "r+b") as opened:
         whole, torn = _last_lines(opened)
         if not torn:
-            return
+            return whole
         if whole:
             _parse(whole, file, None)
         elif not (torn.startswith(_BEGINNING) or _BEGINNING.startswith(torn)):
@@ -139,18 +139,15 @@ def _mend(file: Path) -> None:
         os.fsync(opened.fileno())
     text = f"{file}: cut off {len(torn)} bytes of an unfinished last line"
     warnings.warn(text, stacklevel=4)
+    return whole
 
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
-def _end(file: Path) -> tuple[int, str]:
+def _end(last: bytes, file: Path) -> tuple[int, str]:
     """The number and the digest of the last line: 0 and `START` if there is none."""
-    if not file.exists():
-        return 0, START
-    with open(file, "rb") as opened:
-        last, _ = _last_lines(opened)
     if not last:
         return 0, START
     record = _parse(last, file, None)

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import datetime
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from flexolmo_jax.studies.engine.report import (
     add_page_argument,
     add_results_argument,
     machine,
+    without_paths,
     write_json,
     write_part,
 )
@@ -249,7 +249,7 @@ class AuditPlan:
                 for kind, stages in audits.items()
             },
         }
-        return json.loads(json.dumps(report).replace(f"{self.root}/", ""))  # no private path
+        return without_paths(report, self.root)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

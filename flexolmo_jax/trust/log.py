@@ -133,12 +133,15 @@ def append(
     _check_fields(record, str(file))
     _check_news(revocations(registry, before), record, file)
 
+    lines: list[dict[str, Any]] = []
+
     def signed(line: dict[str, Any]) -> str:
+        lines.append(line)
         return _sign(key, _statement(line, registry))
 
     file.touch()  # as readable as the registry is
     digest = hash_chain.append(file, [record], time_text(now), signed)
-    return next(entry for entry in read(registry) if entry.digest == digest)
+    return _entry({**lines[0], "digest": digest}, registry, file)
 
 
 def revocations(registry: Registry, entries: Iterable[Entry]) -> dict[str, Entry]:

@@ -9,7 +9,13 @@ import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 
-from flexolmo_jax.data.sources import Report, fingerprint, is_heldout, read_documents
+from flexolmo_jax.data.sources import (
+    Report,
+    fingerprint,
+    first_bytes,
+    is_heldout,
+    read_documents,
+)
 
 TEXTS = ["The first note.", "Ein zweiter, mit Umlauten: äöü.", "Third; with\nlines."]
 
@@ -211,3 +217,9 @@ def test_a_fingerprint_is_of_the_content_in_reading_order(tmp_path):
     assert fingerprint(tmp_path / "1.txt") != fingerprint(one)
     with pytest.raises(ValueError, match="no such file"):
         fingerprint(tmp_path / "none.jsonl")
+
+
+def test_the_first_documents_reach_the_size_that_is_asked_for():
+    documents = first_bytes(read_documents("corpus:public"), 3000)
+    sizes = [len(d.text.encode()) for d in documents]
+    assert sum(sizes) >= 3000 > sum(sizes[:-1])

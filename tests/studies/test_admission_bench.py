@@ -19,7 +19,7 @@ from flexolmo_jax.studies.admission.bench import (
     false_positives,
     figures_of,
 )
-from flexolmo_jax.studies.admission.examined import exceeded, first_bytes
+from flexolmo_jax.studies.admission.examined import exceeded
 from flexolmo_jax.studies.admission.page import Bench, make_page
 
 QUIET = {"cost": 0.0, "cost_of": "public", "share": 0.1, "share_of": "code", "credit": 0.1,
@@ -150,9 +150,3 @@ def test_the_page_names_what_passes_and_has_a_figure(report, tmp_path):
     assert (tmp_path / "admission.png").stat().st_size > 10_000
     assert "+1000% or more bits of public" in page
     assert "nan" not in page.replace("NaN", "").lower().replace("finance", "")
-
-
-def test_the_first_documents_reach_the_size_that_is_asked_for():
-    documents = first_bytes("corpus:public", 3000)
-    sizes = [len(d.text.encode()) for d in documents]
-    assert sum(sizes) >= 3000 > sum(sizes[:-1])

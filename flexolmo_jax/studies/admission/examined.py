@@ -18,7 +18,6 @@ from flexolmo_jax.admission.probes import check_probes
 from flexolmo_jax.admission.results import Result
 from flexolmo_jax.admission.routing import Texts, check_routing
 from flexolmo_jax.admission.spectral import check_spectral
-from flexolmo_jax.data.sources import Document, read_documents
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.package import Package
 from flexolmo_jax.studies.admission.harm import MEMORIZED, merged
@@ -31,7 +30,7 @@ from flexolmo_jax.studies.admission.planted import (
     trigger_probes,
 )
 
-BYTES = 5000  # of each text whose bits per byte are taken; a policy's default is 40,000
+BYTES = 5000  # of each text whose bits per byte are taken; by default a policy asks for 20,000
 ALWAYS_ON = ("public", "educational", "creative")  # so that probes run in four subsets
 Rows = list[dict[str, Any]]
 
@@ -61,10 +60,7 @@ def examined(
     if opened is None:
         return [_row(sound)]
     name = opened.manifest["name"]
-    texts = Texts(
-        first_bytes("corpus:public", BYTES),
-        {own: first_bytes(source, BYTES) for own, source in domains.items()},
-    )
+    texts = Texts.read("corpus:public", domains, BYTES)
     model_cohort = open_cohort(anchor, tuple(map(str, served)))
     has_head = bool(opened.weights.ranks.evidence)
     model = merged(anchor, [*served, package], folder, "evidence" if has_head else "rows")
@@ -79,17 +75,6 @@ def examined(
         found = check_probes(model, name, probes, always_on, policy.probes)
         rows.append({**_row(found), "measured": title})
     return rows
-
-
-def first_bytes(source: str, size: int) -> list[Document]:
-    """The first documents of a source, up to the one that reaches `size` bytes."""
-    chosen: list[Document] = []
-    for document in read_documents(source):
-        chosen.append(document)
-        size -= len(document.text.encode())
-        if size <= 0:
-            break
-    return chosen
 
 
 def probe_lists(tokenizer: Tokenizer) -> dict[str, Any]:

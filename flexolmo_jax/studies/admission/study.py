@@ -10,7 +10,6 @@ figure, and the page docs/admission_attacks.md.
 import argparse
 import datetime
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from flexolmo_jax.studies.engine.report import (
     add_page_argument,
     add_results_argument,
     machine,
+    without_paths,
     write_json,
     write_page,
 )
@@ -127,10 +127,7 @@ class Plan:
             kind: {name: stage.result for name, stage in stages.items()}
             for kind, stages in found.items()
         }
-        report = json.dumps({**about, **values})
-        for folder in (self.root, self.anchor.parent):
-            report = report.replace(f"{folder}/", "")  # no private path
-        return json.loads(report)
+        return without_paths({**about, **values}, self.root, self.anchor.parent)
 
 
 def _described(name: str) -> dict[str, Any]:

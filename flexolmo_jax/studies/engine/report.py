@@ -55,6 +55,14 @@ def machine() -> str:
     return f"{os.cpu_count()} cores ({platform.machine()}, {platform.system()})"
 
 
+def without_paths(report: Any, *folders: Path) -> Any:
+    """JSON values in which what lies in these folders is named by its path from there."""
+    text = json.dumps(report)
+    for folder in folders:
+        text = text.replace(f"{folder}/", "")
+    return json.loads(text)
+
+
 def link(file: Path, page: Path | None) -> str:
     """How a page names a file: by its path from the page's folder, or, without page, its path."""
     return str(file) if page is None else os.path.relpath(file, page.parent)

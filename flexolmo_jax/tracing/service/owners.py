@@ -6,7 +6,7 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.tracing.service.policy import read_toml
+from flexolmo_jax.storage.files import read_toml
 
 SECONDS = 5.0
 _LOCAL = ("localhost", "127.0.0.1", "::1")

@@ -1,9 +1,10 @@
 """An owner's policy: what its index may say, to whom, and how much of it."""
 
 import dataclasses
-import tomllib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
+
+from flexolmo_jax.storage.files import read_toml
 
 Level = Literal["off", "counts", "ids", "snippets"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -104,20 +105,3 @@ def read_policy(file: Path) -> Policy:
         return Policy(**fields)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-
-
-def read_toml(file: Path, what: str) -> dict[str, Any]:
-    """The fields of a TOML file.
-
-    Args:
-      what: it should be, for the message.
-
-    Raises:
-      ValueError: it is missing, or no TOML.
-    """
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{file}: expected {what} ({error}; a text stands in quotes)") from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file}: expected {what} ({error})") from error
