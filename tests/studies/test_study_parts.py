@@ -13,7 +13,7 @@ from flexolmo_jax.model import load
 from flexolmo_jax.modeling.transformer import forward
 from flexolmo_jax.studies.baselines import datasets, models, scores
 from flexolmo_jax.studies.baselines.costs import costs, expert_step_flops
-from flexolmo_jax.studies.baselines.evidence_stages import NEAR, cautious
+from flexolmo_jax.studies.baselines.score_stages import NEAR, active_experts, nearly_best
 from flexolmo_jax.training.public_data import public_batch
 
 # Texts and sequences
@@ -178,7 +178,10 @@ def test_costs_are_those_of_the_matrices(chosen):
     assert expert_step_flops(chosen) == expert_step_flops(without) + of_heads
 
 
-def test_the_largest_shift_near_the_best_is_chosen():
-    options = [{"active": 1, "evidence": [0.9, 0.5, shift]} for shift in (0.5, 1.0, 2.0)]
-    tried = [{**o, "tune": tune} for o, tune in zip(options, (2.0, 2.0 + NEAR, 2.1), strict=True)]
-    assert cautious(tried, options) == options[1]
+def test_of_options_that_are_equally_good_the_cheapest_is_chosen():
+    options = [{"active": k} for k in (None, 1, 2, 4)]
+    scores = (2.0, 2.0 + 2 * NEAR, 2.0 + NEAR, 2.0 - NEAR / 4)
+    tried = [{**o, "tune": score} for o, score in zip(options, scores, strict=True)]
+    assert nearly_best(tried, options, active_experts) == {"active": 4}
+    assert nearly_best(tried[:3], options[:3], active_experts) == {"active": 2}
+    assert nearly_best(tried[:1], options[:1], active_experts) == {"active": None}

@@ -61,7 +61,7 @@ class StudyConfig:
     active: tuple[int, ...] = (1, 2, 4)  # experts a token may use; compared, with all
     decays: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)  # of BTM's evidence, compared
     evidence_decays: tuple[float, ...] = (0.8, 0.9, 0.95)  # of evidence routing, compared
-    evidence_strengths: tuple[float, ...] = (0.25, 0.5, 1.0)  # compared
+    evidence_strengths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # compared
     evidence_shifts: tuple[float, ...] = (0.75, 1.5, 2.5)  # compared
     soup_temperatures: tuple[float, ...] = (0.02, 0.1, 0.3, 1.0)  # of weighted soups, compared
 

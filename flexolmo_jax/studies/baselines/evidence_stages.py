@@ -8,12 +8,15 @@ from flexolmo_jax.config import EVIDENCE
 from flexolmo_jax.model import load
 from flexolmo_jax.studies.baselines.families import Family, Packages, load_with, write_choice
 from flexolmo_jax.studies.baselines.models import merged
-from flexolmo_jax.studies.baselines.score_stages import Scoring, best_option, choose_family
+from flexolmo_jax.studies.baselines.score_stages import (
+    NEAR,
+    Scoring,
+    active_experts,
+    best_option,
+    choose_family,
+    nearly_best,
+)
 from flexolmo_jax.studies.baselines.training_stages import headed_btx, package, packages_of
-
-# Shifts whose tuning scores are this near to the best: the largest of them is chosen, because it
-# leaves public text to the public expert, and the score counts that text little.
-NEAR = 0.002
 
 
 def add_headed(scoring: Scoring) -> dict[str, Family]:
@@ -73,10 +76,13 @@ def choose_evidence(
         decay = choice["evidence"][0]
         choice = best([{**start, "evidence": [decay, s, shift]} for s in strengths])
         strength = choice["evidence"][1]
-        choice = best([{**choice, "active": k} for k in (None, *actives)])
-        options = [{**choice, "evidence": [decay, strength, s]} for s in shifts]
+        options = [{**choice, "active": k} for k in (None, *actives)]
         best(options)  # scores them
-        choice = cautious(tried, options)
+        choice = nearly_best(tried, options, active_experts)
+        options = [{**choice, "evidence": [decay, strength, s]} for s in shifts]
+        best(options)
+        # The largest shift leaves public text to the public expert; the score counts it little.
+        choice = nearly_best(tried, options, lambda option: -option["evidence"][2])
         write_choice(anchor, packages, choice, tried, folder)
 
     needs = (scoring.seed.shared.sequences, *packages.needs)
@@ -85,18 +91,6 @@ def choose_evidence(
         decays=decays, strengths=strengths, shifts=shifts, active=actives, near=NEAR,
     )  # fmt: skip
     return Family(anchor, {router: packages}, stage)
-
-
-def cautious(tried: list[dict[str, Any]], options: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the options that score within NEAR of the best, the one with the largest shift.
-
-    Args:
-      tried: options with their tuning scores.
-      options: to choose from; all of them were tried.
-    """
-    scores = [next(t["tune"] for t in tried if option.items() <= t.items()) for option in options]
-    near = [o for o, score in zip(options, scores, strict=True) if score <= min(scores) + NEAR]
-    return max(near, key=lambda option: option["evidence"][2])
 
 
 def score_evidence(scoring: Scoring, family: Family) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from flexolmo_jax.studies.baselines.training_stages import (
 from flexolmo_jax.studies.engine.stages import Stage
 
 ROUTING_SEQUENCES = 32  # of each domain, for the shares of the experts
+NEAR = 0.002  # options whose tuning scores differ by no more are taken to be equally good
 
 
 @dataclasses.dataclass
@@ -164,14 +166,16 @@ def choose_family(
 
         choice = best([{"router": r, "memory": None, "active": None} for r in rows])
         choice = best([{**choice, "memory": list(m) if m else None} for m in (None, *memories)])
-        choice = best([{**choice, "active": k} for k in (None, *actives)])
+        options = [{**choice, "active": k} for k in (None, *actives)]
+        best(options)  # scores them
+        choice = nearly_best(tried, options, active_experts)
         write_choice(anchor, rows[choice["router"]], choice, tried, folder)
 
     of_packages = (need for packages in rows.values() for need in packages.needs)
     needs = dict.fromkeys([scoring.seed.shared.sequences, *of_packages])
     choice = scoring.seed.add(
         f"choice/{name}", tuple(needs), work,
-        memories=memories, active=actives, routers=tuple(rows),
+        memories=memories, active=actives, routers=tuple(rows), near=NEAR,
     )  # fmt: skip
     return Family(anchor, rows, choice)
 
@@ -197,6 +201,28 @@ def best_option(
     scored = [t for t in tried if {key: t[key] for key in options[0]} in options]
     chosen = min(scored, key=lambda t: t["tune"])
     return {key: chosen[key] for key in options[0]}
+
+
+def nearly_best(
+    tried: Sequence[Mapping[str, Any]],
+    options: Sequence[dict[str, Any]],
+    cost: Callable[[dict[str, Any]], float],
+) -> dict[str, Any]:
+    """Of the options whose tuning scores are within NEAR of the best, the one that costs least.
+
+    Args:
+      tried: options with their tuning scores.
+      options: to choose from; all of them were tried.
+      cost: of an option.
+    """
+    scores = [next(t["tune"] for t in tried if option.items() <= t.items()) for option in options]
+    near = [o for o, score in zip(options, scores, strict=True) if score <= min(scores) + NEAR]
+    return min(near, key=cost)
+
+
+def active_experts(option: Mapping[str, Any]) -> float:
+    """What an option costs a token: its number of active experts."""
+    return math.inf if option["active"] is None else option["active"]
 
 
 def score_btx(scoring: Scoring, btx: Family) -> None:
