@@ -76,7 +76,8 @@ class Trial:
 
         self.out, self.shared = out, plan_shared(config, study.absolute())
         self.config = choose_rates(config, self.shared, must_be_done).config
-        anchor = plan_seed(self.config, self.shared, 0).stages[0]
+        self.plan = plan_seed(self.config, self.shared, 0)
+        anchor = self.plan.stages[0]
         must_be_done([anchor])
         self.anchor = anchor.folder / PACKAGE
         self.sequences = read_sequences(self.shared.sequences.folder / SEQUENCES)

@@ -8,6 +8,7 @@ STUDIES: dict[str, str] = {
     "admission": "flexolmo_jax.studies.admission.study",
     "demo-seeds": "flexolmo_jax.studies.demo_seeds",
     "evidence": "flexolmo_jax.studies.evidence",
+    "expert-parts": "flexolmo_jax.studies.expert_parts",
     "expert-size": "flexolmo_jax.studies.expert_size",
     "expert-training": "flexolmo_jax.studies.expert_training",
     "loading": "flexolmo_jax.studies.loading",

@@ -14,7 +14,10 @@ from flexolmo_jax.config import CONFIGS, load_config
 from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.model import load
 from flexolmo_jax.modeling.experts import with_parts
-from flexolmo_jax.studies import reproduction
+from flexolmo_jax.modeling.heads import delta
+from flexolmo_jax.modeling.transformer import forward
+from flexolmo_jax.storage.tensors import leaf_name
+from flexolmo_jax.studies import expert_parts, reproduction
 from flexolmo_jax.studies.baselines import datasets, models, scores
 from flexolmo_jax.studies.baselines.config import StudyConfig
 from flexolmo_jax.studies.baselines.rates import choose_rates
@@ -23,6 +26,7 @@ from flexolmo_jax.studies.baselines.seed_stages import plan_seed
 from flexolmo_jax.studies.baselines.shared_stages import plan_shared
 from flexolmo_jax.studies.engine.commands import PACKAGE
 from flexolmo_jax.studies.engine.stages import run_stages
+from flexolmo_jax.studies.expert_parts import PARTS, PartsTrial
 from flexolmo_jax.studies.expert_training import Recipe, Trial
 
 # The plan
@@ -236,6 +240,47 @@ def test_experts_are_trained_with_another_optimizer_from_a_studys_anchor(studied
     assert bits["AdamW"] != bits["Muon"]
     with pytest.raises(ValueError, match="no anchor of seed 0"):
         Trial(config, tmp_path / "nothing", tmp_path)
+
+
+def test_only_the_named_parts_of_a_model_are_trained(studied, config, tmp_path, monkeypatch):
+    out, _ = studied
+    trial = PartsTrial(config, out, tmp_path)
+    monkeypatch.setattr(expert_parts, "OWNERS", ("math",))
+    monkeypatch.setattr(expert_parts, "TRAINED", (("networks", "gains"), tuple(PARTS)))
+    monkeypatch.setattr(expert_parts, "HEAD_RANKS", (2,))
+    monkeypatch.setattr(expert_parts, "EVIDENCE_RANKS", (2,))
+    found = expert_parts.measure(trial)
+    before, after = (
+        {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
+        for package in (trial.anchor, tmp_path / "networks_gains_math" / PACKAGE)
+        for weights in [read_anchor(package).weights]
+    )
+    moved = {name for name, leaf in after.items() if not np.array_equal(leaf, before[name])}
+    assert moved == {
+        name for name in after if name.endswith(PARTS["networks"] + PARTS["gains"])
+    }  # fmt: skip
+    page = "\n".join(expert_parts.make_page(found, config))
+    whole = sum(leaf.size for name, leaf in after.items() if ".router." not in name)
+    assert f"| networks + head + gains + attention + embedding | {whole:,} |" in page
+    assert page.count("(100%)") == 1 and f"{found.evidence[2].mixed:.3f} |" in page
+
+
+def test_mixed_probabilities_are_those_of_each_experts_head(studied, config, tmp_path):
+    out, _ = studied
+    trial = PartsTrial(config, out, tmp_path)
+    model, sequences = trial.merged(), trial.sequences["tune.math"]
+    tokens = sequences.tokens
+    run = forward(model.backbone, (model.experts,), tokens[:, :-1], model.config)
+    public = np.asarray(model.backbone.logits(run.hidden, model.config), np.float64)
+    total = 0.0
+    for number, head in enumerate(zip(*model.experts.head.experts(), strict=True)):
+        logits = public + np.asarray(delta(run.hidden, *head), np.float64)
+        weight = np.asarray(run.weights[number] / run.weights.sum(axis=0))
+        chosen = np.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+        total += weight * np.exp(chosen - np.logaddexp.reduce(logits, axis=-1))
+    expected = np.where(sequences.sizes > 0, -np.log(total), 0.0)
+    found = expert_parts.nats_of_mixed_probabilities(model, sequences)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_study_that_is_done_is_not_made_again(studied, config_file, flexolmo):

@@ -1,0 +1,333 @@
+"""What a feed-forward expert lacks, part by part, and how small its heads may be.
+
+    flexolmo study configs/study/full.py --out STUDY --texts flexmix --seeds 0
+    flexolmo study expert-parts STUDY OUT --texts flexmix
+
+Takes the anchor, the experts and the training windows of a study's seed 0. Whole models are trained
+of which only some parts move, experts with output heads of several ranks, and evidence heads of
+several ranks for all owners; all are scored on the tuning split. Models that OUT already holds are
+not trained again.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexolmo_jax.config import CONFIGS, AnchorTraining, ModelConfig, load_config
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.window_store import prepare
+from flexolmo_jax.federation.anchor import read_anchor, write_anchor
+from flexolmo_jax.model import FlexOlmo, load
+from flexolmo_jax.modeling.evidence import log_probabilities
+from flexolmo_jax.modeling.experts import with_parts
+from flexolmo_jax.modeling.heads import LowRankHead
+from flexolmo_jax.modeling.transformer import Anchor, forward, init_anchor
+from flexolmo_jax.storage.tensors import leaf_name
+from flexolmo_jax.studies.baselines.config import StudyConfig
+from flexolmo_jax.studies.baselines.datasets import MIXED, TOKENIZER, Sequences
+from flexolmo_jax.studies.baselines.families import CHOSEN
+from flexolmo_jax.studies.baselines.models import trained
+from flexolmo_jax.studies.baselines.scores import bits_per_byte, in_batches, token_nats
+from flexolmo_jax.studies.baselines.shared_stages import WINDOWS
+from flexolmo_jax.studies.engine.commands import PACKAGE
+from flexolmo_jax.studies.engine.report import add_page_argument, machine, table, write_page
+from flexolmo_jax.studies.expert_training import Bits, Trial
+from flexolmo_jax.training.loop import StandardSteps, train
+from flexolmo_jax.training.objectives import AnchorLoss
+from flexolmo_jax.training.run import package_facts
+from flexolmo_jax.training.stages.evidence import train_evidence
+from flexolmo_jax.training.stages.expert import train_expert
+
+OWNERS = ("math", "code", "news", "conversation")
+PARTS = {  # of a model, by the ends of their leaves' names
+    "networks": ("feed_forward.gate", "feed_forward.up", "feed_forward.down"),
+    "head": ("backbone.head",),
+    "gains": ("scale",),
+    "attention": ("attention.q", "attention.k", "attention.v", "attention.o"),
+    "embedding": ("backbone.embed",),
+}
+TRAINED = (
+    ("networks",),
+    ("networks", "head"),
+    ("networks", "head", "gains"),
+    ("networks", "head", "attention"),
+    ("networks", "head", "gains", "attention"),
+    tuple(PARTS),
+)
+HEAD_RANKS = (16, 32, 64, 128)
+EVIDENCE_RANKS = (8, 16, 32, 64, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartsLoss(AnchorLoss):
+    """The loss of a whole model of which only some PARTS move; no weight may decay."""
+
+    parts: tuple[str, ...]
+
+    def __call__(self, anchor, frozen, batch):
+        ends = tuple(end for part in self.parts for end in PARTS[part])
+
+        def stop(path, leaf):
+            return leaf if leaf_name(path).endswith(ends) else jax.lax.stop_gradient(leaf)
+
+        return super().__call__(jax.tree_util.tree_map_with_path(stop, anchor), frozen, batch)
+
+
+def train_parts(
+    config: AnchorTraining,
+    *,
+    data: str,
+    start: Path,
+    parts: tuple[str, ...],
+    out: Path,
+    run: Path,
+    resume: bool = False,
+) -> None:
+    """Trains some PARTS of an anchor on an owner's text; what was interrupted starts anew."""
+    del resume
+    given = read_anchor(start)
+    assert config.tokenizer is not None
+    tokenizer = Tokenizer.load(config.tokenizer)
+    source, _ = prepare(data, config.data, tokenizer, run / "data")
+    loss = PartsLoss(config.computing(given.config), config.output_z_loss, parts)
+    weights = Anchor(given.weights.backbone, with_parts(given.weights.public, evidence=None))
+    weights = train(StandardSteps(" + ".join(parts), config, loss, source), weights, None, run)
+    write_anchor(out, weights, given.config, tokenizer, [], package_facts(config))
+
+
+class Merged(NamedTuple):
+    """Bits per byte of a merged model on the tuning split."""
+
+    owners: float  # the mean over their domains
+    public: float
+    mixed: float
+
+
+class PartsTrial(Trial):
+    """The models of this study, which start from a study's anchor."""
+
+    def of_parts(self, parts: tuple[str, ...], owner: str) -> float:
+        """Trains some parts of the anchor on an owner's text; bits per byte of the model."""
+        config = self.config.dense_training(str(self.shared.tokenizer.folder / TOKENIZER), 0)
+        package = self._trained(
+            f"{'_'.join(parts)}_{owner}", train_parts, owner, config=config, start=self.anchor,
+            parts=parts,
+        )  # fmt: skip
+        return self.bits(load(package), owner)
+
+    def headed(self, rank: int, owner: str) -> float:
+        """Trains an expert with a head of its own; bits per byte of it alone."""
+        config = dataclasses.replace(
+            self.config.headed_training(0), head_rank=rank, evidence_rank=0,
+            fit_tokens=self.config.length,  # it is scored alone, so that its rows do not matter
+        )  # fmt: skip
+        package = self._trained(
+            f"head{rank}_{owner}", train_expert, owner, config=config, anchor=self.anchor,
+            name=owner,
+        )  # fmt: skip
+        return self.bits(load(package, anchor=self.anchor), owner, ("public",))
+
+    def merged(self) -> FlexOlmo:
+        """The merged model of all owners, as the study has chosen it."""
+        return load(self.plan.choices["evidence"].folder / CHOSEN)
+
+    def with_evidence(self, rank: int) -> Merged:
+        """The merged model with evidence heads of another rank, trained alone for each owner."""
+        heads = [self._evidence(rank, domain) for domain in self.config.domains]
+        stack = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *heads)
+        model = self.merged()
+        model = dataclasses.replace(model, experts=with_parts(model.experts, evidence=stack))
+        return self.bits_of_merged(functools.partial(token_nats, model))
+
+    def bits_of_merged(self, nats: Callable[[Sequences], np.ndarray]) -> Merged:
+        """The scores of a merged model, given the nats that it needs for each token."""
+        bits = {}
+        for domain in (*self.config.domains, MIXED):
+            sequences = self.sequences[f"tune.{domain}"]
+            bits[domain] = bits_per_byte(nats(sequences), sequences.sizes)
+        owners = float(np.mean([bits[owner] for owner in self.config.owners]))
+        return Merged(owners, bits["public"], bits[MIXED])
+
+    def _evidence(self, rank: int, domain: str) -> LowRankHead:
+        steps = (self.config.anchor if domain == "public" else self.config.expert).steps
+        config = self.config.evidence_training(0, steps)
+        package = self._trained(
+            f"evidence{rank}_{domain}", train_evidence, domain, anchor=self.anchor,
+            config=dataclasses.replace(config, evidence_rank=rank),
+        )  # fmt: skip
+        head = read_anchor(package).weights.public.evidence
+        assert head is not None
+        return head
+
+    def _trained(
+        self, folder_name: str, training: Callable[..., None], domain: str, **inputs
+    ) -> Path:
+        """The package of a training on a domain's text, which is run unless OUT holds it."""
+        folder = self.out / folder_name
+        if not (folder / PACKAGE).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            made = self.shared.windows.get(domain)  # not of public text
+            trained(
+                training, folder, data=str(self.shared.texts[domain].folder / "train.jsonl"),
+                windows=made.folder / WINDOWS if made else None, **inputs,
+            )  # fmt: skip
+        return folder / PACKAGE
+
+
+def nats_of_mixed_probabilities(model: FlexOlmo, sequences: Sequences) -> np.ndarray:
+    """As `scores.token_nats`, of a model whose heads' probabilities are mixed, not their logits."""
+    parts = [
+        _mixed_nats(model.backbone, model.experts, tokens, model.config)
+        for tokens in in_batches(sequences.tokens)
+    ]
+    nats = np.concatenate(parts)[: len(sequences.tokens)]
+    return np.where(sequences.sizes > 0, nats, 0.0)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _mixed_nats(backbone, experts, tokens, config) -> jax.Array:
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    out = forward(backbone, (experts,), inputs, config)
+    each = log_probabilities(
+        experts.head, out.hidden, backbone.head_matrix(config), targets, config.loss_chunk
+    )
+    weights = out.weights / jnp.sum(out.weights, axis=0)
+    return -jax.nn.logsumexp(each, axis=0, b=weights)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `flexolmo study expert-parts`."""
+    parser.add_argument("study", type=Path, help="the folder of a study of the full preset")
+    parser.add_argument("out", type=Path, help="folder of the models")
+    parser.add_argument("--texts", default="flexmix", help="as the study was given")
+    add_page_argument(parser, "expert_parts.md")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains and scores all models, and writes the page."""
+    config = load_config("full", StudyConfig, CONFIGS / "study")
+    trial = PartsTrial(dataclasses.replace(config, texts=args.texts), args.study, args.out)
+    write_page(args.page, make_page(measure(trial), trial.config))
+
+
+class Scores(NamedTuple):
+    """What this study measures; bits per byte on the tuning split."""
+
+    anchor: Bits
+    parts: Mapping[tuple[str, ...], Bits]
+    heads: Mapping[int, Bits]  # by rank
+    evidence: Mapping[int, Merged]  # by rank
+    chosen: Merged
+    mixed_probabilities: Merged
+
+
+def measure(trial: PartsTrial) -> Scores:
+    """Trains and scores all models."""
+    merged = trial.merged()
+    return Scores(
+        anchor={owner: trial.bits(load(trial.anchor), owner) for owner in OWNERS},
+        parts={names: {o: trial.of_parts(names, o) for o in OWNERS} for names in TRAINED},
+        heads={rank: {o: trial.headed(rank, o) for o in OWNERS} for rank in HEAD_RANKS},
+        evidence={rank: trial.with_evidence(rank) for rank in EVIDENCE_RANKS},
+        chosen=trial.bits_of_merged(functools.partial(token_nats, merged)),
+        mixed_probabilities=trial.bits_of_merged(
+            functools.partial(nats_of_mixed_probabilities, merged)
+        ),
+    )
+
+
+def make_page(scores: Scores, config: StudyConfig) -> list[str]:
+    """The page.
+
+    Args:
+      scores: of all models.
+      config: of the study.
+    """
+    tokens = config.expert.steps * config.expert.data.batch_size * config.expert.data.length
+    dense = scores.parts[tuple(PARTS)]
+
+    def row(title: str, weights: int, bits: Bits) -> list[str]:
+        cells = []
+        for owner, start in scores.anchor.items():
+            learned = (start - bits[owner]) / (start - dense[owner])
+            cells.append(f"{bits[owner]:.3f} ({learned:.0%})")
+        return [title, f"{weights:,}", *cells]
+
+    start = ["anchor", "", *(f"{bits:.3f}" for bits in scores.anchor.values())]
+    model = config.model
+    networks = _sizes(config)["networks"]
+    parts = [
+        row(" + ".join(names), sum(_sizes(config)[name] for name in names), bits)
+        for names, bits in scores.parts.items()
+    ]
+    heads = [
+        row(f"{rank}", networks + _head_size(model, rank), bits)
+        for rank, bits in scores.heads.items()
+    ]
+    evidence = [
+        [f"{rank}", f"{_head_size(model, rank):,}", *(f"{value:.3f}" for value in merged)]
+        for rank, merged in scores.evidence.items()
+    ]
+    at_the_head = [
+        [title, *(f"{value:.3f}" for value in merged)]
+        for title, merged in (
+            ("logits, as chosen", scores.chosen),
+            ("probabilities", scores.mixed_probabilities),
+        )
+    ]
+    cores = len(os.sched_getaffinity(0))
+    return [
+        "# What a feed-forward expert lacks",
+        "",
+        f"`flexolmo study expert-parts STUDY OUT`, {datetime.date.today()}, {cores} of "
+        f"{machine()}. The anchor, the training windows and the experts are those of the "
+        f"[full study](study.md)'s seed 0; every model sees the same {tokens:,} tokens of its "
+        "owner's, in the same order. Bits per byte on the tuning split, lower is better; one run "
+        "each.",
+        "",
+        "**Which weights have to move.** A whole model is trained on an owner's text, but only "
+        "some of its parts move; all others stay the anchor's. In brackets, how much it learns of "
+        "what a dense fine-tune does.",
+        "",
+        *table(["trained", "weights", *scores.anchor], [start, *parts], "lr"),
+        "",
+        "**How large a head.** The same for an expert: networks, and an output head of its own of "
+        "some rank, answering alone.",
+        "",
+        *table(["rank", "weights", *scores.anchor], heads, "lr"),
+        "",
+        "**How large an evidence head.** The merged model of all owners, in the form that the "
+        "study chose, with evidence heads of other ranks, the public one too; weights are those of "
+        "one.",
+        "",
+        *table(["rank", "weights", "owners", "public", "mixed"], evidence, "lr"),
+        "",
+        "**What is mixed at the end.** The heads' logits with the experts' weights, which needs "
+        "one softmax, or their probabilities, which needs one for each expert.",
+        "",
+        *table(["mixed", "owners", "public", "mixed text"], at_the_head),
+    ]
+
+
+def _sizes(config: StudyConfig) -> dict[str, int]:
+    """The number of weights in each of PARTS."""
+    shapes = jax.eval_shape(lambda: init_anchor(config.model, jax.random.key(0)))
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    return {
+        part: sum(leaf.size for path, leaf in leaves if leaf_name(path).endswith(ends))
+        for part, ends in PARTS.items()
+    }
+
+
+def _head_size(model: ModelConfig, rank: int) -> int:
+    """The number of weights in a low-rank head."""
+    return rank * (model.width + model.vocab_size) + model.vocab_size
