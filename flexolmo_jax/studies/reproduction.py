@@ -109,6 +109,11 @@ BEYOND = (  # what the paper does not measure; on the owners' domains or on mixe
                      "What a gate without biases costs, as Hugging Face's.")),
 )  # fmt: skip
 
+BY_EVIDENCE = {  # the same methods with experts that have heads, routed by evidence
+    OURS: EVIDENCE,
+    **{f"{OURS}_top{k}": f"{EVIDENCE}_top{k}" for k in (1, 2, 4, "all")},
+}
+
 AGAINST = {  # what evidence routing is compared with
     "anchor": "public anchor",
     OURS: "merged, routed by rows (above)",
@@ -145,26 +150,35 @@ class Report:
         """Bits per byte of each seed, averaged over columns: float64 [seeds]."""
         return np.mean([self.bits[method][c]["seeds"] for c in columns], axis=0)
 
-    def row(self, claim: Claim, columns: list[str]) -> list[str]:
-        """The two methods' numbers, their difference by seed, and which of them is lower."""
-        better, worse = (self.seeds(m, columns) for m in (claim.better, claim.worse))
-        change = better - worse
+    def row(self, better: str, worse: str, columns: list[str]) -> tuple[str, str]:
+        """Two methods' numbers with their difference by seed, and which of them is lower."""
+        first, second = (self.seeds(method, columns) for method in (better, worse))
+        change = first - second
         lower = (
             "first" if (change < -MARGIN).all() else "second" if (change > MARGIN).all() else "-"
         )
         by_seed = ", ".join(f"{value:+.3f}" for value in change)
-        return [f"{better.mean():.3f} : {worse.mean():.3f}", by_seed, lower]
+        return f"{first.mean():.3f} : {second.mean():.3f} ({by_seed})", lower
 
     def claim(self, claim: Claim) -> list[str]:
-        """A row of the table of claims."""
-        numbers, by_seed, lower = self.row(claim, self.owners)
-        same = "yes" if lower == ("-" if claim.are_equal else "first") else "no"
-        return [claim.what, claim.paper, numbers, by_seed, same, claim.why]
+        """A row of the table of claims: of experts routed by rows, and of those by evidence."""
+        by_rows = (claim.better, claim.worse)
+        by_evidence = tuple(BY_EVIDENCE.get(method, method) for method in by_rows)
+        cells, same = [], []
+        for methods in (by_rows, by_evidence) if self.has_evidence else (by_rows,):
+            of_rows = methods == by_rows or any(m.startswith(OURS) for m in methods)
+            if methods is by_evidence and of_rows:
+                cells.append("")
+                continue
+            numbers, lower = self.row(*methods, self.owners)
+            cells.append(numbers)
+            same.append("yes" if lower == ("-" if claim.are_equal else "first") else "no")
+        return [claim.what, claim.paper, *cells, ", ".join(same), claim.why]
 
     def beyond(self, where: str, claim: Claim) -> list[str]:
         """A row of the table of what the paper does not measure."""
-        row = self.row(claim, self.owners if where == "owners" else [where])
-        return [claim.what, where, *row, claim.why]
+        columns = self.owners if where == "owners" else [where]
+        return [claim.what, where, *self.row(claim.better, claim.worse, columns), claim.why]
 
     def removal(self, without: str, merged: str) -> list[list[str]]:
         """The table of owners that are switched off, one by one.
@@ -242,8 +256,14 @@ def introduction(report: Report, full_report: str) -> list[str]:
     tokens = config["expert"]["steps"] * config["expert"]["data"]["batch_size"]
     tokens *= config["expert"]["data"]["length"]
     preset = "full" if report.has_evidence else "paper"
+    of_older = "" if report.has_evidence else ": without heads, AdamW"
+    of_evidence = (
+        " *By evidence*, our default: experts with heads of their own (below)."
+        if report.has_evidence
+        else ""
+    )
     return [
-        "# The paper's claims, at a scale that anyone can run",
+        f"# The paper's claims, at a scale that anyone can run{of_older}",
         "",
         "    flexolmo data fetch FETCHED && flexolmo data flexmix FETCHED flexmix",
         f"    flexolmo study configs/study/{preset}.py --out STUDY --texts flexmix --seeds 0 1 2",
@@ -259,25 +279,29 @@ def introduction(report: Report, full_report: str) -> list[str]:
         "method: [study.md](study.md); all numbers, intervals and figures: "
         f"[the report]({full_report}).",
         "",
-        "*merged* is our default: experts trained alone beside the anchor, rows that each "
-        "owner fits alone, a router with memory; the study chose it among its options, on a "
-        f"tuning split. Differences of {MARGIN} and less count as none.",
+        "*By rows*, *merged* in the tables below: experts trained alone beside the anchor, rows "
+        "that each owner fits alone, a router with memory; the study chose it among its options, "
+        f"on a tuning split.{of_evidence} In brackets, the first minus the second, by seed; "
+        f"differences of {MARGIN} and less count as none.",
     ]
 
 
 def claims(report: Report) -> list[str]:
     """What the paper claims, and what it does not measure."""
-    claim_head = ["claim", "paper", "ours", "by seed", "same direction", "why, as far as is known"]
-    beyond_head = ["first : second", "on", "bits per byte", "by seed", "lower", "why"]
+    forms = ["by rows", "by evidence"] if report.has_evidence else ["ours"]
+    claim_head = ["claim", "paper", *forms, "same direction", "why, as far as is known"]
+    beyond_head = ["first : second", "on", "bits per byte", "lower", "why"]
     kept = np.mean([report.all["kept"][OURS][owner] for owner in report.owners])
     return [
-        *table(claim_head, [report.claim(claim) for claim in CLAIMS], "llrrll"),
+        *table(
+            claim_head, [report.claim(claim) for claim in CLAIMS], "ll" + "r" * len(forms) + "l"
+        ),
         "",
         "## What the paper does not measure",
         "",
         "*mixed*: documents that change their domain in the middle.",
         "",
-        *table(beyond_head, [report.beyond(*row) for row in BEYOND], "llrrll"),
+        *table(beyond_head, [report.beyond(*row) for row in BEYOND], "llrl"),
         "",
         "## The paper's form, and ours",
         "",

@@ -28,22 +28,22 @@ def table_rows(text):
 
 
 def test_the_papers_claims(study, tmp_path):
-    shutil.copytree(RESULTS / "study_full", tmp_path / "study")
+    shutil.copytree(RESULTS / "paper" / "study_full", tmp_path / "study")
     scores = json.loads((tmp_path / "study" / "tasks.json").read_text())
     for number, name in enumerate(("anchor", "merged")):
         results = {"results": {task: pair[number] for task, pair in scores.items()}}
         (tmp_path / f"{name}.json").write_text(json.dumps(results))
     tasks = ("--tasks", tmp_path / "anchor.json", tmp_path / "merged.json")
-    where = ("--page", tmp_path / "page.md", "--results", tmp_path / "results")
+    where = ("--page", tmp_path / "page.md", "--results", tmp_path / "results" / "paper")
     study("reproduction", tmp_path / "study", *tasks, *where)
-    assert (tmp_path / "page.md").read_text() == (DOCS / "reproduction.md").read_text()
+    assert (tmp_path / "page.md").read_text() == (DOCS / "reproduction_paper.md").read_text()
 
 
 def test_the_papers_claims_with_heads(study, tmp_path):
-    copied = RESULTS / "heads" / "study_full"
+    copied = RESULTS / "study_full"
     where = ("--page", tmp_path / "page.md", "--results", tmp_path / "results")
     study("reproduction", copied, *where)
-    found, expected = tmp_path / "page.md", DOCS / "reproduction_heads.md"
+    found, expected = tmp_path / "page.md", DOCS / "reproduction.md"
     assert table_rows(found.read_text()) == table_rows(expected.read_text())
 
 
