@@ -163,7 +163,10 @@ class Report:
     def claim(self, claim: Claim) -> list[str]:
         """A row of the table of claims: of experts routed by rows, and of those by evidence."""
         by_rows = (claim.better, claim.worse)
-        by_evidence = tuple(BY_EVIDENCE.get(method, method) for method in by_rows)
+        by_evidence = (
+            BY_EVIDENCE.get(claim.better, claim.better),
+            BY_EVIDENCE.get(claim.worse, claim.worse),
+        )
         cells, same = [], []
         for methods in (by_rows, by_evidence) if self.has_evidence else (by_rows,):
             of_rows = methods == by_rows or any(m.startswith(OURS) for m in methods)
