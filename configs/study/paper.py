@@ -2,8 +2,8 @@
 
     flexolmo study configs/study/paper.py --out DIR --seeds 0 1 2 --texts flexmix
 
-About 50 minutes a seed on one core (docs/results/paper/study_full). The learning rates of experts and
-dense models were chosen on the tuning split (docs/expert_training.md).
+About 50 minutes a seed on one core (docs/results/paper/study_full). The learning rates of experts
+and dense models were chosen on the tuning split (docs/expert_training.md).
 """
 
 from flexolmo_jax.config import (

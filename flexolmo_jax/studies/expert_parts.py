@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,12 +31,12 @@ from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.modeling.evidence import log_probabilities
 from flexolmo_jax.modeling.experts import with_parts
 from flexolmo_jax.modeling.heads import LowRankHead
-from flexolmo_jax.modeling.transformer import Anchor, forward, init_anchor
+from flexolmo_jax.modeling.transformer import Anchor, forward, init_anchor, num_parameters
 from flexolmo_jax.storage.tensors import leaf_name
 from flexolmo_jax.studies.baselines.config import StudyConfig
 from flexolmo_jax.studies.baselines.datasets import MIXED, TOKENIZER, Sequences
-from flexolmo_jax.studies.baselines.families import CHOSEN
-from flexolmo_jax.studies.baselines.models import trained
+from flexolmo_jax.studies.baselines.families import CHOICE, CHOSEN, as_evidence, routed_as
+from flexolmo_jax.studies.baselines.models import merged, trained
 from flexolmo_jax.studies.baselines.scores import bits_per_byte, in_batches, token_nats
 from flexolmo_jax.studies.baselines.shared_stages import WINDOWS
 from flexolmo_jax.studies.engine.commands import PACKAGE
@@ -43,6 +44,7 @@ from flexolmo_jax.studies.engine.report import add_page_argument, machine, table
 from flexolmo_jax.studies.expert_training import Bits, Trial
 from flexolmo_jax.training.loop import StandardSteps, train
 from flexolmo_jax.training.objectives import AnchorLoss
+from flexolmo_jax.training.prune import prune
 from flexolmo_jax.training.run import package_facts
 from flexolmo_jax.training.stages.evidence import train_evidence
 from flexolmo_jax.training.stages.expert import train_expert
@@ -65,6 +67,7 @@ TRAINED = (
 )
 HEAD_RANKS = (16, 32, 64, 128)
 EVIDENCE_RANKS = (8, 16, 32, 64, 128)
+WIDTHS = (192, 96)  # hidden units of narrower experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +151,23 @@ class PartsTrial(Trial):
         model = dataclasses.replace(model, experts=with_parts(model.experts, evidence=stack))
         return self.bits_of_merged(functools.partial(token_nats, model))
 
+    def narrowed(self, width: int) -> Merged:
+        """The merged model, as chosen, of the same experts with fewer hidden units."""
+        trainings = {stage.name: stage for stage in self.plan.stages}
+        packages = []
+        for owner in self.config.owners:
+            packages.append(self.out / f"width{width}_{owner}")
+            if not packages[-1].exists():
+                text = str(self.shared.texts[owner].folder / "train.jsonl")
+                full = trainings[f"seed0/headed/{owner}"].folder / PACKAGE
+                prune(full, packages[-1], width, text, self.anchor)
+        folder = self.out / f"width{width}"
+        folder.mkdir(exist_ok=True)
+        choice = json.loads((self.plan.choices["evidence"].folder / CHOICE).read_text())
+        evidence = as_evidence(choice["evidence"])
+        model = routed_as(load(merged(self.anchor, packages, folder, evidence=evidence)), choice)
+        return self.bits_of_merged(functools.partial(token_nats, model))
+
     def bits_of_merged(self, nats: Callable[[Sequences], np.ndarray]) -> Merged:
         """The scores of a merged model, given the nats that it needs for each token."""
         bits = {}
@@ -226,6 +246,7 @@ class Scores(NamedTuple):
     parts: Mapping[tuple[str, ...], Bits]
     heads: Mapping[int, Bits]  # by rank
     evidence: Mapping[int, Merged]  # by rank
+    narrowed: Mapping[int, Merged]  # by hidden units
     chosen: Merged
     mixed_probabilities: Merged
 
@@ -238,6 +259,7 @@ def measure(trial: PartsTrial) -> Scores:
         parts={names: {o: trial.of_parts(names, o) for o in OWNERS} for names in TRAINED},
         heads={rank: {o: trial.headed(rank, o) for o in OWNERS} for rank in HEAD_RANKS},
         evidence={rank: trial.with_evidence(rank) for rank in EVIDENCE_RANKS},
+        narrowed={width: trial.narrowed(width) for width in WIDTHS},
         chosen=trial.bits_of_merged(functools.partial(token_nats, merged)),
         mixed_probabilities=trial.bits_of_merged(
             functools.partial(nats_of_mixed_probabilities, merged)
@@ -277,6 +299,12 @@ def make_page(scores: Scores, config: StudyConfig) -> list[str]:
         [f"{rank}", f"{_head_size(model, rank):,}", *(f"{value:.3f}" for value in merged)]
         for rank, merged in scores.evidence.items()
     ]
+    of_btm = len(config.domains) * num_parameters(model)
+    narrowed = []
+    for width, found in {model.ffn_width: scores.chosen, **scores.narrowed}.items():
+        weights = _merged_size(config, width)
+        cells = (f"{value:.3f}" for value in found)
+        narrowed.append([f"{width}", f"{weights:,} ({weights / of_btm:.0%})", *cells])
     at_the_head = [
         [title, *(f"{value:.3f}" for value in merged)]
         for title, merged in (
@@ -311,6 +339,12 @@ def make_page(scores: Scores, config: StudyConfig) -> list[str]:
         "",
         *table(["rank", "weights", "owners", "public", "mixed"], evidence, "lr"),
         "",
+        "**How narrow a network.** The same merged model; of each owner's network, only the hidden "
+        "units stay that matter most on its text (`flexolmo compress --width`). In brackets, the "
+        "weights of all experts, as packages hold them, of those of BTM's whole models.",
+        "",
+        *table(["hidden units", "weights", "owners", "public", "mixed"], narrowed, "lr"),
+        "",
         "**What is mixed at the end.** The heads' logits with the experts' weights, which needs "
         "one softmax, or their probabilities, which needs one for each expert.",
         "",
@@ -326,6 +360,14 @@ def _sizes(config: StudyConfig) -> dict[str, int]:
         part: sum(leaf.size for path, leaf in leaves if leaf_name(path).endswith(ends))
         for part, ends in PARTS.items()
     }
+
+
+def _merged_size(config: StudyConfig, width: int) -> int:
+    """The number of weights of the anchor and of all experts with `width` hidden units."""
+    owners, model = len(config.owners), config.model
+    networks = _sizes(config)["networks"] * width // model.ffn_width
+    head, evidence = (_head_size(model, rank) for rank in (config.head_rank, config.evidence_rank))
+    return num_parameters(model) + evidence + owners * (networks + head + evidence)
 
 
 def _head_size(model: ModelConfig, rank: int) -> int:

@@ -249,6 +249,7 @@ def test_only_the_named_parts_of_a_model_are_trained(studied, config, tmp_path, 
     monkeypatch.setattr(expert_parts, "TRAINED", (("networks", "gains"), tuple(PARTS)))
     monkeypatch.setattr(expert_parts, "HEAD_RANKS", (2,))
     monkeypatch.setattr(expert_parts, "EVIDENCE_RANKS", (2,))
+    monkeypatch.setattr(expert_parts, "WIDTHS", (16,))
     found = expert_parts.measure(trial)
     before, after = (
         {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
@@ -262,6 +263,7 @@ def test_only_the_named_parts_of_a_model_are_trained(studied, config, tmp_path, 
     page = "\n".join(expert_parts.make_page(found, config))
     whole = sum(leaf.size for name, leaf in after.items() if ".router." not in name)
     assert f"| networks + head + gains + attention + embedding | {whole:,} |" in page
+    assert "| 16 | " in page and f"{found.narrowed[16].mixed:.3f} |" in page
     assert page.count("(100%)") == 1 and f"{found.evidence[2].mixed:.3f} |" in page
 
 
