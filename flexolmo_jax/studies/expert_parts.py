@@ -30,7 +30,6 @@ from flexolmo_jax.federation.anchor import read_anchor, write_anchor
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.modeling.evidence import log_probabilities
 from flexolmo_jax.modeling.experts import with_parts
-from flexolmo_jax.modeling.heads import LowRankHead
 from flexolmo_jax.modeling.transformer import Anchor, forward, init_anchor, num_parameters
 from flexolmo_jax.storage.tensors import leaf_name
 from flexolmo_jax.studies.baselines.config import StudyConfig
@@ -67,7 +66,7 @@ TRAINED = (
 )
 HEAD_RANKS = (16, 32, 64, 128)
 EVIDENCE_RANKS = (8, 16, 32, 64, 128)
-WIDTHS = (192, 96)  # hidden units of narrower experts
+WIDTHS = (192, 176, 96)  # hidden units of narrower experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +143,10 @@ class PartsTrial(Trial):
         return load(self.plan.choices["evidence"].folder / CHOSEN)
 
     def with_evidence(self, rank: int) -> Merged:
-        """The merged model with evidence heads of another rank, trained alone for each owner."""
-        heads = [self._evidence(rank, domain) for domain in self.config.domains]
+        """The merged model with evidence heads of another rank; owners' begin as the public one."""
+        public = self._evidence(rank, "public", self.anchor)
+        owners = [self._evidence(rank, owner, public) for owner in self.config.owners]
+        heads = [read_anchor(package).weights.public.evidence for package in (public, *owners)]
         stack = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *heads)
         model = self.merged()
         model = dataclasses.replace(model, experts=with_parts(model.experts, evidence=stack))
@@ -177,16 +178,13 @@ class PartsTrial(Trial):
         owners = float(np.mean([bits[owner] for owner in self.config.owners]))
         return Merged(owners, bits["public"], bits[MIXED])
 
-    def _evidence(self, rank: int, domain: str) -> LowRankHead:
+    def _evidence(self, rank: int, domain: str, anchor: Path) -> Path:
         steps = (self.config.anchor if domain == "public" else self.config.expert).steps
         config = self.config.evidence_training(0, steps)
-        package = self._trained(
-            f"evidence{rank}_{domain}", train_evidence, domain, anchor=self.anchor,
+        return self._trained(
+            f"evidence{rank}_{domain}", train_evidence, domain, anchor=anchor,
             config=dataclasses.replace(config, evidence_rank=rank),
         )  # fmt: skip
-        head = read_anchor(package).weights.public.evidence
-        assert head is not None
-        return head
 
     def _trained(
         self, folder_name: str, training: Callable[..., None], domain: str, **inputs

@@ -86,6 +86,20 @@ def test_an_anchor_that_exists_gets_a_public_head(world, flexolmo, tmp_path):
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
+def test_a_public_head_of_the_same_rank_is_trained_on(world, owners, flexolmo, tmp_path):
+    out = tmp_path / "anchor"
+    code, _, error = flexolmo(
+        "train", "evidence", "demo_evidence", "--data", world.texts["public"], "--anchor",
+        owners / "anchor", "--out", out, "--steps", "1", "--data.length", "32",
+        "--evidence-rank", read_anchor(owners / "anchor").weights.public.ranks.evidence,
+        "--optimizer.learning-rate", "1e-6", "--optimizer.adamw-learning-rate", "1e-6",
+    )  # fmt: skip
+    assert code == 0, error
+    before, after = (read_anchor(x).weights.public.evidence for x in (owners / "anchor", out))
+    assert np.abs(before.b[...]).max() > 1e-3
+    np.testing.assert_allclose(after.b[...], before.b[...], atol=1e-4)
+
+
 def test_a_removed_expert_is_one_that_was_never_merged_bit_for_bit(owners, merged):
     merge(owners / "anchor", [owners / "code"], merged.parent / "smaller")
     expected = load(merged.parent / "smaller").logits(TOKENS)

@@ -258,29 +258,32 @@ def headed_btx(seed: Seed, models_of_seed: Trained) -> tuple[Path, Packages]:
     """Adds BTX with heads, for evidence routing: its anchor, and the packages.
 
     All evidence heads are trained beside the averaged backbone, on as many tokens as those of
-    experts with heads, and the public one as the anchor's.
+    experts with heads, and the public one as the anchor's. The others begin as the public one, as
+    those of experts with heads do.
     """
     config, dense = seed.config, models_of_seed.dense
-    heads = {}
-    for domain in config.domains:
-        steps = (config.anchor if domain == "public" else config.expert).steps
-        windows = {} if domain == "public" else {"windows": seed.windows(domain)}
-        of_domain = [models_of_seed.btx, seed.shared.texts[domain]]
-        of_domain += [] if domain == "public" else [seed.shared.windows[domain]]
-        heads[domain] = seed.train(
-            f"btx_evidence/{domain}", of_domain, train_evidence,
-            config.evidence_training(seed.seed, steps),
-            anchor=models_of_seed.btx_anchor, data=seed.text(domain), **windows,
-        )  # fmt: skip
-    anchor = package(heads["public"])
+    public = seed.train(
+        "btx_evidence/public", [models_of_seed.btx, seed.shared.texts["public"]], train_evidence,
+        config.evidence_training(seed.seed, config.anchor.steps),
+        anchor=models_of_seed.btx_anchor, data=seed.text("public"),
+    )  # fmt: skip
+    anchor = package(public)
+    heads = {
+        name: seed.train(
+            f"btx_evidence/{name}", [public, seed.shared.windows[name]], train_evidence,
+            config.evidence_training(seed.seed, config.expert.steps),
+            anchor=anchor, data=seed.text(name), windows=seed.windows(name),
+        )
+        for name in dense
+    }  # fmt: skip
     places = {name: package(stage) for name, stage in dense.items()}
-    evidence = {name: package(heads[name]) for name in dense}
+    evidence = {name: package(stage) for name, stage in heads.items()}
 
     def work(folder: Path) -> None:
         btx = btx_folder(models_of_seed.btx)
         models.write_headed_btx(anchor, btx, places, evidence, config.head_rank, folder)
 
-    needs = (models_of_seed.btx, *dense.values(), *heads.values())
+    needs = (models_of_seed.btx, *dense.values(), public, *heads.values())
     stage = seed.add("btx_headed", needs, work, rank=config.head_rank)
     return anchor, Packages({name: stage.folder / name for name in dense}, (stage, *needs))
 

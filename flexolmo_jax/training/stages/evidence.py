@@ -43,7 +43,8 @@ def train_evidence(
 ) -> None:
     """Trains a public evidence head (modeling/evidence.py), and writes the anchor with it.
 
-    The anchor's identity does not change, so experts that were trained beside it stay valid.
+    The anchor's identity does not change, so experts that were trained beside it stay valid. The
+    head begins as the one that the anchor has, if that has the same rank.
 
     Args:
       config: the stage's config.
@@ -80,8 +81,10 @@ def train_evidence(
     mesh_of(config)  # raises if the batch cannot be divided among the devices
     wanted = describe_run(config, data, anchor=loaded.identity)
     check_run(run, wanted, resume, config, out)
-    public = with_parts(loaded.weights.public, evidence=None)
-    public.set_heads(loaded.config, Ranks(evidence=config.evidence_rank), jax.random.key(0))
+    public = loaded.weights.public
+    if public.ranks.evidence != config.evidence_rank:
+        public = with_parts(public, evidence=None)
+        public.set_heads(loaded.config, Ranks(evidence=config.evidence_rank), jax.random.key(0))
     check_room_for(config, data, out, run, public.evidence, packaged=loaded.weights)
     source, report = prepare(data, config.data, tokenizer, run / "data")
     report.tell()
