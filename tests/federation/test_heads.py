@@ -92,7 +92,7 @@ def test_a_public_head_of_the_same_rank_is_trained_on(world, owners, flexolmo, t
         "train", "evidence", "demo_evidence", "--data", world.texts["public"], "--anchor",
         owners / "anchor", "--out", out, "--steps", "1", "--data.length", "32",
         "--evidence-rank", read_anchor(owners / "anchor").weights.public.ranks.evidence,
-        "--optimizer.learning-rate", "1e-6", "--optimizer.adamw-learning-rate", "1e-6",
+        "--optimizer.learning-rate", "1e-6",
     )  # fmt: skip
     assert code == 0, error
     before, after = (read_anchor(x).weights.public.evidence for x in (owners / "anchor", out))
