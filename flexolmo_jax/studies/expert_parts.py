@@ -142,10 +142,17 @@ class PartsTrial(Trial):
         """The merged model of all owners, as the study has chosen it."""
         return load(self.plan.choices["evidence"].folder / CHOSEN)
 
-    def with_evidence(self, rank: int) -> Merged:
-        """The merged model with evidence heads of another rank; owners' begin as the public one."""
-        public = self._evidence(rank, "public", self.anchor)
-        owners = [self._evidence(rank, owner, public) for owner in self.config.owners]
+    def with_evidence(self, rank: int, at_zero: bool = False) -> Merged:
+        """The merged model with evidence heads of another rank; owners' begin as the public one.
+
+        Args:
+          rank: of all heads.
+          at_zero: owners' heads begin at zero instead.
+        """
+        public = start = self._with_public_head(rank)
+        if at_zero:  # as beside an anchor whose head has another rank
+            start = self._with_public_head(next(r for r in EVIDENCE_RANKS if r != rank))
+        owners = [self._evidence(rank, owner, start, at_zero) for owner in self.config.owners]
         heads = [read_anchor(package).weights.public.evidence for package in (public, *owners)]
         stack = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *heads)
         model = self.merged()
@@ -178,11 +185,18 @@ class PartsTrial(Trial):
         owners = float(np.mean([bits[owner] for owner in self.config.owners]))
         return Merged(owners, bits["public"], bits[MIXED])
 
-    def _evidence(self, rank: int, domain: str, anchor: Path) -> Path:
+    def _with_public_head(self, rank: int) -> Path:
+        """The anchor with a public evidence head of this rank."""
+        if rank == self.config.evidence_rank:
+            return self.anchor
+        return self._evidence(rank, "public", self.anchor)
+
+    def _evidence(self, rank: int, domain: str, anchor: Path, at_zero: bool = False) -> Path:
         steps = (self.config.anchor if domain == "public" else self.config.expert).steps
         config = self.config.evidence_training(0, steps)
+        name = f"evidence{rank}_{domain}" + ("_at_zero" if at_zero else "")
         return self._trained(
-            f"evidence{rank}_{domain}", train_evidence, domain, anchor=anchor,
+            name, train_evidence, domain, anchor=anchor,
             config=dataclasses.replace(config, evidence_rank=rank),
         )  # fmt: skip
 
@@ -244,6 +258,7 @@ class Scores(NamedTuple):
     parts: Mapping[tuple[str, ...], Bits]
     heads: Mapping[int, Bits]  # by rank
     evidence: Mapping[int, Merged]  # by rank
+    at_zero: Merged  # with evidence heads of the study's rank that begin at zero
     narrowed: Mapping[int, Merged]  # by hidden units
     chosen: Merged
     mixed_probabilities: Merged
@@ -257,6 +272,7 @@ def measure(trial: PartsTrial) -> Scores:
         parts={names: {o: trial.of_parts(names, o) for o in OWNERS} for names in TRAINED},
         heads={rank: {o: trial.headed(rank, o) for o in OWNERS} for rank in HEAD_RANKS},
         evidence={rank: trial.with_evidence(rank) for rank in EVIDENCE_RANKS},
+        at_zero=trial.with_evidence(trial.config.evidence_rank, at_zero=True),
         narrowed={width: trial.narrowed(width) for width in WIDTHS},
         chosen=trial.bits_of_merged(functools.partial(token_nats, merged)),
         mixed_probabilities=trial.bits_of_merged(
@@ -293,9 +309,14 @@ def make_page(scores: Scores, config: StudyConfig) -> list[str]:
         row(f"{rank}", networks + _head_size(model, rank), bits)
         for rank, bits in scores.heads.items()
     ]
+    own = config.evidence_rank
     evidence = [
-        [f"{rank}", f"{_head_size(model, rank):,}", *(f"{value:.3f}" for value in merged)]
-        for rank, merged in scores.evidence.items()
+        [title, f"{_head_size(model, rank):,}", *(f"{value:.3f}" for value in merged)]
+        for title, rank, merged in (
+            *((f"{rank}", rank, merged) for rank, merged in scores.evidence.items()),
+            (f"{own}, owners' begin at zero", own, scores.at_zero),
+            (f"{own}, as chosen: trained with the experts", own, scores.chosen),
+        )
     ]
     of_btm = len(config.domains) * num_parameters(model)
     narrowed = []
@@ -332,8 +353,8 @@ def make_page(scores: Scores, config: StudyConfig) -> list[str]:
         *table(["rank", "weights", *scores.anchor], heads, "lr"),
         "",
         "**How large an evidence head.** The merged model of all owners, in the form that the "
-        "study chose, with evidence heads of other ranks, the public one too; weights are those of "
-        "one.",
+        "study chose, with evidence heads of other ranks, the public one too, trained after the "
+        "rest; owners' begin as the public one. Weights are those of one.",
         "",
         *table(["rank", "weights", "owners", "public", "mixed"], evidence, "lr"),
         "",
