@@ -94,8 +94,8 @@ def train_parts(
     run: Path,
     resume: bool = False,
 ) -> None:
-    """Trains some PARTS of an anchor on an owner's text; what was interrupted starts anew."""
-    del resume
+    """Trains some PARTS of an anchor on an owner's text, from the newest checkpoint if any."""
+    del resume  # `train` looks for itself
     given = read_anchor(start)
     assert config.tokenizer is not None
     tokenizer = Tokenizer.load(config.tokenizer)
