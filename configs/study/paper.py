@@ -3,7 +3,7 @@
     flexolmo study configs/study/paper.py --out DIR --seeds 0 1 2 --texts flexmix
 
 About 50 minutes a seed on one core (docs/results/paper/study_full). The learning rates of experts
-and dense models were chosen on the tuning split (docs/expert_training.md).
+and dense models were chosen on the tuning split, with this study's own anchor.
 """
 
 from flexolmo_jax.config import (

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexolmo_jax.config import CONFIGS, AnchorTraining, ModelConfig, load_config
+from flexolmo_jax.config import AnchorTraining, ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.window_store import prepare
 from flexolmo_jax.federation.anchor import read_anchor, write_anchor
@@ -33,14 +33,13 @@ from flexolmo_jax.modeling.experts import with_parts
 from flexolmo_jax.modeling.transformer import Anchor, forward, init_anchor, num_parameters
 from flexolmo_jax.storage.tensors import leaf_name
 from flexolmo_jax.studies.baselines.config import StudyConfig
-from flexolmo_jax.studies.baselines.datasets import MIXED, TOKENIZER, Sequences
+from flexolmo_jax.studies.baselines.datasets import MIXED, Sequences
 from flexolmo_jax.studies.baselines.families import CHOICE, CHOSEN, as_evidence, routed_as
-from flexolmo_jax.studies.baselines.models import merged, trained
-from flexolmo_jax.studies.baselines.scores import bits_per_byte, in_batches, token_nats
-from flexolmo_jax.studies.baselines.shared_stages import WINDOWS
+from flexolmo_jax.studies.baselines.models import merged
+from flexolmo_jax.studies.baselines.scores import bits_per_byte, nats_of_text, token_nats
 from flexolmo_jax.studies.engine.commands import PACKAGE
-from flexolmo_jax.studies.engine.report import add_page_argument, machine, table, write_page
-from flexolmo_jax.studies.expert_training import Bits, Trial
+from flexolmo_jax.studies.engine.report import machine, table, write_page
+from flexolmo_jax.studies.expert_training import Bits, Trial, add_trial_arguments
 from flexolmo_jax.training.loop import StandardSteps, train
 from flexolmo_jax.training.objectives import AnchorLoss
 from flexolmo_jax.training.prune import prune
@@ -119,10 +118,9 @@ class PartsTrial(Trial):
 
     def of_parts(self, parts: tuple[str, ...], owner: str) -> float:
         """Trains some parts of the anchor on an owner's text; bits per byte of the model."""
-        config = self.config.dense_training(str(self.shared.tokenizer.folder / TOKENIZER), 0)
-        package = self._trained(
-            f"{'_'.join(parts)}_{owner}", train_parts, owner, config=config, start=self.anchor,
-            parts=parts,
+        package = self.package(
+            f"{'_'.join(parts)}_{owner}", train_parts, owner, config=self.dense_training(),
+            start=self.anchor, parts=parts,
         )  # fmt: skip
         return self.bits(load(package), owner)
 
@@ -132,7 +130,7 @@ class PartsTrial(Trial):
             self.config.headed_training(0), head_rank=rank, evidence_rank=0,
             fit_tokens=self.config.length,  # it is scored alone, so that its rows do not matter
         )  # fmt: skip
-        package = self._trained(
+        package = self.package(
             f"head{rank}_{owner}", train_expert, owner, config=config, anchor=self.anchor,
             name=owner,
         )  # fmt: skip
@@ -149,10 +147,10 @@ class PartsTrial(Trial):
           rank: of all heads.
           at_zero: owners' heads begin at zero instead.
         """
-        public = start = self._with_public_head(rank)
-        if at_zero:  # as beside an anchor whose head has another rank
-            start = self._with_public_head(next(r for r in EVIDENCE_RANKS if r != rank))
-        owners = [self._evidence(rank, owner, start, at_zero) for owner in self.config.owners]
+        public = self.anchor
+        if rank != self.config.evidence_rank:
+            public = self._evidence(rank, "public", self.anchor, at_zero=True)
+        owners = [self._evidence(rank, owner, public, at_zero) for owner in self.config.owners]
         heads = [read_anchor(package).weights.public.evidence for package in (public, *owners)]
         stack = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *heads)
         model = self.merged()
@@ -166,9 +164,8 @@ class PartsTrial(Trial):
         for owner in self.config.owners:
             packages.append(self.out / f"width{width}_{owner}")
             if not packages[-1].exists():
-                text = str(self.shared.texts[owner].folder / "train.jsonl")
                 full = trainings[f"seed0/headed/{owner}"].folder / PACKAGE
-                prune(full, packages[-1], width, text, self.anchor)
+                prune(full, packages[-1], width, self.text(owner), self.anchor)
         folder = self.out / f"width{width}"
         folder.mkdir(exist_ok=True)
         choice = json.loads((self.plan.choices["evidence"].folder / CHOICE).read_text())
@@ -185,44 +182,21 @@ class PartsTrial(Trial):
         owners = float(np.mean([bits[owner] for owner in self.config.owners]))
         return Merged(owners, bits["public"], bits[MIXED])
 
-    def _with_public_head(self, rank: int) -> Path:
-        """The anchor with a public evidence head of this rank."""
-        if rank == self.config.evidence_rank:
-            return self.anchor
-        return self._evidence(rank, "public", self.anchor)
-
-    def _evidence(self, rank: int, domain: str, anchor: Path, at_zero: bool = False) -> Path:
+    def _evidence(self, rank: int, domain: str, anchor: Path, at_zero: bool) -> Path:
         steps = (self.config.anchor if domain == "public" else self.config.expert).steps
         config = self.config.evidence_training(0, steps)
         name = f"evidence{rank}_{domain}" + ("_at_zero" if at_zero else "")
-        return self._trained(
-            name, train_evidence, domain, anchor=anchor,
+        return self.package(
+            name, train_evidence, domain, anchor=anchor, begin_as_public=not at_zero,
             config=dataclasses.replace(config, evidence_rank=rank),
         )  # fmt: skip
-
-    def _trained(
-        self, folder_name: str, training: Callable[..., None], domain: str, **inputs
-    ) -> Path:
-        """The package of a training on a domain's text, which is run unless OUT holds it."""
-        folder = self.out / folder_name
-        if not (folder / PACKAGE).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            made = self.shared.windows.get(domain)  # not of public text
-            trained(
-                training, folder, data=str(self.shared.texts[domain].folder / "train.jsonl"),
-                windows=made.folder / WINDOWS if made else None, **inputs,
-            )  # fmt: skip
-        return folder / PACKAGE
 
 
 def nats_of_mixed_probabilities(model: FlexOlmo, sequences: Sequences) -> np.ndarray:
     """As `scores.token_nats`, of a model whose heads' probabilities are mixed, not their logits."""
-    parts = [
-        _mixed_nats(model.backbone, model.experts, tokens, model.config)
-        for tokens in in_batches(sequences.tokens)
-    ]
-    nats = np.concatenate(parts)[: len(sequences.tokens)]
-    return np.where(sequences.sizes > 0, nats, 0.0)
+    return nats_of_text(
+        lambda tokens: _mixed_nats(model.backbone, model.experts, tokens, model.config), sequences
+    )
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -238,16 +212,12 @@ def _mixed_nats(backbone, experts, tokens, config) -> jax.Array:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `flexolmo study expert-parts`."""
-    parser.add_argument("study", type=Path, help="the folder of a study of the full preset")
-    parser.add_argument("out", type=Path, help="folder of the models")
-    parser.add_argument("--texts", default="flexmix", help="as the study was given")
-    add_page_argument(parser, "expert_parts.md")
+    add_trial_arguments(parser, "expert_parts.md")
 
 
 def run(args: argparse.Namespace) -> None:
     """Trains and scores all models, and writes the page."""
-    config = load_config("full", StudyConfig, CONFIGS / "study")
-    trial = PartsTrial(dataclasses.replace(config, texts=args.texts), args.study, args.out)
+    trial = PartsTrial.of(args)
     write_page(args.page, make_page(measure(trial), trial.config))
 
 
@@ -266,7 +236,7 @@ class Scores(NamedTuple):
 
 def measure(trial: PartsTrial) -> Scores:
     """Trains and scores all models."""
-    merged = trial.merged()
+    chosen = trial.merged()
     return Scores(
         anchor={owner: trial.bits(load(trial.anchor), owner) for owner in OWNERS},
         parts={names: {o: trial.of_parts(names, o) for o in OWNERS} for names in TRAINED},
@@ -274,9 +244,9 @@ def measure(trial: PartsTrial) -> Scores:
         evidence={rank: trial.with_evidence(rank) for rank in EVIDENCE_RANKS},
         at_zero=trial.with_evidence(trial.config.evidence_rank, at_zero=True),
         narrowed={width: trial.narrowed(width) for width in WIDTHS},
-        chosen=trial.bits_of_merged(functools.partial(token_nats, merged)),
+        chosen=trial.bits_of_merged(functools.partial(token_nats, chosen)),
         mixed_probabilities=trial.bits_of_merged(
-            functools.partial(nats_of_mixed_probabilities, merged)
+            functools.partial(nats_of_mixed_probabilities, chosen)
         ),
     )
 
@@ -300,13 +270,13 @@ def make_page(scores: Scores, config: StudyConfig) -> list[str]:
 
     start = ["anchor", "", *(f"{bits:.3f}" for bits in scores.anchor.values())]
     model = config.model
-    networks = _sizes(config)["networks"]
+    sizes = _sizes(config)
     parts = [
-        row(" + ".join(names), sum(_sizes(config)[name] for name in names), bits)
+        row(" + ".join(names), sum(sizes[name] for name in names), bits)
         for names, bits in scores.parts.items()
     ]
     heads = [
-        row(f"{rank}", networks + _head_size(model, rank), bits)
+        row(f"{rank}", sizes["networks"] + _head_size(model, rank), bits)
         for rank, bits in scores.heads.items()
     ]
     own = config.evidence_rank

@@ -14,9 +14,9 @@ import datetime
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from flexolmo_jax.config import CONFIGS, load_config
+from flexolmo_jax.config import CONFIGS, AnchorTraining, load_config
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.studies.baselines.config import StudyConfig
 from flexolmo_jax.studies.baselines.datasets import TOKENIZER, read_sequences
@@ -82,33 +82,59 @@ class Trial:
         self.anchor = anchor.folder / PACKAGE
         self.sequences = read_sequences(self.shared.sequences.folder / SEQUENCES)
 
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """Of the options that `add_trial_arguments` adds."""
+        config = load_config("full", StudyConfig, CONFIGS / "study")
+        return cls(dataclasses.replace(config, texts=args.texts), args.study, args.out)
+
     def train(self, recipe: Recipe, owner: str) -> FlexOlmo:
         """Trains one model unless OUT holds it, and loads it; an expert beside the anchor."""
-        folder = self.out / f"{recipe.kind}_{recipe.optimizer}_{recipe.rate:g}_{owner}"
-        if not (folder / PACKAGE).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._train(recipe, owner, folder)
-        return load(folder / PACKAGE, anchor=self.anchor if recipe.kind == "expert" else None)
-
-    def _train(self, recipe: Recipe, owner: str, folder: Path) -> None:
-        windows = self.shared.windows[owner].folder / WINDOWS
         train: Callable[..., None]
         training: Any
-        inputs: dict[str, Any] = {"data": str(self.shared.texts[owner].folder / "train.jsonl")}
+        inputs: dict[str, Any]
         if recipe.kind == "expert":
             train, training = train_expert, self.config.expert_training(0)
             # The expert is scored alone, so that its router rows do not matter: fit them to little.
             training = dataclasses.replace(training, fit_tokens=self.config.length)
-            inputs |= {"anchor": self.anchor, "name": owner}
+            inputs = {"anchor": self.anchor, "name": owner}
         else:
-            tokenizer = self.shared.tokenizer.folder / TOKENIZER
-            train, training = train_anchor, self.config.dense_training(str(tokenizer), 0)
-            inputs |= {"start": self.anchor}
+            train, training = train_anchor, self.dense_training()
+            inputs = {"start": self.anchor}
         optimizer = dataclasses.replace(
             training.optimizer, learning_rate=recipe.rate, **OPTIMIZERS[recipe.optimizer]
         )
         training = dataclasses.replace(training, optimizer=optimizer)
-        trained(train, folder, windows=windows, config=training, **inputs)
+        name = f"{recipe.kind}_{recipe.optimizer}_{recipe.rate:g}_{owner}"
+        package = self.package(name, train, owner, config=training, **inputs)
+        return load(package, anchor=self.anchor if recipe.kind == "expert" else None)
+
+    def dense_training(self) -> AnchorTraining:
+        """The study's fine-tuning of the whole anchor."""
+        return self.config.dense_training(str(self.shared.tokenizer.folder / TOKENIZER), 0)
+
+    def text(self, domain: str) -> str:
+        """The training text of a domain."""
+        return str(self.shared.texts[domain].folder / "train.jsonl")
+
+    def package(
+        self, folder_name: str, train: Callable[..., None], domain: str, **inputs: Any
+    ) -> Path:
+        """The package of a training on a domain's text, which is run unless OUT holds it.
+
+        Args:
+          folder_name: of its folder in OUT.
+          train: as in `models.trained`.
+          domain: whose text; the training windows of owners are those of the study.
+          inputs: of `train`, but for its text and its folders.
+        """
+        folder = self.out / folder_name
+        if not (folder / PACKAGE).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            made = self.shared.windows.get(domain)  # not of public text
+            windows = made.folder / WINDOWS if made else None
+            trained(train, folder, data=self.text(domain), windows=windows, **inputs)
+        return folder / PACKAGE
 
     def bits(self, model: FlexOlmo, owner: str, without: tuple[str, ...] = ()) -> float:
         """Bits per byte on the owner's tuning split."""
@@ -116,18 +142,22 @@ class Trial:
         return bits_per_byte(token_nats(model, sequences, without=without), sequences.sizes)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `flexolmo study expert-training`."""
+def add_trial_arguments(parser: argparse.ArgumentParser, page: str) -> None:
+    """The options of a study whose models start from a study's anchor; `page` is its page."""
     parser.add_argument("study", type=Path, help="the folder of a study of the full preset")
     parser.add_argument("out", type=Path, help="folder of the models")
     parser.add_argument("--texts", default="flexmix", help="as the study was given")
-    add_page_argument(parser, "expert_training.md")
+    add_page_argument(parser, page)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `flexolmo study expert-training`."""
+    add_trial_arguments(parser, "expert_training.md")
 
 
 def run(args: argparse.Namespace) -> None:
     """Trains and scores all models, and writes the page."""
-    config = load_config("full", StudyConfig, CONFIGS / "study")
-    trial = Trial(dataclasses.replace(config, texts=args.texts), args.study, args.out)
+    trial = Trial.of(args)
     anchor = {owner: trial.bits(load(trial.anchor), owner) for owner in OWNERS}
     scores: dict[Recipe, Bits] = {}
     for recipe in RECIPES:

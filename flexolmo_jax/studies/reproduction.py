@@ -162,20 +162,16 @@ class Report:
 
     def claim(self, claim: Claim) -> list[str]:
         """A row of the table of claims: of experts routed by rows, and of those by evidence."""
-        by_rows = (claim.better, claim.worse)
-        by_evidence = (
-            BY_EVIDENCE.get(claim.better, claim.better),
-            BY_EVIDENCE.get(claim.worse, claim.worse),
-        )
+        pairs = [(claim.better, claim.worse)]
+        if by_evidence := self.has_evidence and _by_evidence(claim):
+            pairs.append(by_evidence)
         cells, same = [], []
-        for methods in (by_rows, by_evidence) if self.has_evidence else (by_rows,):
-            of_rows = methods == by_rows or any(m.startswith(OURS) for m in methods)
-            if methods is by_evidence and of_rows:
-                cells.append("")
-                continue
-            numbers, lower = self.row(*methods, self.owners)
+        for better, worse in pairs:
+            numbers, lower = self.row(better, worse, self.owners)
             cells.append(numbers)
             same.append("yes" if lower == ("-" if claim.are_equal else "first") else "no")
+        if self.has_evidence and not by_evidence:
+            cells.append("")
         return [claim.what, claim.paper, *cells, ", ".join(same), claim.why]
 
     def beyond(self, where: str, claim: Claim) -> list[str]:
@@ -237,6 +233,15 @@ class Report:
         return float(self.seeds(method, [column]).mean())
 
 
+def _by_evidence(claim: Claim) -> tuple[str, str] | None:
+    """The two methods of a claim with evidence routing, or None if it is about rows only."""
+    better, worse = (BY_EVIDENCE.get(method, method) for method in (claim.better, claim.worse))
+    is_of_rows = better.startswith(OURS) or worse.startswith(OURS)
+    if is_of_rows or (better, worse) == (claim.better, claim.worse):
+        return None
+    return better, worse
+
+
 def make_page(report: Report, page: Path | None = None) -> list[str]:
     """The page, which links the study's own report."""
     return [
@@ -258,7 +263,10 @@ def introduction(report: Report, full_report: str) -> list[str]:
     config = report.all["config"]
     tokens = config["expert"]["steps"] * config["expert"]["data"]["batch_size"]
     tokens *= config["expert"]["data"]["length"]
-    preset = "full" if report.has_evidence else "paper"
+    preset, where = "full", ""
+    if not report.has_evidence:
+        preset = "paper"
+        where = " --results docs/results/paper --page docs/reproduction_paper.md"
     of_older = "" if report.has_evidence else ": without heads, AdamW"
     of_evidence = (
         " *By evidence*, our default: experts with heads of their own (below)."
@@ -270,7 +278,7 @@ def introduction(report: Report, full_report: str) -> list[str]:
         "",
         "    flexolmo data fetch FETCHED && flexolmo data flexmix FETCHED flexmix",
         f"    flexolmo study configs/study/{preset}.py --out STUDY --texts flexmix --seeds 0 1 2",
-        "    flexolmo study reproduction STUDY",
+        f"    flexolmo study reproduction STUDY{where}",
         "",
         f"Seeds {', '.join(map(str, report.all['seeds']))}, {report.all['machine']}, "
         f"{minutes:.0f} minutes of one core. The paper: a 7B anchor, experts of 50B tokens, 24 "

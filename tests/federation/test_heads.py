@@ -1,5 +1,6 @@
 """Experts with heads of their own, from training to a merged model and out of it again."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.audits.removal import audit_removal
-from flexolmo_jax.config import EVIDENCE
+from flexolmo_jax.config import EVIDENCE, EvidenceTraining, OptimizerConfig
 from flexolmo_jax.evaluation.bits_per_byte import bits_per_byte
 from flexolmo_jax.federation.anchor import read_anchor, write_anchor
 from flexolmo_jax.federation.merge import add_expert, merge, remove_expert
@@ -15,6 +16,7 @@ from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.model import load
 from flexolmo_jax.modeling.experts import NO_HEADS, with_parts
 from flexolmo_jax.modeling.heads import RANK_BLOCK
+from flexolmo_jax.training.stages.evidence import train_evidence
 from flexolmo_jax.training.stages.expert import train_expert
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -86,15 +88,18 @@ def test_an_anchor_that_exists_gets_a_public_head(world, flexolmo, tmp_path):
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-def test_a_public_head_of_the_same_rank_is_trained_on(world, owners, flexolmo, tmp_path):
+def test_a_public_head_of_the_same_rank_is_trained_on(world, owners, tmp_path):
     out = tmp_path / "anchor"
-    code, _, error = flexolmo(
-        "train", "evidence", "demo_evidence", "--data", world.texts["public"], "--anchor",
-        owners / "anchor", "--out", out, "--steps", "1", "--data.length", "32",
-        "--evidence-rank", read_anchor(owners / "anchor").weights.public.ranks.evidence,
-        "--optimizer.learning-rate", "1e-6",
+    anchor, like = owners / "anchor", world.config("alone")
+    config = EvidenceTraining(
+        data=like.data, optimizer=OptimizerConfig(learning_rate=1e-6), steps=1,
+        evidence_rank=read_anchor(anchor).weights.public.ranks.evidence,
     )  # fmt: skip
-    assert code == 0, error
+    inputs = {"anchor": anchor, "data": str(world.texts["public"]), "out": out}
+    other = dataclasses.replace(config, evidence_rank=config.evidence_rank + 1)
+    with pytest.raises(ValueError, match="expected an evidence head of rank 5 .* found rank 4"):
+        train_evidence(other, **inputs, run=tmp_path / "other.run", begin_as_public=True)
+    train_evidence(config, **inputs, run=tmp_path / "anchor.run", begin_as_public=True)
     before, after = (read_anchor(x).weights.public.evidence for x in (owners / "anchor", out))
     assert np.abs(before.b[...]).max() > 1e-3
     np.testing.assert_allclose(after.b[...], before.b[...], atol=1e-4)

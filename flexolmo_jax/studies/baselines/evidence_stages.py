@@ -14,7 +14,6 @@ from flexolmo_jax.studies.baselines.score_stages import (
     active_experts,
     best_option,
     choose_family,
-    nearly_best,
 )
 from flexolmo_jax.studies.baselines.training_stages import headed_btx, package, packages_of
 
@@ -67,8 +66,7 @@ def choose_evidence(
         tried: list[dict[str, Any]] = []
         loaded = {router: load(merged(anchor, packages.paths, folder, evidence=EVIDENCE))}
 
-        def best(options: list[dict[str, Any]]) -> dict[str, Any]:
-            return best_option(scoring, loaded, options, tried)
+        best = partial(best_option, scoring, loaded, tried)
 
         start = {"router": router, "memory": None, "active": None}
         _, strength, shift = EVIDENCE
@@ -76,13 +74,12 @@ def choose_evidence(
         decay = choice["evidence"][0]
         choice = best([{**start, "evidence": [decay, s, shift]} for s in strengths])
         strength = choice["evidence"][1]
-        options = [{**choice, "active": k} for k in (None, *actives)]
-        best(options)  # scores them
-        choice = nearly_best(tried, options, active_experts)
-        options = [{**choice, "evidence": [decay, strength, s]} for s in shifts]
-        best(options)
+        choice = best([{**choice, "active": k} for k in (None, *actives)], active_experts)
         # The largest shift leaves public text to the public expert; the score counts it little.
-        choice = nearly_best(tried, options, lambda option: -option["evidence"][2])
+        choice = best(
+            [{**choice, "evidence": [decay, strength, s]} for s in shifts],
+            lambda option: -option["evidence"][2],
+        )
         write_choice(anchor, packages, choice, tried, folder)
 
     needs = (scoring.seed.shared.sequences, *packages.needs)

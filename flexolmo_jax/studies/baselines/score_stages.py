@@ -161,14 +161,11 @@ def choose_family(
         tried: list[dict[str, Any]] = []
         loaded = {r: load(merged(anchor, p.paths, folder)) for r, p in rows.items()}
 
-        def best(options: list[dict[str, Any]]) -> dict[str, Any]:
-            return best_option(scoring, loaded, options, tried)
+        best = partial(best_option, scoring, loaded, tried)
 
         choice = best([{"router": r, "memory": None, "active": None} for r in rows])
         choice = best([{**choice, "memory": list(m) if m else None} for m in (None, *memories)])
-        options = [{**choice, "active": k} for k in (None, *actives)]
-        best(options)  # scores them
-        choice = nearly_best(tried, options, active_experts)
+        choice = best([{**choice, "active": k} for k in (None, *actives)], active_experts)
         write_choice(anchor, rows[choice["router"]], choice, tried, folder)
 
     of_packages = (need for packages in rows.values() for need in packages.needs)
@@ -183,21 +180,25 @@ def choose_family(
 def best_option(
     scoring: Scoring,
     loaded: Mapping[str, FlexOlmo],
-    options: Sequence[dict[str, Any]],
     tried: list[dict[str, Any]],
+    options: Sequence[dict[str, Any]],
+    cost: Callable[[dict[str, Any]], float] | None = None,
 ) -> dict[str, Any]:
     """The option with the best tuning score; those that were tried before are not scored again.
 
     Args:
       scoring: of the seed.
       loaded: merged models by the kind of their rows.
-      options: router, memory and active of each, and perhaps evidence.
       tried: options with their scores; new ones are appended.
+      options: router, memory and active of each, and perhaps evidence.
+      cost: of an option; given, the cheapest of those that are nearly best.
     """
     for option in options:
         if not any(option == {key: t[key] for key in option} for t in tried):
             model = routed_as(loaded[option["router"]], option)
             tried.append({**option, "tune": scoring.tuning_score(model)})
+    if cost is not None:
+        return nearly_best(tried, options, cost)
     scored = [t for t in tried if {key: t[key] for key in options[0]} in options]
     chosen = min(scored, key=lambda t: t["tune"])
     return {key: chosen[key] for key in options[0]}

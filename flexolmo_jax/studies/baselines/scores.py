@@ -1,7 +1,7 @@
 """Per-token losses of a model on a study's sequences, and its routing, stored as arrays."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -20,14 +20,22 @@ Scores = dict[str, np.ndarray]  # by the sequences' name: float32 [N, S], nats o
 
 def token_nats(model: FlexOlmo, sequences: Sequences, *, without: Sequence[str] = ()) -> np.ndarray:
     """Cost in nats of every predicted token that is text, else 0: float32 [N, S]."""
-    out = []
-    for tokens in in_batches(sequences.tokens):
-        out.append(-model.log_likelihoods(tokens, without=without).log_probabilities[..., 0])
+    return nats_of_text(
+        lambda tokens: -model.log_likelihoods(tokens, without=without).log_probabilities[..., 0],
+        sequences,
+    )
+
+
+def nats_of_text(
+    nats_of: Callable[[np.ndarray], np.ndarray | jax.Array], sequences: Sequences
+) -> np.ndarray:
+    """`token_nats`, given a function from a batch [BATCH, S + 1] to its costs [BATCH, S]."""
+    out = [nats_of(tokens) for tokens in _batches(sequences.tokens)]
     nats = np.concatenate(out)[: len(sequences.tokens)]
     return np.where(sequences.sizes > 0, nats, 0.0).astype(np.float32)
 
 
-def in_batches(tokens: np.ndarray) -> Iterable[np.ndarray]:
+def _batches(tokens: np.ndarray) -> Iterable[np.ndarray]:
     """[BATCH, S + 1] each; the last batch is padded with copies of its last row."""
     for start in range(0, len(tokens), BATCH):
         part = tokens[start : start + BATCH]
@@ -82,7 +90,7 @@ def routing_shares(model: FlexOlmo, sequences: Sequences) -> np.ndarray:
     [1, E] of a model that is routed by evidence: all its layers have the same weights.
     """
     total = np.zeros(0)
-    for start, tokens in enumerate(in_batches(sequences.tokens)):
+    for start, tokens in enumerate(_batches(sequences.tokens)):
         sizes = sequences.sizes[start * BATCH : (start + 1) * BATCH]
         is_text = np.zeros((BATCH, sizes.shape[1]), np.float32)
         is_text[: len(sizes)] = sizes > 0

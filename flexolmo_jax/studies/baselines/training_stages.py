@@ -272,7 +272,7 @@ def headed_btx(seed: Seed, models_of_seed: Trained) -> tuple[Path, Packages]:
         name: seed.train(
             f"btx_evidence/{name}", [public, seed.shared.windows[name]], train_evidence,
             config.evidence_training(seed.seed, config.expert.steps),
-            anchor=anchor, data=seed.text(name), windows=seed.windows(name),
+            anchor=anchor, data=seed.text(name), windows=seed.windows(name), begin_as_public=True,
         )
         for name in dense
     }  # fmt: skip

@@ -40,11 +40,11 @@ def train_evidence(
     run: Path,
     resume: bool = False,
     separator: str | None = None,
+    begin_as_public: bool = False,
 ) -> None:
     """Trains a public evidence head (modeling/evidence.py), and writes the anchor with it.
 
-    The anchor's identity does not change, so experts that were trained beside it stay valid. The
-    head begins as the one that the anchor has, if that has the same rank.
+    The anchor's identity does not change, so experts that were trained beside it stay valid.
 
     Args:
       config: the stage's config.
@@ -54,9 +54,12 @@ def train_evidence(
       run: folder of the run: windows, checkpoints, metrics, plot.
       resume: continue from the newest checkpoint in `run`.
       separator: as in `train_expert`.
+      begin_as_public: the head begins as the one that the anchor has, as an owner's does in
+        `train_expert`, not at zero.
 
     Raises:
-      ValueError: an argument or a file is wrong; the message says what to do.
+      ValueError: an argument or a file is wrong, or the anchor has no head of the config's rank to
+        begin as; the message says what to do.
       FloatingPointError, Interrupted: as `train` says.
       AlreadyDone: the package exists.
 
@@ -79,10 +82,16 @@ def train_evidence(
     loaded, tokenizer = anchor_to_train_beside(anchor, config.data, separator)
     check_rank("evidence_rank", config.evidence_rank, loaded.config)
     mesh_of(config)  # raises if the batch cannot be divided among the devices
-    wanted = describe_run(config, data, anchor=loaded.identity)
-    check_run(run, wanted, resume, config, out)
     public = loaded.weights.public
-    if public.ranks.evidence != config.evidence_rank:
+    if begin_as_public and public.ranks.evidence != config.evidence_rank:
+        raise ValueError(
+            f"{anchor}: expected an evidence head of rank {config.evidence_rank} to begin as, "
+            f"found rank {public.ranks.evidence}"
+        )
+    begun = {"begin_as_public": True} if begin_as_public else {}
+    wanted = describe_run(config, data, anchor=loaded.identity, **begun)
+    check_run(run, wanted, resume, config, out)
+    if not begin_as_public:
         public = with_parts(public, evidence=None)
         public.set_heads(loaded.config, Ranks(evidence=config.evidence_rank), jax.random.key(0))
     check_room_for(config, data, out, run, public.evidence, packaged=loaded.weights)
