@@ -39,7 +39,7 @@ class Unstacked(NamedTuple):
     """
 
     layers: tuple[UnstackedLayer, ...]
-    head: jax.Array | Quantized  # [D, V]
+    head: Quantized  # [D, V]
 
 
 def unstack(

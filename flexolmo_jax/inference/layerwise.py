@@ -37,6 +37,10 @@ GATHER_SIZES = 4  # gathered tokens are padded to one of this many sizes
 # XLA for CPU uses half of AVX-512's width by default, which converts 8-bit integers to floats more
 # slowly than memory delivers them.
 OPTIONS = {"xla_cpu_prefer_vector_width": 512}
+# Where a matmul contracts the last axis in memory, it is a loop over one sum, which LLVM vectorizes
+# only if it may reorder the sum. JAX 0.10 let it; JAX 0.12 does only with fast math, and is 10x
+# slower without. NaN and infinity stay what they are: XLA's `honor` flags are on by default.
+REORDERED_SUMS = {"xla_cpu_enable_fast_math": True}
 
 
 class Sequences(NamedTuple):
@@ -138,7 +142,10 @@ class Network:
         networks = [[jax.tree.flatten(x) for x in layer.networks] for layer in unstacked.layers]
         self._networks = [[leaves for leaves, _ in layer] for layer in networks]
         structures = tuple(structure for _, structure in networks[0])
-        self._programs = _programs(config, ends_structure, flat[0][1], structures)
+        options = REORDERED_SUMS if unstacked.head.transposed else {}
+        self._programs = _programs(
+            config, ends_structure, flat[0][1], structures, tuple(options.items())
+        )
         counts = [x.experts_here for x in unstacked.layers[0].networks]
         self._first = np.cumsum([0, *counts])
         self._numbers = [jnp.int32(i) for i in self._first]
@@ -190,7 +197,8 @@ class Network:
     def _add_experts(self, index, added, x, weights, used):
         is_used = used > 0  # [E, B, S]
         num_tokens = is_used[0].size
-        for number, network in enumerate(self._networks[index]):
+        calls: dict[tuple, list[int]] = {}  # a program and a size: networks
+        for number in range(len(self._networks[index])):
             own = is_used[self._first[number] : self._first[number + 1]].any(axis=0)
             count = own.sum()
             if not count:
@@ -200,8 +208,13 @@ class Network:
                 step = -(-num_tokens // GATHER_SIZES)
                 size = int(-(-count // step) * step)
                 size = None if size >= num_tokens else size
-            add = self._programs.add[number]
-            added = add(network, added, x, weights, self._numbers[number], size=size)
+            # How many experts several tokens use depends on all of them, so each is called alone.
+            alone = None if num_tokens == 1 else number
+            calls.setdefault((self._programs.add[number], size, alone), []).append(number)
+        for (add, size, _), numbers in calls.items():
+            networks = tuple(self._networks[index][number] for number in numbers)
+            first = tuple(self._numbers[number] for number in numbers)
+            added = add(networks, added, x, weights, first, size=size)
         return added
 
 
@@ -237,9 +250,9 @@ class _Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(config: ModelConfig, ends, layer_structure, structures) -> _Programs:
+def _programs(config: ModelConfig, ends, layer_structure, structures, options) -> _Programs:
     """The programs; modules are flattened once, because JAX takes plain arrays much faster."""
-    compiled = functools.partial(jax.jit, compiler_options=OPTIONS)
+    compiled = functools.partial(jax.jit, compiler_options=OPTIONS | dict(options))
 
     @compiled
     def embed(leaves, tokens: Tokens, state):
@@ -276,10 +289,12 @@ def _programs(config: ModelConfig, ends, layer_structure, structures) -> _Progra
     @functools.cache
     def adding(structure):
         @functools.partial(compiled, static_argnames="size", donate_argnums=1)
-        def add(leaves, added, x, weights, first, size):
-            network = jax.tree.unflatten(structure, leaves)
-            weights = jax.lax.dynamic_slice_in_dim(weights, first, network.experts_here)
-            return add_gathered(network, added, x, weights, size)
+        def add(networks, added, x, weights, firsts, size):
+            for leaves, first in zip(networks, firsts, strict=True):
+                network = jax.tree.unflatten(structure, leaves)
+                own = jax.lax.dynamic_slice_in_dim(weights, first, network.experts_here)
+                added = add_gathered(network, added, x, own, size)
+            return added
 
         return add
 

@@ -80,12 +80,60 @@ def test_int8_keeps_what_the_model_says(model):
         assert ints.generate(prompts, 16) == floats.generate(prompts, 16)
 
 
-def test_a_skipped_expert_may_be_nan(model):
+def in_form(model, form):
+    """As `load(dtype=form)` returns it."""
+    if form == "int8":
+        backbone, experts = round_to_int8(model.backbone, model.experts)
+        return dataclasses.replace(model, backbone=backbone, experts=experts, int8=True)
+    backbone, experts = jax.tree.map(lambda x: x.astype(form), (model.backbone, model.experts))
+    config = model.config.replace(dtype=form)
+    return dataclasses.replace(model, backbone=backbone, experts=experts, config=config)
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_skipped_expert_may_be_nan(model, form, value):
     """Also in decoding: what is switched off is not read."""
+    model = in_form(model, form)
     experts = jax.tree.map(jnp.array, model.experts)
-    experts.feed_forward.up[...] = experts.feed_forward.up[...].at[:, 1].set(jnp.nan)
-    broken = type(model)(model.backbone, experts, model.config, model.expert_names, model.tokenizer)
+    experts.feed_forward.up[...] = experts.feed_forward.up[...].at[:, 1].set(value)
+    broken = dataclasses.replace(model, experts=experts)
     for prompts in (["The theorem"], ["The theorem", "A river"]):
         without = [model.expert_names[1]]
         expected = model.generate(prompts, 8, without=without)
         assert broken.generate(prompts, 8, without=without) == expected
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("allowed", [[True, False, True, True], [False, True, False, False]])
+def test_one_token_is_read_as_if_experts_that_are_off_were_not_there(model, form, allowed):
+    """Bit for bit, though a program adds all experts that a token uses."""
+    allowed = np.array(allowed)
+    fewer = dataclasses.replace(
+        model,
+        experts=split_off(model.experts, np.flatnonzero(allowed)),
+        config=model.config.replace(num_experts=int(allowed.sum())),
+    )
+
+    def logits(model, allowed):
+        model = in_form(model, form)
+        transposed = form != "float32"
+        weights = unstack(model.backbone, model.experts, model.config, transposed, form == "int8")
+        network = Network(model.backbone, model.experts, weights, model.config)
+        sequences = network.empty(1, 8)
+        for position, token in enumerate(TOKENS[0]):
+            start, length = np.array([position], np.int32), np.ones(1, np.int32)
+            read = Tokens(np.array([[token]], np.int32), start, length, allowed[None])
+            found = network(read, sequences)
+            sequences = found.sequences
+        return found.logits
+
+    of_fewer = logits(fewer, np.ones(allowed.sum(), bool))
+    np.testing.assert_array_equal(logits(model, allowed), of_fewer)
+
+
+def split_off(experts, chosen):
+    """A stack of the chosen experts."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf[:, chosen] if leaf.ndim > 1 else leaf[chosen], experts
+    )

@@ -39,12 +39,14 @@ class Quantized:
         """[..., A] -> float32 [..., B]; the scale is applied after the sum.
 
         XLA fuses the cast into a vector-matrix product, and does not transpose in memory, only if
-        both operations are next to the product, in the same branch of a `cond`.
+        both operations are next to the product, in the same branch of a `cond`, and the product is
+        one of float32.
         """
-        values = self.values.astype(x.dtype)
-        product = jnp.matmul(
-            x, values.mT if self.transposed else values, preferred_element_type=jnp.float32
-        )
+        if self.transposed:
+            product = jnp.matmul(x.astype(jnp.float32), self.values.astype(jnp.float32).mT)
+        else:
+            values = self.values.astype(x.dtype)
+            product = jnp.matmul(x, values, preferred_element_type=jnp.float32)
         return product if self.scale is None else product * self.scale
 
 
