@@ -1,5 +1,6 @@
 """Our side of each case: functions that return one run, ready to be timed."""
 
+import dataclasses
 import functools
 import itertools
 import tempfile
@@ -27,14 +28,13 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.anchor import read_anchor, write_anchor
 from flexolmo_jax.federation.expert import write_expert
 from flexolmo_jax.federation.merge import merge
-from flexolmo_jax.inference.cpu_weights import round_to_int8
 from flexolmo_jax.inference.engine import Request
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.modeling.experts import Experts, moe
+from flexolmo_jax.modeling.int8 import to_int8
 from flexolmo_jax.modeling.kernels.cross_entropy import cross_entropy
 from flexolmo_jax.modeling.transformer import (
     Anchor,
-    Backbone,
     abstract_model,
     forward,
     init_anchor,
@@ -170,8 +170,7 @@ def generate(size: Size, batch: int, option: str) -> Run:
     int8 = option == "int8"
     dtype = option if option in ("float32", "bfloat16") else "float32"
     config = size.merged().replace(dtype=dtype)
-    weights = _merged(config)
-    weights = round_to_int8(*weights) if int8 else weights
+    weights = to_int8(*_merged(config, on_host=True)) if int8 else _merged(config)
     model = FlexOlmo(*weights, config, tuple(map(str, range(size.experts))), None, int8)
     prompts = np.asarray(_tokens(size, batch, size.prompt)).tolist()
     allowed = np.ones((batch, size.experts), bool)
@@ -288,14 +287,30 @@ def _anchor(config: ModelConfig) -> Anchor:
     return jax.jit(init_anchor, static_argnums=0)(config, jax.random.key(0))
 
 
-def _merged(config: ModelConfig) -> tuple[Backbone, Experts]:
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """Random weights that are drawn when they are read, as those in a file are read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
+        return np.asarray(_normal(*self.shape, dtype=self.dtype))[part]
+
+
+def _merged(config: ModelConfig, on_host: bool = False) -> tuple[Any, Any]:
     """Random weights from NumPy: jitted initialisation would leave twice the memory allocated."""
 
     def fill(path, leaf):
-        is_norm = "norm" in jax.tree_util.keystr(path)
-        ones = functools.partial(np.ones, dtype=np.float32)
-        values = ones(leaf.shape) if is_norm else _normal(*leaf.shape, dtype=config.dtype)
-        return jnp.asarray(values, config.dtype)
+        if "norm" in jax.tree_util.keystr(path):
+            return jnp.ones(leaf.shape, config.dtype)
+        if on_host:
+            return _Drawn(leaf.shape, config.dtype)
+        return jnp.asarray(_normal(*leaf.shape, dtype=config.dtype), config.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, abstract_model(config))
 

@@ -19,7 +19,7 @@ from flexolmo_jax.federation.loading import load_model
 from flexolmo_jax.inference import continuations, decode, engine, likelihood, masks
 from flexolmo_jax.inference.compiled import CompiledNetwork
 from flexolmo_jax.inference.continuations import Continuations, Options
-from flexolmo_jax.inference.cpu_weights import round_to_int8, unstack
+from flexolmo_jax.inference.cpu_weights import unstack
 from flexolmo_jax.inference.engine import Engine, Request
 from flexolmo_jax.inference.layerwise import Network
 from flexolmo_jax.inference.likelihood import LogLikelihoods
@@ -372,7 +372,7 @@ class FlexOlmo:
 
     def _network(self, slots: int) -> Network:
         """The weights in the layout for decoding, cached from the first use on."""
-        transposed = slots == 1 and (self.int8 or self.config.dtype == "bfloat16")
+        transposed = slots == 1 and self.config.dtype == "bfloat16"
         if self._network_cache.get("transposed") is not transposed:
             self._network_cache.clear()
             weights = unstack(self.backbone, self.experts, self.config, transposed, self.int8)
@@ -436,13 +436,11 @@ def load(
     check_for_use(mesh, int8)
     signed: list[Signed] = []
     require = None if keys is None else Trusted.open(keys).checking(signed.append)
-    own_dtype = None if int8 else dtype
-    loaded = load_model(Path(path), anchor, own_dtype, mesh, SERVING, separator, require)
-    backbone, experts, config = loaded.backbone, loaded.experts, loaded.config
+    loaded = load_model(Path(path), anchor, dtype, mesh, SERVING, separator, require)
+    config = loaded.config
     if int8:
-        rounded = round_to_int8(backbone, experts)
-        backbone, experts = placement.device_put(rounded, None, dtype="float32")
-    if dtype is not None:
-        config = config.replace(dtype="float32" if int8 else dtype)
+        config = config.replace(dtype="float32", expert_compute="dense")
+    elif dtype is not None:
+        config = config.replace(dtype=dtype)
     own = (loaded.names, loaded.tokenizer, int8, mesh, loaded.ends, tuple(signed))
-    return FlexOlmo(backbone, experts, config, *own)
+    return FlexOlmo(loaded.backbone, loaded.experts, config, *own)

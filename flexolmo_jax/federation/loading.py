@@ -22,6 +22,7 @@ from flexolmo_jax.federation.names import PUBLIC
 from flexolmo_jax.federation.package import MANIFEST, Package, check_packages, read_manifest
 from flexolmo_jax.federation.source import HuggingFace, Require, WeightSource, open_source
 from flexolmo_jax.modeling.experts import Experts, pad_experts, split, with_parts
+from flexolmo_jax.modeling.int8 import to_int8
 from flexolmo_jax.modeling.low_rank import LowRankGroups, MixedFeedForward
 from flexolmo_jax.modeling.transformer import Backbone
 from flexolmo_jax.parallel import placement
@@ -64,7 +65,7 @@ def load_model(
     Args:
       path: a merged model, an anchor, an expert package, or a Hugging Face directory.
       anchor: of an expert package; default: near it (`anchor_path`).
-      dtype: of the weights; default: as stored.
+      dtype: of the weights, or "int8" (`modeling.int8`); default: as stored.
       mesh, over: where they go (`placement.device_put`), each device reading its own part of every
         file; with padding experts after them, up to a number that the axis `expert` divides. All
         processes must load, and each checks its share of the bytes.
@@ -136,7 +137,12 @@ def _place(
     devices = 1 if mesh is None else mesh.shape[EXPERT]
     experts, padding = join_experts(stacks, devices)
     experts.router = _join(opened.routers, padding)
-    backbone, experts = placement.device_put((anchor.weights.backbone, experts), mesh, over, dtype)
+    if dtype == "int8":
+        backbone, experts = to_int8(anchor.weights.backbone, experts)
+    else:
+        backbone, experts = placement.device_put(
+            (anchor.weights.backbone, experts), mesh, over, dtype
+        )
     return LoadedModel(
         backbone, experts, opened.config, opened.names, anchor.tokenizer, anchor.ends
     )
@@ -187,13 +193,17 @@ def _load_hugging_face(
     over: tuple[str, ...],
     separator: str | None,
 ) -> LoadedModel:
-    backbone, experts, config, tokenizer, ends, order = source.load(separator, dtype)
+    own = "float32" if dtype == "int8" else dtype
+    backbone, experts, config, tokenizer, ends, order = source.load(separator, own)
     names = (PUBLIC, *(f"expert_{i}" for i in order[1:]))
     if mesh is not None and isinstance(experts.feed_forward, MixedFeedForward):
         experts, _ = join_experts(split(experts), mesh.shape[EXPERT])
     elif mesh is not None:
         experts = pad_experts(experts, mesh.shape[EXPERT])
-    backbone, experts = placement.device_put((backbone, experts), mesh, over)
+    if dtype == "int8":
+        backbone, experts = to_int8(backbone, experts)
+    else:
+        backbone, experts = placement.device_put((backbone, experts), mesh, over)
     return LoadedModel(backbone, experts, config, names, tokenizer, ends)
 
 

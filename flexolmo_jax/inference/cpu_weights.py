@@ -1,9 +1,9 @@
 """Weights in the layout that decoding on CPU reads fastest: every matrix is an array of its own.
 
 XLA for CPU copies a slice of a stack before a matmul reads it. An array of the slice's own need not
-be a copy: it is a view of the stack's memory, unless the numbers or their order change. They do for
-8-bit integers; and in a batch of one, in bfloat16 and in 8 bits, XLA's matmul streams a matrix at
-full memory bandwidth only if the contracted axis is the last in memory.
+be a copy: it is a view of the stack's memory, unless the order of its numbers changes. It does in
+bfloat16 in a batch of one: XLA's matmul streams a matrix at full memory bandwidth only if the
+contracted axis is the last in memory.
 """
 
 import functools
@@ -14,13 +14,13 @@ import numpy as np
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.modeling.experts import Experts, FeedForward
-from flexolmo_jax.modeling.kernels.quantized import Quantized, quantize, round_matrix
+from flexolmo_jax.modeling.int8 import PROJECTIONS
+from flexolmo_jax.modeling.kernels.quantized import Quantized, quantize
 from flexolmo_jax.modeling.low_rank import FeedForwardRanks, LowRankGroups, MixedFeedForward
 from flexolmo_jax.modeling.router import Router
 from flexolmo_jax.modeling.transformer import Backbone, Layer
 from flexolmo_jax.storage.tensors import leaf_name
 
-PROJECTIONS = tuple(f"attention.{name}" for name in "qkvo")
 MATRICES = FeedForwardRanks._fields  # gate, up and down
 
 
@@ -33,29 +33,26 @@ class UnstackedLayer(NamedTuple):
 
 
 class Unstacked(NamedTuple):
-    """The weights, layer by layer and expert by expert; matrices are `Quantized`.
+    """The weights, layer by layer and expert by expert; matrices are arrays or `Quantized`.
 
     Low-rank experts stay together, in one stack after the others.
     """
 
     layers: tuple[UnstackedLayer, ...]
-    head: Quantized  # [D, V]
+    head: jax.Array | Quantized  # [D, V]
 
 
 def unstack(
     backbone: Backbone, experts: Experts, config: ModelConfig, transposed: bool, int8: bool = False
 ) -> Unstacked:
-    """Takes the weights out of their stacks; without `transposed` and `int8` they are not copied.
+    """Takes the weights out of their stacks; without `transposed` they are not copied.
 
     Args:
       backbone, experts, config: the model.
       transposed: store matrices with the contracted axis last in memory, for a batch of one.
-      int8: store matrices as 8-bit integers with a scale for each output channel.
+      int8: the stacks are those of `modeling.int8`.
     """
-    convert = jax.jit(functools.partial(quantize, transposed=transposed, int8=int8))
-
-    def matrix(x):
-        return convert(x) if transposed or int8 else Quantized(x, None, False)
+    convert = jax.jit(functools.partial(quantize, int8=int8))
 
     def take(tree, index):
         def take_leaf(path, leaf):
@@ -66,7 +63,7 @@ def unstack(
                 leaf = leaf.reshape(-1, leaf.shape[-1])
             leaf = jax.device_put(leaf, may_alias=True)
             is_matrix = name in PROJECTIONS or name.split(".")[-1] in (*MATRICES, "a", "b")
-            return matrix(leaf) if is_matrix else leaf
+            return convert(leaf) if transposed and is_matrix else leaf
 
         return jax.tree_util.tree_map_with_path(take_leaf, tree)
 
@@ -86,28 +83,10 @@ def unstack(
         UnstackedLayer(take(backbone.layers, i), take(experts.router, i), networks_of(i))
         for i in range(config.num_layers)
     )
-    return Unstacked(layers, matrix(backbone.head_matrix(config)))
+    head = backbone.head_matrix(config)
+    return Unstacked(layers, convert(head) if transposed or int8 else head)
 
 
 def _view(leaf: jax.Array) -> jax.Array | np.ndarray:
     """On a CPU, an array whose slices are no copies."""
     return np.asarray(leaf) if jax.default_backend() == "cpu" else leaf
-
-
-def round_to_int8(backbone: Backbone, experts: Experts) -> tuple[Backbone, Experts]:
-    """The stacks with every number rounded as `unstack(..., int8=True)` rounds it.
-
-    Norms, router rows and the embedding are not rounded, nor is a head that is tied to it.
-    """
-
-    def round_leaf(path, leaf):
-        name = leaf_name(path)
-        if name.endswith(PROJECTIONS[:3]):  # [L, D, N, H]
-            return round_matrix(leaf.reshape(*leaf.shape[:2], -1)).reshape(leaf.shape)
-        if name.endswith(PROJECTIONS[3]):  # [L, N, H, D]
-            return round_matrix(leaf.reshape(len(leaf), -1, leaf.shape[-1])).reshape(leaf.shape)
-        return round_matrix(leaf) if "feed_forward" in name or name.endswith("head") else leaf
-
-    return jax.jit(functools.partial(jax.tree_util.tree_map_with_path, round_leaf))(
-        (backbone, experts)
-    )

@@ -27,18 +27,18 @@ from flexolmo_jax.modeling.decode_state import (
     write_to_segments,
 )
 from flexolmo_jax.modeling.experts import Experts, FeedForward, router_weights, with_parts
-from flexolmo_jax.modeling.kernels.quantized import dot
+from flexolmo_jax.modeling.kernels.quantized import Quantized, dot
 from flexolmo_jax.modeling.low_rank import LowRankGroups
 from flexolmo_jax.modeling.transformer import Backbone, add_heads, evidence_weights
 
 GATHER_MIN_TOKENS = 64  # with fewer, gathering an expert's tokens costs more than it saves
 MAX_BEST = 20  # how many of the likeliest tokens are scored, as OpenAI's interface allows
 GATHER_SIZES = 4  # gathered tokens are padded to one of this many sizes
-# XLA for CPU uses half of AVX-512's width by default, which converts 8-bit integers to floats more
-# slowly than memory delivers them.
+# XLA for CPU uses half of AVX-512's width by default, which converts bfloat16 to floats more slowly
+# than memory delivers them.
 OPTIONS = {"xla_cpu_prefer_vector_width": 512}
-# Where a matmul contracts the last axis in memory, it is a loop over one sum, which LLVM vectorizes
-# only if it may reorder the sum. JAX 0.10 let it; JAX 0.12 does only with fast math, and is 10x
+# The product of a vector and a `Quantized` matrix is a loop over each sum, which LLVM vectorizes
+# only if it may reorder the sum. JAX 0.10 let it; JAX 0.12 does with fast math only, and is 10x
 # slower without. NaN and infinity stay what they are: XLA's `honor` flags are on by default.
 REORDERED_SUMS = {"xla_cpu_enable_fast_math": True}
 
@@ -142,10 +142,10 @@ class Network:
         networks = [[jax.tree.flatten(x) for x in layer.networks] for layer in unstacked.layers]
         self._networks = [[leaves for leaves, _ in layer] for layer in networks]
         structures = tuple(structure for _, structure in networks[0])
-        options = REORDERED_SUMS if unstacked.head.transposed else {}
-        self._programs = _programs(
-            config, ends_structure, flat[0][1], structures, tuple(options.items())
-        )
+        structures = (config, ends_structure, flat[0][1], structures)
+        self._programs = _programs(*structures)
+        of_vectors = isinstance(unstacked.head, Quantized)
+        self._of_one_token = _programs(*structures, reordered_sums=True) if of_vectors else None
         counts = [x.experts_here for x in unstacked.layers[0].networks]
         self._first = np.cumsum([0, *counts])
         self._numbers = [jnp.int32(i) for i in self._first]
@@ -169,6 +169,8 @@ class Network:
           following: int32 [B, S], the token after each, to score it; a 0 where there is none.
         """
         run = self._programs
+        if tokens.ids.size == 1 and self._of_one_token is not None:
+            run = self._of_one_token
         x, added, weights, of_evidence = run.embed(self._ends, tokens, sequences.evidence)
         routed = None if weights is None else np.asarray(weights)
         before: Any = self._layers[-1]  # of `added`, which is 0: nothing comes before the first
@@ -183,7 +185,7 @@ class Network:
                 before, layer, x, added, tokens, weights, sequences.caches[index], router_state
             )
             used = np.asarray(own_weights) if routed is None else routed
-            added = self._add_experts(index, added, x, own_weights, used)
+            added = self._add_experts(run.add, index, added, x, own_weights, used)
             shares += used[:, rows, last] / len(self._layers)
             before = layer
             caches.append(cache)
@@ -194,7 +196,7 @@ class Network:
         next_states = None if states is None else tuple(router_states)
         return Reading(logits, Sequences(tuple(caches), next_states, of_evidence), shares, scores)
 
-    def _add_experts(self, index, added, x, weights, used):
+    def _add_experts(self, programs, index, added, x, weights, used):
         is_used = used > 0  # [E, B, S]
         num_tokens = is_used[0].size
         calls: dict[tuple, list[int]] = {}  # a program and a size: networks
@@ -210,7 +212,7 @@ class Network:
                 size = None if size >= num_tokens else size
             # How many experts several tokens use depends on all of them, so each is called alone.
             alone = None if num_tokens == 1 else number
-            calls.setdefault((self._programs.add[number], size, alone), []).append(number)
+            calls.setdefault((programs[number], size, alone), []).append(number)
         for (add, size, _), numbers in calls.items():
             networks = tuple(self._networks[index][number] for number in numbers)
             first = tuple(self._numbers[number] for number in numbers)
@@ -250,9 +252,12 @@ class _Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(config: ModelConfig, ends, layer_structure, structures, options) -> _Programs:
+def _programs(
+    config: ModelConfig, ends, layer_structure, structures, reordered_sums: bool = False
+) -> _Programs:
     """The programs; modules are flattened once, because JAX takes plain arrays much faster."""
-    compiled = functools.partial(jax.jit, compiler_options=OPTIONS | dict(options))
+    options = OPTIONS | (REORDERED_SUMS if reordered_sums else {})
+    compiled = functools.partial(jax.jit, compiler_options=options)
 
     @compiled
     def embed(leaves, tokens: Tokens, state):
