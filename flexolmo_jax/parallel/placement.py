@@ -40,7 +40,7 @@ def device_put(
     if mesh is None:
         return jax.tree.map(
             lambda x: x.astype(dtype or x.dtype) if isinstance(x, jax.Array)
-            else jnp.asarray(read(x, (slice(None),) * x.ndim)),
+            else jax.device_put(read(x, (slice(None),) * x.ndim), may_alias=True),
             tree,
         )  # fmt: skip
 

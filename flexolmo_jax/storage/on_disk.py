@@ -1,5 +1,6 @@
 """Tensors that stay in the files that `tensors.save` wrote until a part of them is read."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -176,19 +177,28 @@ class Joined:
         layers, wanted, *rest = ranges_of(part, self.shape)
         out = _empty((len(layers), len(wanted), *map(len, rest)), self.dtype)
         first = done = 0  # experts before this array; in `out` already
-        for x in self.arrays:
-            here = range(max(wanted.start, first), min(wanted.stop, first + x.shape[1]))
-            if here:
-                own = range(here.start - first, here.stop - first)
-                into, ranges = out[:, done : done + len(here)], (layers, own, *rest)
-                if isinstance(x, OnDisk) and x.dtype == out.dtype:
-                    x.read(ranges, into)
-                else:
-                    into[...] = x[tuple(slice(r.start, r.stop) for r in ranges)]
-                done += len(here)
-            first += x.shape[1]
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # most of the time, pages are made
+            reads = []
+            for x in self.arrays:
+                here = range(max(wanted.start, first), min(wanted.stop, first + x.shape[1]))
+                if here:
+                    own = range(here.start - first, here.stop - first)
+                    into, ranges = out[:, done : done + len(here)], (layers, own, *rest)
+                    reads.append(pool.submit(_read, x, ranges, into))
+                    done += len(here)
+                first += x.shape[1]
+            for read in reads:
+                read.result()
         out[:, done:] = self.fill
         return out
+
+
+def _read(x: Any, ranges: tuple[range, ...], into: np.ndarray) -> None:
+    """A slice of any array into memory of its shape."""
+    if isinstance(x, OnDisk) and x.dtype == into.dtype:
+        x.read(ranges, into)
+    else:
+        into[...] = x[tuple(slice(r.start, r.stop) for r in ranges)]
 
 
 @dataclasses.dataclass(frozen=True)
