@@ -15,7 +15,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch
 from rich.progress import Progress
 
 from benchmarks.cases import CASES
@@ -23,6 +22,7 @@ from benchmarks.machine import commit, machine, versions
 from benchmarks.page import page
 from benchmarks.sizes import SUITES
 from benchmarks.worker import compare
+from flexolmo_jax.runtime.startup import leave_libtpu_alone
 
 
 def main() -> None:
@@ -43,6 +43,7 @@ def main() -> None:
     unknown = set(args.sizes or ()) - set(suite)
     if unknown:
         parser.error(f"the suite {args.suite} has no size {sorted(unknown)}; it has {list(suite)}")
+    leave_libtpu_alone()  # in the processes of all sides
     about = _about(args.suite)
     out = Path(args.out)
     record = out.parent / "results" / f"{out.name}.json"
@@ -88,6 +89,8 @@ def _earlier(file: Path, about: dict[str, str]) -> dict:
 
 
 def _about(suite: str) -> dict[str, str]:
+    import torch  # not above: each process of ours would import it too
+
     return {
         "command": f"python -m benchmarks --suite {suite}",
         "machine": machine(),

@@ -121,7 +121,7 @@ class MatrixVectorProduct(Case):
 
 @dataclasses.dataclass(frozen=True)
 class ExpertStep(Case):
-    """A training step of an expert; the option is a rematerialization policy."""
+    """A training step of an expert; the option is a rematerialization policy, or "loop"."""
 
     gating: str = "softmax"
 
@@ -133,6 +133,8 @@ class ExpertStep(Case):
 
         if option == "products":
             return flexolmo.expert_step_matmuls(size)
+        if option == "loop":
+            return flexolmo.expert_step(size, self.gating, None, unrolled=False)
         return flexolmo.expert_step(size, self.gating, option or None)
 
     def pytorch(self, size: Size, option: str) -> Run:
@@ -313,13 +315,14 @@ IN_EACH = (("ours, all experts", "all"), ("ours, others off in each", "off"))
 POLICIES = tuple((f"ours, {policy}", policy) for policy in ("none", "matmuls", "layer"))
 LOSSES = (("ours, 128 positions at a time", "chunks"), ("ours, all logits", ""))
 ONLY_MATMULS = (MATMULS, "products")
+IN_A_LOOP = ("ours, layers in a loop", "loop")
 
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
         MatrixProduct("gemm", (("jax", ""),), (("torch", ""),), None),
         MatrixVectorProduct("stream", (("jax", ""),), (("torch", ""),), None),
-        ExpertStep("expert_step", (("ours", ""), ONLY_MATMULS), TRANSFORMERS),
+        ExpertStep("expert_step", (("ours", ""), IN_A_LOOP, ONLY_MATMULS), TRANSFORMERS),
         ExpertStep("expert_alone_step", (("ours, gate fixed to 1", ""),), gating="fixed"),
         AnchorStep("anchor_step", baselines=(EAGER,)),
         MergedForward("merged_forward", COMPUTE, TRANSFORMERS),

@@ -67,9 +67,9 @@ def anchor_step(size: Size) -> Run:
     return _step(config, anchor_parts(config, model, _anchor(model)), size)
 
 
-def expert_step(size: Size, gating: str, remat: str | None) -> Run:
+def expert_step(size: Size, gating: str, remat: str | None, unrolled: bool = True) -> Run:
     """A training step of stage 2."""
-    model = _unrolled(size.config)
+    model = _unrolled(size.config) if unrolled else size.config
     config = ExpertTraining(**_training(size), gating=gating, remat=remat)  # type: ignore[arg-type]
     anchor = _anchor(model)
     expert = jax.tree.map(jnp.copy, anchor.public)
@@ -284,7 +284,27 @@ def _tokens(size: Size, batch: int, length: int) -> jax.Array:
 
 
 def _anchor(config: ModelConfig) -> Anchor:
-    return jax.jit(init_anchor, static_argnums=0)(config, jax.random.key(0))
+    return _filled(jax.eval_shape(lambda: init_anchor(config, jax.random.key(0))), "float32")
+
+
+def _merged(config: ModelConfig, on_host: bool = False) -> Any:
+    return _filled(abstract_model(config), config.dtype, on_host)
+
+
+def _filled(abstract: Any, dtype: str, on_host: bool = False) -> Any:
+    """Random weights from NumPy: jitted initialisation would compile, and leave twice the memory.
+
+    With `on_host`, they are drawn when they are read.
+    """
+
+    def fill(path, leaf):
+        if "norm" in jax.tree_util.keystr(path):
+            return jnp.ones(leaf.shape, dtype)
+        if on_host:
+            return _Drawn(leaf.shape, dtype)
+        return jnp.asarray(_normal(*leaf.shape, dtype=dtype), dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,19 +320,6 @@ class _Drawn:
 
     def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
         return np.asarray(_normal(*self.shape, dtype=self.dtype))[part]
-
-
-def _merged(config: ModelConfig, on_host: bool = False) -> tuple[Any, Any]:
-    """Random weights from NumPy: jitted initialisation would leave twice the memory allocated."""
-
-    def fill(path, leaf):
-        if "norm" in jax.tree_util.keystr(path):
-            return jnp.ones(leaf.shape, config.dtype)
-        if on_host:
-            return _Drawn(leaf.shape, config.dtype)
-        return jnp.asarray(_normal(*leaf.shape, dtype=config.dtype), config.dtype)
-
-    return jax.tree_util.tree_map_with_path(fill, abstract_model(config))
 
 
 def _training(size: Size) -> dict[str, Any]:

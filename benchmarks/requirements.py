@@ -1,13 +1,14 @@
 """The project's speed targets, what was measured, and what the machine would allow."""
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from benchmarks.cases import CASES, MATMULS, YARDSTICK
 from benchmarks.sizes import Size
 
 OURS, FLOAT32, COMPUTE = ("ours",), ("ours, float32",), ("ours, dense", "ours, grouped")
+LOOP = "ours, layers in a loop"
 LAYERS = {"moe_2_2": 1.3, "moe_7_5": 1.3, "moe_8_4": 1.3, "moe_16_2": 1.5, "moe_64_4": 1.5}
 
 
@@ -30,15 +31,17 @@ class Measured:
             case: {label: statistics.median(m["seconds"]) for label, m in result["sides"].items()}
             for case, result in cases.items()
         }
+        self.first = _of_sides(cases, lambda m: m["first"])
+        self.bytes = _of_sides(cases, lambda m: m["peak_bytes"] - m["library_bytes"])
 
     def ours(self, case: str, labels: tuple[str, ...]) -> float:
         """The fastest of our sides."""
         return min(s for label, s in self.seconds[case].items() if label in labels)
 
-    def baseline(self, case: str) -> float:
-        """The fastest PyTorch side."""
+    def baseline(self, case: str, kind: str = "seconds") -> float:
+        """The PyTorch side with the least of `seconds`, `first` or `bytes`."""
         labels = {side.label for side in CASES[case].sides() if side.is_pytorch}
-        return min(s for label, s in self.seconds[case].items() if label in labels)
+        return min(x for label, x in getattr(self, kind)[case].items() if label in labels)
 
     def matmuls(self, case: str) -> float | None:
         """The matmuls of the case alone, if they were measured."""
@@ -54,6 +57,13 @@ class Measured:
         return read / CASES["stream"].read_bytes(self.size, "") * yardstick
 
 
+def _of_sides(cases: dict[str, dict], read: Callable[[dict], float]) -> dict[str, dict]:
+    return {
+        case: {label: read(measured) for label, measured in result["sides"].items()}
+        for case, result in cases.items()
+    }
+
+
 def targets(results: dict[str, dict[str, dict]], sizes: dict[str, Size]) -> list[str]:
     """Lines of a Markdown table.
 
@@ -67,7 +77,7 @@ def targets(results: dict[str, dict[str, dict]], sizes: dict[str, Size]) -> list
     ]
     for name, cases in results.items():
         measured = Measured(cases, sizes[name])
-        for of_kind in (_speedups, _fractions_of_peak, _few_bits, _layers, _scaling, _masks):
+        for of_kind in KINDS:
             for target in of_kind(measured):
                 verdict = "met" if target.is_met else "missed"
                 cells = [f"{name}: {target.what}", target.wanted, target.found, verdict]
@@ -97,17 +107,64 @@ def _speedups(measured: Measured) -> Iterator[Target]:
 
 def _fractions_of_peak(measured: Measured) -> Iterator[Target]:
     for case, labels, wanted in (
-        ("expert_step", OURS, 0.72),
+        ("expert_step", OURS, 0.78),
         ("decode_1", FLOAT32, 0.75),
+        ("decode_1", ("ours, bfloat16",), 0.85),
+        ("decode_1", ("ours, int8",), 0.75),
         ("decode_8", FLOAT32, 0.75),
+        ("decode_8", ("ours, int8",), 0.65),
     ):
         if case not in measured.seconds:
             continue
-        limit, matmuls = measured.limit(case), measured.matmuls(case)
+        limit, matmuls = measured.limit(case, labels[0]), measured.matmuls(case)
         found = limit / measured.ours(case, labels)
         limits = ("100%", *([f"{limit / matmuls:.0%}"] if matmuls else []))
-        what = f"{case}, fraction of peak"
+        what = f"{_named(case, labels[0])}, fraction of peak"
         yield Target(what, f"{wanted:.0%}", f"{found:.0%}", found >= wanted, limits)
+
+
+def _named(case: str, label: str) -> str:
+    return f"{case}{label.removeprefix('ours')}"
+
+
+def _no_more_than_pytorch(measured: Measured) -> Iterator[Target]:
+    for kind, what, case, label, wanted in (
+        ("first", "first run", "expert_step", LOOP, 1.3),
+        ("first", "first run", "decode_1", "ours, float32", 1.0),
+        ("bytes", "memory", "expert_step", LOOP, 1.0),
+        ("bytes", "memory", "expert_step", "ours", 1.0),
+        ("bytes", "memory", "merged_forward", "ours, grouped", 1.3),
+        ("bytes", "memory", "decode_1", "ours, float32", 1.25),
+        ("seconds", "time", "load", "ours", 1.0),
+    ):
+        if case in measured.seconds:
+            ratio = getattr(measured, kind)[case][label] / measured.baseline(case, kind)
+            name = f"{_named(case, label)}, {what} over that of PyTorch"
+            yield Target(name, f"{wanted}x", f"{ratio:.2f}x", ratio <= wanted)
+
+
+def _int8_memory(measured: Measured) -> Iterator[Target]:
+    for case in measured.bytes.keys() & {"decode_1", "decode_8"}:
+        ratio = measured.bytes[case]["ours, int8"] / measured.bytes[case]["ours, bfloat16"]
+        what = f"{case}, memory of int8 over that of bfloat16"
+        yield Target(what, "1x", f"{ratio:.2f}x", ratio <= 1)
+
+
+def _requests(measured: Measured) -> Iterator[Target]:
+    if "requests_64" not in measured.seconds:
+        return
+    engine, batches = measured.seconds["requests_64"]["ours, engine"], "ours, static batches"
+    for what, other, wanted in (
+        ("our own static batches", measured.seconds["requests_64"][batches], 1.5),
+        ("PyTorch", measured.baseline("requests_64"), 2.5),
+    ):
+        name = f"requests_64, speedup over {what}"
+        yield Target(name, f"{wanted}x", f"{other / engine:.2f}x", other / engine >= wanted)
+    if "decode_16" in measured.seconds:
+        rate = CASES["requests_64"].tokens(measured.size) / engine
+        full = CASES["decode_16"].tokens(measured.size) / measured.ours("decode_16", FLOAT32)
+        what = "requests_64, tokens/s over those of decode_16"
+        yield Target(what, "80%", f"{rate / full:.0%}", rate / full >= 0.8)
 
 
 def _few_bits(measured: Measured) -> Iterator[Target]:
@@ -147,3 +204,9 @@ def _masks(measured: Measured) -> Iterator[Target]:
         ratio = masked / everyone
         what = "masks_8, time with experts off over all"
         yield Target(what, "1", f"{ratio:.2f}", ratio <= 1.02)
+
+
+KINDS = (
+    *(_speedups, _fractions_of_peak, _few_bits, _no_more_than_pytorch, _int8_memory, _requests),
+    *(_layers, _scaling, _masks),
+)

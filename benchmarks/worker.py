@@ -1,17 +1,19 @@
 """Runs each side in a process of its own, interleaved, so that all see the same machine."""
 
 import contextlib
+import importlib
 import multiprocessing
 import os
-import resource
+import re
 import tempfile
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Side
 from benchmarks.sizes import Size
-from flexolmo_jax.runtime.startup import keep_freed_memory, leave_libtpu_alone, with_large_pages
+from flexolmo_jax.runtime.startup import keep_freed_memory, with_large_pages
 
 CONTEXT = multiprocessing.get_context("spawn")
 
@@ -41,9 +43,10 @@ class Running:
 
     def end(self) -> dict[str, Any]:
         self.connection.send("end")
-        peak = self._answer()
+        peak, libraries = self._answer()
         self.process.join()
-        return {"seconds": self.seconds, "first": self.first, "peak_bytes": peak}
+        own = {"peak_bytes": peak, "library_bytes": libraries}
+        return {"seconds": self.seconds, "first": self.first, **own}
 
     def _answer(self):
         try:
@@ -65,7 +68,8 @@ def compare(sides: list[Side], size: Size, rounds: int) -> dict[str, dict[str, A
 
     Returns:
       for each label: "seconds" of each timed run, "first": seconds to build and run for the first
-      time, and "peak_bytes": the largest resident memory of the process.
+      time, "peak_bytes": the largest resident memory of the process, and "library_bytes": its
+      resident memory once the libraries are imported.
     """
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TMPDIR"] = folder  # where the sides write
@@ -93,8 +97,9 @@ def _serve(connection: Connection, side: Side, size: Size) -> None:
     try:
         start = time.perf_counter()
         if not side.is_pytorch:
-            leave_libtpu_alone()  # as the command line does, before JAX is imported
-            keep_freed_memory()  # and before any thread starts
+            keep_freed_memory()  # as the command line does, before any thread starts
+        importlib.import_module("benchmarks.pytorch" if side.is_pytorch else "benchmarks.flexolmo")
+        libraries = _resident("VmRSS")
         run = side.build(size)
         run()
         first = time.perf_counter() - start
@@ -104,9 +109,15 @@ def _serve(connection: Connection, side: Side, size: Size) -> None:
             start = time.perf_counter()
             run()
             connection.send(time.perf_counter() - start)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        connection.send(peak)
+        connection.send((_resident("VmHWM"), libraries))
     except Exception as error:
         connection.send(error)
         raise
     os._exit(0)  # neither library needs an orderly shutdown
+
+
+def _resident(field: str) -> int:
+    """Bytes: VmRSS now, VmHWM the most so far. `ru_maxrss` begins at what the parent had."""
+    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
