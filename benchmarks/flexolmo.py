@@ -319,7 +319,8 @@ class _Drawn:
         return len(self.shape)
 
     def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
-        return np.asarray(_normal(*self.shape, dtype=self.dtype))[part]
+        own = (len(range(*x.indices(n))) for x, n in zip(part, self.shape, strict=True))
+        return np.asarray(_normal(*own, dtype=self.dtype))
 
 
 def _training(size: Size) -> dict[str, Any]:
