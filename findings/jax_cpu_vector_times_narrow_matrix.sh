@@ -1,13 +1,13 @@
 #!/bin/bash
 # jax 0.12.0.1 on CPU (x86-64 with AVX-512, Python 3.13): the product of a float32 vector and the transpose of an int8
-# or bfloat16 matrix, cast in the same program, takes 5 to 10 times as long as with jax 0.10.2. XLA's optimized program
+# or bfloat16 matrix, cast in the same program, takes about 10 times as long as with jax 0.10.2. XLA's optimized program
 # is the same in both, one fusion of the cast, the transposition and the product, and a reader of it sees nothing: the
 # sum inside is no longer allowed to change its order, so it is not vectorized. The compiler option
 # xla_cpu_enable_fast_math brings the speed back. A float32 matrix as the right side without a transposition is as fast
 # in both: weights in a quarter of the bytes are then the slower ones.
 # Seen on 2026-11-29, microseconds for 512 x 1408, the best of 20 rounds:
-#   jax 0.10.2: int8 30, with fast math 31
-#   jax 0.12.0.1: int8 327, with fast math 31
+#   jax 0.10.2: int8 21, with fast math 27
+#   jax 0.12.0.1: int8 341, with fast math 36
 set -euo pipefail
 FOLDER=$(mktemp -d)
 trap 'rm -rf "$FOLDER"' EXIT
@@ -47,4 +47,4 @@ read -r old old_fast < <(0.10.2/bin/python program.py) || exit 2
 read -r new new_fast < <(0.12.0.1/bin/python program.py) || exit 2
 echo "jax 0.10.2: int8 $old, with fast math $old_fast"
 echo "jax 0.12.0.1: int8 $new, with fast math $new_fast"
-[ "$new" -gt $((3 * old)) ] && [ "$new_fast" -lt $((2 * old)) ]
+[ "$new" -gt $((3 * old)) ] && [ "$new" -gt $((3 * new_fast)) ]
