@@ -32,7 +32,14 @@ LIMITS = """\
 *At the machine's rate*: the figure if every needed FLOP ran at the rate of JAX's large matrix
 product, or every needed byte at that of its matrix-vector product, and nothing else took time.
 *At that of its matmuls*: the figure if the step consisted of its matmuls with weights only, in
-their real shapes. No implementation can reach a target above these figures on that machine."""
+their real shapes. No implementation can reach a target above these figures on that machine.
+
+*Where misses come from.* Decoding in 8 bits: XLA for CPU has no matmul of floats and 8-bit
+integers. For one sequence, ours is a fused loop that converts each weight, which takes longer than
+memory needs to deliver it; for several, each activation becomes three integers, so that three
+matmuls run instead of one. Batches of floats: XLA's matmul of a few rows reads weights at half of
+the rate of its product with one. Both also count reading the prompt. Loading: every byte is hashed
+(SHA-256) and copied into stacks of experts; transformers maps its file, and checks nothing."""
 
 
 def page(about: dict[str, str], results: dict[str, dict[str, dict]], sizes: dict[str, Size]) -> str:
