@@ -83,11 +83,11 @@ def merged_forward(size: Size, compute: str, with_head: bool = True) -> Run:
     tokens = _tokens(size, size.batch, size.length)
 
     @functools.partial(jax.jit, static_argnames="config")
-    def logits(backbone, experts, tokens, config: ModelConfig):
+    def whole_forward(backbone, experts, tokens, config: ModelConfig):
         hidden = forward(backbone, (experts,), tokens, config).hidden
         return backbone.logits(hidden, config) if with_head else hidden
 
-    return lambda: jax.block_until_ready(logits(backbone, experts, tokens, config))
+    return lambda: jax.block_until_ready(whole_forward(backbone, experts, tokens, config))
 
 
 def moe_layer(size: Size, experts: int, active: int, compute: str) -> Run:

@@ -3,8 +3,10 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 
 def commit() -> str:
@@ -35,6 +37,16 @@ def gpu() -> str:
     fields = "--query-gpu=name,memory.total,driver_version"
     lines = _printed("nvidia-smi", fields, "--format=csv,noheader").splitlines()
     return lines[0] if lines else ""
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM the most so far.
+
+    `ru_maxrss` is no such figure: it begins at what the parent had.
+    """
+    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def _printed(*words: str) -> str:

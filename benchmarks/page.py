@@ -12,15 +12,16 @@ medians; *spread* is the range of the runs over their median. *Speedup over PyTo
 the line over that of the faster PyTorch line. *Fraction of peak*: the rate of needed FLOPs
 (`flexolmo_jax/modeling/flops.py`; no weight gradients of frozen weights) over the rate of a plain
 matrix product, or the rate of needed bytes of weights and cache over that of a matrix-vector
-product; both are measured interleaved with the case. *First run*: from the start of the process;
-mostly compilation. *Memory*: the largest resident size of the process, without that once libraries
-are imported. *Layers in a loop*: as `flexolmo train` runs by default; the other lines of ours are
-unrolled (`unroll`), which is faster and compiles longer. *Its products alone* are matmuls: the nine
-of a layer, forward and backward, each as one batched matmul with equally many rows for every
-expert; or all matmuls with weights of a training step, one after the other. `load` and `merge` read
-files that the system has cached in memory. A case whose sides need more memory than the machine has
-is missing: at 190M, moe_64_4 needs more than 23 GB. [profile.md](profile.md) shows where the time
-of a run goes.
+product; both are measured interleaved with the case. *First run*: the first one with what comes
+before it, imports of the libraries too, but for JAX itself, which every process has imported by
+then; mostly compilation. *Memory*: the largest resident size of the process, without that once
+libraries are imported. *Layers in a loop*: as `flexolmo train` runs by default; the other lines of
+ours are unrolled (`unroll`), which is faster and compiles longer. *Its products alone* are matmuls:
+the nine of a layer, forward and backward, each as one batched matmul with equally many rows for
+every expert; or all matmuls with weights of a training step, one after the other. `load` and
+`merge` read files that the system has cached in memory. A case whose sides need more memory than
+the machine has is missing: at 190M, moe_64_4 needs more than 23 GB. [profile.md](profile.md) shows
+where the time of a run goes.
 
 **On a GPU** nothing has been measured yet: none could be had. `benchmarks/device.sh OUT` stands
 ready; so far only its toy run on a CPU was made (`--toy`, part of CI). On one bare machine it takes

@@ -25,7 +25,7 @@ LAYERWISE = "embed|attend|add|logits"  # of inference/layerwise.py
 PROFILED = (  # name, case and its option, the programs (a regular expression)
     ("expert_step", "expert_step", "", "train_step"),
     ("anchor_step", "anchor_step", "", "train_step"),
-    ("merged_forward, grouped", "merged_forward", "grouped", "logits"),
+    ("merged_forward, grouped", "merged_forward", "grouped", "whole_forward"),
     ("decode_1, float32", "decode_1", "float32", LAYERWISE),
     ("decode_1, int8", "decode_1", "int8", LAYERWISE),
     ("moe_8_4, grouped", "moe_8_4", "grouped", "gradients"),
@@ -88,7 +88,8 @@ def _traced(run, folder: Path, program: str) -> dict:
                 if opcode in CONTAINERS:
                     continue
                 fused = stats["hlo_op"].startswith("ynn_fusion")  # XLA's library of matmuls
-                is_matmul = fused or scope.endswith("dot_general")
+                is_matmul = fused or opcode == "dot" or scope.endswith("dot_general")
+                scope = scope or f"jit({module.removeprefix('jit_')})"  # XLA drops some scopes
                 parts[_part(scope)][not is_matmul] += event.duration_ns / 1e9 / RUNS
     if not parts:
         raise RuntimeError(f"the trace holds no operation of jit_{program}: has it another name?")

@@ -4,14 +4,13 @@ import contextlib
 import importlib
 import multiprocessing
 import os
-import re
 import tempfile
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Side
+from benchmarks.machine import resident
 from benchmarks.sizes import Size
 from flexolmo_jax.runtime.startup import keep_freed_memory, with_large_pages
 
@@ -99,7 +98,7 @@ def _serve(connection: Connection, side: Side, size: Size) -> None:
         if not side.is_pytorch:
             keep_freed_memory()  # as the command line does, before any thread starts
         importlib.import_module("benchmarks.pytorch" if side.is_pytorch else "benchmarks.flexolmo")
-        libraries = _resident("VmRSS")
+        libraries = resident("VmRSS")
         run = side.build(size)
         run()
         first = time.perf_counter() - start
@@ -109,15 +108,8 @@ def _serve(connection: Connection, side: Side, size: Size) -> None:
             start = time.perf_counter()
             run()
             connection.send(time.perf_counter() - start)
-        connection.send((_resident("VmHWM"), libraries))
+        connection.send((resident("VmHWM"), libraries))
     except Exception as error:
         connection.send(error)
         raise
     os._exit(0)  # neither library needs an orderly shutdown
-
-
-def _resident(field: str) -> int:
-    """Bytes: VmRSS now, VmHWM the most so far. `ru_maxrss` begins at what the parent had."""
-    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024

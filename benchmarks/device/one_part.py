@@ -8,7 +8,6 @@ It runs in the folder in which parts leave files for each other.
 
 import gc
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from benchmarks.device.sections import (
     SIZES,
     Part,
 )
+from benchmarks.machine import resident
 
 SHORT = 16  # tokens of a first generation
 
@@ -77,20 +77,17 @@ def _measured(part: Part, name: str, size_name: str, started: float) -> dict[str
 def _device(is_pytorch: bool) -> tuple[Callable[[], object], Callable[[], int]]:
     """Waits until the device is done; and its peak memory so far, or the process's on a CPU."""
 
-    def resident() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
     if is_pytorch:
         import torch
 
         if torch.cuda.is_available():
             return torch.cuda.synchronize, torch.cuda.max_memory_allocated
-        return lambda: None, resident
+        return lambda: None, lambda: resident("VmHWM")
     import jax
 
     def peak() -> int:
         stats = jax.local_devices()[0].memory_stats() or {}
-        return stats.get("peak_bytes_in_use") or resident()
+        return stats.get("peak_bytes_in_use") or resident("VmHWM")
 
     return lambda: None, peak  # our runs already wait
 
