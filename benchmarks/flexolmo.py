@@ -39,6 +39,7 @@ from flexolmo_jax.modeling.transformer import (
     forward,
     init_anchor,
 )
+from flexolmo_jax.storage.on_disk import page_aligned
 from flexolmo_jax.training.objectives import StageParts, anchor_parts, expert_parts
 from flexolmo_jax.training.optimizer import make_optimizer
 from flexolmo_jax.training.step import train_step
@@ -78,7 +79,7 @@ def expert_step(size: Size, gating: str, remat: str | None, unrolled: bool = Tru
 
 def merged_forward(size: Size, compute: str, with_head: bool = True) -> Run:
     """Logits of the merged model; without the head, its final hidden states."""
-    config = _unrolled(size.merged()).replace(expert_compute=compute)
+    config = size.merged().replace(expert_compute=compute)  # unrolled, it is no faster
     backbone, experts = _merged(config)
     tokens = _tokens(size, size.batch, size.length)
 
@@ -263,7 +264,8 @@ def _unrolled(config: ModelConfig) -> ModelConfig:
 def _normal(*shape: int, dtype: str = "float32") -> np.ndarray | jax.Array:
     if jax.default_backend() != "cpu":  # drawing gigabytes on the host would take minutes
         return _drawn(shape, dtype)
-    values = np.random.default_rng(0).standard_normal(shape, np.float32)
+    values = page_aligned(shape, np.dtype(np.float32))
+    np.random.default_rng(0).standard_normal(out=values, dtype=np.float32)
     values *= 0.02
     return values
 
@@ -292,7 +294,9 @@ def _merged(config: ModelConfig, on_host: bool = False) -> Any:
 
 
 def _filled(abstract: Any, dtype: str, on_host: bool = False) -> Any:
-    """Random weights from NumPy: jitted initialisation would compile, and leave twice the memory.
+    """Random weights from NumPy, in memory that JAX uses without a copy, as that of loaded weights.
+
+    Jitted initialisation would compile, and leave twice the memory.
 
     With `on_host`, they are drawn when they are read.
     """
@@ -302,7 +306,8 @@ def _filled(abstract: Any, dtype: str, on_host: bool = False) -> Any:
             return jnp.ones(leaf.shape, dtype)
         if on_host:
             return _Drawn(leaf.shape, dtype)
-        return jnp.asarray(_normal(*leaf.shape, dtype=dtype), dtype)
+        values = jax.device_put(_normal(*leaf.shape, dtype=dtype), may_alias=True)
+        return values.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(fill, abstract)
 

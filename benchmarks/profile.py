@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from flexolmo_jax.runtime.startup import keep_freed_memory, leave_libtpu_alone, with_large_pages
+from flexolmo_jax.runtime.startup import leave_libtpu_alone, with_large_pages
 
 LAYERWISE = "embed|attend|add|logits"  # of inference/layerwise.py
 PROFILED = (  # name, case and its option, the programs (a regular expression)
@@ -56,7 +56,6 @@ def measure(case: str, option: str, program: str, suite: str, name: str) -> dict
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}"
 
         leave_libtpu_alone()  # before JAX is imported
-        keep_freed_memory()  # as `flexolmo train` does
         from benchmarks.cases import CASES
         from benchmarks.sizes import SUITES
 

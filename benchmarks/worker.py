@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.cases import Side
 from benchmarks.machine import resident
 from benchmarks.sizes import Size
-from flexolmo_jax.runtime.startup import keep_freed_memory, with_large_pages
+from flexolmo_jax.runtime.startup import with_large_pages
 
 CONTEXT = multiprocessing.get_context("spawn")
 
@@ -95,16 +95,14 @@ def _environment(side: Side):
 def _serve(connection: Connection, side: Side, size: Size) -> None:
     try:
         start = time.perf_counter()
-        if not side.is_pytorch:
-            keep_freed_memory()  # as the command line does, before any thread starts
         importlib.import_module("benchmarks.pytorch" if side.is_pytorch else "benchmarks.flexolmo")
         libraries = resident("VmRSS")
         run = side.build(size)
         run()
         first = time.perf_counter() - start
-        run()  # before it answers, or it would overlap with the timed runs of other sides
         connection.send(first)
         while connection.recv() == "run":
+            run()  # caches and memory have been those of the other sides
             start = time.perf_counter()
             run()
             connection.send(time.perf_counter() - start)

@@ -245,3 +245,28 @@ def test_training_runs_with_large_pages(world, tmp_path):
     first, second, *_ = (tmp_path / "starts").read_text().split("|")
     assert first == "glibc.malloc.check=0"
     assert second == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_training_takes_no_more_memory_with_every_step(world, tmp_path):
+    """glibc reuses or returns the buffers of a step, which are larger than all other memory."""
+
+    def start(steps):
+        words = world.expert_words(
+            tmp_path / f"after{steps}", "--steps", steps, "--data.batch-size", 256,
+            run=tmp_path / f"run{steps}",
+        )  # fmt: skip
+        return subprocess.Popen(
+            [sys.executable, "-m", "flexolmo_jax", *map(str, words)], stdout=subprocess.DEVNULL
+        )
+
+    short, long = running = [start(2), start(20)]
+    peaks = {}
+    while working := [process for process in running if process.poll() is None]:
+        for process in working:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            if found := re.search(r"VmHWM:\s*(\d+) kB", status):  # not once it has ended
+                peaks[process] = int(found[1])
+        time.sleep(0.01)
+    assert short.returncode == long.returncode == 0
+    assert peaks[long] < peaks[short] + 60_000

@@ -33,10 +33,9 @@ def main() -> None:
     number, size, started, *cases = sys.argv[1:]
     part = PARTS[int(number)]
     if not part.is_pytorch:
-        from flexolmo_jax.runtime.startup import keep_freed_memory, leave_libtpu_alone
+        from flexolmo_jax.runtime.startup import leave_libtpu_alone
 
         leave_libtpu_alone()  # before JAX is imported
-        keep_freed_memory()
     for case in cases:
         if case == PARITY:
             from benchmarks.device import parity

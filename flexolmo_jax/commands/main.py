@@ -45,7 +45,6 @@ from flexolmo_jax.runtime.console import tell, visible
 from flexolmo_jax.runtime.endings import AlreadyDone, Interrupted
 from flexolmo_jax.runtime.startup import (
     end_at_second_interrupt,
-    keep_freed_memory,
     leave_libtpu_alone,
     use_large_pages,
 )
@@ -105,10 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _fail(error)
     args.overrides = rest
-    if args.trains:
-        if is_program:
-            use_large_pages()
-        keep_freed_memory()
+    if args.trains and is_program:
+        use_large_pages()
     if is_program and "--no-cache" not in words:
         keep_compiled_programs()
     warnings.showwarning = _show_warning

@@ -1,6 +1,5 @@
 """The process itself: what has to be set before JAX is imported, or before any thread starts."""
 
-import ctypes
 import importlib.util
 import os
 import signal
@@ -54,19 +53,3 @@ def use_large_pages() -> None:
     wanted = with_large_pages()
     if sys.platform == "linux" and wanted != os.environ:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], wanted)
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep large buffers that were freed; must be called before any thread starts.
-
-    By default glibc returns every large buffer to the system when a training step on CPU ends.
-    The next step gets it back cleared page by page or, beside other programs that fragment
-    memory, waits until the system has made room for large pages.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # as in malloc.h
-        never = -1  # the largest size; 2**31 - 1 bytes are one step of a small model
-        mallopt(arena_max, 1)  # other arenas would map and unmap blocks of more than 64 MB
-        mallopt(mmap_threshold, never)
-        mallopt(trim_threshold, never)

@@ -104,7 +104,7 @@ class OnDisk:
 
     def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
         ranges = ranges_of(part, self.shape)
-        out = _empty(tuple(map(len, ranges)), self.dtype)
+        out = page_aligned(tuple(map(len, ranges)), self.dtype)
         self.read(ranges, out)
         return out
 
@@ -175,7 +175,7 @@ class Joined:
 
     def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
         layers, wanted, *rest = ranges_of(part, self.shape)
-        out = _empty((len(layers), len(wanted), *map(len, rest)), self.dtype)
+        out = page_aligned((len(layers), len(wanted), *map(len, rest)), self.dtype)
         first = done = 0  # experts before this array; in `out` already
         with concurrent.futures.ThreadPoolExecutor() as pool:  # most of the time, pages are made
             reads = []
@@ -251,7 +251,7 @@ class Widened:
 
     def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
         ranges = ranges_of(part, self.shape)
-        out = _empty(tuple(map(len, ranges)), self.dtype)
+        out = page_aligned(tuple(map(len, ranges)), self.dtype)
         given = tuple(
             slice(r.start, min(r.stop, size))
             for r, size in zip(ranges, self.array.shape, strict=True)
@@ -266,7 +266,7 @@ def ranges_of(part: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[range, .
     return tuple(range(*axis.indices(size)) for axis, size in zip(part, shape, strict=True))
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def page_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Memory that JAX on CPU uses without a copy: aligned, in large pages.
 
     With small pages, page faults would take most of the loading time.
