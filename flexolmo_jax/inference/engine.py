@@ -20,7 +20,8 @@ from flexolmo_jax.inference.continuations import Continuations, Options
 from flexolmo_jax.inference.layerwise import Network, Scores, Tokens
 from flexolmo_jax.inference.sampling import Sampling, num_candidates, sample
 
-CHUNKS = (32, 128)  # tokens of a prompt that are read in one call
+CHUNKS = (32, 128, 512)  # tokens of a prompt that are read in one call
+SHARED_CHUNKS = CHUNKS[:-1]  # for prompts that begin alike: they are kept where a chunk ends
 PROMPT_TOKENS_PER_STEP = 512  # running requests wait for no more than these
 MAX_BIASES = 300  # of a request, as OpenAI's interface allows
 MAX_SLOTS = 64  # above, a step is bound by arithmetic, and more slots only take memory
@@ -142,7 +143,8 @@ class Engine:
         self._running: list[Request | None] = [None] * slots
         self._waiting: collections.deque[Request] = collections.deque()
         self._reading: _Prompt | None = None
-        self._prefixes = _Prefixes(prefixes)
+        self._chunks = SHARED_CHUNKS if prefixes > 1 else CHUNKS
+        self._prefixes = _Prefixes(prefixes, self._chunks[-1])
 
     def add(self, request: Request) -> None:
         """Queues a request.
@@ -238,7 +240,7 @@ class Engine:
     def _read_chunk(self, reading: _Prompt) -> int:
         request, first = reading.request, reading.read
         left = len(request.prompt) - first
-        chunk = next((size for size in CHUNKS if size >= left), CHUNKS[-1])
+        chunk = next((size for size in self._chunks if size >= left), self._chunks[-1])
         ids = np.zeros((1, chunk), np.int32)
         count = min(left, chunk)
         ids[0, :count] = request.prompt[first : first + count]
@@ -351,15 +353,15 @@ class _Prefixes:
     The experts belong to the key: a mask changes keys and values of every layer after the first.
     """
 
-    def __init__(self, count: int):
-        self._count = count
+    def __init__(self, count: int, chunk: int):
+        self._count, self._chunk = count, chunk
         self._known: collections.OrderedDict = collections.OrderedDict()
 
     def longest(
         self, request: Request
     ) -> tuple[Any, int, jax.Array | None, np.ndarray | None] | None:
         """A copy of what is known of the longest beginning of a prompt, or None."""
-        prompt, chunk = tuple(request.prompt), CHUNKS[-1]
+        prompt, chunk = tuple(request.prompt), self._chunk
         ends = [len(prompt), *range(len(prompt) // chunk * chunk, 0, -chunk)]
         for end in ends if self._count else []:
             key = (prompt[:end], end == len(prompt), request.allowed.tobytes())

@@ -33,7 +33,7 @@ from flexolmo_jax.modeling.transformer import Backbone, add_heads, evidence_weig
 
 GATHER_MIN_TOKENS = 64  # with fewer, gathering an expert's tokens costs more than it saves
 MAX_BEST = 20  # how many of the likeliest tokens are scored, as OpenAI's interface allows
-GATHER_SIZES = 4  # gathered tokens are padded to one of this many sizes
+GATHER_SIZES = 8  # gathered tokens are padded to one of this many sizes
 # XLA for CPU uses half of AVX-512's width by default, which converts bfloat16 to floats more slowly
 # than memory delivers them.
 OPTIONS = {"xla_cpu_prefer_vector_width": 512}
@@ -281,7 +281,9 @@ def _programs(
         positions = tokens.start[:, None] + jnp.arange(x.shape[1])
         q, keys, values = layer.attention.project(x, positions, config)
         cache = write_to_segments(cache, keys, values, positions)
-        out = layer.attention.output(attend_to_segments(q, cache, positions))
+        last = tokens.start + jnp.maximum(tokens.lengths, 1) - 1
+        reached = jnp.minimum(positions, last[:, None])  # padding reaches no segment of its own
+        out = layer.attention.output(attend_to_segments(q, cache, reached))
         x = x + layer.attention_norm(out, config.norm_eps)
         if weights is None:
             weights, router_state = router_weights(

@@ -67,19 +67,19 @@ class KVCache(NamedTuple):
         return KVCache(self.keys[layer_index], self.values[layer_index])
 
 
-FIRST_SEGMENT = 128  # slots
+SEGMENT = 128  # slots; segments have a multiple of them
 SegmentedCache = tuple[KVCache, ...]  # of one layer; each [B, K, S_i, H], one after the other
 
 
 def segment_lengths(length: int) -> tuple[int, ...]:
-    """Segments of a cache with at least `length` slots, each as long as all before it.
+    """Segments of a cache with at least `length` slots; two of each length double the cache.
 
-    Attention reads whole segments, and each that any sequence has reached. Lengths that double keep
+    Attention reads whole segments, and each that any sequence has reached. Lengths that grow keep
     down both the slots that are read in vain and the number of shapes to compile for.
     """
-    segments = [FIRST_SEGMENT]
+    segments = [SEGMENT]
     while sum(segments) < length:
-        segments.append(sum(segments))
+        segments.append(max(SEGMENT, 1 << (sum(segments).bit_length() - 2)))
     return tuple(segments)
 
 

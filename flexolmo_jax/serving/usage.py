@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from flexolmo_jax.federation.package import MANIFEST, read_manifest
-from flexolmo_jax.inference.engine import CHUNKS, Request
+from flexolmo_jax.inference.engine import SHARED_CHUNKS, Request
 from flexolmo_jax.inference.mass import mass_by_name
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.serving.completions import Admission
@@ -95,7 +95,7 @@ class Usage:
         """Computes counterfactuals while a slot is free, one reading at a time."""
         if not self._share:
             return
-        for size in CHUNKS:  # compiles the programs, before clients could wait for it
+        for size in SHARED_CHUNKS:  # compiles the programs, before clients could wait for it
             length = min(size, self._runner.length)
             mask = np.ones(len(self._runner.model.expert_names), bool)  # no padding of a mesh
             await self._run(Request([0] * length, 0, mask, scored=True, scores_prompt=True))

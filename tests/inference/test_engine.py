@@ -9,7 +9,7 @@ import pytest
 
 from flexolmo_jax.inference import engine as engine_module
 from flexolmo_jax.inference.compiled import CompiledNetwork
-from flexolmo_jax.inference.engine import CHUNKS, Engine, Request
+from flexolmo_jax.inference.engine import CHUNKS, SHARED_CHUNKS, Engine, Request
 from flexolmo_jax.inference.layerwise import MAX_BEST
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.experts import router_weights
@@ -17,7 +17,7 @@ from flexolmo_jax.modeling.transformer import forward
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-SLOTS, LENGTH = 4, 400
+SLOTS, LENGTH = 4, 600
 SAMPLINGS = (Sampling(), Sampling(0.9), Sampling(1.2, 20), Sampling(0.7, None, 0.8))
 
 
@@ -111,7 +111,7 @@ def test_a_slot_keeps_nothing_of_a_request_before(model):
 
 def test_prompts_that_begin_alike_are_read_once(model, monkeypatch):
     engine = model.engine(SLOTS, LENGTH, prefixes=4)
-    beginning, mask = list(range(10, 10 + CHUNKS[-1])), np.ones(4, bool)
+    beginning, mask = list(range(10, 10 + SHARED_CHUNKS[-1])), np.ones(4, bool)
     lengths = []
     network = engine._network
 
@@ -124,15 +124,15 @@ def test_prompts_that_begin_alike_are_read_once(model, monkeypatch):
         setattr(counting, name, getattr(network, name))
     monkeypatch.setattr(engine, "_network", counting)
     first = run(engine, [Request([*beginning, 5, 6], 4, mask)])
-    assert lengths == [CHUNKS[-1], 2]
+    assert lengths == [SHARED_CHUNKS[-1], 2]
     again = run(engine, [Request([*beginning, 5, 6], 4, mask)])
-    assert lengths == [CHUNKS[-1], 2] and again == first
+    assert lengths == [SHARED_CHUNKS[-1], 2] and again == first
     run(engine, [Request([*beginning, 8], 4, mask)])
-    assert lengths == [CHUNKS[-1], 2, 1]
+    assert lengths == [SHARED_CHUNKS[-1], 2, 1]
     masked = mask.copy()
     masked[1] = False
     made = run(engine, [Request([*beginning, 8], 4, masked)])  # other experts: nothing in common
-    assert lengths == [CHUNKS[-1], 2, 1, CHUNKS[-1], 1]
+    assert lengths == [SHARED_CHUNKS[-1], 2, 1, SHARED_CHUNKS[-1], 1]
     assert made == run(model.engine(SLOTS, LENGTH), [Request([*beginning, 8], 4, masked)])
 
 
@@ -195,7 +195,8 @@ def test_a_model_makes_requests_of_texts_and_names(model):
 
 def test_scores_are_log_probabilities_of_the_models_logits(model):
     """Of a prompt longer than a chunk, and of new tokens, whatever bias and temperature."""
-    prompt, mask = list(range(5, 5 + CHUNKS[-1] + 40)), np.array([True, False, True, True])
+    prompt = [5 + i % 500 for i in range(CHUNKS[-1] + 40)]
+    mask = np.array([True, False, True, True])
     options = {"sampling": Sampling(0.9), "bias": {9: 3.0}, "scored": True, "scores_prompt": True}
     request = Request(prompt, 5, mask, **options)
     run(model.engine(2, LENGTH), [request, Request([3, 4], 20, mask)])
