@@ -38,13 +38,12 @@ their real shapes. No implementation can reach a target above these figures on t
 *Where misses come from.* Decoding in 8 bits: XLA for CPU has no matmul of floats and 8-bit
 integers. For one sequence, ours is a fused loop that converts each weight, which takes longer than
 memory needs to deliver it; for several, each activation becomes three integers, so that three
-matmuls run instead of one. Batches of floats: XLA's matmul of a few rows first waits for memory and
-then computes: of 16 rows with 512 x 1408 numbers, 75 microseconds each. Both also count reading the
-prompt. Requests: prompts, of which `decode_16` reads only 64 tokens each, take a quarter of the
-time, and at the end few requests share a batch of 16. Memory of an unrolled training step: its
-temporary buffers take 1.6 GB at 50M, and 1.0 GB with layers in a loop. Loading: every byte is
-hashed (SHA-256) and copied into stacks of experts; transformers maps its file, and checks
-nothing."""
+matmuls run instead of one. Batches of floats: XLA's matmul of a few rows takes as long as its
+product with one, which memory bounds, and the arithmetic besides. Both also count reading the
+prompt. Requests: `decode_16` reads prompts of 64 tokens only, and at the end of the requests few of
+them share a batch of 16. Memory of an unrolled training step: by XLA's report of its buffers, it
+holds twice as many hidden activations as one with layers in a loop. Loading: every byte is hashed
+(SHA-256) and copied into stacks of experts; transformers maps its file, and checks nothing."""
 
 
 def page(about: dict[str, str], results: dict[str, dict[str, dict]], sizes: dict[str, Size]) -> str:
