@@ -152,15 +152,15 @@ def _read(weights, tokens: Tokens, sequences: Stacked, following, *, config: Mod
 
 def _read_local(weights, tokens: Tokens, sequences: Stacked, following, *, config: ModelConfig):
     backbone, experts = weights
-    lengths = jnp.maximum(tokens.lengths, 1)
+    last = tokens.last
     positions = tokens.start[:, None] + jnp.arange(tokens.ids.shape[1])
     cache, router_state, evidence = sequences
     out, state = forward_step(
         backbone, (experts,), tokens.ids,
-        DecodeState(cache, None, positions, None, router_state, evidence, lengths), config,
+        DecodeState(cache, None, positions, None, router_state, evidence, last + 1), config,
         allowed=some_allowed(tokens.allowed),
     )  # fmt: skip
-    rows, last = jnp.arange(len(lengths)), lengths - 1
+    rows = jnp.arange(len(last))
     heads = functools.partial(output_logits, backbone, (experts,), config=config)
     logits = heads(hidden=out.hidden[rows, last], weights=out.weights[:, rows, last])
     shares = jnp.where(tokens.lengths > 0, out.mean_weights[:, rows, last], 0)

@@ -18,6 +18,7 @@ import numpy as np
 from flexolmo_jax.inference.compiled import CompiledNetwork
 from flexolmo_jax.inference.continuations import Continuations, Options
 from flexolmo_jax.inference.layerwise import Network, Scores, Tokens
+from flexolmo_jax.inference.prefixes import Prefix, Prefixes
 from flexolmo_jax.inference.sampling import Sampling, num_candidates, sample
 
 CHUNKS = (32, 128, 512)  # tokens of a prompt that are read in one call
@@ -143,8 +144,8 @@ class Engine:
         self._running: list[Request | None] = [None] * slots
         self._waiting: collections.deque[Request] = collections.deque()
         self._reading: _Prompt | None = None
-        self._chunks = SHARED_CHUNKS if prefixes > 1 else CHUNKS
-        self._prefixes = _Prefixes(prefixes, self._chunks[-1])
+        self._chunks = SHARED_CHUNKS if prefixes > 1 else CHUNKS  # one is kept for equal prompts
+        self._prefixes = Prefixes(prefixes, self._chunks[-1])
 
     def add(self, request: Request) -> None:
         """Queues a request.
@@ -211,7 +212,7 @@ class Engine:
 
     def _read_prompts(self) -> None:
         budget = PROMPT_TOKENS_PER_STEP
-        while None in self._running and budget > 0:
+        while None in self._running:
             if self._reading is None:
                 while self._waiting and self._waiting[0].ended is not None:
                     self._waiting.popleft()
@@ -223,7 +224,11 @@ class Engine:
                 self._reading = None
                 continue
             if reading.logits is None:
-                budget -= self._read_chunk(reading)
+                chunk = self._next_chunk(reading)
+                if chunk > budget:
+                    return
+                budget -= chunk
+                self._read_chunk(reading, chunk)
             if reading.logits is not None:
                 if request.max_new_tokens:
                     self._place(reading, self._running.index(None))
@@ -232,15 +237,20 @@ class Engine:
                 self._reading = None
 
     def _begin(self, request: Request) -> _Prompt:
-        known = None if request.scores_prompt else self._prefixes.longest(request)
+        known = None
+        if not request.scores_prompt:
+            known = self._prefixes.longest(request.prompt, request.allowed)
         if known is not None:
             return _Prompt(request, *known)
         return _Prompt(request, self._network.empty(1, self._length), 0)
 
-    def _read_chunk(self, reading: _Prompt) -> int:
+    def _next_chunk(self, reading: _Prompt) -> int:
+        left = len(reading.request.prompt) - reading.read
+        return next((size for size in self._chunks if size >= left), self._chunks[-1])
+
+    def _read_chunk(self, reading: _Prompt, chunk: int) -> None:
         request, first = reading.request, reading.read
         left = len(request.prompt) - first
-        chunk = next((size for size in self._chunks if size >= left), self._chunks[-1])
         ids = np.zeros((1, chunk), np.int32)
         count = min(left, chunk)
         ids[0, :count] = request.prompt[first : first + count]
@@ -262,8 +272,8 @@ class Engine:
         if count == left:
             reading.logits, reading.shares = logits, shares
         if not request.scores_prompt:  # such a text is read once
-            self._prefixes.keep(reading)
-        return chunk
+            known = Prefix(reading.sequence, reading.read, reading.logits, reading.shares)
+            self._prefixes.keep(request.prompt, request.allowed, known)
 
     def _place(self, reading: _Prompt, slot: int) -> None:
         slots = len(self._running)
@@ -345,42 +355,6 @@ class Engine:
                 lengths[slot], allowed[slot] = 1, request.allowed
         tokens = Tokens(ids[:, None], start, lengths, allowed)
         self._logits, self._sequences, self._shares, _ = self._network(tokens, self._sequences)
-
-
-class _Prefixes:
-    """The sequences of prompts that were read, by their tokens and experts; the oldest go first.
-
-    The experts belong to the key: a mask changes keys and values of every layer after the first.
-    """
-
-    def __init__(self, count: int, chunk: int):
-        self._count, self._chunk = count, chunk
-        self._known: collections.OrderedDict = collections.OrderedDict()
-
-    def longest(
-        self, request: Request
-    ) -> tuple[Any, int, jax.Array | None, np.ndarray | None] | None:
-        """A copy of what is known of the longest beginning of a prompt, or None."""
-        prompt, chunk = tuple(request.prompt), self._chunk
-        ends = [len(prompt), *range(len(prompt) // chunk * chunk, 0, -chunk)]
-        for end in ends if self._count else []:
-            key = (prompt[:end], end == len(prompt), request.allowed.tobytes())
-            if key in self._known:
-                self._known.move_to_end(key)
-                sequence, logits, shares = self._known[key]
-                return jax.tree.map(jnp.copy, sequence), end, logits, shares
-        return None
-
-    def keep(self, reading: _Prompt) -> None:
-        """Keeps a copy of what was read."""
-        if not self._count:
-            return
-        prompt, end = tuple(reading.request.prompt), reading.read
-        key = (prompt[:end], reading.logits is not None, reading.request.allowed.tobytes())
-        copied = jax.tree.map(jnp.copy, reading.sequence)
-        self._known[key] = copied, reading.logits, reading.shares
-        while len(self._known) > self._count:
-            self._known.popitem(last=False)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

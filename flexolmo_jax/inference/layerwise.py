@@ -95,6 +95,11 @@ class Tokens(NamedTuple):
     lengths: Any  # int32 [B], how many there are; the rest is padding. 0: the row is not in use
     allowed: Any  # bool [B, E]
 
+    @property
+    def last(self) -> Any:
+        """int32 [B], the index of the last token; 0 where the row is not in use."""
+        return self.lengths.clip(1) - 1
+
 
 class Reading(NamedTuple):
     """What a model says of tokens that it has read.
@@ -175,7 +180,7 @@ class Network:
         routed = None if weights is None else np.asarray(weights)
         before: Any = self._layers[-1]  # of `added`, which is 0: nothing comes before the first
         caches, router_states, states = [], [], sequences.router_states
-        rows, last = np.arange(len(tokens.lengths)), np.maximum(tokens.lengths, 1) - 1
+        rows, last = np.arange(len(tokens.lengths)), tokens.last
         shares = np.zeros((self.num_experts, len(rows)), np.float32)
         for index, layer in enumerate(self._layers):
             router_state = (
@@ -192,7 +197,7 @@ class Network:
             router_states.append(router_state)
         end = (self._ends, before, x, added, own_weights)
         scores = None if following is None else run.scores(*end, following)
-        logits = run.logits(*end, tokens.lengths)
+        logits = run.logits(*end, last)
         next_states = None if states is None else tuple(router_states)
         return Reading(logits, Sequences(tuple(caches), next_states, of_evidence), shares, scores)
 
@@ -268,7 +273,7 @@ def _programs(
         segments = jnp.ones(tokens.ids.shape, jnp.int32)
         weights, state = evidence_weights(
             backbone, (experts,), tokens.ids, segments, some_allowed(tokens.allowed), config, state,
-            head, jnp.maximum(tokens.lengths, 1),
+            head, tokens.last + 1,
         )  # fmt: skip
         assert weights is not None
         return x, jnp.zeros_like(x), jnp.where(_is_text(tokens), weights, 0), state
@@ -281,7 +286,7 @@ def _programs(
         positions = tokens.start[:, None] + jnp.arange(x.shape[1])
         q, keys, values = layer.attention.project(x, positions, config)
         cache = write_to_segments(cache, keys, values, positions)
-        last = tokens.start + jnp.maximum(tokens.lengths, 1) - 1
+        last = tokens.start + tokens.last
         reached = jnp.minimum(positions, last[:, None])  # padding reaches no segment of its own
         out = layer.attention.output(attend_to_segments(q, cache, reached))
         x = x + layer.attention_norm(out, config.norm_eps)
@@ -314,8 +319,8 @@ def _programs(
         return add_heads(dot(hidden, head, jnp.float32), (experts,), hidden, weights)
 
     @compiled
-    def logits(leaves, before, x, added, weights, lengths):
-        rows, last = jnp.arange(len(x)), jnp.maximum(lengths, 1) - 1
+    def logits(leaves, before, x, added, weights, last):
+        rows = jnp.arange(len(x))
         return at(leaves, before, x[rows, last], added[rows, last], weights[:, rows, last])
 
     @compiled

@@ -67,12 +67,12 @@ class KVCache(NamedTuple):
         return KVCache(self.keys[layer_index], self.values[layer_index])
 
 
-SEGMENT = 128  # slots; segments have a multiple of them
+SEGMENT = 128  # slots of the shortest segments
 SegmentedCache = tuple[KVCache, ...]  # of one layer; each [B, K, S_i, H], one after the other
 
 
 def segment_lengths(length: int) -> tuple[int, ...]:
-    """Segments of a cache with at least `length` slots; two of each length double the cache.
+    """Segments of a cache with at least `length` slots: four of 128, then two of each power of two.
 
     Attention reads whole segments, and each that any sequence has reached. Lengths that grow keep
     down both the slots that are read in vain and the number of shapes to compile for.

@@ -9,7 +9,13 @@ import pytest
 
 from flexolmo_jax.inference import engine as engine_module
 from flexolmo_jax.inference.compiled import CompiledNetwork
-from flexolmo_jax.inference.engine import CHUNKS, SHARED_CHUNKS, Engine, Request
+from flexolmo_jax.inference.engine import (
+    CHUNKS,
+    PROMPT_TOKENS_PER_STEP,
+    SHARED_CHUNKS,
+    Engine,
+    Request,
+)
 from flexolmo_jax.inference.layerwise import MAX_BEST
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.experts import router_weights
@@ -160,6 +166,25 @@ def test_a_new_request_soon_has_its_first_token(model):
         engine.step()
         steps += 1
     assert steps <= 3
+
+
+@pytest.mark.parametrize("prefixes", [0, 4])
+def test_a_step_reads_no_more_of_prompts_than_it_may(model, monkeypatch, prefixes):
+    """However short and long ones follow each other: running requests wait for them."""
+    engine, read, most = model.engine(8, LENGTH, prefixes), 0, 0
+    read_chunk = engine._read_chunk
+
+    def counting(reading, chunk):
+        nonlocal read
+        read += chunk
+        return read_chunk(reading, chunk)
+
+    monkeypatch.setattr(engine, "_read_chunk", counting)
+    for length in (5, 500, 100, 31, 400, 130, 7, 300):
+        engine.add(Request([9] * length, 2, np.ones(4, bool)))
+    while engine.step():
+        most, read = max(most, read), 0
+    assert 0 < most <= PROMPT_TOKENS_PER_STEP
 
 
 def test_tokens_are_handed_out_as_they_come_and_cancelling_frees_a_slot(model):
