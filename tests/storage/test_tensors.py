@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -93,3 +94,16 @@ def test_a_file_that_ends_too_early(stored, tmp_path):
     broken = on_disk.OnDisk(short, one.offset, one.dtype, one.shape)
     with pytest.raises(ValueError, match="it ends too early"):
         np.asarray(broken)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="how memory is mapped is in /proc")
+def test_memory_of_weights_can_have_large_pages():
+    """Linux gives none to shared memory, which is what Python's `mmap` takes by default."""
+    array = on_disk.page_aligned((1024, 1024), np.dtype(np.float32))
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, permissions = line.split()[:2]
+        begin, end = (int(address, 16) for address in addresses.split("-"))
+        if begin <= array.ctypes.data < end:
+            assert permissions == "rw-p"
+            return
+    raise AssertionError("the array is in no mapping")
