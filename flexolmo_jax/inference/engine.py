@@ -193,16 +193,19 @@ class Engine:
     def step(self) -> bool:
         """Reads a part of the waiting prompts, and gives each running request its next token.
 
+        It ends as soon as tokens are chosen: the next step reads them. So nobody waits for a token
+        while the one after it is computed.
+
         Returns:
           whether a request is left.
         """
         self._free_slots()
+        if any(self._running):
+            self._read_tokens()
         self._read_prompts()
         if any(self._running):
             self._choose_tokens()
             self._free_slots()
-            if any(self._running):
-                self._read_tokens()
         return any(self._running) or self._reading is not None or bool(self._waiting)
 
     def _free_slots(self) -> None:

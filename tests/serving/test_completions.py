@@ -176,7 +176,7 @@ def test_chat_needs_a_template(served, serving, world, model):
         parts = events_of(chatty, "/v1/chat/completions", messages=messages, max_tokens=6)
         deltas = [part["choices"][0]["delta"] for part in parts]
         assert "".join(delta["content"] for delta in deltas) == expected
-        assert deltas[0]["role"] == "assistant" and "role" not in deltas[-1]
+        assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
         refused = chatty.post(
             "/v1/chat/completions", model="ours", messages=[{"role": "developer", "content": "x"}]
         )
