@@ -1,8 +1,9 @@
 """Many requests at a time: they join and leave token by token.
 
-Each step reads a bounded part of waiting prompts and gives every running request its next token. A
-request has a *slot*, a row of the batch, until it ends. Prompts are read alone and in chunks of
-fixed lengths, so its tokens depend on no other request, and a new prompt length compiles nothing.
+A step reads a prompt that waits, or gives every running request its next token; between two of
+these it reads a bounded number of prompts' tokens. A request has a *slot*, a row of the batch,
+until it ends. Prompts are read alone and in chunks of fixed lengths, so its tokens depend on no
+other request, and a new prompt length compiles nothing.
 """
 
 import collections
@@ -23,7 +24,7 @@ from flexolmo_jax.inference.sampling import Sampling, num_candidates, sample
 
 CHUNKS = (32, 128, 512)  # tokens of a prompt that are read in one call
 SHARED_CHUNKS = CHUNKS[:-1]  # for prompts that begin alike: they are kept where a chunk ends
-PROMPT_TOKENS_PER_STEP = 512  # running requests wait for no more than these
+PROMPT_TOKENS_BETWEEN = 512  # two tokens of a running request, at most
 MAX_BIASES = 300  # of a request, as OpenAI's interface allows
 MAX_SLOTS = 64  # above, a step is bound by arithmetic, and more slots only take memory
 
@@ -142,6 +143,8 @@ class Engine:
         self._logits: jax.Array | None = None  # float32 [slots, V]
         self._shares = np.zeros((network.num_experts, slots), np.float32)
         self._running: list[Request | None] = [None] * slots
+        self._undecided: dict[int, Request] = {}  # by slot: those whose next token is to be chosen
+        self._prompt_tokens_left = PROMPT_TOKENS_BETWEEN
         self._waiting: collections.deque[Request] = collections.deque()
         self._reading: _Prompt | None = None
         self._chunks = SHARED_CHUNKS if prefixes > 1 else CHUNKS  # one is kept for equal prompts
@@ -191,19 +194,20 @@ class Engine:
             request.ended = reason
 
     def step(self) -> bool:
-        """Reads a part of the waiting prompts, and gives each running request its next token.
+        """Reads a prompt, or a part of it, or else gives each running request its next token.
 
-        It ends as soon as tokens are chosen: the next step reads them. So nobody waits for a token
-        while the one after it is computed.
+        A prompt that is read to its end gets its first token in the same step. A step ends as soon
+        as tokens are chosen, so nobody waits for one while the one after it is computed.
 
         Returns:
           whether a request is left.
         """
         self._free_slots()
-        if any(self._running):
-            self._read_tokens()
-        self._read_prompts()
-        if any(self._running):
+        if not self._read_prompt():
+            self._prompt_tokens_left = PROMPT_TOKENS_BETWEEN
+            if any(self._running):
+                self._read_tokens()
+        if self._undecided:
             self._choose_tokens()
             self._free_slots()
         return any(self._running) or self._reading is not None or bool(self._waiting)
@@ -213,31 +217,37 @@ class Engine:
             if request is not None and request.ended is not None:
                 self._running[slot] = None
 
-    def _read_prompts(self) -> None:
-        budget = PROMPT_TOKENS_PER_STEP
-        while None in self._running:
-            if self._reading is None:
-                while self._waiting and self._waiting[0].ended is not None:
-                    self._waiting.popleft()
-                if not self._waiting:
-                    return
-                self._reading = self._begin(self._waiting.popleft())
-            reading, request = self._reading, self._reading.request
-            if request.ended is not None:
-                self._reading = None
-                continue
+    def _read_prompt(self) -> bool:
+        """Reads on, to the end of a prompt at most; returns whether it could."""
+        is_any = False
+        while None in self._running and self._next_prompt():
+            reading = self._reading
+            assert reading is not None
             if reading.logits is None:
                 chunk = self._next_chunk(reading)
-                if chunk > budget:
-                    return
-                budget -= chunk
+                if chunk > self._prompt_tokens_left:
+                    break
+                self._prompt_tokens_left -= chunk
                 self._read_chunk(reading, chunk)
+                is_any = True
             if reading.logits is not None:
-                if request.max_new_tokens:
+                if reading.request.max_new_tokens:
                     self._place(reading, self._running.index(None))
                 else:
-                    request.ended = "length"
+                    reading.request.ended = "length"
                 self._reading = None
+                return True
+        return is_any
+
+    def _next_prompt(self) -> bool:
+        """Whether there is one to read; those that were cancelled are not."""
+        if self._reading is not None and self._reading.request.ended is not None:
+            self._reading = None
+        while self._reading is None and self._waiting:
+            request = self._waiting.popleft()
+            if request.ended is None:
+                self._reading = self._begin(request)
+        return self._reading is not None
 
     def _begin(self, request: Request) -> _Prompt:
         known = None
@@ -291,42 +301,41 @@ class Engine:
             self._sequences = self._network.place(self._sequences, reading.sequence, row)
             self._logits = _replace_row(self._logits, reading.logits, row)
         self._running[slot] = reading.request
+        self._undecided[slot] = reading.request
 
     def _choose_tokens(self) -> None:
         logits = self._biased()
         rows: dict[tuple, list[int]] = {}  # slots that one program can sample for
-        for slot, request in enumerate(self._running):
-            if request is not None:
-                temperature, top_k, top_p = request.sampling
-                kind = () if temperature == 0 else _kind(top_k, top_p, logits.shape[-1])
-                rows.setdefault(kind, []).append(slot)
+        for slot, request in self._undecided.items():
+            temperature, top_k, top_p = request.sampling
+            kind = () if temperature == 0 else _kind(top_k, top_p, logits.shape[-1])
+            rows.setdefault(kind, []).append(slot)
         chosen = np.zeros(len(self._running), np.int32)
         for kind, slots in rows.items():
             drawn = self._sampled(logits, kind, slots) if kind else _greedy(logits)
             chosen[slots] = np.asarray(drawn)[slots]
         scores = None
-        if any(request is not None and request.scored for request in self._running):
+        if any(request.scored for request in self._undecided.values()):
             # Without bias and temperature.
             scores = jax.tree.map(np.asarray, _score(self._logits, chosen))
-        for slot, request in enumerate(self._running):
-            if request is not None:
-                own = None
-                if scores is not None and request.scored:
-                    own = Scores(*(x[slot] for x in scores))
-                request.take(int(chosen[slot]), self._shares[:, slot].copy(), own)
+        for slot, request in self._undecided.items():
+            own = None
+            if scores is not None and request.scored:
+                own = Scores(*(x[slot] for x in scores))
+            request.take(int(chosen[slot]), self._shares[:, slot].copy(), own)
+        self._undecided.clear()
 
     def _biased(self) -> jax.Array:
         """The logits with the biases of all requests."""
         assert self._logits is not None
-        if not any(request is not None and request.bias for request in self._running):
+        if not any(request.bias for request in self._undecided.values()):
             return self._logits
         slots, vocabulary = self._logits.shape
         tokens = np.full((slots, MAX_BIASES), vocabulary, np.int32)  # these are dropped
         biases = np.zeros((slots, MAX_BIASES), np.float32)
-        for slot, request in enumerate(self._running):
-            if request is not None:
-                tokens[slot, : len(request.bias)] = list(request.bias)
-                biases[slot, : len(request.bias)] = list(request.bias.values())
+        for slot, request in self._undecided.items():
+            tokens[slot, : len(request.bias)] = list(request.bias)
+            biases[slot, : len(request.bias)] = list(request.bias.values())
         return _add_biases(self._logits, tokens, biases)
 
     def _sampled(self, logits: jax.Array, kind: tuple, slots: list[int]) -> jax.Array:
@@ -335,8 +344,7 @@ class Engine:
         temperature, top_p = np.ones((2, len(self._running), 1), np.float32)
         top_k = np.ones((len(self._running), 1), np.int32)
         for slot in slots:
-            request = self._running[slot]
-            assert request is not None
+            request = self._undecided[slot]
             numbers[:, slot] = request.seed % 2**32, request.number, len(request.generated)
             own = request.sampling
             temperature[slot], top_p[slot] = own.temperature, own.top_p or 1
@@ -356,6 +364,7 @@ class Engine:
                 ids[slot] = request.generated[-1]
                 start[slot] = len(request.prompt) + len(request.generated) - 1
                 lengths[slot], allowed[slot] = 1, request.allowed
+                self._undecided[slot] = request
         tokens = Tokens(ids[:, None], start, lengths, allowed)
         self._logits, self._sequences, self._shares, _ = self._network(tokens, self._sequences)
 

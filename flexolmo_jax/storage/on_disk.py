@@ -275,8 +275,11 @@ def page_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """
     count = math.prod(shape)
     # Shared memory, which Python takes by default, has no large pages on most systems.
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
-    memory = mmap.mmap(-1, max(count * dtype.itemsize, 1), **private)
+    size = max(count * dtype.itemsize, 1)
+    if os.name == "posix":
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a system without them
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -11,7 +11,7 @@ from flexolmo_jax.inference import engine as engine_module
 from flexolmo_jax.inference.compiled import CompiledNetwork
 from flexolmo_jax.inference.engine import (
     CHUNKS,
-    PROMPT_TOKENS_PER_STEP,
+    PROMPT_TOKENS_BETWEEN,
     SHARED_CHUNKS,
     Engine,
     Request,
@@ -95,7 +95,7 @@ def test_logits_are_those_of_a_request_that_is_alone_bit_for_bit(model):
         own = dataclasses.replace(request, max_new_tokens=8, sampling=Sampling(), stop=())
         for one in [own, *together]:
             engine.add(one)
-        for _ in range(6):
+        while len(own.generated) < 6:
             engine.step()
         return np.asarray(engine._logits[engine._running.index(own)])
 
@@ -156,9 +156,11 @@ def test_another_top_k_compiles_nothing_and_disturbs_nobody(model):
 
 def test_a_new_request_soon_has_its_first_token(model):
     engine, mask = model.engine(SLOTS, 700), np.ones(4, bool)
-    for _ in range(SLOTS - 1):
-        engine.add(Request([3, 4], 50, mask))
-    engine.step()
+    others = [Request([3, 4], 50, mask) for _ in range(SLOTS - 1)]
+    for other in others:
+        engine.add(other)
+    while not all(other.generated for other in others):
+        engine.step()
     late = Request([9] * 512, 4, mask)
     engine.add(late)
     steps = 0
@@ -169,22 +171,38 @@ def test_a_new_request_soon_has_its_first_token(model):
 
 
 @pytest.mark.parametrize("prefixes", [0, 4])
-def test_a_step_reads_no_more_of_prompts_than_it_may(model, monkeypatch, prefixes):
-    """However short and long ones follow each other: running requests wait for them."""
+def test_running_requests_wait_for_few_tokens_of_prompts(model, monkeypatch, prefixes):
+    """However short and long ones follow each other."""
     engine, read, most = model.engine(8, LENGTH, prefixes), 0, 0
-    read_chunk = engine._read_chunk
+    read_chunk, read_tokens = engine._read_chunk, engine._read_tokens
 
     def counting(reading, chunk):
         nonlocal read
         read += chunk
         return read_chunk(reading, chunk)
 
+    def decoding():
+        nonlocal read, most
+        most, read = max(most, read), 0
+        return read_tokens()
+
     monkeypatch.setattr(engine, "_read_chunk", counting)
+    monkeypatch.setattr(engine, "_read_tokens", decoding)
     for length in (5, 500, 100, 31, 400, 130, 7, 300):
         engine.add(Request([9] * length, 2, np.ones(4, bool)))
     while engine.step():
-        most, read = max(most, read), 0
-    assert 0 < most <= PROMPT_TOKENS_PER_STEP
+        pass
+    assert 0 < most <= PROMPT_TOKENS_BETWEEN
+
+
+def test_a_first_token_waits_for_no_other_prompt(model):
+    """Of requests that come together, each has its own as soon as its prompt is read."""
+    engine = model.engine(SLOTS, LENGTH)
+    requests = [Request([9] * length, 4, np.ones(4, bool)) for length in (5, 500, 100)]
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    assert [len(request.generated) for request in requests] == [1, 0, 0]
 
 
 def test_tokens_are_handed_out_as_they_come_and_cancelling_frees_a_slot(model):
