@@ -245,10 +245,13 @@ def main() -> None:
     rows |= _measured(served(path), "ours", bodies, expected, loads)
     if args.peer:
         plain = [{k: v for k, v in body.items() if k != "experts"} for body in bodies]
-        both = ((served, "ours"), (peer_served, path))
-        for start, name in both:
-            found = _measured(start(path), name, plain, None, ((8, short),))
-            rows[f"{start.__name__}, all experts on"] = found["8 clients"]
+        others = {
+            "ours, all experts on": (lambda: served(path), "ours"),
+            "ours in int8, all experts on": (lambda: served(path, "--dtype", "int8"), "ours"),
+            "transformers serve": (lambda: peer_served(path), path),
+        }
+        for title, (start, name) in others.items():
+            rows[title] = _measured(start(), name, plain, None, ((8, short),))["8 clients"]
     about = {"machine": machine(), "versions": versions("jax", "fastapi", "transformers", "torch")}
     about |= {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "model": args.random or "demo"}
     Path(args.out).write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")

@@ -22,7 +22,7 @@ from flexolmo_jax.inference.layerwise import Network, Scores, Tokens
 from flexolmo_jax.inference.prefixes import Prefix, Prefixes
 from flexolmo_jax.inference.sampling import Sampling, num_candidates, sample
 
-CHUNKS = (32, 128, 512)  # tokens of a prompt that are read in one call
+CHUNKS = (16, 64, 128, 512)  # tokens of a prompt that are read in one call
 SHARED_CHUNKS = CHUNKS[:-1]  # for prompts that begin alike: they are kept where a chunk ends
 PROMPT_TOKENS_BETWEEN = 512  # two tokens of a running request, at most
 MAX_BIASES = 300  # of a request, as OpenAI's interface allows
@@ -259,7 +259,10 @@ class Engine:
 
     def _next_chunk(self, reading: _Prompt) -> int:
         left = len(reading.request.prompt) - reading.read
-        return next((size for size in self._chunks if size >= left), self._chunks[-1])
+        *smaller, largest = self._chunks
+        if left <= largest // 2:  # else several smaller ones take less time than a largest one
+            largest = smaller[-1]
+        return next((size for size in smaller if size >= left), largest)
 
     def _read_chunk(self, reading: _Prompt, chunk: int) -> None:
         request, first = reading.request, reading.read

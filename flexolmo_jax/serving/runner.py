@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 import jax
 import numpy as np
 
-from flexolmo_jax.inference.engine import Engine, Request
+from flexolmo_jax.inference.engine import SHARED_CHUNKS, Engine, Request
 from flexolmo_jax.inference.layerwise import Scores
 from flexolmo_jax.inference.lockstep import Leader, tell_to_end, tell_to_load
 from flexolmo_jax.inference.sampling import Sampling
@@ -259,6 +259,8 @@ def new_engine(model: FlexOlmo, slots: int, length: int) -> Engine:
     mask = np.ones(len(model.expert_names), bool)
     for sampling in (Sampling(), Sampling(1.0), Sampling(1.0, None, 0.5), Sampling(1.0, 50)):
         engine.add(Request([0], min(2, length - 1), mask, sampling=sampling, scored=True))
+    for size in SHARED_CHUNKS:
+        engine.add(Request([0] * min(size, length - 1), 1, mask))
     while engine.step():
         pass
     return engine

@@ -195,6 +195,23 @@ def test_running_requests_wait_for_few_tokens_of_prompts(model, monkeypatch, pre
     assert 0 < most <= PROMPT_TOKENS_BETWEEN
 
 
+@pytest.mark.parametrize(
+    ("length", "chunks"),
+    [(10, [16]), (40, [64]), (130, [128, 16]), (256, [128] * 2), (257, [512]), (580, [512, 128])],
+)
+def test_a_prompt_is_read_in_few_chunks_with_little_padding(model, monkeypatch, length, chunks):
+    engine, read = model.engine(SLOTS, LENGTH), []
+    read_chunk = engine._read_chunk
+
+    def listing(reading, chunk):
+        read.append(chunk)
+        return read_chunk(reading, chunk)
+
+    monkeypatch.setattr(engine, "_read_chunk", listing)
+    run(engine, [Request([9] * length, 1, np.ones(4, bool))])
+    assert read == chunks
+
+
 def test_a_first_token_waits_for_no_other_prompt(model):
     """Of requests that come together, each has its own as soon as its prompt is read."""
     engine = model.engine(SLOTS, LENGTH)
