@@ -53,10 +53,9 @@ def stored(x, words, scale):
     return (terms(x, words) @ jnp.ones(words.shape[1]) - 8 * jnp.sum(x)) * scale
 
 
-def in_groups(x, words, scale):
+def in_groups(x, words, scales):
     """As `stored`, with a scale for each output and nibble, float32 [N, 8]."""
     parts = x.reshape(NIBBLES, -1)
-    scales = jnp.broadcast_to(scale[:, None], (len(scale), NIBBLES))
     scaled = sum((nibble(words, j) - 8) * scales[:, j : j + 1] * parts[j] for j in range(NIBBLES))
     return scaled @ jnp.ones(words.shape[1])
 
@@ -114,14 +113,14 @@ def main() -> None:
         inner, outer = size.config.width, size.config.ffn_width
         count = BYTES // (4 * inner * outer)
         values = [rng.integers(-8, 8, (outer, inner), np.int8) for _ in range(count)]
-        scale = jnp.ones(outer)
         x = jnp.asarray(rng.standard_normal((1, inner), np.float32))
         print(f"| {name}: {inner} x {outer} | us | GB/s | largest error |")
         print("| --- | ---: | ---: | ---: |")
         expected = values[0].astype(np.float64) @ np.asarray(x[0], np.float64)
         for way, (product, convert, weight_bytes) in WAYS.items():
             compiled = jax.jit(product, compiler_options=OPTIONS | REORDERED_SUMS)
-            matrices = [(jax.device_put(convert(v)), scale) for v in values]
+            shape = (outer, NIBBLES) if product is in_groups else (outer,)
+            matrices = [(jax.device_put(convert(v)), jnp.ones(shape)) for v in values]
             error = np.max(np.abs(compiled(x, *matrices[0]) - expected)) / np.max(np.abs(expected))
             taken = microseconds(compiled, x, matrices)
             rate = weight_bytes * inner * outer / taken / 1e3
