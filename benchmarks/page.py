@@ -8,21 +8,22 @@ from benchmarks.sizes import Size
 
 INTRODUCTION = """\
 Each side of a case runs in a process of its own, and the sides are interleaved; each timed run
-follows an untimed one, but in lines measured before 5e289b7. The table shows medians; *spread* is
-the range of the runs over their median. *Speedup over PyTorch*: the rate of the line over that of
-the faster PyTorch line. *Fraction of peak*: the rate of needed FLOPs
-(`flexolmo_jax/modeling/flops.py`; no weight gradients of frozen weights) over the rate of a plain
-matrix product, or the rate of needed bytes of weights and cache over that of a matrix-vector
-product; both are measured interleaved with the case. *First run*: the first one with what comes
-before it, imports of the libraries too, but for JAX itself, which every process has imported by
-then; mostly compilation. *Memory*: the largest resident size of the process, without that once
-libraries are imported. *Layers in a loop*: as `flexolmo train` runs by default; the other training
-steps of ours are unrolled (`unroll`), which is faster, compiles longer and takes more memory. *Its
-products alone* are matmuls: the nine of a layer, forward and backward, each as one batched matmul
-with equally many rows for every expert; or all matmuls with weights of a training step, one after
-the other. `load` and `merge` read files that the system has cached in memory. A case whose sides
-need more memory than the machine has is missing: at 190M, moe_64_4 needs more than 23 GB.
-[profile.md](profile.md) shows where the time of a run goes.
+follows an untimed one, but in lines measured before 5e289b7. Decoding measured at a51c1e8 read its
+prompts of 64 tokens in a chunk of that length, in 57 ms at 50M; the engine now reads them in one of
+128, in 98. The table shows medians; *spread* is the range of the runs over their median. *Speedup
+over PyTorch*: the rate of the line over that of the faster PyTorch line. *Fraction of peak*: the
+rate of needed FLOPs (`flexolmo_jax/modeling/flops.py`; no weight gradients of frozen weights) over
+the rate of a plain matrix product, or the rate of needed bytes of weights and cache over that of a
+matrix-vector product; both are measured interleaved with the case. *First run*: the first one with
+what comes before it, imports of the libraries too, but for JAX itself, which every process has
+imported by then; mostly compilation. *Memory*: the largest resident size of the process, without
+that once libraries are imported. *Layers in a loop*: as `flexolmo train` runs by default; the other
+training steps of ours are unrolled (`unroll`), which is faster, compiles longer and takes more
+memory. *Its products alone* are matmuls: the nine of a layer, forward and backward, each as one
+batched matmul with equally many rows for every expert; or all matmuls with weights of a training
+step, one after the other. `load` and `merge` read files that the system has cached in memory. A
+case whose sides need more memory than the machine has is missing: at 190M, moe_64_4 needs more than
+23 GB. [profile.md](profile.md) shows where the time of a run goes.
 
 **On a GPU** nothing has been measured yet: none could be had. `benchmarks/device.sh OUT` stands
 ready; so far only its toy run on a CPU was made (`--toy`, part of CI). On one bare machine it takes
@@ -39,14 +40,14 @@ their real shapes. No implementation can reach a target above these figures on t
 *Where misses come from.* Decoding in 8 bits: XLA for CPU has no matmul of floats and 8-bit
 integers. For one sequence, ours is a fused loop that converts each weight, which takes longer than
 memory needs to deliver it; for several, each activation becomes three integers, so that three
-matmuls run instead of one. Products in 4 bits, which decoding does not offer, were a tenth faster
-than those in 8, with scales of groups (`python -m benchmarks.four_bits`: 34 us beside 38 for 512 x
-1408, 80 beside 89 for 1024 x 2816; 2 cores, 2026-11-30). Batches of floats: XLA's matmul of a few
-rows reads weights more slowly than its product with one. Both also count reading the prompt.
-Requests: `decode_16` reads prompts of 64 tokens only, and at the end of the requests few of them
-share a batch of 16. An unrolled training step holds more hidden activations than one with layers in
-a loop. Loading: every byte is hashed (SHA-256) and copied into stacks of experts; transformers maps
-its file, and checks nothing."""
+matmuls run instead of one. Products in 4 bits with scales of groups, which decoding does not offer,
+are not reliably faster (`python -m benchmarks.four_bits`, two runs: 34 and 61 us beside 46 and 43
+in 8 bits for 512 x 1408, 101 and 130 beside 91 and 84 for 1024 x 2816; 2 cores, 2026-11-30).
+Batches of floats: XLA's matmul of a few rows reads weights more slowly than its product with one.
+Both also count reading the prompt. Requests: `decode_16` reads prompts of 64 tokens only, and at
+the end of the requests few of them share a batch of 16. An unrolled training step holds more hidden
+activations than one with layers in a loop. Loading: every byte is hashed (SHA-256) and copied into
+stacks of experts; transformers maps its file, and checks nothing."""
 
 
 def page(about: dict[str, str], results: dict[str, dict[str, dict]], sizes: dict[str, Size]) -> str:
