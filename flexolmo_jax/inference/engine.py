@@ -22,7 +22,7 @@ from flexolmo_jax.inference.layerwise import Network, Scores, Tokens
 from flexolmo_jax.inference.prefixes import Prefix, Prefixes
 from flexolmo_jax.inference.sampling import Sampling, num_candidates, sample
 
-CHUNKS = (16, 64, 128, 512)  # tokens of a prompt that are read in one call
+CHUNKS = (16, 32, 128, 512)  # tokens of a prompt that are read in one call
 SHARED_CHUNKS = CHUNKS[:-1]  # for prompts that begin alike: they are kept where a chunk ends
 PROMPT_TOKENS_BETWEEN = 512  # two tokens of a running request, at most
 MAX_BIASES = 300  # of a request, as OpenAI's interface allows
@@ -219,35 +219,32 @@ class Engine:
 
     def _read_prompt(self) -> bool:
         """Reads on, to the end of a prompt at most; returns whether it could."""
-        is_any = False
-        while None in self._running and self._next_prompt():
-            reading = self._reading
-            assert reading is not None
-            if reading.logits is None:
-                chunk = self._next_chunk(reading)
-                if chunk > self._prompt_tokens_left:
-                    break
-                self._prompt_tokens_left -= chunk
-                self._read_chunk(reading, chunk)
-                is_any = True
-            if reading.logits is not None:
-                if reading.request.max_new_tokens:
-                    self._place(reading, self._running.index(None))
-                else:
-                    reading.request.ended = "length"
-                self._reading = None
-                return True
-        return is_any
+        reading = self._next_prompt() if None in self._running else None
+        if reading is None:
+            return False
+        before = reading.read
+        while reading.logits is None:
+            chunk = self._next_chunk(reading)
+            if chunk > self._prompt_tokens_left:
+                return reading.read > before
+            self._prompt_tokens_left -= chunk
+            self._read_chunk(reading, chunk)
+        if reading.request.max_new_tokens:
+            self._place(reading, self._running.index(None))
+        else:
+            reading.request.ended = "length"
+        self._reading = None
+        return True
 
-    def _next_prompt(self) -> bool:
-        """Whether there is one to read; those that were cancelled are not."""
+    def _next_prompt(self) -> _Prompt | None:
+        """The one to read on; those that were cancelled are not read."""
         if self._reading is not None and self._reading.request.ended is not None:
             self._reading = None
         while self._reading is None and self._waiting:
             request = self._waiting.popleft()
             if request.ended is None:
                 self._reading = self._begin(request)
-        return self._reading is not None
+        return self._reading
 
     def _begin(self, request: Request) -> _Prompt:
         known = None

@@ -197,7 +197,15 @@ def test_running_requests_wait_for_few_tokens_of_prompts(model, monkeypatch, pre
 
 @pytest.mark.parametrize(
     ("length", "chunks"),
-    [(10, [16]), (40, [64]), (130, [128, 16]), (256, [128] * 2), (257, [512]), (580, [512, 128])],
+    [
+        (10, [16]),
+        (30, [32]),
+        (40, [128]),
+        (130, [128, 16]),
+        (256, [128] * 2),
+        (257, [512]),
+        (580, [512, 128]),
+    ],
 )
 def test_a_prompt_is_read_in_few_chunks_with_little_padding(model, monkeypatch, length, chunks):
     engine, read = model.engine(SLOTS, LENGTH), []

@@ -115,11 +115,12 @@ def test_new_prompts_and_masks_compile_nothing(model):
     """Prompts, masks, seeds, lengths and the fill of a batch, within their buckets."""
     names = []
     model.generate(PROMPTS, max_new_tokens=12)
+    model.generate([[0] * 20, [0, 8], [0, 3, 2]], max_new_tokens=20)  # the next bucket
     listener = lambda name, *_, **__: names.append(name)  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listener)
     model.generate([[0, 1], [0, 5, 6, 7], [0], [0, 9]], max_new_tokens=3, without=["loud"], seed=4)
     masks = np.array([[1, 0, 1, 1], [0, 1, 0, 0], [1, 1, 1, 0]], bool)
-    model.generate([[0] * 15, [0, 8], [0, 3, 2]], max_new_tokens=30, allowed=masks)
+    model.generate([[0] * 30, [0, 8], [0, 3, 2]], max_new_tokens=30, allowed=masks)
     assert not [name for name in names if "compile" in name]
     model.generate(PROMPTS * 2, max_new_tokens=2)  # of another number of slots
     assert [name for name in names if "compile" in name]
