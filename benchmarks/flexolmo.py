@@ -28,7 +28,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.federation.anchor import read_anchor, write_anchor
 from flexolmo_jax.federation.expert import write_expert
 from flexolmo_jax.federation.merge import merge
-from flexolmo_jax.inference.engine import Request
+from flexolmo_jax.inference.request import Request
 from flexolmo_jax.model import FlexOlmo, load
 from flexolmo_jax.modeling.experts import Experts, moe
 from flexolmo_jax.modeling.int8 import to_int8

@@ -20,7 +20,7 @@ _MODULES = {
     "merge": "federation.merge",
     "remove_expert": "federation.merge",
     "Engine": "inference.engine",
-    "Request": "inference.engine",
+    "Request": "inference.request",
     "FlexOlmo": "model",
     "load": "model",
     "make_mesh": "parallel.mesh",

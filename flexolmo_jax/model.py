@@ -20,10 +20,11 @@ from flexolmo_jax.inference import continuations, decode, engine, likelihood, ma
 from flexolmo_jax.inference.compiled import CompiledNetwork
 from flexolmo_jax.inference.continuations import Continuations, Options
 from flexolmo_jax.inference.cpu_weights import unstack
-from flexolmo_jax.inference.engine import Engine, Request
+from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.layerwise import Network
 from flexolmo_jax.inference.likelihood import LogLikelihoods
 from flexolmo_jax.inference.mass import mass_by_name, read_mass
+from flexolmo_jax.inference.request import Request
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Backbone

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.inference.layerwise import Reading, Scores, Tokens, some_allowed
+from flexolmo_jax.inference.layerwise import Reading, Scores, some_allowed
+from flexolmo_jax.inference.sequences import Tokens
 from flexolmo_jax.modeling.decode_state import DecodeState, EvidenceState, KVCache
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Backbone, forward_step, output_logits
@@ -71,10 +72,10 @@ class CompiledNetwork:
             experts = self.num_experts + self._padding
             return _empty(self.config, experts, batch, length, self._mesh)
 
-    def place(self, batch: Stacked, one: Stacked, row: np.int32) -> Stacked:
-        """The batch, which is donated, with its sequence `row` replaced by `one`."""
+    def place(self, batch: Stacked, one: Stacked, row: int, length: int) -> Stacked:
+        """As `layerwise.Network.place`."""
         with placement.use_mesh(self._mesh):
-            return _place(batch, one, row, config=self.config, mesh=self._mesh)
+            return _place(batch, one, np.int32(row), config=self.config, mesh=self._mesh)
 
     def __call__(
         self, tokens: Tokens, sequences: Stacked, following: np.ndarray | None = None

@@ -9,7 +9,7 @@ other request, and a new prompt length compiles nothing.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,88 +18,18 @@ import numpy as np
 
 from flexolmo_jax.inference.compiled import CompiledNetwork
 from flexolmo_jax.inference.continuations import Continuations, Options
-from flexolmo_jax.inference.layerwise import Network, Scores, Tokens
+from flexolmo_jax.inference.layerwise import Network, Scores
 from flexolmo_jax.inference.prefixes import Prefix, Prefixes
+from flexolmo_jax.inference.request import Request
 from flexolmo_jax.inference.sampling import Sampling, num_candidates, sample
+from flexolmo_jax.inference.sequences import Tokens
 
 CHUNKS = (16, 32, 128, 512)  # tokens of a prompt that are read in one call
 SHARED_CHUNKS = CHUNKS[:-1]  # for prompts that begin alike: they are kept where a chunk ends
 PROMPT_TOKENS_BETWEEN = 512  # two tokens of a running request, at most
 MAX_BIASES = 300  # of a request, as OpenAI's interface allows
+ROWS = (4, 8, 16, 32)  # of steps that do not compute all slots; XLA's matmuls of 1 to 3 rows differ
 MAX_SLOTS = 64  # above, a step is bound by arithmetic, and more slots only take memory
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """A prompt, and its continuation so far.
-
-    Attributes:
-      prompt: token ids, at least one.
-      max_new_tokens: the maximum number of new tokens.
-      allowed: bool [E], the experts that it may use.
-      stop: ids that end it; none of them is part of `generated`.
-      sampling: how tokens are chosen.
-      seed, number: of the random choices; requests of one seed and different numbers are
-        independent.
-      on_token: called with each new token, from within `Engine.step`.
-      bias: what is added to the logits of tokens before one is chosen.
-      scored: score the new tokens; with `scores_prompt`, those of the prompt too, and then
-        `max_new_tokens` may be 0.
-      generated: the new tokens.
-      shares: float32 [E] for each new token: the router weights, mean over the layers, at the token
-        before it.
-      scores, prompt_scores: of the new tokens, and of all tokens of the prompt but the first.
-      ended: why it has ended: "stop", "length", or what `Engine.cancel` says; None: it has not.
-
-    Examples:
-      >>> import flexolmo_jax as fo
-      >>> model = fo.load("ours")
-      >>> mask = model.allowed(1, without=["math"])[0]
-      >>> tokens = []
-      >>> request = fo.Request([5, 6, 7], 8, mask, on_token=tokens.append)
-      >>> engine = model.engine(slots=2)
-      >>> engine.add(request)
-      >>> while engine.step():
-      ...     pass
-      >>> tokens == request.generated and request.ended
-      'length'
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    allowed: np.ndarray
-    stop: Sequence[int] = ()
-    sampling: Sampling = Sampling()
-    seed: int = 0
-    number: int = 0
-    on_token: Callable[[int], None] | None = None
-    bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    scored: bool = False
-    scores_prompt: bool = False
-    generated: list[int] = dataclasses.field(default_factory=list, init=False)
-    shares: list[np.ndarray] = dataclasses.field(default_factory=list, init=False)
-    scores: list[Scores] = dataclasses.field(default_factory=list, init=False)
-    prompt_scores: list[Scores] = dataclasses.field(default_factory=list, init=False)
-    ended: str | None = dataclasses.field(default=None, init=False)
-
-    @property
-    def mass(self) -> np.ndarray:
-        """The routing mass of the experts so far (mass.py), in tokens; float64 [E]."""
-        return np.sum([np.zeros(len(self.allowed)), *self.shares], axis=0)
-
-    def take(self, token: int, shares: np.ndarray, scores: Scores | None) -> None:
-        """Appends a new token, or ends."""
-        if token in self.stop:
-            self.ended = "stop"
-            return
-        self.generated.append(token)
-        self.shares.append(shares)
-        if scores is not None:
-            self.scores.append(scores)
-        if len(self.generated) == self.max_new_tokens:
-            self.ended = "length"
-        if self.on_token is not None:
-            self.on_token(token)
 
 
 @dataclasses.dataclass
@@ -143,6 +73,7 @@ class Engine:
         self._logits: jax.Array | None = None  # float32 [slots, V]
         self._shares = np.zeros((network.num_experts, slots), np.float32)
         self._running: list[Request | None] = [None] * slots
+        self._sizes = [slots]  # how many sequences a step may compute
         self._undecided: dict[int, Request] = {}  # by slot: those whose next token is to be chosen
         self._prompt_tokens_left = PROMPT_TOKENS_BETWEEN
         self._waiting: collections.deque[Request] = collections.deque()
@@ -192,6 +123,30 @@ class Engine:
         """Ends a request; its slot is free from the next step on."""
         if request.ended is None:
             request.ended = reason
+
+    def compute_fewer_rows(self) -> None:
+        """Lets steps of few requests compute fewer sequences than there are slots.
+
+        A step takes less time then, and its programs are compiled here, for seconds. Of XLA's
+        matmuls for a CPU, those of a few rows give the same bits as those of more; where they do
+        not, by a comparison with this model, steps compute all slots, as before.
+        """
+        slots, config = len(self._running), self._network.config
+        if not isinstance(self._network, Network):
+            return
+        ids = np.arange(slots, dtype=np.int32)[:, None] % config.vocab_size
+        ones = np.ones((slots, self._network.num_experts), bool)
+        for size in (size for size in ROWS[::-1] if size < slots):
+            whole = Tokens(ids, 0 * ids[:, 0], np.int32(np.arange(slots) < size), ones)
+            part = jax.tree.map(lambda x, size=size: x[:size], whole)
+            part = part._replace(rows=np.arange(size, dtype=np.int32))
+            logits = []
+            for tokens in (whole, part):
+                reading = self._network(tokens, self._sequences)
+                self._sequences = reading.sequences
+                logits.append(np.asarray(reading.logits[:size]))
+            if np.array_equal(logits[0], logits[1]):
+                self._sizes.insert(0, size)
 
     def step(self) -> bool:
         """Reads a prompt, or a part of it, or else gives each running request its next token.
@@ -297,9 +252,10 @@ class Engine:
         else:
             if self._logits is None:
                 self._logits = jnp.zeros((slots, reading.logits.shape[-1]))
-            row = np.int32(slot)
-            self._sequences = self._network.place(self._sequences, reading.sequence, row)
-            self._logits = _replace_row(self._logits, reading.logits, row)
+            self._sequences = self._network.place(
+                self._sequences, reading.sequence, slot, reading.read
+            )
+            self._logits = _replace_rows(self._logits, reading.logits, np.array([slot]))
         self._running[slot] = reading.request
         self._undecided[slot] = reading.request
 
@@ -356,22 +312,28 @@ class Engine:
         )  # fmt: skip
 
     def _read_tokens(self) -> None:
-        slots = len(self._running)
-        ids, start, lengths = np.zeros((3, slots), np.int32)
-        allowed = np.zeros((slots, self._network.num_experts), bool)
-        for slot, request in enumerate(self._running):
+        self._undecided = {slot: own for slot, own in enumerate(self._running) if own is not None}
+        size = next(size for size in self._sizes if size >= len(self._undecided))
+        unused = [slot for slot, own in enumerate(self._running) if own is None]
+        rows = np.array(sorted([*self._undecided, *unused][:size]), np.int32)
+        ids, start, lengths = np.zeros((3, size), np.int32)
+        allowed = np.zeros((size, self._network.num_experts), bool)
+        for row, slot in enumerate(rows):
+            request = self._running[slot]
             if request is not None:
-                ids[slot] = request.generated[-1]
-                start[slot] = len(request.prompt) + len(request.generated) - 1
-                lengths[slot], allowed[slot] = 1, request.allowed
-                self._undecided[slot] = request
-        tokens = Tokens(ids[:, None], start, lengths, allowed)
-        self._logits, self._sequences, self._shares, _ = self._network(tokens, self._sequences)
+                ids[row] = request.generated[-1]
+                start[row] = len(request.prompt) + len(request.generated) - 1
+                lengths[row], allowed[row] = 1, request.allowed
+        is_whole = size == len(self._running)
+        tokens = Tokens(ids[:, None], start, lengths, allowed, None if is_whole else rows)
+        logits, self._sequences, shares, _ = self._network(tokens, self._sequences)
+        self._logits = logits if is_whole else _replace_rows(self._logits, logits, rows)
+        self._shares[:, rows] = shares
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _replace_row(rows: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(rows, row, index, 0)
+def _replace_rows(all_rows: jax.Array, rows: jax.Array, indices: jax.Array) -> jax.Array:
+    return all_rows.at[indices].set(rows)
 
 
 @jax.jit

@@ -18,14 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.inference.cpu_weights import Unstacked
+from flexolmo_jax.inference.paged_attention import attend_to_pages, write_tokens
+from flexolmo_jax.inference.sequences import Sequences, Tokens, of_rows, with_rows
 from flexolmo_jax.modeling.attention import attend_to_segments
-from flexolmo_jax.modeling.decode_state import (
-    EvidenceState,
-    SegmentedCache,
-    empty_segments,
-    segment_lengths,
-    write_to_segments,
-)
+from flexolmo_jax.modeling.decode_state import write_to_segments
 from flexolmo_jax.modeling.experts import Experts, FeedForward, router_weights, with_parts
 from flexolmo_jax.modeling.kernels.quantized import Quantized, dot
 from flexolmo_jax.modeling.low_rank import LowRankGroups
@@ -41,64 +37,6 @@ OPTIONS = {"xla_cpu_prefer_vector_width": 512}
 # only if it may reorder the sum. JAX 0.10 let it; JAX 0.12 does with fast math only, and is 10x
 # slower without. NaN and infinity stay what they are: XLA's `honor` flags are on by default.
 REORDERED_SUMS = {"xla_cpu_enable_fast_math": True}
-
-
-class Sequences(NamedTuple):
-    """What is known of the tokens that were read, for each sequence of a batch; donated to calls.
-
-    Attributes:
-      caches: keys and values, of each layer.
-      router_states: with `config.memory`, of each layer; float32.
-      evidence: with `config.evidence`.
-    """
-
-    caches: tuple[SegmentedCache, ...]
-    router_states: tuple[Float[Array, "E B"], ...] | None
-    evidence: EvidenceState | None
-
-    @classmethod
-    def empty(cls, config: ModelConfig, experts: int, batch: int, length: int) -> "Sequences":
-        """Of no tokens, with room for at least `length`."""
-        layers = range(config.num_layers)
-        return cls(
-            tuple(empty_segments(config, batch, length) for _ in layers),
-            tuple(jnp.zeros((experts, batch)) for _ in layers) if config.memory else None,
-            EvidenceState.empty(experts, batch) if config.evidence else None,
-        )
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _place(batch: Sequences, one: Sequences, row: Any) -> Sequences:
-
-    def put(axis):
-        return lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, row, axis)
-
-    evidence = None
-    if batch.evidence is not None and one.evidence is not None:
-        sums = put(1)(batch.evidence.sums, one.evidence.sums)
-        evidence = EvidenceState(sums, put(0)(batch.evidence.last_tokens, one.evidence.last_tokens))
-    return Sequences(
-        jax.tree.map(put(0), batch.caches, one.caches),
-        jax.tree.map(put(1), batch.router_states, one.router_states),
-        evidence,
-    )
-
-
-_empty = jax.jit(Sequences.empty, static_argnums=(0, 1, 2, 3))
-
-
-class Tokens(NamedTuple):
-    """The next tokens of each sequence of a batch."""
-
-    ids: Any  # int32 [B, S], of NumPy or JAX, as all of these
-    start: Any  # int32 [B], the position of the first
-    lengths: Any  # int32 [B], how many there are; the rest is padding. 0: the row is not in use
-    allowed: Any  # bool [B, E]
-
-    @property
-    def last(self) -> Any:
-        """int32 [B], the index of the last token; 0 where the row is not in use."""
-        return self.lengths.clip(1) - 1
 
 
 class Reading(NamedTuple):
@@ -156,13 +94,12 @@ class Network:
         self._numbers = [jnp.int32(i) for i in self._first]
 
     def empty(self, batch: int, length: int) -> Sequences:
-        """As `Sequences.empty`, in one program for all lengths with the same segments."""
-        slots = sum(segment_lengths(length))
-        return _empty(self.config, self.num_experts, batch, slots)
+        """Of no tokens, with room for `length`."""
+        return Sequences.empty(self.config, self.num_experts, batch, length)
 
-    def place(self, batch: Sequences, one: Sequences, row: np.int32) -> Sequences:
-        """The batch, which is donated, with its sequence `row` replaced by `one`."""
-        return _place(batch, one, row)
+    def place(self, batch: Sequences, one: Sequences, row: int, length: int) -> Sequences:
+        """The batch, which is donated, with its sequence `row` replaced by `one`, of `length`."""
+        return batch.place(one, row, length)
 
     def __call__(
         self, tokens: Tokens, sequences: Sequences, following: np.ndarray | None = None
@@ -173,10 +110,11 @@ class Network:
           tokens, sequences: the tokens, and what was read before them.
           following: int32 [B, S], the token after each, to score it; a 0 where there is none.
         """
+        sequences, pages = sequences.with_pages(tokens)
         run = self._programs
         if tokens.ids.size == 1 and self._of_one_token is not None:
             run = self._of_one_token
-        x, added, weights, of_evidence = run.embed(self._ends, tokens, sequences.evidence)
+        x, added, weights, evidence = run.embed(self._ends, tokens, sequences.evidence)
         routed = None if weights is None else np.asarray(weights)
         before: Any = self._layers[-1]  # of `added`, which is 0: nothing comes before the first
         caches, router_states, states = [], [], sequences.router_states
@@ -187,8 +125,9 @@ class Network:
                 None if sequences.router_states is None else sequences.router_states[index]
             )
             x, own_weights, cache, router_state, added = run.attend(
-                before, layer, x, added, tokens, weights, sequences.caches[index], router_state
-            )
+                before, layer, x, added, tokens, weights, sequences.caches[index], router_state,
+                pages,
+            )  # fmt: skip
             used = np.asarray(own_weights) if routed is None else routed
             added = self._add_experts(run.add, index, added, x, own_weights, used)
             shares += used[:, rows, last] / len(self._layers)
@@ -199,7 +138,8 @@ class Network:
         scores = None if following is None else run.scores(*end, following)
         logits = run.logits(*end, last)
         next_states = None if states is None else tuple(router_states)
-        return Reading(logits, Sequences(tuple(caches), next_states, of_evidence), shares, scores)
+        read = Sequences(tuple(caches), next_states, evidence, sequences.table)
+        return Reading(logits, read, shares, scores)
 
     def _add_experts(self, programs, index, added, x, weights, used):
         is_used = used > 0  # [E, B, S]
@@ -271,30 +211,36 @@ def _programs(
         if config.evidence is None:
             return x, jnp.zeros_like(x), None, None
         segments = jnp.ones(tokens.ids.shape, jnp.int32)
-        weights, state = evidence_weights(
-            backbone, (experts,), tokens.ids, segments, some_allowed(tokens.allowed), config, state,
-            head, tokens.last + 1,
+        weights, own_state = evidence_weights(
+            backbone, (experts,), tokens.ids, segments, some_allowed(tokens.allowed), config,
+            of_rows(state, tokens.rows), head, tokens.last + 1,
         )  # fmt: skip
         assert weights is not None
+        state = with_rows(state, own_state, tokens.rows)
         return x, jnp.zeros_like(x), jnp.where(_is_text(tokens), weights, 0), state
 
     @functools.partial(compiled, donate_argnums=(2, 3, 6, 7))
-    def attend(before, leaves, x, added, tokens: Tokens, weights, cache, router_state):
+    def attend(before, leaves, x, added, tokens: Tokens, weights, cache, router_state, pages):
         previous, _ = jax.tree.unflatten(layer_structure, before)
         layer, router = jax.tree.unflatten(layer_structure, leaves)
         x = x + previous.experts_norm(added, config.norm_eps)
         positions = tokens.start[:, None] + jnp.arange(x.shape[1])
         q, keys, values = layer.attention.project(x, positions, config)
-        cache = write_to_segments(cache, keys, values, positions)
-        last = tokens.start + tokens.last
-        reached = jnp.minimum(positions, last[:, None])  # padding reaches no segment of its own
-        out = layer.attention.output(attend_to_segments(q, cache, reached))
-        x = x + layer.attention_norm(out, config.norm_eps)
+        if pages is None:
+            cache = write_to_segments(cache, keys, values, positions)
+            last = tokens.start + tokens.last
+            reached = jnp.minimum(positions, last[:, None])  # padding reaches no segment of its own
+            out = attend_to_segments(q, cache, reached)
+        else:
+            cache = write_tokens(cache, keys, values, positions, pages)
+            out = attend_to_pages(q, cache, positions, pages)
+        x = x + layer.attention_norm(layer.attention.output(out), config.norm_eps)
         if weights is None:
-            weights, router_state = router_weights(
-                router(x), some_allowed(tokens.allowed), config, router_state=router_state,
-                lengths=tokens.lengths,
+            weights, own_state = router_weights(
+                router(x), some_allowed(tokens.allowed), config,
+                router_state=of_rows(router_state, tokens.rows), lengths=tokens.lengths,
             )  # fmt: skip
+            router_state = with_rows(router_state, own_state, tokens.rows)
             weights = jnp.where(_is_text(tokens), weights, 0)
         return x, weights, cache, router_state, jnp.zeros_like(x)
 

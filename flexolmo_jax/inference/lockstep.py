@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flexolmo_jax.inference.engine import Engine, Request
+from flexolmo_jax.inference.engine import Engine
+from flexolmo_jax.inference.request import Request
 from flexolmo_jax.inference.sampling import Sampling
 
 FIRST_BYTES = 1024  # of a message are sent at once; most have no more

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo_jax.inference.engine import MAX_BIASES, Request
+from flexolmo_jax.inference.engine import MAX_BIASES
 from flexolmo_jax.inference.layerwise import Scores
+from flexolmo_jax.inference.request import Request
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.serving.pieces import Piece, Pieces

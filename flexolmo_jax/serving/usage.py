@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from flexolmo_jax.federation.package import MANIFEST, read_manifest
-from flexolmo_jax.inference.engine import SHARED_CHUNKS, Request
+from flexolmo_jax.inference.engine import SHARED_CHUNKS
 from flexolmo_jax.inference.mass import mass_by_name
+from flexolmo_jax.inference.request import Request
 from flexolmo_jax.model import FlexOlmo
 from flexolmo_jax.serving.completions import Admission
 from flexolmo_jax.serving.runner import Runner

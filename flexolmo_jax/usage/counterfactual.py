@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from flexolmo_jax.inference.engine import Engine, Request
+from flexolmo_jax.inference.engine import Engine
+from flexolmo_jax.inference.request import Request
 
 
 def scorings(

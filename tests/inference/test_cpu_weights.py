@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.inference.cpu_weights import unstack
-from flexolmo_jax.inference.layerwise import Network, Tokens
+from flexolmo_jax.inference.layerwise import Network
+from flexolmo_jax.inference.sequences import Tokens
 from flexolmo_jax.modeling.experts import select
 from flexolmo_jax.modeling.int8 import to_int8
 from flexolmo_jax.modeling.kernels.quantized import Quantized, quantize, round_matrix

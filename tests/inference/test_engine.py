@@ -14,11 +14,11 @@ from flexolmo_jax.inference.engine import (
     PROMPT_TOKENS_BETWEEN,
     SHARED_CHUNKS,
     Engine,
-    Request,
 )
-from flexolmo_jax.inference.layerwise import MAX_BEST
+from flexolmo_jax.inference.layerwise import MAX_BEST, Network
+from flexolmo_jax.inference.request import Request
 from flexolmo_jax.inference.sampling import Sampling
-from flexolmo_jax.modeling.experts import router_weights
+from flexolmo_jax.modeling.experts import Ranks, router_weights
 from flexolmo_jax.modeling.transformer import forward
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -68,6 +68,66 @@ def test_tokens_do_not_depend_on_neighbours(model, alone, prefixes):
             engine.cancel(others.pop())
     assert [request.generated for request in requests] == alone
     assert {request.ended for request in requests} <= {"stop", "length"}
+
+
+def with_evidence(model):
+    """The model with random bigram models that it is routed by."""
+    config = model.config.replace(memory=None, evidence=(0.9, 0.5, 1.5))
+    experts = jax.tree.map(jnp.array, model.experts)
+    experts.set_heads(config, Ranks(evidence=4), jax.random.key(0))
+    values = np.random.default_rng(0).standard_normal(experts.evidence.b[...].shape)
+    experts.evidence.b[...] = jnp.asarray(values, jnp.float32)
+    return dataclasses.replace(model, experts=experts, config=config)
+
+
+@pytest.mark.parametrize("routing", ["router", "memory", "evidence"])
+def test_tokens_do_not_depend_on_how_many_rows_a_step_computes(model, routing):
+    """Whatever is known of a sequence stays with it."""
+    if routing == "evidence":
+        model = with_evidence(model)
+    else:
+        memory = None if routing == "router" else (0.5, 2.0)
+        model = dataclasses.replace(model, config=model.config.replace(memory=memory))
+    alone = [run(model.engine(8, LENGTH), [one])[0] for one in requests_of(0, 12, 4)]
+    engine, rng = model.engine(8, LENGTH), np.random.default_rng(1)
+    engine.compute_fewer_rows()
+    computed = counted_rows(engine)
+    requests = list(requests_of(0, 12, 4))
+    order = list(requests)
+    while order or engine.step():
+        if order and rng.random() < 0.4:
+            engine.add(order.pop())
+    assert [request.generated for request in requests] == alone
+    assert set(computed) == set(engine._sizes)  # 4 and 8 where the CPU's matmuls allow it
+
+
+def counted_rows(engine):
+    """What steps of an engine compute from now on: the number of sequences."""
+    rows, network = [], engine._network
+
+    def counting(tokens, *args):
+        if tokens.ids.shape[0] > 1:
+            rows.append(len(tokens.ids))
+        return network(tokens, *args)
+
+    for name in ("config", "num_experts", "empty", "place"):
+        setattr(counting, name, getattr(network, name))
+    engine._network = counting
+    return rows
+
+
+def test_fewer_rows_are_computed_only_if_their_bits_are_the_same(model, monkeypatch):
+    engine, call = model.engine(8, LENGTH), Network.__call__
+
+    def inexact(network, tokens, sequences):
+        reading = call(network, tokens, sequences)
+        if tokens.rows is None:
+            return reading
+        return reading._replace(logits=reading.logits * (1 + 1e-6))
+
+    monkeypatch.setattr(Network, "__call__", inexact)
+    engine.compute_fewer_rows()
+    assert engine._sizes == [8]
 
 
 def test_one_compiled_program_gives_the_same_as_layer_by_layer(model, alone):

@@ -1,0 +1,212 @@
+"""Attention to keys and values in pages, of which each sequence of a batch has as many as it needs.
+
+A pool of pages serves all slots of an engine (PagedAttention; Kwon et al. 2023). Attention reads
+the pages that are in use, and not every slot as far as the longest sequence reaches.
+"""
+
+import functools
+import heapq
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.modeling.decode_state import KVCache, SegmentedCache, growing_sizes
+
+PAGE = 64  # tokens
+Pool = tuple[KVCache, ...]  # of one layer, in groups of pages; each [P_i, K, PAGE, H]
+
+
+class Pages(NamedTuple):
+    """Where the keys and values of each sequence are; arrays of NumPy or JAX.
+
+    Attributes:
+      table: int32 [B, blocks], the page of each block of PAGE tokens; where there is none, the size
+        of the pool.
+      rows, blocks: int32 [P], of each page that is in use: whose it is, and which of its blocks.
+      is_used: bool [groups], whether a page of the group is in use.
+    """
+
+    table: Any
+    rows: Any
+    blocks: Any
+    is_used: Any
+
+
+def pool_groups(slots: int, length: int) -> tuple[int, ...]:
+    """The pages of each group of a pool for sequences of at most `length` tokens."""
+    return growing_sizes(slots * -(-length // PAGE), slots)
+
+
+class PageTable:
+    """Which pages each slot has.
+
+    Args:
+      slots: how many sequences there are at a time.
+      length: the most tokens of one.
+    """
+
+    def __init__(self, slots: int, length: int):
+        blocks = -(-length // PAGE)
+        self._ends = np.cumsum(pool_groups(slots, length))  # of the groups
+        self._total = int(self._ends[-1])
+        self._free = list(range(self._total))  # a heap: in as few groups as possible
+        self._table = np.full((slots, blocks), self._total, np.int32)
+        self._counts = [0] * slots  # of pages
+        self._slots, self._blocks = np.zeros((2, self._total), np.int32)
+
+    def free(self, slot: int) -> None:
+        """Takes back all pages of a slot."""
+        for page in self._table[slot, : self._counts[slot]].tolist():
+            heapq.heappush(self._free, page)
+        self._table[slot], self._counts[slot] = self._total, 0
+
+    def extend(self, slot: int, length: int) -> list[int]:
+        """Gives a slot the pages of that many tokens, and returns the new ones."""
+        new = []
+        for block in range(self._counts[slot], -(-length // PAGE)):
+            self._table[slot, block] = page = heapq.heappop(self._free)
+            self._slots[page], self._blocks[page] = slot, block
+            new.append(page)
+        self._counts[slot] += len(new)
+        return new
+
+    def resize(self, slots: Iterable[int], lengths: Iterable[int]) -> np.ndarray | None:
+        """Extends slots, and frees the others and those of length 0.
+
+        Returns:
+          the new pages, with others outside of the pool up to a multiple of all slots; None: there
+          are no new ones.
+        """
+        wanted = dict(zip(slots, lengths, strict=True))
+        new = []
+        for slot in range(len(self._table)):
+            if wanted.get(slot, 0):
+                new += self.extend(slot, wanted[slot])
+            else:
+                self.free(slot)
+        padding = [self._total] * (-len(new) % len(self._table))
+        return np.array([*new, *padding], np.int32) if new else None
+
+    def pages(self, slots: Sequence[int]) -> Pages:
+        """Of some slots, in their order; a copy."""
+        rows = np.zeros(len(self._table), np.int32)
+        rows[slots] = np.arange(len(slots))
+        is_used = np.zeros(len(self._ends), bool)
+        used = self._table[self._table < self._total]
+        is_used[np.searchsorted(self._ends, used, side="right")] = True
+        return Pages(self._table[slots], rows[self._slots], self._blocks.copy(), is_used)
+
+
+def empty_pool(config: ModelConfig, groups: tuple[int, ...]) -> Pool:
+    """The pages of one layer."""
+    shapes = [(pages, config.kv_heads, PAGE, config.head_size) for pages in groups]
+    return tuple(KVCache(*(jnp.zeros(s, jnp.dtype(config.dtype)) for _ in "kv")) for s in shapes)
+
+
+def _put(pool: Pool, pages: Int[Array, " n"], at: tuple, keys: Any, values: Any) -> Pool:
+    """The pool with keys and values at an index of some pages; those outside are left out."""
+    written, first = [], 0
+    for group in pool:
+        count = len(group.keys)
+        own = pages - first
+        own = jnp.where(own < 0, count, own)  # out of bounds: not written
+        put = (
+            old.at[(own, *at)].set(jnp.asarray(new, old.dtype), mode="drop")
+            for old, new in zip(group, (keys, values), strict=True)
+        )
+        written.append(KVCache(*put))
+        first += count
+    return tuple(written)
+
+
+def clear(pool: Pool, pages: Int[Array, " n"]) -> Pool:
+    """The pool with zeros in pages: NaN of a sequence before spreads even from masked tokens."""
+    return _put(pool, pages, (), 0, 0)
+
+
+def write_segments(pool: Pool, segments: SegmentedCache, pages: Int[Array, " blocks"]) -> Pool:
+    """The pool with the keys and values of one sequence [1, K, S_i, H] in its pages."""
+
+    def in_blocks(*parts):
+        one = jnp.concatenate(parts, axis=2)[0]  # [K, S, H]
+        one = one[:, : len(pages) * PAGE]
+        one = jnp.pad(one, ((0, 0), (0, len(pages) * PAGE - one.shape[1]), (0, 0)))
+        return one.reshape(len(one), -1, PAGE, one.shape[-1]).swapaxes(0, 1)
+
+    keys, values = (in_blocks(*parts) for parts in zip(*segments, strict=True))
+    return _put(pool, pages, (), keys, values)
+
+
+def write_tokens(
+    pool: Pool,
+    keys: Float[Array, "B S K H"],
+    values: Float[Array, "B S K H"],
+    positions: Int[Array, "B S"],
+    pages: Pages,
+) -> Pool:
+    """The pool with each token's keys and values in the page of its position."""
+    own = jnp.take_along_axis(pages.table, positions // PAGE, axis=1, mode="fill", fill_value=-1)
+    own = jnp.where(own < 0, len(pages.rows), own)
+    return _put(pool, own, (slice(None), positions % PAGE), keys, values)
+
+
+def attend_to_pages(
+    q: Float[Array, "B S N H"], pool: Pool, positions: Int[Array, "B S"], pages: Pages
+) -> Float[Array, "B S N H"]:
+    """Attention of tokens to the pages of their sequences, in which they are already written.
+
+    A token attends to those up to its own position. The sums over each page are added in the order
+    of the sequence, whichever pages it has, so that its result depends on no other sequence.
+    """
+    batch, length, heads, width = q.shape
+    groups = pool[0].keys.shape[1]
+    q = (q * width**-0.5).reshape(batch, length, groups, -1, width)
+    q = jnp.moveaxis(q, 1, 3).reshape(batch, groups, -1, width)  # [B, K, N / K * S, H]
+    rows = jnp.tile(positions, (1, heads // groups))  # [B, N / K * S]
+    shape = (len(pages.rows), *q.shape[1:3])
+    sums = (jnp.zeros((*shape, 1)), jnp.ones((*shape, 1)), jnp.zeros((*shape, width)))
+
+    def read(sums, keys, values, first):
+        own = slice(first, first + len(keys))
+        whose, blocks = pages.rows[own], pages.blocks[own]
+        scores = jnp.einsum(
+            "PKQH,PKSH->PKQS", q[whose], keys.astype(q.dtype), preferred_element_type=jnp.float32
+        )
+        left = rows[whose] - blocks[:, None] * PAGE
+        is_visible = jnp.arange(PAGE) <= left[..., None]
+        scores = jnp.where(is_visible[:, None], scores, -jnp.inf)
+        biggest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), -1e30)
+        weights = jnp.exp(scores - biggest)
+        out = jnp.einsum(
+            "PKQS,PKSH->PKQH", weights.astype(q.dtype), values.astype(q.dtype),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        new = (biggest, jnp.sum(weights, axis=-1, keepdims=True), out)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, part, first, 0)
+            for old, part in zip(sums, new, strict=True)
+        )
+
+    first = 0
+    for group, (keys, values) in enumerate(pool):
+        sums = jax.lax.cond(
+            pages.is_used[group], functools.partial(read, first=first), lambda sums, *_: sums,
+            sums, keys, values,
+        )  # fmt: skip
+        first += len(keys)
+    farthest = jnp.max(positions, axis=1, keepdims=True)
+    is_reached = (jnp.arange(pages.table.shape[1]) * PAGE <= farthest)[..., None, None, None]
+
+    def of_blocks(parts, otherwise):
+        return jnp.where(is_reached, parts.at[pages.table].get(mode="clip"), otherwise)
+
+    biggest, totals, out = map(of_blocks, sums, (-1e30, 0, 0))  # [B, blocks, K, N / K * S, ...]
+    shrink = jnp.exp(biggest - jnp.max(biggest, axis=1, keepdims=True))
+    out = jnp.sum(out * shrink, axis=1) / jnp.sum(totals * shrink, axis=1)
+    out = out.astype(q.dtype).reshape(batch, groups, -1, length, width)
+    return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width)
