@@ -7,6 +7,7 @@ other request, and a new prompt length compiles nothing.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,8 @@ CHUNKS = (16, 32, 128, 512)  # tokens of a prompt that are read in one call
 SHARED_CHUNKS = CHUNKS[:-1]  # for prompts that begin alike: they are kept where a chunk ends
 PROMPT_TOKENS_BETWEEN = 512  # two tokens of a running request, at most
 MAX_BIASES = 300  # of a request, as OpenAI's interface allows
-ROWS = (4, 8, 16, 32)  # of steps that do not compute all slots; XLA's matmuls of 1 to 3 rows differ
+# One of each kind that takes a program of its own.
+SAMPLINGS = (Sampling(), Sampling(1.0), Sampling(1.0, None, 0.5), Sampling(1.0, 50))
 MAX_SLOTS = 64  # above, a step is bound by arithmetic, and more slots only take memory
 
 
@@ -73,7 +75,6 @@ class Engine:
         self._logits: jax.Array | None = None  # float32 [slots, V]
         self._shares = np.zeros((network.num_experts, slots), np.float32)
         self._running: list[Request | None] = [None] * slots
-        self._sizes = [slots]  # how many sequences a step may compute
         self._undecided: dict[int, Request] = {}  # by slot: those whose next token is to be chosen
         self._prompt_tokens_left = PROMPT_TOKENS_BETWEEN
         self._waiting: collections.deque[Request] = collections.deque()
@@ -124,29 +125,24 @@ class Engine:
         if request.ended is None:
             request.ended = reason
 
-    def compute_fewer_rows(self) -> None:
-        """Lets steps of few requests compute fewer sequences than there are slots.
-
-        A step takes less time then, and its programs are compiled here, for seconds. Of XLA's
-        matmuls for a CPU, those of a few rows give the same bits as those of more; where they do
-        not, by a comparison with this model, steps compute all slots, as before.
-        """
-        slots, config = len(self._running), self._network.config
-        if not isinstance(self._network, Network):
-            return
-        ids = np.arange(slots, dtype=np.int32)[:, None] % config.vocab_size
-        ones = np.ones((slots, self._network.num_experts), bool)
-        for size in (size for size in ROWS[::-1] if size < slots):
-            whole = Tokens(ids, 0 * ids[:, 0], np.int32(np.arange(slots) < size), ones)
-            part = jax.tree.map(lambda x, size=size: x[:size], whole)
-            part = part._replace(rows=np.arange(size, dtype=np.int32))
-            logits = []
-            for tokens in (whole, part):
-                reading = self._network(tokens, self._sequences)
-                self._sequences = reading.sequences
-                logits.append(np.asarray(reading.logits[:size]))
-            if np.array_equal(logits[0], logits[1]):
-                self._sizes.insert(0, size)
+    def compile(self) -> None:
+        """Compiles what requests may need, for seconds, so that none of them waits for it."""
+        allowed = np.ones(self._network.num_experts, bool)
+        prompts = [Request([0] * min(x, self._length - 1), 1, allowed) for x in self._chunks]
+        if isinstance(self._network, Network):
+            with concurrent.futures.ThreadPoolExecutor(1) as other:  # XLA compiles on one core
+                few = other.submit(self._network.gathers_few, len(self._running))
+                for request in prompts:
+                    reading = self._begin(request)
+                    self._read_chunk(reading, self._next_chunk(reading))
+                few.result()
+        for sampling in SAMPLINGS:
+            count = min(2, self._length - 1)
+            self.add(Request([0], count, allowed, sampling=sampling, scored=True))
+        for request in prompts:
+            self.add(request)
+        while self.step():
+            pass
 
     def step(self) -> bool:
         """Reads a prompt, or a part of it, or else gives each running request its next token.
@@ -255,7 +251,7 @@ class Engine:
             self._sequences = self._network.place(
                 self._sequences, reading.sequence, slot, reading.read
             )
-            self._logits = _replace_rows(self._logits, reading.logits, np.array([slot]))
+            self._logits = _replace_row(self._logits, reading.logits, np.int32(slot))
         self._running[slot] = reading.request
         self._undecided[slot] = reading.request
 
@@ -312,28 +308,22 @@ class Engine:
         )  # fmt: skip
 
     def _read_tokens(self) -> None:
-        self._undecided = {slot: own for slot, own in enumerate(self._running) if own is not None}
-        size = next(size for size in self._sizes if size >= len(self._undecided))
-        unused = [slot for slot, own in enumerate(self._running) if own is None]
-        rows = np.array(sorted([*self._undecided, *unused][:size]), np.int32)
-        ids, start, lengths = np.zeros((3, size), np.int32)
-        allowed = np.zeros((size, self._network.num_experts), bool)
-        for row, slot in enumerate(rows):
-            request = self._running[slot]
+        slots = len(self._running)
+        ids, start, lengths = np.zeros((3, slots), np.int32)
+        allowed = np.zeros((slots, self._network.num_experts), bool)
+        for slot, request in enumerate(self._running):
             if request is not None:
-                ids[row] = request.generated[-1]
-                start[row] = len(request.prompt) + len(request.generated) - 1
-                lengths[row], allowed[row] = 1, request.allowed
-        is_whole = size == len(self._running)
-        tokens = Tokens(ids[:, None], start, lengths, allowed, None if is_whole else rows)
-        logits, self._sequences, shares, _ = self._network(tokens, self._sequences)
-        self._logits = logits if is_whole else _replace_rows(self._logits, logits, rows)
-        self._shares[:, rows] = shares
+                ids[slot] = request.generated[-1]
+                start[slot] = len(request.prompt) + len(request.generated) - 1
+                lengths[slot], allowed[slot] = 1, request.allowed
+                self._undecided[slot] = request
+        tokens = Tokens(ids[:, None], start, lengths, allowed)
+        self._logits, self._sequences, self._shares, _ = self._network(tokens, self._sequences)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _replace_rows(all_rows: jax.Array, rows: jax.Array, indices: jax.Array) -> jax.Array:
-    return all_rows.at[indices].set(rows)
+def _replace_row(rows: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(rows, row, index, 0)
 
 
 @jax.jit

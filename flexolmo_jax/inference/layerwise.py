@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.inference.cpu_weights import Unstacked
 from flexolmo_jax.inference.paged_attention import attend_to_pages, write_tokens
-from flexolmo_jax.inference.sequences import Sequences, Tokens, of_rows, with_rows
+from flexolmo_jax.inference.sequences import Sequences, Tokens
 from flexolmo_jax.modeling.attention import attend_to_segments
 from flexolmo_jax.modeling.decode_state import write_to_segments
 from flexolmo_jax.modeling.experts import Experts, FeedForward, router_weights, with_parts
@@ -30,6 +30,7 @@ from flexolmo_jax.modeling.transformer import Backbone, add_heads, evidence_weig
 GATHER_MIN_TOKENS = 64  # with fewer, gathering an expert's tokens costs more than it saves
 MAX_BEST = 20  # how many of the likeliest tokens are scored, as OpenAI's interface allows
 GATHER_SIZES = 8  # gathered tokens are padded to one of this many sizes
+GATHER_MIN_ROWS = 4  # XLA's matmuls of 1 to 3 rows give other bits than those of more
 # XLA for CPU uses half of AVX-512's width by default, which converts bfloat16 to floats more slowly
 # than memory delivers them.
 OPTIONS = {"xla_cpu_prefer_vector_width": 512}
@@ -90,6 +91,7 @@ class Network:
         of_vectors = isinstance(unstacked.head, Quantized)
         self._of_one_token = _programs(*structures, reordered_sums=True) if of_vectors else None
         counts = [x.experts_here for x in unstacked.layers[0].networks]
+        self._gathers_few: dict[int, bool] = {}
         self._first = np.cumsum([0, *counts])
         self._numbers = [jnp.int32(i) for i in self._first]
 
@@ -144,25 +146,65 @@ class Network:
     def _add_experts(self, programs, index, added, x, weights, used):
         is_used = used > 0  # [E, B, S]
         num_tokens = is_used[0].size
-        calls: dict[tuple, list[int]] = {}  # a program and a size: networks
+        is_decoding = 1 < len(is_used[0]) == num_tokens
+        gathers = num_tokens >= GATHER_MIN_TOKENS or (is_decoding and self.gathers_few(num_tokens))
+        calls: dict[Any, list[int]] = {}  # a program: networks of a single token
         for number in range(len(self._networks[index])):
             own = is_used[self._first[number] : self._first[number + 1]].any(axis=0)
             count = own.sum()
             if not count:
                 continue
-            size = None
-            if num_tokens >= GATHER_MIN_TOKENS:
-                step = -(-num_tokens // GATHER_SIZES)
-                size = int(-(-count // step) * step)
-                size = None if size >= num_tokens else size
-            # How many experts several tokens use depends on all of them, so each is called alone.
-            alone = None if num_tokens == 1 else number
-            calls.setdefault((programs[number], size, alone), []).append(number)
-        for (add, size, _), numbers in calls.items():
+            tokens = None
+            if gathers:
+                size = next(x for x in gathered_sizes(num_tokens) if x >= count)
+                if size < num_tokens:
+                    tokens = np.argsort(~own, axis=None, kind="stable")[:size].astype(np.int32)
+            if num_tokens > 1:
+                # How many experts several tokens use depends on all of them: each is called alone.
+                networks, first = (self._networks[index][number],), (self._numbers[number],)
+                added = programs[number](networks, added, x, weights, first, tokens)
+            else:
+                calls.setdefault(programs[number], []).append(number)
+        for add, numbers in calls.items():
             networks = tuple(self._networks[index][number] for number in numbers)
             first = tuple(self._numbers[number] for number in numbers)
-            added = add(networks, added, x, weights, first, size=size)
+            added = add(networks, added, x, weights, first)
         return added
+
+    def gathers_few(self, count: int) -> bool:
+        """Whether experts read only the tokens that use them, of `count` from as many sequences.
+
+        They do if that gives the same bits; else a token's would depend on how many others use its
+        experts. XLA's matmuls of few rows give the same, on the CPUs that we know; the first call
+        compiles them, and compares them with this model's weights.
+        """
+        if count not in self._gathers_few:
+            self._gathers_few[count] = self._same_bits_if_gathered(count)
+        return self._gathers_few[count]
+
+    def _same_bits_if_gathered(self, count: int) -> bool:
+        rng = np.random.default_rng(0)
+        width = self.config.width
+        x = jnp.asarray(rng.standard_normal((count, 1, width)), self.config.dtype)
+        weights = jnp.ones((self.num_experts, count, 1))
+
+        def added(number, tokens):
+            one = ((self._networks[0][number],), jnp.zeros_like(x), x, weights)
+            return np.asarray(self._programs.add[number](*one, (self._numbers[number],), tokens))
+
+        for number in {add: number for number, add in enumerate(self._programs.add)}.values():
+            whole = added(number, None)
+            for size in gathered_sizes(count)[:-1]:
+                tokens = np.arange(size, dtype=np.int32)
+                if not np.array_equal(added(number, tokens)[:size], whole[:size]):
+                    return False
+        return True
+
+
+def gathered_sizes(count: int) -> list[int]:
+    """To how many of `count` tokens those of an expert are padded: few programs are compiled."""
+    step = max(GATHER_MIN_ROWS, -(-count // GATHER_SIZES))
+    return [*range(step, count, step), count]
 
 
 def add_gathered(
@@ -170,20 +212,20 @@ def add_gathered(
     added: Float[Array, "B S D"],
     x: Float[Array, "B S D"],
     weights: Float[Array, "E B S"],
-    size: int | None,
+    tokens: Int[Array, " n"] | None,
 ) -> Float[Array, "B S D"]:
-    """`network.add_dense`, computed for the tokens that use one of its experts.
+    """`network.add_dense`, computed for some tokens.
 
     Args:
       network, added, x, weights: as in `FeedForward.add_dense`.
-      size: no fewer than these tokens; None: compute all tokens.
+      tokens: indices of different tokens, with all that use one of its experts; None: all tokens.
     """
-    if size is None:
+    if tokens is None:
         return network.add_dense(added, x, weights)
     flat, weights = x.reshape(-1, x.shape[-1]), weights.reshape(len(weights), -1)
-    order = jnp.argsort(jnp.all(weights <= 0, axis=0), stable=True)[:size]
-    out = network.add_dense(None, flat[None, order], weights[:, None, order])[0]
-    return added.reshape(flat.shape).at[order].add(out).reshape(added.shape)
+    out = network.add_dense(None, flat[None, tokens], weights[:, None, tokens])[0]
+    flat = added.reshape(flat.shape).at[tokens].add(out, unique_indices=True)
+    return flat.reshape(added.shape)
 
 
 class _Programs(NamedTuple):
@@ -211,12 +253,11 @@ def _programs(
         if config.evidence is None:
             return x, jnp.zeros_like(x), None, None
         segments = jnp.ones(tokens.ids.shape, jnp.int32)
-        weights, own_state = evidence_weights(
-            backbone, (experts,), tokens.ids, segments, some_allowed(tokens.allowed), config,
-            of_rows(state, tokens.rows), head, tokens.last + 1,
+        weights, state = evidence_weights(
+            backbone, (experts,), tokens.ids, segments, some_allowed(tokens.allowed), config, state,
+            head, tokens.last + 1,
         )  # fmt: skip
         assert weights is not None
-        state = with_rows(state, own_state, tokens.rows)
         return x, jnp.zeros_like(x), jnp.where(_is_text(tokens), weights, 0), state
 
     @functools.partial(compiled, donate_argnums=(2, 3, 6, 7))
@@ -236,22 +277,21 @@ def _programs(
             out = attend_to_pages(q, cache, positions, pages)
         x = x + layer.attention_norm(layer.attention.output(out), config.norm_eps)
         if weights is None:
-            weights, own_state = router_weights(
-                router(x), some_allowed(tokens.allowed), config,
-                router_state=of_rows(router_state, tokens.rows), lengths=tokens.lengths,
+            weights, router_state = router_weights(
+                router(x), some_allowed(tokens.allowed), config, router_state=router_state,
+                lengths=tokens.lengths,
             )  # fmt: skip
-            router_state = with_rows(router_state, own_state, tokens.rows)
             weights = jnp.where(_is_text(tokens), weights, 0)
         return x, weights, cache, router_state, jnp.zeros_like(x)
 
     @functools.cache
     def adding(structure):
-        @functools.partial(compiled, static_argnames="size", donate_argnums=1)
-        def add(networks, added, x, weights, firsts, size):
+        @functools.partial(compiled, donate_argnums=1)
+        def add(networks, added, x, weights, firsts, tokens=None):
             for leaves, first in zip(networks, firsts, strict=True):
                 network = jax.tree.unflatten(structure, leaves)
                 own = jax.lax.dynamic_slice_in_dim(weights, first, network.experts_here)
-                added = add_gathered(network, added, x, own, size)
+                added = add_gathered(network, added, x, own, tokens)
             return added
 
         return add

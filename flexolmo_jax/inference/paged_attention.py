@@ -6,7 +6,6 @@ the pages that are in use, and not every slot as far as the longest sequence rea
 
 import functools
 import heapq
-from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ Pool = tuple[KVCache, ...]  # of one layer, in groups of pages; each [P_i, K, PA
 
 
 class Pages(NamedTuple):
-    """Where the keys and values of each sequence are; arrays of NumPy or JAX.
+    """Where the keys and values of each sequence are.
 
     Attributes:
       table: int32 [B, blocks], the page of each block of PAGE tokens; where there is none, the size
@@ -31,10 +30,10 @@ class Pages(NamedTuple):
       is_used: bool [groups], whether a page of the group is in use.
     """
 
-    table: Any
-    rows: Any
-    blocks: Any
-    is_used: Any
+    table: jax.Array
+    rows: jax.Array
+    blocks: jax.Array
+    is_used: jax.Array
 
 
 def pool_groups(slots: int, length: int) -> tuple[int, ...]:
@@ -56,14 +55,15 @@ class PageTable:
         self._total = int(self._ends[-1])
         self._free = list(range(self._total))  # a heap: in as few groups as possible
         self._table = np.full((slots, blocks), self._total, np.int32)
-        self._counts = [0] * slots  # of pages
+        self._counts = np.zeros(slots, np.int32)  # of pages
+        self._pages: Pages | None = None  # of JAX, until they change
         self._slots, self._blocks = np.zeros((2, self._total), np.int32)
 
     def free(self, slot: int) -> None:
         """Takes back all pages of a slot."""
         for page in self._table[slot, : self._counts[slot]].tolist():
             heapq.heappush(self._free, page)
-        self._table[slot], self._counts[slot] = self._total, 0
+        self._table[slot], self._counts[slot], self._pages = self._total, 0, None
 
     def extend(self, slot: int, length: int) -> list[int]:
         """Gives a slot the pages of that many tokens, and returns the new ones."""
@@ -73,33 +73,34 @@ class PageTable:
             self._slots[page], self._blocks[page] = slot, block
             new.append(page)
         self._counts[slot] += len(new)
+        self._pages = None
         return new
 
-    def resize(self, slots: Iterable[int], lengths: Iterable[int]) -> np.ndarray | None:
-        """Extends slots, and frees the others and those of length 0.
+    def resize(self, lengths: Int[np.ndarray, " slots"]) -> np.ndarray | None:
+        """Extends slots, and frees those of length 0.
 
         Returns:
           the new pages, with others outside of the pool up to a multiple of all slots; None: there
           are no new ones.
         """
-        wanted = dict(zip(slots, lengths, strict=True))
         new = []
-        for slot in range(len(self._table)):
-            if wanted.get(slot, 0):
-                new += self.extend(slot, wanted[slot])
+        for slot in np.flatnonzero(-(-lengths // PAGE) != self._counts).tolist():
+            if lengths[slot]:
+                new += self.extend(slot, int(lengths[slot]))
             else:
                 self.free(slot)
         padding = [self._total] * (-len(new) % len(self._table))
         return np.array([*new, *padding], np.int32) if new else None
 
-    def pages(self, slots: Sequence[int]) -> Pages:
-        """Of some slots, in their order; a copy."""
-        rows = np.zeros(len(self._table), np.int32)
-        rows[slots] = np.arange(len(slots))
-        is_used = np.zeros(len(self._ends), bool)
-        used = self._table[self._table < self._total]
-        is_used[np.searchsorted(self._ends, used, side="right")] = True
-        return Pages(self._table[slots], rows[self._slots], self._blocks.copy(), is_used)
+    def pages(self) -> Pages:
+        """For programs."""
+        if self._pages is None:
+            is_used = np.zeros(len(self._ends), bool)
+            used = self._table[self._table < self._total]
+            is_used[np.searchsorted(self._ends, used, side="right")] = True
+            arrays = self._table.copy(), self._slots.copy(), self._blocks.copy(), is_used
+            self._pages = Pages(*map(jax.device_put, arrays))
+        return self._pages
 
 
 def empty_pool(config: ModelConfig, groups: tuple[int, ...]) -> Pool:
@@ -129,17 +130,15 @@ def clear(pool: Pool, pages: Int[Array, " n"]) -> Pool:
     return _put(pool, pages, (), 0, 0)
 
 
-def write_segments(pool: Pool, segments: SegmentedCache, pages: Int[Array, " blocks"]) -> Pool:
-    """The pool with the keys and values of one sequence [1, K, S_i, H] in its pages."""
+def write_segments(pool: Pool, segments: SegmentedCache, pages: Pages, row: Any) -> Pool:
+    """The pool with the keys and values of sequence `row`, [1, K, S_i, H], in its pages."""
 
     def in_blocks(*parts):
         one = jnp.concatenate(parts, axis=2)[0]  # [K, S, H]
-        one = one[:, : len(pages) * PAGE]
-        one = jnp.pad(one, ((0, 0), (0, len(pages) * PAGE - one.shape[1]), (0, 0)))
         return one.reshape(len(one), -1, PAGE, one.shape[-1]).swapaxes(0, 1)
 
     keys, values = (in_blocks(*parts) for parts in zip(*segments, strict=True))
-    return _put(pool, pages, (), keys, values)
+    return _put(pool, pages.table[row], (), keys, values)
 
 
 def write_tokens(

@@ -1,12 +1,12 @@
 """What is known of the tokens that a batch of sequences has read, on a CPU."""
 
 import functools
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.inference.paged_attention import (
@@ -25,8 +25,6 @@ from flexolmo_jax.modeling.decode_state import (
     segment_lengths,
 )
 
-States = TypeVar("States")
-
 
 class Tokens(NamedTuple):
     """The next tokens of sequences of a batch; arrays are of NumPy or JAX.
@@ -36,14 +34,12 @@ class Tokens(NamedTuple):
       start: int32 [B], the position of the first.
       lengths: int32 [B], how many there are; the rest is padding. 0: the row is not in use.
       allowed: bool [B, E], experts.
-      rows: int32 [B], the sequences, if these are not all of the batch.
     """
 
     ids: Any
     start: Any
     lengths: Any
     allowed: Any
-    rows: Any = None
 
     @property
     def last(self) -> Any:
@@ -81,22 +77,22 @@ class Sequences(NamedTuple):
         assert self.table is not None
         self.table.free(row)
         self.table.extend(row, length)
-        (own,) = self.table.pages([row]).table
-        caches = (_write_segments(*x, own) for x in zip(self.caches, one.caches, strict=True))
+        pages, index = self.table.pages(), np.int32(row)
+        pairs = zip(self.caches, one.caches, strict=True)
+        caches = tuple(_write_segments(*pair, pages, index) for pair in pairs)
         states = (self.router_states, self.evidence), (one.router_states, one.evidence)
-        router_states, evidence = _with_rows(*states, np.array([row]))
-        return Sequences(tuple(caches), router_states, evidence, self.table)
+        router_states, evidence = _replace_state(*states, index)
+        return Sequences(caches, router_states, evidence, self.table)
 
     def with_pages(self, tokens: Tokens) -> "tuple[Sequences, Pages | None]":
         """These, which are donated, with pages for their next tokens; those without lose theirs."""
         if self.table is None:
             return self, None
-        rows = range(len(tokens.lengths)) if tokens.rows is None else tokens.rows
-        new = self.table.resize(rows, (tokens.start + tokens.lengths) * (tokens.lengths > 0))
+        new = self.table.resize((tokens.start + tokens.lengths) * (tokens.lengths > 0))
         sequences = self
         if new is not None:
             sequences = self._replace(caches=tuple(_clear(pool, new) for pool in self.caches))
-        return sequences, jax.device_put(self.table.pages(rows))
+        return sequences, self.table.pages()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -113,18 +109,11 @@ def _empty(config: ModelConfig, experts: int, batch: int, length: int) -> tuple:
     )
 
 
-def of_rows(states: States, rows: Int[Array, " b"] | None) -> States:
-    """Of some sequences; their axis is the last one. None: of all."""
-    return states if rows is None else jax.tree.map(lambda x: x[..., rows], states)
+@functools.partial(jax.jit, donate_argnums=0)
+def _replace_state(states: Any, one: Any, row: Any) -> Any:
+    """The states with that of one sequence replaced; the axis of sequences is the last."""
+    return jax.tree.map(lambda old, new: old.at[..., row].set(new[..., 0]), states, one)
 
 
-def with_rows(states: States, own: States, rows: Int[Array, " b"] | None) -> States:
-    """The states with those of some sequences replaced."""
-    if rows is None:
-        return own
-    return jax.tree.map(lambda x, new: x.at[..., rows].set(new), states, own)
-
-
-_with_rows = jax.jit(with_rows, donate_argnums=0)
 _clear = jax.jit(clear, donate_argnums=0)
 _write_segments = jax.jit(write_segments, donate_argnums=0)

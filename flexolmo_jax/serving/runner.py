@@ -15,11 +15,10 @@ from collections.abc import Callable, Collection
 import jax
 import numpy as np
 
-from flexolmo_jax.inference.engine import SHARED_CHUNKS, Engine
+from flexolmo_jax.inference.engine import Engine
 from flexolmo_jax.inference.layerwise import Scores
 from flexolmo_jax.inference.lockstep import Leader, tell_to_end, tell_to_load
 from flexolmo_jax.inference.request import Request
-from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.model import FlexOlmo
 
 PREFIXES = 4  # read prompts that are kept, for requests that begin alike with the same experts
@@ -257,12 +256,5 @@ def new_engine(model: FlexOlmo, slots: int, length: int) -> Engine:
     Several processes that hold a model together make it together.
     """
     engine = model.engine(slots, length, PREFIXES)
-    engine.compute_fewer_rows()
-    mask = np.ones(len(model.expert_names), bool)
-    for sampling in (Sampling(), Sampling(1.0), Sampling(1.0, None, 0.5), Sampling(1.0, 50)):
-        engine.add(Request([0], min(2, length - 1), mask, sampling=sampling, scored=True))
-    for size in SHARED_CHUNKS:
-        engine.add(Request([0] * min(size, length - 1), 1, mask))
-    while engine.step():
-        pass
+    engine.compile()
     return engine

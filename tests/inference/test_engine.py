@@ -15,7 +15,7 @@ from flexolmo_jax.inference.engine import (
     SHARED_CHUNKS,
     Engine,
 )
-from flexolmo_jax.inference.layerwise import MAX_BEST, Network
+from flexolmo_jax.inference.layerwise import GATHER_SIZES, MAX_BEST, gathered_sizes
 from flexolmo_jax.inference.request import Request
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.experts import Ranks, router_weights
@@ -81,53 +81,45 @@ def with_evidence(model):
 
 
 @pytest.mark.parametrize("routing", ["router", "memory", "evidence"])
-def test_tokens_do_not_depend_on_how_many_rows_a_step_computes(model, routing):
-    """Whatever is known of a sequence stays with it."""
+def test_tokens_do_not_depend_on_how_many_use_an_expert(model, routing):
+    """Experts read only the tokens that use them."""
     if routing == "evidence":
         model = with_evidence(model)
     else:
         memory = None if routing == "router" else (0.5, 2.0)
         model = dataclasses.replace(model, config=model.config.replace(memory=memory))
-    alone = [run(model.engine(8, LENGTH), [one])[0] for one in requests_of(0, 12, 4)]
-    engine, rng = model.engine(8, LENGTH), np.random.default_rng(1)
-    engine.compute_fewer_rows()
-    computed = counted_rows(engine)
     requests = list(requests_of(0, 12, 4))
-    order = list(requests)
+    engine, rng, order = model.engine(8, LENGTH), np.random.default_rng(1), list(requests)
+    engine._network._gathers_few = {8: False}
+    alone = [run(model.engine(8, LENGTH), [one])[0] for one in requests_of(0, 12, 4)]
+    engine._network._gathers_few = {}
     while order or engine.step():
         if order and rng.random() < 0.4:
             engine.add(order.pop())
     assert [request.generated for request in requests] == alone
-    assert set(computed) == set(engine._sizes)  # 4 and 8 where the CPU's matmuls allow it
 
 
-def counted_rows(engine):
-    """What steps of an engine compute from now on: the number of sequences."""
-    rows, network = [], engine._network
+def test_experts_read_few_tokens_only_if_their_bits_are_the_same(model):
+    network = model._network(8)
+    programs = network._programs
+    assert network.gathers_few(8) is network.gathers_few(8)
 
-    def counting(tokens, *args):
-        if tokens.ids.shape[0] > 1:
-            rows.append(len(tokens.ids))
-        return network(tokens, *args)
+    def inexact(networks, added, x, weights, firsts, tokens=None):
+        made = programs.add[0](networks, added, x, weights, firsts, tokens)
+        return made if tokens is None else made * (1 + 1e-6)
 
-    for name in ("config", "num_experts", "empty", "place"):
-        setattr(counting, name, getattr(network, name))
-    engine._network = counting
-    return rows
+    network._programs = programs._replace(add=(inexact,) * len(programs.add))
+    network._gathers_few.clear()
+    assert network.gathers_few(8) is False and network.gathers_few(4) is True
+    network._programs = programs
+    network._gathers_few.clear()
 
 
-def test_fewer_rows_are_computed_only_if_their_bits_are_the_same(model, monkeypatch):
-    engine, call = model.engine(8, LENGTH), Network.__call__
-
-    def inexact(network, tokens, sequences):
-        reading = call(network, tokens, sequences)
-        if tokens.rows is None:
-            return reading
-        return reading._replace(logits=reading.logits * (1 + 1e-6))
-
-    monkeypatch.setattr(Network, "__call__", inexact)
-    engine.compute_fewer_rows()
-    assert engine._sizes == [8]
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 12, 16, 64, 100, 512])
+def test_few_sizes_of_gathered_tokens(count):
+    sizes = gathered_sizes(count)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == count and len(sizes) <= GATHER_SIZES
+    assert all(size >= 4 for size in sizes[:-1])
 
 
 def test_one_compiled_program_gives_the_same_as_layer_by_layer(model, alone):

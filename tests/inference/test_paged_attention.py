@@ -38,9 +38,9 @@ def in_pages(config, caches, order, ends, garbage):
         table.extend(slot, 1)
     for slot in order:
         table.extend(slot, ends[slot])
-    pages = table.pages(range(SLOTS))
+    pages = table.pages()
     for slot in order:
-        pool = WRITE(pool, (caches[slot],), pages.table[slot])
+        pool = WRITE(pool, (caches[slot],), pages, slot)
     return pool, pages
 
 
@@ -74,12 +74,12 @@ def test_new_tokens_are_in_cleared_pages_and_in_those_of_their_own_sequence():
     for position in range(PAGE + 3):
         ends = np.full(SLOTS, position + 1)
         ends[1] = 0  # not in use
-        new = table.resize(range(SLOTS), ends)
+        new = table.resize(ends)
         assert (new is not None) == (position % PAGE == 0)
         pool = pool if new is None else CLEAR(pool, new)
         kv = rng.standard_normal((2, SLOTS, 1, 2, config.head_size)).astype(np.float32)
         positions = np.full((SLOTS, 1), position, np.int32)
-        pages = table.pages(range(SLOTS))
+        pages = table.pages()
         pool = TOKENS(pool, *kv, positions, pages)
         written.append(kv)
     found = ATTEND(q, pool, positions, pages)
@@ -96,10 +96,10 @@ def test_a_slot_gets_the_first_free_pages_and_gives_them_back():
     assert table.extend(0, 2 * PAGE) == []
     table.free(0)
     assert table.extend(2, 3 * PAGE) == [0, 1, 4]
-    pages = table.pages([2, 1])
-    assert pages.table[:, :3].tolist() == [[0, 1, 4], [2, 3, 12]]
-    assert pages.rows[:5].tolist() == [0, 0, 1, 1, 0]
+    pages = table.pages()
+    assert pages.table[:, :3].tolist() == [[12, 12, 12], [2, 3, 12], [0, 1, 4]]
+    assert pages.rows[:5].tolist() == [2, 2, 1, 1, 2]
     assert pages.blocks[:5].tolist() == [0, 1, 0, 1, 2]
     assert pages.is_used.tolist() == [True, True, False, False]
-    assert table.resize([1, 2], [2 * PAGE, 0]) is None
+    assert table.resize(np.array([0, 2 * PAGE, 0])) is None
     assert sorted(table.extend(0, 4 * PAGE)) == [0, 1, 4, 5]

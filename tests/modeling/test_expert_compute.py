@@ -90,7 +90,8 @@ def gathered(experts, base, x, weights, active):
     for number in range(len(weights)):
         own = slice(number, number + 1)
         expert = jax.tree.map(lambda leaf, own=own: leaf[own], experts)
-        out = add_gathered(expert, out, x, weights[own], TOKENS)
+        tokens = jnp.argsort(weights[number].reshape(-1) <= 0)
+        out = add_gathered(expert, out, x, weights[own], tokens)
     return out
 
 
