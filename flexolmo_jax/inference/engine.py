@@ -131,11 +131,15 @@ class Engine:
         prompts = [Request([0] * min(x, self._length - 1), 1, allowed) for x in self._chunks]
         if isinstance(self._network, Network):
             with concurrent.futures.ThreadPoolExecutor(1) as other:  # XLA compiles on one core
-                few = other.submit(self._network.gathers_few, len(self._running))
+                few = [
+                    other.submit(self._network.gathers_few, count)
+                    for count in sorted({len(self._running), *self._chunks})
+                ]
                 for request in prompts:
                     reading = self._begin(request)
                     self._read_chunk(reading, self._next_chunk(reading))
-                few.result()
+                for gathers in few:
+                    gathers.result()
         for sampling in SAMPLINGS:
             count = min(2, self._length - 1)
             self.add(Request([0], count, allowed, sampling=sampling, scored=True))

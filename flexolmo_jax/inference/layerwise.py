@@ -120,8 +120,10 @@ class Network:
         routed = None if weights is None else np.asarray(weights)
         before: Any = self._layers[-1]  # of `added`, which is 0: nothing comes before the first
         caches, router_states, states = [], [], sequences.router_states
-        rows, last = np.arange(len(tokens.lengths)), tokens.last
-        shares = np.zeros((self.num_experts, len(rows)), np.float32)
+        batch, length = tokens.ids.shape
+        last = np.arange(batch, dtype=np.int32) * length + tokens.last  # of all tokens [T]
+        shares = np.zeros((self.num_experts, batch), np.float32)
+        gathers = self._gathers(batch, batch * length)
         for index, layer in enumerate(self._layers):
             router_state = (
                 None if sequences.router_states is None else sequences.router_states[index]
@@ -131,8 +133,8 @@ class Network:
                 pages,
             )  # fmt: skip
             used = np.asarray(own_weights) if routed is None else routed
-            added = self._add_experts(run.add, index, added, x, own_weights, used)
-            shares += used[:, rows, last] / len(self._layers)
+            added = self._add_experts(run.add, index, added, x, own_weights, used, gathers)
+            shares += used[:, last] / len(self._layers)
             before = layer
             caches.append(cache)
             router_states.append(router_state)
@@ -143,11 +145,9 @@ class Network:
         read = Sequences(tuple(caches), next_states, evidence, sequences.table)
         return Reading(logits, read, shares, scores)
 
-    def _add_experts(self, programs, index, added, x, weights, used):
-        is_used = used > 0  # [E, B, S]
-        num_tokens = is_used[0].size
-        is_decoding = 1 < len(is_used[0]) == num_tokens
-        gathers = num_tokens >= GATHER_MIN_TOKENS or (is_decoding and self.gathers_few(num_tokens))
+    def _add_experts(self, programs, index, added, x, weights, used, gathers):
+        is_used = used > 0  # [E, T]
+        num_tokens = len(x)
         calls: dict[Any, list[int]] = {}  # a program: networks of a single token
         for number in range(len(self._networks[index])):
             own = is_used[self._first[number] : self._first[number + 1]].any(axis=0)
@@ -158,7 +158,7 @@ class Network:
             if gathers:
                 size = next(x for x in gathered_sizes(num_tokens) if x >= count)
                 if size < num_tokens:
-                    tokens = np.argsort(~own, axis=None, kind="stable")[:size].astype(np.int32)
+                    tokens = np.argsort(~own, kind="stable")[:size].astype(np.int32)
             if num_tokens > 1:
                 # How many experts several tokens use depends on all of them: each is called alone.
                 networks, first = (self._networks[index][number],), (self._numbers[number],)
@@ -171,12 +171,20 @@ class Network:
             added = add(networks, added, x, weights, first)
         return added
 
-    def gathers_few(self, count: int) -> bool:
-        """Whether experts read only the tokens that use them, of `count` from as many sequences.
+    def _gathers(self, batch: int, count: int) -> bool:
+        """Whether experts read only the tokens that use them, of `count` tokens."""
+        if count >= GATHER_MIN_TOKENS:
+            return True
+        if batch > 1:
+            return self.gathers_few(count)
+        return self._gathers_few.get(count, False)  # a prompt compiles nothing for it
 
-        They do if that gives the same bits; else a token's would depend on how many others use its
-        experts. XLA's matmuls of few rows give the same, on the CPUs that we know; the first call
-        compiles them, and compares them with this model's weights.
+    def gathers_few(self, count: int) -> bool:
+        """Whether experts may read only the tokens that use them, of few tokens.
+
+        They may if that gives the same bits; else those of a sequence would depend on how many
+        others use its experts. XLA's matmuls of few rows give the same, on the CPUs that we know;
+        the first call compiles them, and compares them with this model's weights.
         """
         if count not in self._gathers_few:
             self._gathers_few[count] = self._same_bits_if_gathered(count)
@@ -185,8 +193,8 @@ class Network:
     def _same_bits_if_gathered(self, count: int) -> bool:
         rng = np.random.default_rng(0)
         width = self.config.width
-        x = jnp.asarray(rng.standard_normal((count, 1, width)), self.config.dtype)
-        weights = jnp.ones((self.num_experts, count, 1))
+        x = jnp.asarray(rng.standard_normal((count, width)), self.config.dtype)
+        weights = jnp.ones((self.num_experts, count))
 
         def added(number, tokens):
             one = ((self._networks[0][number],), jnp.zeros_like(x), x, weights)
@@ -209,23 +217,21 @@ def gathered_sizes(count: int) -> list[int]:
 
 def add_gathered(
     network: FeedForward | LowRankGroups,
-    added: Float[Array, "B S D"],
-    x: Float[Array, "B S D"],
-    weights: Float[Array, "E B S"],
+    added: Float[Array, "T D"],
+    x: Float[Array, "T D"],
+    weights: Float[Array, "E T"],
     tokens: Int[Array, " n"] | None,
-) -> Float[Array, "B S D"]:
+) -> Float[Array, "T D"]:
     """`network.add_dense`, computed for some tokens.
 
     Args:
-      network, added, x, weights: as in `FeedForward.add_dense`.
+      network, added, x, weights: as in `FeedForward.add_dense`, of one sequence.
       tokens: indices of different tokens, with all that use one of its experts; None: all tokens.
     """
     if tokens is None:
-        return network.add_dense(added, x, weights)
-    flat, weights = x.reshape(-1, x.shape[-1]), weights.reshape(len(weights), -1)
-    out = network.add_dense(None, flat[None, tokens], weights[:, None, tokens])[0]
-    flat = added.reshape(flat.shape).at[tokens].add(out, unique_indices=True)
-    return flat.reshape(added.shape)
+        return network.add_dense(added[None], x[None], weights[:, None])[0]
+    out = network.add_dense(None, x[None, tokens], weights[:, None, tokens])[0]
+    return added.at[tokens].add(out, unique_indices=True)
 
 
 class _Programs(NamedTuple):
@@ -242,7 +248,11 @@ class _Programs(NamedTuple):
 def _programs(
     config: ModelConfig, ends, layer_structure, structures, reordered_sums: bool = False
 ) -> _Programs:
-    """The programs; modules are flattened once, because JAX takes plain arrays much faster."""
+    """The programs; modules are flattened once, because JAX takes plain arrays much faster.
+
+    Between them, tokens of all sequences are one axis T, so that those that add experts serve
+    prompts and decoding.
+    """
     options = OPTIONS | (REORDERED_SUMS if reordered_sums else {})
     compiled = functools.partial(jax.jit, compiler_options=options)
 
@@ -250,21 +260,24 @@ def _programs(
     def embed(leaves, tokens: Tokens, state):
         backbone, experts, head = jax.tree.unflatten(ends, leaves)
         x = backbone.embed[...][tokens.ids].astype(config.dtype)
+        flat = x.reshape(-1, config.width)
         if config.evidence is None:
-            return x, jnp.zeros_like(x), None, None
+            return flat, jnp.zeros_like(flat), None, None
         segments = jnp.ones(tokens.ids.shape, jnp.int32)
         weights, state = evidence_weights(
             backbone, (experts,), tokens.ids, segments, some_allowed(tokens.allowed), config, state,
             head, tokens.last + 1,
         )  # fmt: skip
         assert weights is not None
-        return x, jnp.zeros_like(x), jnp.where(_is_text(tokens), weights, 0), state
+        weights = jnp.where(_is_text(tokens), weights, 0).reshape(len(weights), -1)
+        return flat, jnp.zeros_like(flat), weights, state
 
     @functools.partial(compiled, donate_argnums=(2, 3, 6, 7))
     def attend(before, leaves, x, added, tokens: Tokens, weights, cache, router_state, pages):
         previous, _ = jax.tree.unflatten(layer_structure, before)
         layer, router = jax.tree.unflatten(layer_structure, leaves)
         x = x + previous.experts_norm(added, config.norm_eps)
+        x = x.reshape(*tokens.ids.shape, -1)
         positions = tokens.start[:, None] + jnp.arange(x.shape[1])
         q, keys, values = layer.attention.project(x, positions, config)
         if pages is None:
@@ -281,7 +294,8 @@ def _programs(
                 router(x), some_allowed(tokens.allowed), config, router_state=router_state,
                 lengths=tokens.lengths,
             )  # fmt: skip
-            weights = jnp.where(_is_text(tokens), weights, 0)
+            weights = jnp.where(_is_text(tokens), weights, 0).reshape(len(weights), -1)
+        x = x.reshape(-1, config.width)
         return x, weights, cache, router_state, jnp.zeros_like(x)
 
     @functools.cache
@@ -306,13 +320,11 @@ def _programs(
 
     @compiled
     def logits(leaves, before, x, added, weights, last):
-        rows = jnp.arange(len(x))
-        return at(leaves, before, x[rows, last], added[rows, last], weights[:, rows, last])
+        return at(leaves, before, x[last], added[last], weights[:, last])
 
     @compiled
     def scores(leaves, before, x, added, weights, following):
-        flat = (x.reshape(-1, x.shape[-1]), added.reshape(-1, x.shape[-1]))
-        all_logits = at(leaves, before, *flat, weights.reshape(len(weights), -1))
+        all_logits = at(leaves, before, x, added, weights)
         return Scores.of(all_logits.reshape(*following.shape, -1), following)
 
     return _Programs(embed, attend, tuple(map(adding, structures)), logits, scores)

@@ -86,13 +86,13 @@ def dense(experts, base, x, weights, active):
 
 def gathered(experts, base, x, weights, active):
     del base, active
-    out = jnp.zeros_like(x)
+    out = jnp.zeros_like(x[0])
     for number in range(len(weights)):
         own = slice(number, number + 1)
         expert = jax.tree.map(lambda leaf, own=own: leaf[own], experts)
         tokens = jnp.argsort(weights[number].reshape(-1) <= 0)
-        out = add_gathered(expert, out, x, weights[own], tokens)
-    return out
+        out = add_gathered(expert, out, x[0], weights[own, 0], tokens)
+    return out[None]
 
 
 def grouped(experts, base, x, weights, active):
