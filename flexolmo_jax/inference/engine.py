@@ -31,7 +31,7 @@ PROMPT_TOKENS_BETWEEN = 512  # two tokens of a running request, at most
 MAX_BIASES = 300  # of a request, as OpenAI's interface allows
 # One of each kind that takes a program of its own.
 SAMPLINGS = (Sampling(), Sampling(1.0), Sampling(1.0, None, 0.5), Sampling(1.0, 50))
-MAX_SLOTS = 64  # above, a step is bound by arithmetic, and more slots only take memory
+MAX_SLOTS = 32  # with more, experts would read all tokens (`Network.gathers_few`)
 
 
 @dataclasses.dataclass

@@ -27,7 +27,7 @@ from flexolmo_jax.modeling.kernels.quantized import Quantized, dot
 from flexolmo_jax.modeling.low_rank import LowRankGroups
 from flexolmo_jax.modeling.transformer import Backbone, add_heads, evidence_weights
 
-GATHER_MIN_TOKENS = 64  # with fewer, gathering an expert's tokens costs more than it saves
+GATHER_MIN_TOKENS = 64  # of a prompt; with fewer, what would be compiled costs more than it saves
 MAX_BEST = 20  # how many of the likeliest tokens are scored, as OpenAI's interface allows
 GATHER_SIZES = 8  # gathered tokens are padded to one of this many sizes
 GATHER_MIN_ROWS = 4  # XLA's matmuls of 1 to 3 rows give other bits than those of more
@@ -173,18 +173,17 @@ class Network:
 
     def _gathers(self, batch: int, count: int) -> bool:
         """Whether experts read only the tokens that use them, of `count` tokens."""
-        if count >= GATHER_MIN_TOKENS:
-            return True
         if batch > 1:
             return self.gathers_few(count)
-        return self._gathers_few.get(count, False)  # a prompt compiles nothing for it
+        # A short prompt compiles nothing for it.
+        return count >= GATHER_MIN_TOKENS or self._gathers_few.get(count, False)
 
     def gathers_few(self, count: int) -> bool:
-        """Whether experts may read only the tokens that use them, of few tokens.
+        """Whether experts may read only the tokens that use them, of `count` in decoding.
 
         They may if that gives the same bits; else those of a sequence would depend on how many
-        others use its experts. XLA's matmuls of few rows give the same, on the CPUs that we know;
-        the first call compiles them, and compares them with this model's weights.
+        others use its experts. XLA's matmuls of 4 to 32 rows do, on the CPUs that we know; the
+        first call compiles them, and compares them with this model's weights.
         """
         if count not in self._gathers_few:
             self._gathers_few[count] = self._same_bits_if_gathered(count)

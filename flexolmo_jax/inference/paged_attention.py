@@ -14,10 +14,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.modeling.decode_state import KVCache, SegmentedCache, growing_sizes
+from flexolmo_jax.modeling.decode_state import KVCache, SegmentedCache
 
 PAGE = 64  # tokens
-Pool = tuple[KVCache, ...]  # of one layer, in groups of pages; each [P_i, K, PAGE, H]
+MAX_GROUPS = 16  # more are read more exactly, but compile longer
+# Of one layer, in groups of equally many pages; each [P / groups, K, PAGE, H]. A group is read if a
+# page of it is in use. Of groups of other sizes, XLA's matmuls would give other bits.
+Pool = tuple[KVCache, ...]
 
 
 class Pages(NamedTuple):
@@ -36,9 +39,11 @@ class Pages(NamedTuple):
     is_used: jax.Array
 
 
-def pool_groups(slots: int, length: int) -> tuple[int, ...]:
-    """The pages of each group of a pool for sequences of at most `length` tokens."""
-    return growing_sizes(slots * -(-length // PAGE), slots)
+def pool_groups(slots: int, length: int) -> tuple[int, int]:
+    """The groups of a pool for sequences of at most `length` tokens, and the pages of each."""
+    blocks = -(-length // PAGE)
+    size = -(-blocks // MAX_GROUPS)
+    return -(-blocks // size), slots * size
 
 
 class PageTable:
@@ -51,8 +56,8 @@ class PageTable:
 
     def __init__(self, slots: int, length: int):
         blocks = -(-length // PAGE)
-        self._ends = np.cumsum(pool_groups(slots, length))  # of the groups
-        self._total = int(self._ends[-1])
+        self._groups, self._size = pool_groups(slots, length)
+        self._total = self._groups * self._size
         self._free = list(range(self._total))  # a heap: in as few groups as possible
         self._table = np.full((slots, blocks), self._total, np.int32)
         self._counts = np.zeros(slots, np.int32)  # of pages
@@ -95,18 +100,19 @@ class PageTable:
     def pages(self) -> Pages:
         """For programs."""
         if self._pages is None:
-            is_used = np.zeros(len(self._ends), bool)
-            used = self._table[self._table < self._total]
-            is_used[np.searchsorted(self._ends, used, side="right")] = True
+            is_used = np.zeros(self._groups, bool)
+            is_used[self._table[self._table < self._total] // self._size] = True
             arrays = self._table.copy(), self._slots.copy(), self._blocks.copy(), is_used
             self._pages = Pages(*map(jax.device_put, arrays))
         return self._pages
 
 
-def empty_pool(config: ModelConfig, groups: tuple[int, ...]) -> Pool:
-    """The pages of one layer."""
-    shapes = [(pages, config.kv_heads, PAGE, config.head_size) for pages in groups]
-    return tuple(KVCache(*(jnp.zeros(s, jnp.dtype(config.dtype)) for _ in "kv")) for s in shapes)
+def empty_pool(config: ModelConfig, slots: int, length: int) -> Pool:
+    """The pages of one layer, for sequences of at most `length` tokens."""
+    groups, pages = pool_groups(slots, length)
+    shape = (pages, config.kv_heads, PAGE, config.head_size)
+    dtype = jnp.dtype(config.dtype)
+    return tuple(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(groups))
 
 
 def _put(pool: Pool, pages: Int[Array, " n"], at: tuple, keys: Any, values: Any) -> Pool:

@@ -15,7 +15,6 @@ from flexolmo_jax.inference.paged_attention import (
     Pool,
     clear,
     empty_pool,
-    pool_groups,
     write_segments,
 )
 from flexolmo_jax.modeling.decode_state import (
@@ -97,10 +96,12 @@ class Sequences(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _empty(config: ModelConfig, experts: int, batch: int, length: int) -> tuple:
-    layers, groups = range(config.num_layers), pool_groups(batch, length)
+    layers = range(config.num_layers)
 
     def cache():
-        return empty_segments(config, length) if batch == 1 else empty_pool(config, groups)
+        if batch == 1:
+            return empty_segments(config, length)
+        return empty_pool(config, batch, length)
 
     return (
         tuple(cache() for _ in layers),

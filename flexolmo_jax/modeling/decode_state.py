@@ -71,21 +71,16 @@ SEGMENT = 128  # slots of the shortest segments
 SegmentedCache = tuple[KVCache, ...]  # of one layer; each [B, K, S_i, H], one after the other
 
 
-def growing_sizes(total: int, first: int) -> tuple[int, ...]:
-    """Sizes that sum up to `total` at least: four of the first, then two of each doubled one."""
-    sizes = [first]
-    while sum(sizes) < total:
-        sizes.append(first << max(0, (sum(sizes) // first).bit_length() - 2))
-    return tuple(sizes)
-
-
 def segment_lengths(length: int) -> tuple[int, ...]:
-    """Segments of a cache with at least `length` slots.
+    """Segments of a cache with at least `length` slots: four of 128, then two of each power of two.
 
     Attention reads whole segments, and each that any sequence has reached. Lengths that grow keep
     down both the slots that are read in vain and the number of shapes to compile for.
     """
-    return growing_sizes(length, SEGMENT)
+    segments = [SEGMENT]
+    while sum(segments) < length:
+        segments.append(max(SEGMENT, 1 << (sum(segments).bit_length() - 2)))
+    return tuple(segments)
 
 
 def empty_segments(config: ModelConfig, length: int) -> SegmentedCache:

@@ -7,12 +7,12 @@ import pytest
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.inference import paged_attention
-from flexolmo_jax.inference.paged_attention import PAGE, PageTable, pool_groups
+from flexolmo_jax.inference.paged_attention import MAX_GROUPS, PAGE, PageTable, pool_groups
 from flexolmo_jax.modeling.attention import attend_to_segments
 from flexolmo_jax.modeling.decode_state import KVCache
 
-SLOTS, LENGTH = 5, 4 * PAGE
-ENDS = (1, PAGE, PAGE + 1, 150, LENGTH)  # tokens of each sequence
+SLOTS, LENGTH = 5, 12 * PAGE
+ENDS = (1, PAGE, 9 * PAGE + 1, 650, LENGTH)  # tokens of each sequence
 WRITE, CLEAR, TOKENS, ATTEND = map(
     jax.jit,
     (
@@ -32,7 +32,7 @@ def config_of(heads, kv_heads):
 def in_pages(config, caches, order, ends, garbage):
     """Caches [1, K, LENGTH, H] in a pool full of `garbage`, placed in an order of their slots."""
     table = PageTable(SLOTS, LENGTH)
-    empty = paged_attention.empty_pool(config, pool_groups(SLOTS, LENGTH))
+    empty = paged_attention.empty_pool(config, SLOTS, LENGTH)
     pool = jax.tree.map(lambda x: jnp.full_like(x, garbage), empty)
     for slot in order:  # the first blocks, and then the others
         table.extend(slot, 1)
@@ -67,7 +67,7 @@ def test_attention_is_that_to_one_cache_bit_for_bit_the_same_in_other_pages(head
 
 def test_new_tokens_are_in_cleared_pages_and_in_those_of_their_own_sequence():
     config, rng = config_of(2, 2), np.random.default_rng(0)
-    empty = paged_attention.empty_pool(config, pool_groups(SLOTS, LENGTH))
+    empty = paged_attention.empty_pool(config, SLOTS, LENGTH)
     pool = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), empty)
     table, written = PageTable(SLOTS, LENGTH), []
     q = jnp.asarray(rng.standard_normal((SLOTS, 1, 2, config.head_size)), jnp.float32)
@@ -103,3 +103,10 @@ def test_a_slot_gets_the_first_free_pages_and_gives_them_back():
     assert pages.is_used.tolist() == [True, True, False, False]
     assert table.resize(np.array([0, 2 * PAGE, 0])) is None
     assert sorted(table.extend(0, 4 * PAGE)) == [0, 1, 4, 5]
+
+
+@pytest.mark.parametrize("length", [1, PAGE, 128, 768, 1024, 2048, 4096, 100_000])
+def test_few_groups_of_pages_for_any_length(length):
+    groups, pages = pool_groups(3, length)
+    assert groups <= MAX_GROUPS and 3 * length <= groups * pages * PAGE
+    assert (groups - 1) * pages * PAGE < 3 * (length + PAGE)
