@@ -65,7 +65,7 @@ def main() -> None:
                 cases[case] = {
                     "date": str(datetime.date.today()),
                     "commit": commit(),
-                    "command": f"python -m benchmarks {shlex.join(sys.argv[1:])}",
+                    "command": command(sys.argv[1:]),
                     "sides": measured,
                 }
                 results[name] = {case: cases[case] for case in CASES if case in cases}
@@ -78,6 +78,14 @@ def main() -> None:
         print(out.with_suffix(".md").read_text())
     if failed:
         sys.exit("not measured: " + "; ".join(failed))
+
+
+def command(words: list[str]) -> str:
+    """The command of these arguments, but for where its results were written."""
+    out = argparse.ArgumentParser(add_help=False)
+    out.add_argument("--out")
+    _, others = out.parse_known_args(words)
+    return shlex.join(["python", "-m", "benchmarks", *others])
 
 
 def _earlier(file: Path, about: dict[str, str]) -> dict:

@@ -19,7 +19,7 @@ import numpy as np
 
 from flexolmo_jax.inference.compiled import CompiledNetwork
 from flexolmo_jax.inference.continuations import Continuations, Options
-from flexolmo_jax.inference.layerwise import Network, Scores
+from flexolmo_jax.inference.layerwise import GATHER_MIN_TOKENS, Network, Scores
 from flexolmo_jax.inference.prefixes import Prefix, Prefixes
 from flexolmo_jax.inference.request import Request
 from flexolmo_jax.inference.sampling import Sampling, num_candidates, sample
@@ -126,20 +126,20 @@ class Engine:
             request.ended = reason
 
     def compile(self) -> None:
-        """Compiles what requests may need, for seconds, so that none of them waits for it."""
+        """Compiles what requests may need, for seconds, so that none of them waits for it.
+
+        All but this: programs for how many tokens of a longer prompt use an expert.
+        """
         allowed = np.ones(self._network.num_experts, bool)
         prompts = [Request([0] * min(x, self._length - 1), 1, allowed) for x in self._chunks]
         if isinstance(self._network, Network):
             with concurrent.futures.ThreadPoolExecutor(1) as other:  # XLA compiles on one core
-                few = [
-                    other.submit(self._network.gathers_few, count)
-                    for count in sorted({len(self._running), *self._chunks})
-                ]
+                short = {chunk for chunk in self._chunks if chunk < GATHER_MIN_TOKENS}
+                few = other.map(self._network.gathers_few, {len(self._running), *short} - {1})
                 for request in prompts:
                     reading = self._begin(request)
                     self._read_chunk(reading, self._next_chunk(reading))
-                for gathers in few:
-                    gathers.result()
+                list(few)  # waits, and raises
         for sampling in SAMPLINGS:
             count = min(2, self._length - 1)
             self.add(Request([0], count, allowed, sampling=sampling, scored=True))

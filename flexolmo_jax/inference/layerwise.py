@@ -9,6 +9,7 @@ exactly 0; so what is computed for a sequence depends on no other sequence of th
 """
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -123,7 +124,7 @@ class Network:
         batch, length = tokens.ids.shape
         last = np.arange(batch, dtype=np.int32) * length + tokens.last  # of all tokens [T]
         shares = np.zeros((self.num_experts, batch), np.float32)
-        gathers = self._gathers(batch, batch * length)
+        sizes = self._sizes(batch, batch * length)
         for index, layer in enumerate(self._layers):
             router_state = (
                 None if sequences.router_states is None else sequences.router_states[index]
@@ -133,7 +134,7 @@ class Network:
                 pages,
             )  # fmt: skip
             used = np.asarray(own_weights) if routed is None else routed
-            added = self._add_experts(run.add, index, added, x, own_weights, used, gathers)
+            added = self._add_experts(run.add, index, added, x, own_weights, used, sizes)
             shares += used[:, last] / len(self._layers)
             before = layer
             caches.append(cache)
@@ -145,38 +146,42 @@ class Network:
         read = Sequences(tuple(caches), next_states, evidence, sequences.table)
         return Reading(logits, read, shares, scores)
 
-    def _add_experts(self, programs, index, added, x, weights, used, gathers):
-        is_used = used > 0  # [E, T]
-        num_tokens = len(x)
-        calls: dict[Any, list[int]] = {}  # a program: networks of a single token
-        for number in range(len(self._networks[index])):
+    def _add_experts(self, programs, index, added, x, weights, used, sizes):
+        for numbers, tokens in self._calls(programs, used > 0, sizes):
+            networks = tuple(self._networks[index][number] for number in numbers)
+            first = tuple(self._numbers[number] for number in numbers)
+            added = programs[numbers[0]](networks, added, x, weights, first, tokens)
+        return added
+
+    def _calls(
+        self, programs: Sequence[Any], is_used: Bool[np.ndarray, "E T"], sizes: Sequence[int]
+    ) -> Iterator[tuple[Sequence[int], np.ndarray | None]]:
+        """Networks that tokens use, and which tokens they read; None: all."""
+        num_tokens = is_used.shape[1]
+        of_one_token: dict[Any, list[int]] = {}  # by their program
+        for number in range(len(programs)):
             own = is_used[self._first[number] : self._first[number + 1]].any(axis=0)
             count = own.sum()
             if not count:
                 continue
-            tokens = None
-            if gathers:
-                size = next(x for x in gathered_sizes(num_tokens) if x >= count)
-                if size < num_tokens:
-                    tokens = np.argsort(~own, kind="stable")[:size].astype(np.int32)
-            if num_tokens > 1:
-                # How many experts several tokens use depends on all of them: each is called alone.
-                networks, first = (self._networks[index][number],), (self._numbers[number],)
-                added = programs[number](networks, added, x, weights, first, tokens)
-            else:
-                calls.setdefault(programs[number], []).append(number)
-        for add, numbers in calls.items():
-            networks = tuple(self._networks[index][number] for number in numbers)
-            first = tuple(self._numbers[number] for number in numbers)
-            added = add(networks, added, x, weights, first)
-        return added
+            if num_tokens == 1:
+                of_one_token.setdefault(programs[number], []).append(number)
+                continue
+            # How many experts several tokens use depends on all of them: each is called alone.
+            size = next(size for size in sizes if size >= count)
+            is_part = size < num_tokens
+            order = np.argsort(~own, kind="stable")[:size].astype(np.int32) if is_part else None
+            yield [number], order
+        for numbers in of_one_token.values():
+            yield numbers, None
 
-    def _gathers(self, batch: int, count: int) -> bool:
-        """Whether experts read only the tokens that use them, of `count` tokens."""
+    def _sizes(self, batch: int, count: int) -> list[int]:
+        """How many of `count` tokens an expert may read; several if it reads those that use it."""
         if batch > 1:
-            return self.gathers_few(count)
-        # A short prompt compiles nothing for it.
-        return count >= GATHER_MIN_TOKENS or self._gathers_few.get(count, False)
+            gathers = self.gathers_few(count)
+        else:  # a short prompt compiles nothing for it
+            gathers = count >= GATHER_MIN_TOKENS or self._gathers_few.get(count, False)
+        return gathered_sizes(count) if gathers else [count]
 
     def gathers_few(self, count: int) -> bool:
         """Whether experts may read only the tokens that use them, of `count` in decoding.

@@ -14,6 +14,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.modeling.attention import (
+    LEAST,
+    SoftmaxSums,
+    attend_to_part,
+    by_token,
+    queries_by_kv_head,
+)
 from flexolmo_jax.modeling.decode_state import KVCache, SegmentedCache
 
 PAGE = 64  # tokens
@@ -117,17 +124,15 @@ def empty_pool(config: ModelConfig, slots: int, length: int) -> Pool:
 
 def _put(pool: Pool, pages: Int[Array, " n"], at: tuple, keys: Any, values: Any) -> Pool:
     """The pool with keys and values at an index of some pages; those outside are left out."""
-    written, first = [], 0
-    for group in pool:
-        count = len(group.keys)
-        own = pages - first
+    written, count = [], len(pool[0].keys)
+    for number, group in enumerate(pool):
+        own = pages - number * count
         own = jnp.where(own < 0, count, own)  # out of bounds: not written
         put = (
             old.at[(own, *at)].set(jnp.asarray(new, old.dtype), mode="drop")
             for old, new in zip(group, (keys, values), strict=True)
         )
         written.append(KVCache(*put))
-        first += count
     return tuple(written)
 
 
@@ -168,50 +173,33 @@ def attend_to_pages(
     A token attends to those up to its own position. The sums over each page are added in the order
     of the sequence, whichever pages it has, so that its result depends on no other sequence.
     """
-    batch, length, heads, width = q.shape
-    groups = pool[0].keys.shape[1]
-    q = (q * width**-0.5).reshape(batch, length, groups, -1, width)
-    q = jnp.moveaxis(q, 1, 3).reshape(batch, groups, -1, width)  # [B, K, N / K * S, H]
-    rows = jnp.tile(positions, (1, heads // groups))  # [B, N / K * S]
-    shape = (len(pages.rows), *q.shape[1:3])
-    sums = (jnp.zeros((*shape, 1)), jnp.ones((*shape, 1)), jnp.zeros((*shape, width)))
+    own, rows = queries_by_kv_head(q, positions, pool[0].keys.shape[1])
+    shape = (len(pages.rows), *own.shape[1:3])
+    sums = SoftmaxSums(
+        jnp.zeros((*shape, 1)), jnp.ones((*shape, 1)), jnp.zeros((*shape, q.shape[-1]))
+    )  # of each page
 
     def read(sums, keys, values, first):
-        own = slice(first, first + len(keys))
-        whose, blocks = pages.rows[own], pages.blocks[own]
-        scores = jnp.einsum(
-            "PKQH,PKSH->PKQS", q[whose], keys.astype(q.dtype), preferred_element_type=jnp.float32
-        )
+        group = slice(first, first + len(keys))
+        whose, blocks = pages.rows[group], pages.blocks[group]
         left = rows[whose] - blocks[:, None] * PAGE
-        is_visible = jnp.arange(PAGE) <= left[..., None]
-        scores = jnp.where(is_visible[:, None], scores, -jnp.inf)
-        biggest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), -1e30)
-        weights = jnp.exp(scores - biggest)
-        out = jnp.einsum(
-            "PKQS,PKSH->PKQH", weights.astype(q.dtype), values.astype(q.dtype),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        new = (biggest, jnp.sum(weights, axis=-1, keepdims=True), out)
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(old, part, first, 0)
-            for old, part in zip(sums, new, strict=True)
+        is_visible = (jnp.arange(PAGE) <= left[..., None])[:, None]
+        part = attend_to_part(own[whose], KVCache(keys, values), is_visible, LEAST)
+        return jax.tree.map(
+            lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, first, 0), sums, part
         )
 
-    first = 0
-    for group, (keys, values) in enumerate(pool):
+    for number, (keys, values) in enumerate(pool):
         sums = jax.lax.cond(
-            pages.is_used[group], functools.partial(read, first=first), lambda sums, *_: sums,
-            sums, keys, values,
+            pages.is_used[number], functools.partial(read, first=number * len(keys)),
+            lambda sums, *_: sums, sums, keys, values,
         )  # fmt: skip
-        first += len(keys)
     farthest = jnp.max(positions, axis=1, keepdims=True)
     is_reached = (jnp.arange(pages.table.shape[1]) * PAGE <= farthest)[..., None, None, None]
 
     def of_blocks(parts, otherwise):
         return jnp.where(is_reached, parts.at[pages.table].get(mode="clip"), otherwise)
 
-    biggest, totals, out = map(of_blocks, sums, (-1e30, 0, 0))  # [B, blocks, K, N / K * S, ...]
+    biggest, totals, out = map(of_blocks, sums, (LEAST, 0, 0))  # [B, blocks, K, Q, ...]
     shrink = jnp.exp(biggest - jnp.max(biggest, axis=1, keepdims=True))
-    out = jnp.sum(out * shrink, axis=1) / jnp.sum(totals * shrink, axis=1)
-    out = out.astype(q.dtype).reshape(batch, groups, -1, length, width)
-    return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width)
+    return by_token(jnp.sum(out * shrink, axis=1) / jnp.sum(totals * shrink, axis=1), q)

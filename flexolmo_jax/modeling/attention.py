@@ -1,6 +1,7 @@
 """OLMo 2 attention: QK-norm over the whole projected width, rotary positions, grouped queries."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from flexolmo_jax.modeling.kernels.flash_attention import self_attention
 from flexolmo_jax.modeling.kernels.quantized import dot
 from flexolmo_jax.modeling.layers import RMSNorm, Shared, normal, rotate
 from flexolmo_jax.parallel import collectives
+
+LEAST = -1e30  # below each score, and finite: what sees nothing is 0, and not NaN
 
 
 class Attention(nnx.Module):
@@ -118,31 +121,19 @@ def attend_to_segments(
     read; one that another sequence reaches adds exactly 0, so that the result of a sequence depends
     on no other.
     """
-    batch, length, heads, width = q.shape
-    groups = cache[0].keys.shape[1]
-    q = (q * width**-0.5).reshape(batch, length, groups, -1, width)
-    q = jnp.moveaxis(q, 1, 3).reshape(batch, groups, -1, width)  # [B, K, N / K * S, H]
-    rows = jnp.tile(positions, (1, heads // groups))[:, None, :, None]  # [B, 1, N / K * S, 1]
+    own, rows = queries_by_kv_head(q, positions, cache[0].keys.shape[1])
     farthest = jnp.max(positions)
 
     def add(sums, keys, values, first):
         biggest, total, out = sums
-        scores = jnp.einsum(
-            "BKQH,BKSH->BKQS", q, keys.astype(q.dtype), preferred_element_type=jnp.float32
-        )
         slots = first + jnp.arange(keys.shape[2])
-        scores = jnp.where(slots <= rows, scores, -jnp.inf)
-        bigger = jnp.maximum(biggest, jnp.max(scores, axis=-1, keepdims=True))
-        shrink, weights = jnp.exp(biggest - bigger), jnp.exp(scores - bigger)
-        more = jnp.einsum(
-            "BKQS,BKSH->BKQH", weights.astype(q.dtype), values.astype(q.dtype),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        total = total * shrink + jnp.sum(weights, axis=-1, keepdims=True)
-        return bigger, total, out * shrink + more
+        is_visible = slots <= rows[:, None, :, None]
+        part = attend_to_part(own, KVCache(keys, values), is_visible, biggest)
+        shrink = jnp.exp(biggest - part.biggest)
+        return SoftmaxSums(part.biggest, total * shrink + part.total, out * shrink + part.out)
 
-    shape, first = q.shape[:-1], 0
-    sums = (jnp.full((*shape, 1), -1e30), jnp.zeros((*shape, 1)), jnp.zeros(q.shape))
+    shape, first = own.shape[:-1], 0
+    sums = SoftmaxSums(jnp.full((*shape, 1), LEAST), jnp.zeros((*shape, 1)), jnp.zeros(own.shape))
     for keys, values in cache:
         if first == 0:  # every token reaches its own slot or an earlier one
             sums = add(sums, keys, values, 0)
@@ -152,8 +143,55 @@ def attend_to_segments(
                 sums, keys, values,
             )  # fmt: skip
         first += keys.shape[2]
-    _, total, out = sums
-    out = (out / total).astype(q.dtype).reshape(batch, groups, -1, length, width)
+    return by_token(sums.out / sums.total, q)
+
+
+class SoftmaxSums(NamedTuple):
+    """Attention to a part of the keys, which can be added to that to others; float32.
+
+    Attributes:
+      biggest: the largest score, or a larger number.
+      total: the sum of the scores' exponentials, over that of `biggest`.
+      out: the sum of the values, with these as weights.
+    """
+
+    biggest: Float[Array, "B K Q 1"]
+    total: Float[Array, "B K Q 1"]
+    out: Float[Array, "B K Q H"]
+
+
+def attend_to_part(
+    q: Float[Array, "B K Q H"],
+    part: KVCache,
+    is_visible: Bool[Array, "#B 1 Q S"],
+    least: Float[Array, "B K Q 1"] | float,
+) -> SoftmaxSums:
+    """Attention of queries of `queries_by_kv_head` to keys and values; `least` bounds `biggest`."""
+    keys, values = (x.astype(q.dtype) for x in part)
+    scores = jnp.einsum("BKQH,BKSH->BKQS", q, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(is_visible, scores, -jnp.inf)
+    biggest = jnp.maximum(least, jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - biggest)
+    out = jnp.einsum(
+        "BKQS,BKSH->BKQH", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
+    )
+    return SoftmaxSums(biggest, jnp.sum(weights, axis=-1, keepdims=True), out)
+
+
+def queries_by_kv_head(
+    q: Float[Array, "B S N H"], positions: Int[Array, "B S"], kv_heads: int
+) -> tuple[Float[Array, "B K Q H"], Int[Array, "B Q"]]:
+    """Scaled queries, Q = N / K * S for each of K key heads, and the positions of their tokens."""
+    batch, length, heads, width = q.shape
+    q = (q * width**-0.5).reshape(batch, length, kv_heads, -1, width)
+    q = jnp.moveaxis(q, 1, 3).reshape(batch, kv_heads, -1, width)
+    return q, jnp.tile(positions, (1, heads // kv_heads))
+
+
+def by_token(out: Float[Array, "B K Q H"], like: Float[Array, "B S N H"]) -> Array:
+    """What `queries_by_kv_head` made of `like`, in its shape and dtype again."""
+    batch, length, heads, width = like.shape
+    out = out.astype(like.dtype).reshape(batch, out.shape[1], -1, length, width)
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width)
 
 

@@ -149,10 +149,12 @@ def test_logits_are_those_of_a_request_that_is_alone_bit_for_bit(model, slots):
 
     def last_logits(together):
         engine = model.engine(slots, LENGTH)
-        own = dataclasses.replace(request, max_new_tokens=8, sampling=Sampling(), stop=())
-        for one in [own, *together]:
-            engine.add(dataclasses.replace(one, max_new_tokens=8, stop=()))
-        own = engine._waiting[0]
+        own, *others = (
+            dataclasses.replace(one, max_new_tokens=8, stop=()) for one in [request, *together]
+        )
+        own.sampling = Sampling()
+        for one in [own, *others]:
+            engine.add(one)
         while len(own.generated) < 6:
             engine.step()
         return np.asarray(engine._logits[engine._running.index(own)])
