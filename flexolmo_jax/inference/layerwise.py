@@ -159,18 +159,17 @@ class Network:
         """Networks that tokens use, and which tokens they read; None: all."""
         num_tokens = is_used.shape[1]
         of_one_token: dict[Any, list[int]] = {}  # by their program
-        for number in range(len(programs)):
-            own = is_used[self._first[number] : self._first[number + 1]].any(axis=0)
-            count = own.sum()
-            if not count:
-                continue
+        by_network = np.logical_or.reduceat(is_used, self._first[:-1])
+        counts = by_network.sum(axis=1)
+        for number in np.flatnonzero(counts).tolist():
             if num_tokens == 1:
                 of_one_token.setdefault(programs[number], []).append(number)
                 continue
             # How many experts several tokens use depends on all of them: each is called alone.
-            size = next(size for size in sizes if size >= count)
-            is_part = size < num_tokens
-            order = np.argsort(~own, kind="stable")[:size].astype(np.int32) if is_part else None
+            size = next(size for size in sizes if size >= counts[number])
+            order = None
+            if size < num_tokens:
+                order = np.argsort(~by_network[number], kind="stable")[:size].astype(np.int32)
             yield [number], order
         for numbers in of_one_token.values():
             yield numbers, None
@@ -285,7 +284,9 @@ def _programs(
         positions = tokens.start[:, None] + jnp.arange(x.shape[1])
         q, keys, values = layer.attention.project(x, positions, config)
         if pages is None:
-            cache = write_to_segments(cache, keys, values, positions)
+            # Without the barrier XLA writes once for the attention and once for the next token, and
+            # copies the whole cache for it.
+            cache = jax.lax.optimization_barrier(write_to_segments(cache, keys, values, positions))
             last = tokens.start + tokens.last
             reached = jnp.minimum(positions, last[:, None])  # padding reaches no segment of its own
             out = attend_to_segments(q, cache, reached)

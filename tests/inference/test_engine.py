@@ -1,6 +1,8 @@
 """Many requests at a time: what each gets is what it gets alone, whoever else is there."""
 
+import copy
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from flexolmo_jax.inference.engine import (
 from flexolmo_jax.inference.layerwise import GATHER_SIZES, MAX_BEST, gathered_sizes
 from flexolmo_jax.inference.request import Request
 from flexolmo_jax.inference.sampling import Sampling
+from flexolmo_jax.modeling.decode_state import SEGMENT
 from flexolmo_jax.modeling.experts import FeedForward, Ranks, router_weights, with_parts
 from flexolmo_jax.modeling.transformer import forward
 
@@ -160,6 +163,21 @@ def test_logits_are_those_of_a_request_that_is_alone_bit_for_bit(model, slots):
         return np.asarray(engine._logits[engine._running.index(own)])
 
     np.testing.assert_array_equal(last_logits([]), last_logits(others))
+
+
+def test_a_token_is_written_to_the_cache_in_place(model):
+    network, compiled = model._network(1), []
+
+    def attend(*args):
+        compiled.append(network._programs.attend.lower(*args).compile().as_text())
+        return network._programs.attend(*args)
+
+    spied = copy.copy(network)
+    spied._programs = network._programs._replace(attend=attend)
+    run(Engine(spied, 1, 500), [Request([5, 6, 7], 2, np.ones(4, bool))])
+    config, program = model.config, compiled[-1]
+    segment = rf"f32\[1,{config.kv_heads},{SEGMENT},{config.head_size}\]"
+    assert re.search(segment, program) and not re.search(rf"= {segment}\S* copy\(", program)
 
 
 def test_a_slot_keeps_nothing_of_a_request_before(model):
