@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.inference.continuations import checked_tokens
-from flexolmo_jax.inference.sampling import Sampling, candidates
+from flexolmo_jax.inference.sampling import Sampling, candidates, likeliest
 from flexolmo_jax.modeling.experts import Experts
 from flexolmo_jax.modeling.transformer import Backbone, forward, output_logits
 from flexolmo_jax.parallel import placement
@@ -112,7 +112,7 @@ def log_likelihoods(
             logits = output_logits(backbone, (experts,), hidden, weights, config)
             is_target = targets >= 0
             log_probabilities = _log_probabilities(logits, targets, sampling)
-            is_greedy = jnp.argmax(logits, axis=-1, keepdims=True) == targets
+            is_greedy = likeliest(logits)[..., None] == targets
             return jnp.where(is_target, log_probabilities, 0.0), is_greedy | ~is_target
 
         scores = jax.lax.map(score, (split(hidden), split(weights), split(targets)))

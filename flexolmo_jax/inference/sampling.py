@@ -59,7 +59,7 @@ def likeliest(logits: Float[Array, "*T V"]) -> Int[Array, "*T"]:
     """The likeliest token, the first one of several.
 
     `jnp.argmax` in two steps: XLA for CPU computes it number by number, and each of these in
-    vectors, 5 to 10 times as fast.
+    vectors, which takes a fraction of the time.
     """
     last = logits.shape[-1] - 1
     is_best = logits == jnp.max(logits, axis=-1, keepdims=True)
