@@ -15,8 +15,7 @@ import jax
 import numpy as np
 
 from benchmarks.machine import machine, versions
-from flexolmo_jax.inference.engine import _draw, _greedy, _kind
-from flexolmo_jax.inference.sampling import Sampling
+from flexolmo_jax.inference.sampling import Sampling, num_candidates, sample
 
 VOCABULARIES = (8192, 100352)
 BATCHES = (1, 16)
@@ -30,16 +29,23 @@ ROUNDS, CALLS = 5, 20  # the sides are interleaved
 
 
 def ours(logits: np.ndarray, sampling: Sampling) -> Callable[[], np.ndarray]:
-    placed = jax.device_put(logits)
-    if not sampling.temperature:
-        return lambda: np.asarray(_greedy(placed))
     batch, vocabulary = logits.shape
-    size, is_top_k, is_top_p = _kind(sampling.top_k, sampling.top_p, vocabulary)
-    numbers = np.arange(3 * batch, dtype=np.uint32).reshape(3, batch)
-    temperature = np.full((batch, 1), sampling.temperature, np.float32)
-    top_k = np.full((batch, 1), sampling.top_k, np.int32) if is_top_k else None
-    top_p = np.full((batch, 1), sampling.top_p, np.float32) if is_top_p else None
-    return lambda: np.asarray(_draw(placed, numbers, temperature, top_k, top_p, size=size))
+    size = num_candidates(sampling.top_k, vocabulary)
+
+    @jax.jit
+    def choose(logits, seeds, *given):
+        return sample(logits, jax.vmap(jax.random.key)(seeds), Sampling(*given), size)
+
+    placed, seeds = jax.device_put(logits), np.arange(batch, dtype=np.uint32)
+    if not sampling.temperature:
+        greedy = jax.jit(lambda logits: sample(logits, seeds, sampling))
+        return lambda: np.asarray(greedy(placed))
+    dtypes = (np.float32, np.int32, np.float32)
+    given = [
+        None if value is None else np.full((batch, 1), value, dtype)
+        for value, dtype in zip(sampling, dtypes, strict=True)
+    ]
+    return lambda: np.asarray(choose(placed, seeds, *given))
 
 
 def transformers(logits: np.ndarray, sampling: Sampling) -> Callable[[], np.ndarray]:
