@@ -43,8 +43,8 @@ memory needs to deliver it; for several, each activation becomes three integers,
 matmuls run instead of one. Products in 4 bits with scales of groups, which decoding does not offer,
 are not reliably faster (`python -m benchmarks.four_bits`, two runs: 34 and 61 us beside 46 and 43
 in 8 bits for 512 x 1408, 101 and 130 beside 91 and 84 for 1024 x 2816; 2 cores, 2026-11-30).
-Choosing a token with temperature and top_p takes 0.13 ms for one sequence and 8,192 tokens, and 21
-ms for 16 sequences and the 100,352 tokens of OLMo 2, where transformers takes 0.62 and 82; greedy
+Choosing a token with temperature and top_p takes 0.2 ms for one sequence and 8,192 tokens, and 12
+ms for 16 sequences and the 100,352 tokens of OLMo 2, where transformers takes 0.6 and 82; greedy
 0.02 and 0.6 beside 0.01 and 0.5 (`python -m benchmarks.sampling`, 2 cores, 2026-11-30).
 Batches of floats: XLA's matmul of a few rows reads weights more slowly than its product with one.
 Both also count reading the prompt. Requests: `decode_16` reads prompts of 64 tokens only, and at
