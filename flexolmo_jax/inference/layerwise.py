@@ -284,9 +284,7 @@ def _programs(
         positions = tokens.start[:, None] + jnp.arange(x.shape[1])
         q, keys, values = layer.attention.project(x, positions, config)
         if pages is None:
-            # Without the barrier XLA writes once for the attention and once for the next call, and
-            # copies the whole first segment for it.
-            cache = jax.lax.optimization_barrier(write_to_segments(cache, keys, values, positions))
+            cache = write_to_segments(cache, keys, values, positions)
             last = tokens.start + tokens.last
             reached = jnp.minimum(positions, last[:, None])  # padding reaches no segment of its own
             out = attend_to_segments(q, cache, reached)

@@ -95,20 +95,28 @@ def write_to_segments(
     values: Float[Array, "B S K H"],
     positions: Int[Array, "B S"],
 ) -> SegmentedCache:
-    """The cache with each token's keys and values in the slot of its position."""
+    """The cache with each token's keys and values in the slot of its position.
+
+    Only segments with such a slot are written. XLA writes in place inside a conditional; without
+    one it writes once for the attention and once for the next call, and copies segments for it.
+    """
     rows, written, first = jnp.arange(len(positions))[:, None], [], 0
-    for segment in cache:
-        slots = positions - first
-        slots = jnp.where(slots < 0, segment.keys.shape[2], slots)  # out of bounds: not written
-        written.append(
-            KVCache(
-                *(
-                    old.at[rows, :, slots].set(new.astype(old.dtype), mode="drop")
-                    for old, new in zip(segment, (keys, values), strict=True)
-                )
+
+    def put(segment, slots):
+        return KVCache(
+            *(
+                old.at[rows, :, slots].set(new.astype(old.dtype), mode="drop")
+                for old, new in zip(segment, (keys, values), strict=True)
             )
         )
-        first += segment.keys.shape[2]
+
+    for segment in cache:
+        length = segment.keys.shape[2]
+        slots = positions - first
+        is_own = (slots >= 0) & (slots < length)
+        slots = jnp.where(is_own, slots, length)  # out of bounds: not written
+        written.append(jax.lax.cond(jnp.any(is_own), put, lambda old, _: old, segment, slots))
+        first += length
     return tuple(written)
 
 
