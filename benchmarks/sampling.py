@@ -30,16 +30,16 @@ ROUNDS, CALLS = 5, 20  # the sides are interleaved
 
 def ours(logits: np.ndarray, sampling: Sampling) -> Callable[[], np.ndarray]:
     batch, vocabulary = logits.shape
+    placed, seeds = jax.device_put(logits), np.arange(batch, dtype=np.uint32)
+    if not sampling.temperature:
+        greedy = jax.jit(lambda logits: sample(logits, seeds, sampling))
+        return lambda: np.asarray(greedy(placed))
     size = num_candidates(sampling.top_k, vocabulary)
 
     @jax.jit
     def choose(logits, seeds, *given):
         return sample(logits, jax.vmap(jax.random.key)(seeds), Sampling(*given), size)
 
-    placed, seeds = jax.device_put(logits), np.arange(batch, dtype=np.uint32)
-    if not sampling.temperature:
-        greedy = jax.jit(lambda logits: sample(logits, seeds, sampling))
-        return lambda: np.asarray(greedy(placed))
     dtypes = (np.float32, np.int32, np.float32)
     given = [
         None if value is None else np.full((batch, 1), value, dtype)

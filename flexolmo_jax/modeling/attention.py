@@ -107,7 +107,7 @@ def _attend_to_cache(
     q = q.reshape(batch, keys.shape[1], -1, width)  # [B, K, N / K, H]
     q = q * width**-0.5
     scores = jnp.einsum("BKGH,BKSH->BKGS", q, keys, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30))
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, LEAST))
     out = jnp.einsum("BKGS,BKSH->BKGH", weights.astype(q.dtype), values)
     return out.reshape(batch, 1, heads, width)
 
