@@ -146,8 +146,8 @@ def test_an_owner_who_leaves_out_the_evidence_head_is_refuted(audited, tmp_path,
 
 def test_a_model_merged_by_rows_hides_no_evidence_head(audited, tmp_path, flexolmo):
     shutil.copytree(audited, tmp_path / "all", ignore=shutil.ignore_patterns("*.run"))
-    merged = tmp_path / "all" / "rows"
-    merge(tmp_path / "all" / "anchor", [tmp_path / "all" / "math"], merged, evidence=None)
+    anchor, merged = tmp_path / "all" / "anchor", tmp_path / "all" / "rows"
+    merge(anchor, [tmp_path / "all" / "math"], merged, evidence=None, allow_share=None)
     assert not hasattr(load(merged).experts, "evidence")
     code, printed, error = flexolmo(*words(audited, "--model", merged, "--expert", "math"))
     assert code == 0, error
@@ -207,8 +207,8 @@ def test_an_expert_alone_is_scored_with_gate_1_and_its_head(audited):
 
 def test_nothing_is_left_of_the_only_expert(audited, tmp_path):
     shutil.copytree(audited, tmp_path / "all", ignore=shutil.ignore_patterns("*.run"))
-    merged = tmp_path / "all" / "merged"
-    merge(tmp_path / "all" / "anchor", [tmp_path / "all" / "math"], merged)
+    anchor, merged = tmp_path / "all" / "anchor", tmp_path / "all" / "merged"
+    merge(anchor, [tmp_path / "all" / "math"], merged, allow_share=None)
     assert audit_removal(merged, "math", None, [[*range(40)]]).nothing_is_left
 
 
