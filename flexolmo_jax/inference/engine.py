@@ -4,6 +4,9 @@ A step reads a prompt that waits, or gives every running request its next token;
 these it reads a bounded number of prompts' tokens. A request has a *slot*, a row of the batch,
 until it ends. Prompts are read alone and in chunks of fixed lengths, so its tokens depend on no
 other request, and a new prompt length compiles nothing.
+
+A request that runs alone has its next token read before Python knows it, so that the device does
+not wait for Python; of a request that turns out to have ended, this is one token in vain.
 """
 
 import collections
@@ -19,7 +22,7 @@ import numpy as np
 
 from flexolmo_jax.inference.compiled import CompiledNetwork
 from flexolmo_jax.inference.continuations import Continuations, Options
-from flexolmo_jax.inference.layerwise import GATHER_MIN_TOKENS, Network, Scores
+from flexolmo_jax.inference.layerwise import GATHER_MIN_TOKENS, Network, Reading, Scores
 from flexolmo_jax.inference.prefixes import Prefix, Prefixes
 from flexolmo_jax.inference.request import Request
 from flexolmo_jax.inference.sampling import Sampling, num_candidates, sample
@@ -42,7 +45,7 @@ class _Prompt:
     sequence: Any  # of the network, a batch of one
     read: int  # tokens so far
     logits: jax.Array | None = None  # after the last token of the prompt
-    shares: np.ndarray | None = None  # float32 [E, 1], at that token
+    shares: Any = None  # float32 [E, 1], at that token
 
 
 class Engine:
@@ -73,12 +76,15 @@ class Engine:
         self._network, self._length = network, length
         self._sequences: Any = network.empty(slots, length)
         self._logits: jax.Array | None = None  # float32 [slots, V]
-        self._shares = np.zeros((network.num_experts, slots), np.float32)
+        self._shares: Any = np.zeros((network.num_experts, slots), np.float32)
         self._running: list[Request | None] = [None] * slots
         self._undecided: dict[int, Request] = {}  # by slot: those whose next token is to be chosen
         self._prompt_tokens_left = PROMPT_TOKENS_BETWEEN
         self._waiting: collections.deque[Request] = collections.deque()
         self._reading: _Prompt | None = None
+        in_background = isinstance(network, Network) and network.reads_token_in_background
+        self._reads_ahead = slots == 1 and in_background
+        self._ahead: Reading | None = None  # of the token that was chosen last
         self._chunks = SHARED_CHUNKS if prefixes > 1 else CHUNKS  # one is kept for equal prompts
         self._prefixes = Prefixes(prefixes, self._chunks[-1])
 
@@ -246,9 +252,9 @@ class Engine:
     def _place(self, reading: _Prompt, slot: int) -> None:
         slots = len(self._running)
         assert reading.logits is not None and reading.shares is not None
-        self._shares[:, slot] = reading.shares[:, 0]
         if slots == 1:
             self._sequences, self._logits = reading.sequence, reading.logits
+            self._shares, self._ahead = reading.shares, None
         else:
             if self._logits is None:
                 self._logits = jnp.zeros((slots, reading.logits.shape[-1]))
@@ -256,6 +262,8 @@ class Engine:
                 self._sequences, reading.sequence, slot, reading.read
             )
             self._logits = _replace_row(self._logits, reading.logits, np.int32(slot))
+            self._shares = np.array(self._shares)
+            self._shares[:, slot] = reading.shares[:, 0]
         self._running[slot] = reading.request
         self._undecided[slot] = reading.request
 
@@ -266,19 +274,25 @@ class Engine:
             temperature, top_k, top_p = request.sampling
             kind = () if temperature == 0 else _kind(top_k, top_p, logits.shape[-1])
             rows.setdefault(kind, []).append(slot)
+        drawn = [
+            self._sampled(logits, kind, slots) if kind else _greedy(logits)
+            for kind, slots in rows.items()
+        ]
+        if self._reads_ahead:
+            self._read_ahead(*drawn)
         chosen = np.zeros(len(self._running), np.int32)
-        for kind, slots in rows.items():
-            drawn = self._sampled(logits, kind, slots) if kind else _greedy(logits)
-            chosen[slots] = np.asarray(drawn)[slots]
+        for own, slots in zip(drawn, rows.values(), strict=True):
+            chosen[slots] = np.asarray(own)[slots]
         scores = None
         if any(request.scored for request in self._undecided.values()):
             # Without bias and temperature.
             scores = jax.tree.map(np.asarray, _score(self._logits, chosen))
+        shares = np.asarray(self._shares)
         for slot, request in self._undecided.items():
             own = None
             if scores is not None and request.scored:
                 own = Scores(*(x[slot] for x in scores))
-            request.take(int(chosen[slot]), self._shares[:, slot].copy(), own)
+            request.take(int(chosen[slot]), shares[:, slot].copy(), own)
         self._undecided.clear()
 
     def _biased(self) -> jax.Array:
@@ -311,6 +325,16 @@ class Engine:
             size=size,
         )  # fmt: skip
 
+    def _read_ahead(self, chosen: jax.Array) -> None:
+        request = self._undecided[0]
+        if len(request.generated) + 1 == request.max_new_tokens:
+            return
+        start = np.full(1, len(request.prompt) + len(request.generated), np.int32)
+        one = np.ones(1, np.int32)
+        tokens = Tokens(chosen.reshape(1, 1), start, one, request.allowed[None])
+        self._ahead = self._network(tokens, self._sequences)
+        self._sequences = self._ahead.sequences  # the others are donated
+
     def _read_tokens(self) -> None:
         slots = len(self._running)
         ids, start, lengths = np.zeros((3, slots), np.int32)
@@ -321,8 +345,11 @@ class Engine:
                 start[slot] = len(request.prompt) + len(request.generated) - 1
                 lengths[slot], allowed[slot] = 1, request.allowed
                 self._undecided[slot] = request
-        tokens = Tokens(ids[:, None], start, lengths, allowed)
-        self._logits, self._sequences, self._shares, _ = self._network(tokens, self._sequences)
+        reading, self._ahead = self._ahead, None
+        if reading is None:
+            tokens = Tokens(ids[:, None], start, lengths, allowed)
+            reading = self._network(tokens, self._sequences)
+        self._logits, self._sequences, self._shares, _ = reading
 
 
 @functools.partial(jax.jit, donate_argnums=0)

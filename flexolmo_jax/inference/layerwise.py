@@ -2,7 +2,8 @@
 
 On a CPU, compiling the whole network as one program takes longer than most answers. Layers have the
 same shapes, so one program of attention and one of an expert serve all of them. Python reads which
-experts a layer uses, and calls only those: the others are not read from memory.
+experts a layer uses, and calls only those: the others are not read from memory. For one token, a
+layer is one program, which has a branch for each expert, and Python waits for none of them.
 
 A program's rows do not depend on each other, and an expert that is not called would have added
 exactly 0; so what is computed for a sequence depends on no other sequence of the batch.
@@ -31,6 +32,7 @@ from flexolmo_jax.modeling.transformer import Backbone, add_heads, evidence_weig
 GATHER_MIN_TOKENS = 64  # of a prompt; with fewer, what would be compiled costs more than it saves
 MAX_BEST = 20  # how many of the likeliest tokens are scored, as OpenAI's interface allows
 GATHER_SIZES = 8  # gathered tokens are padded to one of this many sizes
+MAX_BRANCHES = 8  # with more networks, compiling a layer takes longer than most answers gain by it
 GATHER_MIN_ROWS = 4  # XLA's matmuls of 1 to 3 rows give other bits than those of more
 # XLA for CPU uses half of AVX-512's width by default, which converts bfloat16 to floats more slowly
 # than memory delivers them.
@@ -53,7 +55,7 @@ class Reading(NamedTuple):
 
     logits: Float[Array, "B V"]
     sequences: Any
-    shares: Float[np.ndarray, "E B"]
+    shares: Float[Array | np.ndarray, "E B"]
     scores: "Scores | None"
 
 
@@ -96,6 +98,11 @@ class Network:
         self._first = np.cumsum([0, *counts])
         self._numbers = [jnp.int32(i) for i in self._first]
 
+    @property
+    def reads_token_in_background(self) -> bool:
+        """Whether a call with one token returns at once, before JAX has computed anything."""
+        return len(self._networks[0]) <= MAX_BRANCHES
+
     def empty(self, batch: int, length: int) -> Sequences:
         """Of no tokens, with room for `length`."""
         return Sequences.empty(self.config, self.num_experts, batch, length)
@@ -114,37 +121,38 @@ class Network:
           following: int32 [B, S], the token after each, to score it; a 0 where there is none.
         """
         sequences, pages = sequences.with_pages(tokens)
-        run = self._programs
-        if tokens.ids.size == 1 and self._of_one_token is not None:
-            run = self._of_one_token
-        x, added, weights, evidence = run.embed(self._ends, tokens, sequences.evidence)
-        routed = None if weights is None else np.asarray(weights)
-        before: Any = self._layers[-1]  # of `added`, which is 0: nothing comes before the first
-        caches, router_states, states = [], [], sequences.router_states
         batch, length = tokens.ids.shape
         last = np.arange(batch, dtype=np.int32) * length + tokens.last  # of all tokens [T]
-        shares = np.zeros((self.num_experts, batch), np.float32)
-        sizes = self._sizes(batch, batch * length)
+        tokens = jax.device_put(tokens)  # once for all layers
+        is_one_token = batch * length == 1
+        run = self._programs
+        if is_one_token and self._of_one_token is not None:
+            run = self._of_one_token
+        in_one = is_one_token and self.reads_token_in_background
+        sizes = [] if in_one else self._sizes(batch, batch * length)
+        x, added, weights, evidence = run.embed(self._ends, tokens, sequences.evidence)
+        before: Any = self._layers[-1]  # of `added`, which is 0: nothing comes before the first
+        caches, router_states, all_weights = [], [], []
+        states = sequences.router_states
         for index, layer in enumerate(self._layers):
-            router_state = (
-                None if sequences.router_states is None else sequences.router_states[index]
-            )
-            x, own_weights, cache, router_state, added = run.attend(
-                before, layer, x, added, tokens, weights, sequences.caches[index], router_state,
-                pages,
-            )  # fmt: skip
-            used = np.asarray(own_weights) if routed is None else routed
-            added = self._add_experts(run.add, index, added, x, own_weights, used, sizes)
-            shares += used[:, last] / len(self._layers)
+            state = None if states is None else states[index]
+            read = before, layer, x, added, tokens, weights, sequences.caches[index], state, pages
+            if in_one:
+                x, own_weights, cache, state, added = run.layer(*read, self._networks[index])
+            else:
+                x, own_weights, cache, state, added = run.attend(*read)
+                used = np.asarray(own_weights)
+                added = self._add_experts(run.add, index, added, x, own_weights, used, sizes)
             before = layer
             caches.append(cache)
-            router_states.append(router_state)
-        end = (self._ends, before, x, added, own_weights)
-        scores = None if following is None else run.scores(*end, following)
-        logits = run.logits(*end, last)
+            router_states.append(state)
+            all_weights.append(own_weights)
+        end = (self._ends, before, x, added)
+        scores = None if following is None else run.scores(*end, own_weights, following)
+        logits, shares = run.logits(*end, all_weights, last)
         next_states = None if states is None else tuple(router_states)
-        read = Sequences(tuple(caches), next_states, evidence, sequences.table)
-        return Reading(logits, read, shares, scores)
+        sequences = Sequences(tuple(caches), next_states, evidence, sequences.table)
+        return Reading(logits, sequences, shares, scores)
 
     def _add_experts(self, programs, index, added, x, weights, used, sizes):
         for numbers, tokens in self._calls(programs, used > 0, sizes):
@@ -242,6 +250,7 @@ class _Programs(NamedTuple):
 
     embed: Any
     attend: Any
+    layer: Any  # `attend`, and all networks, each if a token uses one of its experts
     add: tuple[Any, ...]  # one for each network of a layer; equal structures share one
     logits: Any
     scores: Any
@@ -275,7 +284,6 @@ def _programs(
         weights = jnp.where(_is_text(tokens), weights, 0).reshape(len(weights), -1)
         return flat, jnp.zeros_like(flat), weights, state
 
-    @functools.partial(compiled, donate_argnums=(2, 3, 6, 7))
     def attend(before, leaves, x, added, tokens: Tokens, weights, cache, router_state, pages):
         previous, _ = jax.tree.unflatten(layer_structure, before)
         layer, router = jax.tree.unflatten(layer_structure, leaves)
@@ -301,6 +309,22 @@ def _programs(
         x = x.reshape(-1, config.width)
         return x, weights, cache, router_state, jnp.zeros_like(x)
 
+    def layer(*arguments):
+        *of_attention, networks = arguments
+        x, weights, cache, router_state, added = attend(*of_attention)
+        first = 0
+        for leaves, structure in zip(networks, structures, strict=True):
+            network = jax.tree.unflatten(structure, leaves)
+            own = weights[first : first + network.experts_here]
+            first += network.experts_here
+
+            def add(network=network, own=own, added=added):
+                return add_gathered(network, added, x, own, None)
+
+            with jax.named_scope("experts"):
+                added = jax.lax.cond(jnp.any(own > 0), add, lambda added=added: added)
+        return x, weights, cache, router_state, added
+
     @functools.cache
     def adding(structure):
         @functools.partial(compiled, donate_argnums=1)
@@ -322,15 +346,19 @@ def _programs(
         return add_heads(dot(hidden, head, jnp.float32), (experts,), hidden, weights)
 
     @compiled
-    def logits(leaves, before, x, added, weights, last):
-        return at(leaves, before, x[last], added[last], weights[:, last])
+    def logits(leaves, before, x, added, all_weights, last):
+        weights = [own[:, last] for own in all_weights]
+        shares = sum(weights) / len(weights)
+        return at(leaves, before, x[last], added[last], weights[-1]), shares
 
     @compiled
     def scores(leaves, before, x, added, weights, following):
         all_logits = at(leaves, before, x, added, weights)
         return Scores.of(all_logits.reshape(*following.shape, -1), following)
 
-    return _Programs(embed, attend, tuple(map(adding, structures)), logits, scores)
+    of_layer = functools.partial(compiled, donate_argnums=(2, 3, 6, 7))  # all but the weights
+    add = tuple(map(adding, structures))
+    return _Programs(embed, of_layer(attend), of_layer(layer), add, logits, scores)
 
 
 def _is_text(tokens: Tokens) -> Bool[Array, "B S"]:

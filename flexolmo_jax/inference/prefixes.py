@@ -21,7 +21,7 @@ class Prefix(NamedTuple):
     sequence: Any
     read: int
     logits: jax.Array | None
-    shares: np.ndarray | None
+    shares: jax.Array | np.ndarray | None
 
 
 class Prefixes:

@@ -168,12 +168,12 @@ def test_logits_are_those_of_a_request_that_is_alone_bit_for_bit(model, slots):
 def test_a_token_is_written_to_the_cache_in_place(model):
     network, compiled = model._network(1), []
 
-    def attend(*args):
-        compiled.append(network._programs.attend.lower(*args).compile().as_text())
-        return network._programs.attend(*args)
+    def layer(*args):
+        compiled.append(network._programs.layer.lower(*args).compile().as_text())
+        return network._programs.layer(*args)
 
     spied = copy.copy(network)
-    spied._programs = network._programs._replace(attend=attend)
+    spied._programs = network._programs._replace(layer=layer)
     run(Engine(spied, 1, 500), [Request([5, 6, 7], 2, np.ones(4, bool))])
     config, program = model.config, compiled[-1]
     segment = rf"f32\[1,{config.kv_heads},{SEGMENT},{config.head_size}\]"

@@ -45,6 +45,8 @@ class Quantized:
     def matmul(self, x: jax.Array) -> jax.Array:
         """[..., A] -> float32 [..., B]."""
         rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        if len(rows) == 1:  # XLA would compute what made the row for each sum, in its loop
+            rows = jax.lax.optimization_barrier(rows)
         if self.scale is None or len(rows) == 1:
             # XLA fuses the cast into a vector-matrix product, and does not transpose in memory,
             # only if both operations are next to it, in the same branch of a `cond`.
