@@ -82,8 +82,8 @@ class Engine:
         self._prompt_tokens_left = PROMPT_TOKENS_BETWEEN
         self._waiting: collections.deque[Request] = collections.deque()
         self._reading: _Prompt | None = None
-        in_background = isinstance(network, Network) and network.reads_token_in_background
-        self._reads_ahead = slots == 1 and in_background
+        in_background = isinstance(network, Network) and network.reads_in_background(slots)
+        self._reads_ahead = in_background and slots == 1
         self._ahead: Reading | None = None  # of the token that was chosen last
         self._chunks = SHARED_CHUNKS if prefixes > 1 else CHUNKS  # one is kept for equal prompts
         self._prefixes = Prefixes(prefixes, self._chunks[-1])
@@ -140,8 +140,10 @@ class Engine:
         prompts = [Request([0] * min(x, self._length - 1), 1, allowed) for x in self._chunks]
         if isinstance(self._network, Network):
             with concurrent.futures.ThreadPoolExecutor(1) as other:  # XLA compiles on one core
-                short = {chunk for chunk in self._chunks if chunk < GATHER_MIN_TOKENS}
-                few = other.map(self._network.gathers_few, {len(self._running), *short} - {1})
+                counts = {chunk for chunk in self._chunks if chunk < GATHER_MIN_TOKENS}
+                if not self._network.reads_in_background(len(self._running)):
+                    counts |= {len(self._running)} - {1}
+                few = other.map(self._network.gathers_few, counts)
                 for request in prompts:
                     reading = self._begin(request)
                     self._read_chunk(reading, self._next_chunk(reading))

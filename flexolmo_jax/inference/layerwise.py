@@ -2,7 +2,7 @@
 
 On a CPU, compiling the whole network as one program takes longer than most answers. Layers have the
 same shapes, so one program of attention and one of an expert serve all of them. Python reads which
-experts a layer uses, and calls only those: the others are not read from memory. For one token, a
+experts a layer uses, and calls only those: the others are not read from memory. For few tokens, a
 layer is one program, which has a branch for each expert, and Python waits for none of them.
 
 A program's rows do not depend on each other, and an expert that is not called would have added
@@ -32,7 +32,10 @@ from flexolmo_jax.modeling.transformer import Backbone, add_heads, evidence_weig
 GATHER_MIN_TOKENS = 64  # of a prompt; with fewer, what would be compiled costs more than it saves
 MAX_BEST = 20  # how many of the likeliest tokens are scored, as OpenAI's interface allows
 GATHER_SIZES = 8  # gathered tokens are padded to one of this many sizes
-MAX_BRANCHES = 8  # with more networks, compiling a layer takes longer than most answers gain by it
+# Of a layer that is one program: with more networks, compiling it takes longer than most answers
+# gain by it; with more tokens, experts that read only those that use them gain as much.
+MAX_BRANCHES = 8
+MAX_TOKENS = 8
 GATHER_MIN_ROWS = 4  # XLA's matmuls of 1 to 3 rows give other bits than those of more
 # XLA for CPU uses half of AVX-512's width by default, which converts bfloat16 to floats more slowly
 # than memory delivers them.
@@ -98,10 +101,9 @@ class Network:
         self._first = np.cumsum([0, *counts])
         self._numbers = [jnp.int32(i) for i in self._first]
 
-    @property
-    def reads_token_in_background(self) -> bool:
-        """Whether a call with one token returns at once, before JAX has computed anything."""
-        return len(self._networks[0]) <= MAX_BRANCHES
+    def reads_in_background(self, count: int) -> bool:
+        """Whether a call with that many tokens returns before JAX has computed anything."""
+        return count <= MAX_TOKENS and len(self._networks[0]) <= MAX_BRANCHES
 
     def empty(self, batch: int, length: int) -> Sequences:
         """Of no tokens, with room for `length`."""
@@ -124,11 +126,10 @@ class Network:
         batch, length = tokens.ids.shape
         last = np.arange(batch, dtype=np.int32) * length + tokens.last  # of all tokens [T]
         tokens = jax.device_put(tokens)  # once for all layers
-        is_one_token = batch * length == 1
         run = self._programs
-        if is_one_token and self._of_one_token is not None:
+        if batch * length == 1 and self._of_one_token is not None:
             run = self._of_one_token
-        in_one = is_one_token and self.reads_token_in_background
+        in_one = self.reads_in_background(batch * length)
         sizes = [] if in_one else self._sizes(batch, batch * length)
         x, added, weights, evidence = run.embed(self._ends, tokens, sequences.evidence)
         before: Any = self._layers[-1]  # of `added`, which is 0: nothing comes before the first

@@ -92,9 +92,9 @@ def test_tokens_do_not_depend_on_how_many_use_an_expert(model, routing):
         memory = None if routing == "router" else (0.5, 2.0)
         model = dataclasses.replace(model, config=model.config.replace(memory=memory))
     requests = list(requests_of(0, 12, 4))
-    engine, rng, order = model.engine(8, LENGTH), np.random.default_rng(1), list(requests)
-    engine._network._gathers_few = {8: False}
-    alone = [run(model.engine(8, LENGTH), [one])[0] for one in requests_of(0, 12, 4)]
+    engine, rng, order = model.engine(12, LENGTH), np.random.default_rng(1), list(requests)
+    engine._network._gathers_few = {12: False}
+    alone = [run(model.engine(12, LENGTH), [one])[0] for one in requests_of(0, 12, 4)]
     engine._network._gathers_few = {}
     while order or engine.step():
         if order and rng.random() < 0.4:

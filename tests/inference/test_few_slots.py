@@ -1,4 +1,4 @@
-"""A request that runs alone: a layer is one program, and the next token is read ahead."""
+"""Few requests: a layer is one program; and of one that is alone, a token is read ahead."""
 
 import dataclasses
 
@@ -52,24 +52,27 @@ def routed_by(model, routing):
     return dataclasses.replace(model, experts=experts, config=config)
 
 
-def step_by_step(model, monkeypatch):
+def step_by_step(model, monkeypatch, slots=1):
     """An engine that has a program for each expert, and waits for each token."""
     monkeypatch.setattr(layerwise, "MAX_BRANCHES", 0)
-    engine = model.engine(1, LENGTH)
+    engine = model.engine(slots, LENGTH)
     assert not engine._reads_ahead
     return engine
 
 
+@pytest.mark.parametrize("slots", [1, 4])
 @pytest.mark.parametrize(
     ("form", "routing"), [*((form, "router") for form in FORMS), ("float32", "memory"),
     ("float32", "evidence")],
 )  # fmt: skip
-def test_a_layer_in_one_program_gives_what_many_programs_give(world, form, routing, monkeypatch):
+def test_a_layer_in_one_program_gives_what_many_programs_give(
+    world, form, routing, slots, monkeypatch
+):
     model = routed_by(load(world.merged, dtype=form), routing)
-    engine = model.engine(1, LENGTH)
-    assert engine._reads_ahead
+    engine = model.engine(slots, LENGTH)
+    assert engine._network.reads_in_background(slots) and engine._reads_ahead == (slots == 1)
     made = run(engine, requests())
-    expected = run(step_by_step(model, monkeypatch), requests())
+    expected = run(step_by_step(model, monkeypatch, slots), requests())
     for one, other in zip(made, expected, strict=True):
         assert one.generated == other.generated and one.ended == other.ended
         np.testing.assert_allclose(one.shares, other.shares, atol=1e-5)
