@@ -9,21 +9,22 @@ from benchmarks.sizes import Size
 INTRODUCTION = """\
 Each side of a case runs in a process of its own, and the sides are interleaved; each timed run
 follows an untimed one, but in lines measured before 5e289b7. Decoding measured at a51c1e8 read its
-prompts of 64 tokens in a chunk of that length; today's chunk is of 128, and takes longer. The table
-shows medians; *spread* is the range of the runs over their median. *Speedup over PyTorch*: the rate
-of the line over that of the faster PyTorch line. *Fraction of peak*: the rate of needed FLOPs
-(`flexolmo_jax/modeling/flops.py`; no weight gradients of frozen weights) over the rate of a plain
-matrix product, or the rate of needed bytes of weights and cache over that of a matrix-vector
-product; both are measured interleaved with the case. *First run*: the first one with what comes
-before it, imports of the libraries too, but for JAX itself, which every process has imported by
-then; mostly compilation. *Memory*: the largest resident size of the process, without that once
-libraries are imported. *Layers in a loop*: as `flexolmo train` runs by default; the other training
-steps of ours are unrolled (`unroll`), which is faster, compiles longer and takes more memory. *Its
-products alone* are matmuls: the nine of a layer, forward and backward, each as one batched matmul
-with equally many rows for every expert; or all matmuls with weights of a training step, one after
-the other. `load` and `merge` read files that the system has cached in memory. A case whose sides
-need more memory than the machine has is missing: at 190M, moe_64_4 needs more than 23 GB.
-[profile.md](profile.md) shows where the time of a run goes.
+prompts of 64 tokens in a chunk of that length; today's chunk is of 128, and takes longer. Lines of
+7f7ee47 are of an older CPU (AMD Zen 4) than the others (Zen 5): compare their ratios, not their
+rates. The table shows medians; *spread* is the range of the runs over their median. *Speedup over
+PyTorch*: the rate of the line over that of the faster PyTorch line. *Fraction of peak*: the rate of
+needed FLOPs (`flexolmo_jax/modeling/flops.py`; no weight gradients of frozen weights) over the rate
+of a plain matrix product, or the rate of needed bytes of weights and cache over that of a
+matrix-vector product; both are measured interleaved with the case. *First run*: the first one with
+what comes before it, imports of the libraries too, but for JAX itself, which every process has
+imported by then; mostly compilation. *Memory*: the largest resident size of the process, without
+that once libraries are imported. *Layers in a loop*: as `flexolmo train` runs by default; the other
+training steps of ours are unrolled (`unroll`), which is faster, compiles longer and takes more
+memory. *Its products alone* are matmuls: the nine of a layer, forward and backward, each as one
+batched matmul with equally many rows for every expert; or all matmuls with weights of a training
+step, one after the other. `load` and `merge` read files that the system has cached in memory. A
+case whose sides need more memory than the machine has is missing: at 190M, moe_64_4 needs more than
+23 GB. [profile.md](profile.md) shows where the time of a run goes.
 
 **On a GPU** nothing has been measured yet: none could be had. `benchmarks/device.sh OUT` stands
 ready; so far only its toy run on a CPU was made (`--toy`, part of CI). On one bare machine it takes
@@ -33,9 +34,9 @@ PyTorch trains in bfloat16 weights and states; ours are float32."""
 
 LIMITS = """\
 *At the machine's rate*: the figure if every needed FLOP ran at the rate of JAX's large matrix
-product, or every needed byte at that of its matrix-vector product, and nothing else took time.
-*At that of its matmuls*: the figure if the step consisted of its matmuls with weights only, in
-their real shapes. No implementation can reach a target above these figures on that machine.
+product, or every needed byte at that of its matrix-vector product, and nothing else took time. *At
+that of its matmuls*: the figure if the step consisted of its matmuls with weights only, in their
+real shapes. No implementation can reach a target above these figures on that machine.
 
 *Where misses come from.* Decoding in 8 bits: XLA for CPU has no matmul of floats and 8-bit
 integers. For one sequence, ours is a fused loop that converts each weight, which takes longer than
@@ -45,12 +46,14 @@ are not reliably faster (`python -m benchmarks.four_bits`, two runs: 34 and 61 u
 in 8 bits for 512 x 1408, 101 and 130 beside 91 and 84 for 1024 x 2816; 2 cores, 2026-11-30).
 Choosing a token with temperature and top_p takes 0.2 ms for one sequence and 8,192 tokens, and 12
 ms for 16 sequences and the 100,352 tokens of OLMo 2, where transformers takes 0.6 and 82; greedy
-0.02 and 0.6 beside 0.01 and 0.5 (`python -m benchmarks.sampling`, 2 cores, 2026-11-30).
-Batches of floats: XLA's matmul of a few rows reads weights more slowly than its product with one.
-Both also count reading the prompt. Requests: `decode_16` reads prompts of 64 tokens only, and at
-the end of the requests few of them share a batch of 16. An unrolled training step holds more hidden
-activations than one with layers in a loop. Loading: every byte is hashed (SHA-256) and copied into
-stacks of experts; transformers maps its file, and checks nothing."""
+0.02 and 0.6 beside 0.01 and 0.5 (`python -m benchmarks.sampling`, 2 cores, 2026-11-30). In float32,
+XLA's product of one row and 512 x 512 numbers runs on one core, at its bandwidth
+(`findings/jax_cpu_multiplies_a_row_by_a_small_matrix_on_one_core.sh`). Batches of floats: XLA's
+matmul of a few rows reads weights more slowly than its product with one. All also count reading the
+prompt. Requests: `decode_16` reads prompts of 64 tokens only, and at the end of the requests few of
+them share a batch of 16. An unrolled training step holds more hidden activations than one with
+layers in a loop. Loading: every byte is hashed (SHA-256) and copied into stacks of experts;
+transformers maps its file, and checks nothing."""
 
 
 def page(about: dict[str, str], results: dict[str, dict[str, dict]], sizes: dict[str, Size]) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from flexolmo_jax.runtime.startup import leave_libtpu_alone, with_large_pages
 
-LAYERWISE = "embed|layer|logits"  # of inference/layerwise.py
+LAYERWISE = "embed|attend|add|layer|logits"  # of inference/layerwise.py
 PROFILED = (  # name, case and its option, the programs (a regular expression)
     ("expert_step", "expert_step", "", "train_step"),
     ("anchor_step", "anchor_step", "", "train_step"),
@@ -33,8 +33,8 @@ PROFILED = (  # name, case and its option, the programs (a regular expression)
 )
 RUNS = 3
 PARTS = (  # name and a pattern of `op_name`; the first match counts
-    ("experts", r"experts"),
-    ("attention", r"attention|^jit\(layer\)"),  # in decoding, with its norms and the router
+    ("experts", r"experts|^jit\(add\)"),
+    ("attention", r"attention|^jit\((attend|layer)\)"),  # in decoding, with norms and the router
     ("head and loss", r"bcv|bcd|logits|jvp\(\)\)?/while/body/|/body/dot_general$"),
     ("optimizer", r"^jit\(train_step\)/(?!jvp|transpose)"),
 )
