@@ -328,6 +328,7 @@ class Engine:
         )  # fmt: skip
 
     def _read_ahead(self, chosen: jax.Array) -> None:
+        """Has the token read that the only request gets, which Python does not know yet."""
         request = self._undecided[0]
         if len(request.generated) + 1 == request.max_new_tokens:
             return

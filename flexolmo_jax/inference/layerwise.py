@@ -142,7 +142,8 @@ class Network:
                 x, own_weights, cache, state, added = run.layer(*read, self._networks[index])
             else:
                 x, own_weights, cache, state, added = run.attend(*read)
-                used = np.asarray(own_weights)
+                # Evidence gives the weights of all layers before the first: Python waits once.
+                used = np.asarray(own_weights if weights is None else weights)
                 added = self._add_experts(run.add, index, added, x, own_weights, used, sizes)
             before = layer
             caches.append(cache)

@@ -34,7 +34,7 @@ def audited(world, tmp_path_factory):
         "--checkpoint-every", 1500, "--log-every", 100,
     ]  # fmt: skip
     assert main([str(word) for word in words]) == 0
-    # Canaries are drawn anew each time, and how much public text such an expert takes with them.
+    # Canaries are drawn by chance, and so is how much public text such an expert takes.
     packages = [folder / "out", world.experts["code"]]
     merge(world.anchor, packages, folder / "merged", allow_share=None)
     return folder
