@@ -330,29 +330,30 @@ class Engine:
     def _read_ahead(self, chosen: jax.Array) -> None:
         """Has the token read that the only request gets, which Python does not know yet."""
         request = self._undecided[0]
-        if len(request.generated) + 1 == request.max_new_tokens:
-            return
-        start = np.full(1, len(request.prompt) + len(request.generated), np.int32)
-        one = np.ones(1, np.int32)
-        tokens = Tokens(chosen.reshape(1, 1), start, one, request.allowed[None])
-        self._ahead = self._network(tokens, self._sequences)
-        self._sequences = self._ahead.sequences  # the others are donated
+        if len(request.generated) + 1 < request.max_new_tokens:
+            self._ahead = self._read(chosen.reshape(1, 1), 0)
+            self._sequences = self._ahead.sequences  # the others are donated
 
     def _read_tokens(self) -> None:
-        slots = len(self._running)
-        ids, start, lengths = np.zeros((3, slots), np.int32)
-        allowed = np.zeros((slots, self._network.num_experts), bool)
-        for slot, request in enumerate(self._running):
-            if request is not None:
-                ids[slot] = request.generated[-1]
-                start[slot] = len(request.prompt) + len(request.generated) - 1
-                lengths[slot], allowed[slot] = 1, request.allowed
-                self._undecided[slot] = request
+        running = enumerate(self._running)
+        self._undecided = {slot: request for slot, request in running if request is not None}
         reading, self._ahead = self._ahead, None
         if reading is None:
-            tokens = Tokens(ids[:, None], start, lengths, allowed)
-            reading = self._network(tokens, self._sequences)
+            ids = np.zeros((len(self._running), 1), np.int32)
+            for slot, request in self._undecided.items():
+                ids[slot] = request.generated[-1]
+            reading = self._read(ids, -1)
         self._logits, self._sequences, self._shares, _ = reading
+
+    def _read(self, ids: np.ndarray | jax.Array, offset: int) -> Reading:
+        """Reads ids [slots, 1], at positions that are this far from those of the next tokens."""
+        slots = len(self._running)
+        start, lengths = np.zeros((2, slots), np.int32)
+        allowed = np.zeros((slots, self._network.num_experts), bool)
+        for slot, request in self._undecided.items():
+            start[slot] = len(request.prompt) + len(request.generated) + offset
+            lengths[slot], allowed[slot] = 1, request.allowed
+        return self._network(Tokens(ids, start, lengths, allowed), self._sequences)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -319,12 +319,9 @@ def _programs(
             network = jax.tree.unflatten(structure, leaves)
             own = weights[first : first + network.experts_here]
             first += network.experts_here
-
-            def add(network=network, own=own, added=added):
-                return add_gathered(network, added, x, own, None)
-
+            add = functools.partial(add_gathered, network, x=x, weights=own, tokens=None)
             with jax.named_scope("experts"):
-                added = jax.lax.cond(jnp.any(own > 0), add, lambda added=added: added)
+                added = jax.lax.cond(jnp.any(own > 0), add, lambda added: added, added)
         return x, weights, cache, router_state, added
 
     @functools.cache

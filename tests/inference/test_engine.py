@@ -21,7 +21,7 @@ from flexolmo_jax.inference.layerwise import GATHER_SIZES, MAX_BEST, gathered_si
 from flexolmo_jax.inference.request import Request
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.modeling.decode_state import SEGMENT
-from flexolmo_jax.modeling.experts import FeedForward, Ranks, router_weights, with_parts
+from flexolmo_jax.modeling.experts import FeedForward, router_weights, with_parts
 from flexolmo_jax.modeling.transformer import forward
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -73,24 +73,10 @@ def test_tokens_do_not_depend_on_neighbours(model, alone, prefixes):
     assert {request.ended for request in requests} <= {"stop", "length"}
 
 
-def with_evidence(model):
-    """The model with random bigram models that it is routed by."""
-    config = model.config.replace(memory=None, evidence=(0.9, 0.5, 1.5))
-    experts = jax.tree.map(jnp.array, model.experts)
-    experts.set_heads(config, Ranks(evidence=4), jax.random.key(0))
-    values = np.random.default_rng(0).standard_normal(experts.evidence.b[...].shape)
-    experts.evidence.b[...] = jnp.asarray(values, jnp.float32)
-    return dataclasses.replace(model, experts=experts, config=config)
-
-
 @pytest.mark.parametrize("routing", ["router", "memory", "evidence"])
-def test_tokens_do_not_depend_on_how_many_use_an_expert(model, routing):
+def test_tokens_do_not_depend_on_how_many_use_an_expert(model, routed_by, routing):
     """Experts read only the tokens that use them."""
-    if routing == "evidence":
-        model = with_evidence(model)
-    else:
-        memory = None if routing == "router" else (0.5, 2.0)
-        model = dataclasses.replace(model, config=model.config.replace(memory=memory))
+    model = routed_by(model, routing)
     requests = list(requests_of(0, 12, 4))
     engine, rng, order = model.engine(12, LENGTH), np.random.default_rng(1), list(requests)
     engine._network._gathers_few = {12: False}

@@ -11,7 +11,6 @@ from flexolmo_jax.inference import layerwise
 from flexolmo_jax.inference.request import Request
 from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.model import load
-from flexolmo_jax.modeling.experts import Ranks
 from flexolmo_jax.modeling.kernels.quantized import quantize
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -40,18 +39,6 @@ def run(engine, requests):
     return requests
 
 
-def routed_by(model, routing):
-    if routing != "evidence":
-        memory = (0.5, 2.0) if routing == "memory" else None
-        return dataclasses.replace(model, config=model.config.replace(memory=memory))
-    config = model.config.replace(memory=None, evidence=(0.9, 0.5, 1.5))
-    experts = jax.tree.map(jnp.array, model.experts)
-    experts.set_heads(config, Ranks(evidence=4), jax.random.key(0))
-    values = np.random.default_rng(0).standard_normal(experts.evidence.b[...].shape)
-    experts.evidence.b[...] = jnp.asarray(values, jnp.float32)
-    return dataclasses.replace(model, experts=experts, config=config)
-
-
 def step_by_step(model, monkeypatch, slots=1):
     """An engine that has a program for each expert, and waits for each token."""
     monkeypatch.setattr(layerwise, "MAX_BRANCHES", 0)
@@ -66,7 +53,7 @@ def step_by_step(model, monkeypatch, slots=1):
     ("float32", "evidence")],
 )  # fmt: skip
 def test_a_layer_in_one_program_gives_what_many_programs_give(
-    world, form, routing, slots, monkeypatch
+    world, routed_by, form, routing, slots, monkeypatch
 ):
     model = routed_by(load(world.merged, dtype=form), routing)
     engine = model.engine(slots, LENGTH)
