@@ -18,6 +18,9 @@ import pytest
 
 # Before the first use of JAX: with libtpu on a machine without a TPU, a profile would end it.
 jax.config.update("jax_platforms", "cpu")
+# Of this process and those that tests start; the fixture `optimized` compiles as in use.
+jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 from flexolmo_jax.commands.main import main  # noqa: E402
 from flexolmo_jax.config import AnchorTraining, ExpertTraining, RouterTraining, load_config  # noqa: E402
@@ -138,7 +141,7 @@ def _slice_of_corpus(name: str, file: Path, count: int) -> Path:
     return file
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory) -> str:
     """A folder of compiled programs, for this process and those that tests start.
 
@@ -154,22 +157,28 @@ def compiled(tmp_path_factory) -> str:
 
 
 @contextlib.contextmanager
-def compiling_quickly():
-    """Where compiling takes longer than running; it halves the time."""
+def compiling(quickly: bool):
+    """Compiled programs of the other kind are forgotten: JAX would use them for the same code."""
     before = jax.config.read("jax_disable_most_optimizations")
 
     def switch(on: bool) -> None:
+        if on != jax.config.read("jax_disable_most_optimizations"):
+            jax.clear_caches()
         jax.config.update("jax_disable_most_optimizations", on)
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(on))
 
-    switch(True)
+    switch(quickly)
     yield
     switch(before)
 
 
 @pytest.fixture(scope="module")
-def quick(compiled):
-    with compiling_quickly():
+def optimized():
+    """Programs as in use: for kernels, models of the reference, notebooks, and plans for TPUs.
+
+    Other tests compile longer than they run; without most of LLVM's optimizations, half as long.
+    """
+    with compiling(quickly=False):
         yield
 
 
@@ -183,7 +192,7 @@ def state_home(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory, compiled) -> World:
+def world(tmp_path_factory) -> World:
     """Made once, by the commands that a user would type."""
     root = tmp_path_factory.mktemp("world")
     (root / "configs").mkdir()
@@ -207,7 +216,7 @@ def world(tmp_path_factory, compiled) -> World:
         where = ("--out", out, "--run", made.run(name), "--data", texts[name])
         flexolmo(name, "train", stage, made.config_file(config), *where, *more)
 
-    with compiling_quickly():
+    with compiling(quickly=True):
         train("anchor", "anchor", "public", made.anchor)
         for name, config in (("math", "alone"), ("code", "pair")):
             owner = ("--anchor", made.anchor, "--name", name)
@@ -238,7 +247,7 @@ def learned_anchor(world, tmp_path_factory) -> Path:
     (folder / "config.py").write_text(LEARNED)
     out = folder / "anchor"
     words = ["train", "anchor", folder / "config.py", "--data", world.texts["public"], "--out", out]
-    with compiling_quickly(), contextlib.redirect_stdout(io.StringIO()):
+    with compiling(quickly=True), contextlib.redirect_stdout(io.StringIO()):
         assert main([str(word) for word in words]) == 0
     return out
 

@@ -101,7 +101,7 @@ def owners_folder(world, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_the_examples_of_a_public_name_run(name, owners_folder, quick):
+def test_the_examples_of_a_public_name_run(name, owners_folder):
     public = getattr(flexolmo_jax, name)
     module = sys.modules[public.__module__]
     tests = doctest.DocTestFinder().find(public, name, module=module, globs={})

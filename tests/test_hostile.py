@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 
-def test_nothing_hostile_is_accepted_and_nothing_ends_in_a_traceback(compiled):
+def test_nothing_hostile_is_accepted_and_nothing_ends_in_a_traceback():
     ran = subprocess.run(
         [sys.executable, "-m", "tests.hostile", "--count", "50", "--seconds", "120"],
         cwd=Path(__file__).parent.parent, capture_output=True, text=True,

@@ -16,9 +16,6 @@ import flexolmo_jax as fo
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.training import starting_point
 
-pytestmark = pytest.mark.usefixtures("quick")
-
-
 # A full disk.
 
 

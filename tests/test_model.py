@@ -9,6 +9,8 @@ import pytest
 
 import flexolmo_jax as fo
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 GOLDEN = Path(__file__).parent / "interop" / "golden"
 
 

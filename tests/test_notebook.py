@@ -7,6 +7,8 @@ import nbclient
 import nbformat
 import pytest
 
+pytestmark = pytest.mark.usefixtures("optimized")  # they train more than they compile
+
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 PRINTED = {
     "coordinator": ("wrote ours: public + 2 experts", "logits are equal, bit for bit"),
@@ -16,7 +18,7 @@ PRINTED = {
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_a_notebook_runs(file, compiled, tmp_path):
+def test_a_notebook_runs(file, tmp_path):
     notebook = nbformat.read(file, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}

@@ -12,7 +12,6 @@ from flexolmo_jax.admission.policy import Loss, Policy, Probes
 from flexolmo_jax.admission.probes import Probe, check_probes, read_probes, subsets
 from flexolmo_jax.evaluation.likelihood import Query, likelihoods
 
-pytestmark = pytest.mark.usefixtures("quick")
 ALLOWED, FORBIDDEN = "Q", "Z"
 
 

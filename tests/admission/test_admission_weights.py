@@ -18,7 +18,6 @@ from flexolmo_jax.federation.package import Package
 from flexolmo_jax.modeling.experts import with_parts
 from flexolmo_jax.storage.tensors import named, refill
 
-pytestmark = pytest.mark.usefixtures("quick")
 UNITS = {"gate": -1, "up": -1, "down": -2}  # the axis of hidden units
 
 

@@ -14,8 +14,6 @@ from flexolmo_jax.admission.admit import examine
 from flexolmo_jax.admission.policy import Spectral
 from flexolmo_jax.federation.package import NO_PRIVACY
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture(scope="module")
 def policy_file(world, admitted, tmp_path_factory):

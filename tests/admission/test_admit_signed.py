@@ -16,8 +16,6 @@ from flexolmo_jax.trust.signatures import sign_package
 from flexolmo_jax.trust.signers import make_signer, utc_now
 from flexolmo_jax.trust.trusted import Trusted
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture(scope="module")
 def hub(honest, write, admitted, world, tmp_path_factory):

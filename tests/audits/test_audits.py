@@ -17,7 +17,6 @@ from flexolmo_jax.model import load
 from flexolmo_jax.privacy.canaries import Canaries
 from flexolmo_jax.privacy.certificate import ADJACENCY
 
-pytestmark = pytest.mark.usefixtures("quick")
 COUNT = 130
 
 

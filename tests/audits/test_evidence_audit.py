@@ -24,7 +24,6 @@ from flexolmo_jax.modeling.heads import RANK_BLOCK
 from flexolmo_jax.modeling.transformer import forward, output_logits
 from flexolmo_jax.privacy.certificate import ADJACENCY
 
-pytestmark = pytest.mark.usefixtures("quick")
 COUNT = 130
 
 

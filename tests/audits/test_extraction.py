@@ -17,8 +17,6 @@ from flexolmo_jax.audits.findings import check_controls
 from flexolmo_jax.audits.scoring import scores
 from flexolmo_jax.inference.sampling import Sampling, candidates
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 SHORT = Protocol(prefix=8, length=24, least=24, samples=3, top_k=20, top_p=0.9)
 
 

@@ -7,8 +7,6 @@ import pytest
 from flexolmo_jax.audits import control
 from flexolmo_jax.studies.selftest import Trial, check_twin, run_twin
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture(scope="module")
 def trial(world, tmp_path_factory):

@@ -14,7 +14,6 @@ from flexolmo_jax.federation.package import read_manifest, write_manifest
 from flexolmo_jax.runtime.console import console
 from flexolmo_jax.storage.files import canonical_digest
 
-pytestmark = pytest.mark.usefixtures("quick")
 BORDERS = dict.fromkeys(map(ord, "│┃┏┓┗┛┌┐└┘├┤┬┴┼─━┡┩╇┳╋┻"))
 
 

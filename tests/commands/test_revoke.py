@@ -7,8 +7,6 @@ import pytest
 import flexolmo_jax as fo
 from flexolmo_jax.federation.package import Package
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture
 def options(signed_world):

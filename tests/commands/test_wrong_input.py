@@ -9,9 +9,6 @@ import pytest
 import flexolmo_jax as fo
 from flexolmo_jax.federation.package import read_manifest
 
-pytestmark = pytest.mark.usefixtures("quick")
-
-
 LATIN_1 = b"caf\xe9".decode(errors="surrogateescape")  # as Python reads such an argument
 
 

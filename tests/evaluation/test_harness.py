@@ -15,8 +15,6 @@ from flexolmo_jax.evaluation.harness import HarnessModel, evaluate_tasks
 from flexolmo_jax.evaluation.harness_tasks import load_tasks
 from flexolmo_jax.model import load
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 TEXTS = [
     "The river runs north.",
     "Whether 2 + 2 = 4 or not, the café stays open until ten; nobody minds.\n\n" * 12,

@@ -7,8 +7,6 @@ from scipy.special import log_softmax
 from flexolmo_jax.evaluation.likelihood import Query, likelihoods
 from flexolmo_jax.inference import likelihood
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def slowly(model, query, **masks):
     """One query after the other, in a row of one length."""

@@ -18,7 +18,6 @@ from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.modeling.experts import join
 from flexolmo_jax.storage.tensors import named
 
-pytestmark = pytest.mark.usefixtures("quick")
 TOKENS = np.arange(60).reshape(3, 20)
 
 

@@ -19,7 +19,6 @@ from flexolmo_jax.modeling.heads import RANK_BLOCK
 from flexolmo_jax.training.stages.evidence import train_evidence
 from flexolmo_jax.training.stages.expert import train_expert
 
-pytestmark = pytest.mark.usefixtures("quick")
 TOKENS = np.arange(60).reshape(3, 20)
 
 

@@ -17,7 +17,6 @@ from flexolmo_jax.federation.expert import read_expert, write_expert
 from flexolmo_jax.federation.package import Package, read_manifest
 from flexolmo_jax.storage.tensors import bytes_of, named
 
-pytestmark = pytest.mark.usefixtures("quick")
 TOKENS = np.arange(60).reshape(3, 20)
 FORMS = {
     "eight": {"bits": 8},

@@ -20,8 +20,6 @@ from flexolmo_jax.federation.merge import write_tuned
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.storage import tensors
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def bits(tree):
     return {name: np.asarray(leaf).tobytes() for name, leaf in tensors.named(tree).items()}

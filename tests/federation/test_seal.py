@@ -15,8 +15,6 @@ from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.expert import write_expert
 from flexolmo_jax.federation.merged import check_package
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture
 def refused_by_all(copied, tmp_path):

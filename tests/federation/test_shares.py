@@ -10,8 +10,6 @@ import flexolmo_jax as fo
 from flexolmo_jax.data.sources import Document
 from flexolmo_jax.federation import shares as sharing
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture
 def greedy(copied):

@@ -24,8 +24,6 @@ from flexolmo_jax.modeling.decode_state import SEGMENT
 from flexolmo_jax.modeling.experts import FeedForward, router_weights, with_parts
 from flexolmo_jax.modeling.transformer import forward
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 SLOTS, LENGTH = 4, 600
 SAMPLINGS = (Sampling(), Sampling(0.9), Sampling(1.2, 20), Sampling(0.7, None, 0.8))
 

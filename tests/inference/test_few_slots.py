@@ -13,7 +13,6 @@ from flexolmo_jax.inference.sampling import Sampling
 from flexolmo_jax.model import load
 from flexolmo_jax.modeling.kernels.quantized import quantize
 
-pytestmark = pytest.mark.usefixtures("quick")
 LENGTH = 200
 FORMS = "float32", "bfloat16", "int8"
 MASKS = [True, True, True], [True, False, True], [False, True, False]

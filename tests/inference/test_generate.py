@@ -11,8 +11,6 @@ import pytest
 import flexolmo_jax as fo
 from flexolmo_jax.inference import engine
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 GOLDEN = Path(__file__).parents[1] / "interop" / "golden"
 PROMPTS = [[0, 300, 301], [0, 42], [0, 7, 8, 9, 260, 261, 300, 17, 18, 19]]
 TEXTS = ["The theorem", "def main(", "A river in the north of"]

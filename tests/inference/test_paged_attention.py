@@ -11,6 +11,8 @@ from flexolmo_jax.inference.paged_attention import MAX_GROUPS, PAGE, PageTable, 
 from flexolmo_jax.modeling.attention import attend_to_segments
 from flexolmo_jax.modeling.decode_state import KVCache
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SLOTS, LENGTH = 5, 12 * PAGE
 ENDS = (1, PAGE, 9 * PAGE + 1, 650, LENGTH)  # tokens of each sequence
 WRITE, CLEAR, TOKENS, ATTEND = map(

@@ -24,7 +24,6 @@ from flexolmo_jax.modeling.experts import Experts, Ranks
 from flexolmo_jax.modeling.transformer import Anchor, Backbone
 from flexolmo_jax.storage.tensors import named
 
-pytestmark = pytest.mark.usefixtures("quick")
 CONFIG = fo.ModelConfig(
     vocab_size=512, width=32, num_layers=2, num_heads=2, ffn_width=48, max_length=64
 )

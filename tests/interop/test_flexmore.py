@@ -14,7 +14,6 @@ from flexolmo_jax.federation.compress import compress
 from flexolmo_jax.federation.export import PlainRouting, export_model
 from flexolmo_jax.interop import hf_import
 
-pytestmark = pytest.mark.usefixtures("quick")
 WIDTH, HIDDEN, LAYERS, VOCAB = 16, 24, 2, 512
 TOKENS = np.arange(40).reshape(2, 20)
 RANKS = [0, 3, 0, 5, 3]

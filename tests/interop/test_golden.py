@@ -9,6 +9,8 @@ import pytest
 from flexolmo_jax.interop import hf_import
 from flexolmo_jax.modeling.transformer import forward
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 FOLDERS = sorted(p for p in (Path(__file__).parent / "golden").iterdir() if p.is_dir())
 
 

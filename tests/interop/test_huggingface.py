@@ -31,10 +31,8 @@ needs_torch = pytest.mark.skipif(
 )
 
 
-# Every model is another program: it is compiled quickly here, and in test_golden.py as in use.
-@functools.partial(
-    jax.jit, static_argnames="config", compiler_options={"xla_backend_optimization_level": 0}
-)
+# Compiled without most optimizations here, and in test_golden.py as in use.
+@functools.partial(jax.jit, static_argnames="config")
 def logits(backbone, experts, tokens, segments, config):
     out = forward(backbone, (experts,), tokens, config, segments=segments)
     return backbone.logits(out.hidden, config)

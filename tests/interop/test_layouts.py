@@ -13,7 +13,6 @@ from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.interop import hf_import
 from flexolmo_jax.interop.layouts import BACKBONE, experts_table, sizes_of
 
-pytestmark = pytest.mark.usefixtures("quick")
 TOKENS = np.arange(40).reshape(2, 20)
 SMALL = {"vocab_size": 520, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 4}  # fmt: skip

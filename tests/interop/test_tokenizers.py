@@ -16,8 +16,6 @@ from flexolmo_jax.federation.merge import merge
 from flexolmo_jax.interop import hf_import
 from flexolmo_jax.model import load
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 VOCAB, WIDTH, FFN = 320, 16, 24
 TEXTS = [document.text for document in read_documents("corpus:public")][:60]
 CONFIG = {

@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.modeling.kernels.cross_entropy import cross_entropy
+
+pytestmark = pytest.mark.usefixtures("optimized")
 
 
 def plain(hidden, head, targets, weights, z_loss):

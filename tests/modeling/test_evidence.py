@@ -26,8 +26,6 @@ from flexolmo_jax.training.objectives import (
     language_model_loss,
 )
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 BASE = ModelConfig(
     vocab_size=50, width=16, num_layers=2, num_heads=4, num_kv_heads=2, ffn_width=24,
     num_experts=4, evidence=(0.8, 1.5, 0.4), loss_chunk=4,

@@ -21,6 +21,8 @@ from flexolmo_jax.modeling.low_rank import FeedForwardRanks, LowRankFeedForward,
 from flexolmo_jax.parallel import collectives
 from flexolmo_jax.storage.tensors import named
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 TOKENS = 1 + 63 + 65 + 257
 ROUTES = {  # tokens of each of four experts; those that are left use none
     "of all sizes": (1, 63, 65, 257),

@@ -13,6 +13,8 @@ from flexolmo_jax.modeling.kernels.flash_attention import (
     self_attention,
 )
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def plain(q, k, v, segments):
     """Every score of every head at once."""

@@ -15,6 +15,8 @@ from flexolmo_jax.modeling.kernels.grouped_swiglu import (
     grouped_swiglu,
 )
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 WIDTH, HIDDEN = 8, 12
 
 

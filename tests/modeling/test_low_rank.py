@@ -15,8 +15,6 @@ from flexolmo_jax.modeling.transformer import Anchor, abstract_model, forward, o
 from flexolmo_jax.storage.tensors import named
 from flexolmo_jax.training.objectives import ExpertAloneLoss, ExpertPairLoss, OwnParts
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 CONFIG = ModelConfig(
     vocab_size=50, width=16, num_layers=2, num_heads=4, ffn_width=24, num_experts=4, loss_chunk=4
 )

@@ -10,6 +10,8 @@ from flexolmo_jax.planning.chips import CHIPS, chip_of
 from flexolmo_jax.planning.costs import Cost
 from flexolmo_jax.planning.plan import Plan
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def test_topologies():
     assert chip_of("v5p:4x4x4")[1] == 64
@@ -20,10 +22,16 @@ def test_topologies():
             chip_of(wrong)
 
 
+PLANS: dict[tuple[str, ...], dict] = {}  # some are looked at by two tests
+
+
 def planned(flexolmo, *arguments):
-    code, out, error = flexolmo("plan", *arguments, "--json")
-    assert code == 0, error
-    return json.loads(out)
+    words = tuple(map(str, arguments))
+    if words not in PLANS:
+        code, out, error = flexolmo("plan", *words, "--json")
+        assert code == 0, error
+        PLANS[words] = json.loads(out)
+    return PLANS[words]
 
 
 def test_an_expert_of_full_size_is_compiled_for_64_chips(flexolmo):
@@ -43,9 +51,9 @@ def test_an_expert_of_full_size_is_compiled_for_64_chips(flexolmo):
     assert found["arguments"] < 2 * 2**30  # an eighth of a chip: nothing large is on every chip
 
 
-@pytest.fixture
-def small(tmp_path):
-    file = tmp_path / "small.py"
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    file = tmp_path_factory.mktemp("small") / "small.py"
     file.write_text(
         "from flexolmo_jax.config import *\n"
         "model = ModelConfig(vocab_size=2048, width=512, num_layers=3, num_heads=4,"
@@ -93,10 +101,10 @@ def test_every_stage_is_planned_and_costs_the_same_with_every_version_of_jax(
     assert found["hbm_bytes"] == pytest.approx(expected.bytes, rel=0.1)
 
 
-@pytest.fixture
-def with_heads(tmp_path):
+@pytest.fixture(scope="module")
+def with_heads(tmp_path_factory):
     """A config of experts with heads, and the model that they are merged to."""
-    file = tmp_path / "heads.py"
+    file = tmp_path_factory.mktemp("heads") / "heads.py"
     file.write_text(
         "from flexolmo_jax.config import *\n"
         "model = ModelConfig(vocab_size=2048, width=512, num_layers=3, num_heads=4,"
@@ -124,9 +132,8 @@ def test_low_rank_experts_are_planned_as_what_they_are(flexolmo, with_heads, sma
     words = with_heads, "--topology", "v5e:2x2"
     layers, width, hidden, rank = 3, 512, 1024, 16
     for stage in ("expert", "forward", "decode"):
-        full, low = (
-            planned(flexolmo, *words, "--stage", stage, "--rank", number) for number in (0, rank)
-        )
+        full = planned(flexolmo, *words, "--stage", stage)
+        low = planned(flexolmo, *words, "--stage", stage, "--rank", rank)
         smaller = layers * 3 * (width * hidden - rank * (width + hidden))
         assert full["expert_weights"] - low["expert_weights"] == smaller
         assert low["needed_flops"] < full["needed_flops"]

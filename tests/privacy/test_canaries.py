@@ -12,7 +12,6 @@ from flexolmo_jax.federation.anchor import read_anchor
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.privacy.canaries import FILE, Canaries, Canary
 
-pytestmark = pytest.mark.usefixtures("quick")
 COUNT = 6  # 12 candidates
 
 

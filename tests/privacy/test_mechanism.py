@@ -25,8 +25,6 @@ from flexolmo_jax.storage import tensors
 from flexolmo_jax.training.objectives import ExpertAloneLoss, OwnParts
 from flexolmo_jax.training.private.steps import private_step
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 U, W, S = 6, 2, 16  # units, windows of each, tokens of a window
 
 

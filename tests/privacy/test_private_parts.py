@@ -23,8 +23,6 @@ from flexolmo_jax.training.objectives import expert_parts
 from flexolmo_jax.training.private.steps import private_step
 from flexolmo_jax.training.starting_point import initial_expert
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 U, W, S = 4, 2, 16  # units, windows of each, tokens of a window
 HEADS = {"head_rank": 6, "evidence_rank": 4}
 TRAINED = {"fixed": ("feed_forward", "head", "evidence")}

@@ -22,8 +22,6 @@ from flexolmo_jax.storage import tensors
 from flexolmo_jax.training.private import release
 from flexolmo_jax.training.public_data import public_units
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 SMALL = ("--dp-windows", 2, "--dp-microbatch-size", 4, "--dp-clip", 0.2)
 
 

@@ -96,7 +96,7 @@ def _serving(path, **settings):
 
 
 @pytest.fixture(scope="module")
-def served(quick, world):
+def served(world):
     """The world's merged model, for everybody."""
     with _serving(world.merged, profiles={"sums": ("public", "math")}) as server:
         yield server

@@ -9,7 +9,6 @@ import pytest
 from flexolmo_jax.federation.merge import add_expert, remove_expert
 from flexolmo_jax.model import load
 
-pytestmark = pytest.mark.usefixtures("quick")
 PROMPT = "The theorem"
 
 

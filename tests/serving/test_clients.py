@@ -13,10 +13,7 @@ from flexolmo_jax.model import load
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it looks for a list of prices elsewhere
 import litellm  # noqa: E402
 
-pytestmark = [
-    pytest.mark.usefixtures("quick"),
-    pytest.mark.filterwarnings("ignore:.*ReadOnly:UserWarning"),  # of litellm's own types
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*ReadOnly:UserWarning")  # of litellm's own types
 PROMPT = "The theorem"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
@@ -27,7 +24,7 @@ def model(world):
 
 
 @pytest.fixture(scope="module")
-def chatty(quick, serving, world):
+def chatty(serving, world):
     with serving(world.merged, chat_template=TEMPLATE) as server:
         yield server
 

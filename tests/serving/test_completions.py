@@ -10,7 +10,6 @@ import pytest
 
 from flexolmo_jax.model import load
 
-pytestmark = pytest.mark.usefixtures("quick")
 PROMPT = "The theorem"
 
 

@@ -9,7 +9,6 @@ import pytest
 from flexolmo_jax.serving.keys import KEYS, Policy
 from flexolmo_jax.web import keys
 
-pytestmark = pytest.mark.usefixtures("quick")
 PROMPT = "The theorem"
 POLICIES = (
     Policy("everything"),
@@ -31,7 +30,7 @@ def key_of(file):
 
 
 @pytest.fixture(scope="module")
-def guarded(quick, serving, world, file, key_of):
+def guarded(serving, world, file, key_of):
     with serving(world.merged, keys=file, profiles={"sums": ("public", "math")}) as server:
         yield server
 

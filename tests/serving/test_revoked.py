@@ -16,7 +16,6 @@ from flexolmo_jax.serving.keys import KEYS, Policy
 from flexolmo_jax.trust import keys, log, registry_changes, trusted
 from flexolmo_jax.trust.signatures import sign_package
 
-pytestmark = pytest.mark.usefixtures("quick")
 PROMPT = "The theorem"
 BODY = {"model": "ours", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
 

@@ -11,7 +11,6 @@ from flexolmo_jax.serving import traces
 from flexolmo_jax.serving.keys import KEYS, Policy
 from flexolmo_jax.storage.files import replace_file
 
-pytestmark = pytest.mark.usefixtures("quick")
 PROMPT = "The theorem"
 
 
@@ -21,7 +20,7 @@ def keys_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def traced(quick, serving, world, owners, keys_file):
+def traced(serving, world, owners, keys_file):
     """A server that traces; its keys: of everybody, and of somebody who does not know code."""
     policies = Policy("all"), Policy("no-code", experts=("public", "math"))
     own = {policy.name: KEYS.add(keys_file, policy) for policy in policies}

@@ -16,8 +16,6 @@ from flexolmo_jax.usage.counterfactual import counterfactual
 from flexolmo_jax.usage.ledger import replay
 from flexolmo_jax.usage.signing import make_keys, read_public
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def wait_for(is_there):
     deadline = time.monotonic() + 20

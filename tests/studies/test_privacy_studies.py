@@ -14,8 +14,6 @@ from flexolmo_jax.studies.engine.report import RESULTS
 from flexolmo_jax.studies.engine.stages import DONE
 from flexolmo_jax.studies.privacy_curve import Choice, Size
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 GRID = (Choice(4, 0.1, 2, 1e-3), Choice(4, 0.1, 4, 1e-3))
 CERTIFICATE = {"delta": 1e-5, "units": 50, "noise_multiplier": 1.5}
 

@@ -30,8 +30,6 @@ from flexolmo_jax.studies import (
 from flexolmo_jax.studies.demo_seeds import promises
 from flexolmo_jax.studies.expert_training import Recipe, make_page
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def report(merged):
     """Of a demo of two owners, whose experts bring a domain to `merged` from 4."""

@@ -82,7 +82,7 @@ def test_names_of_stages_differ(chosen, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def studied(config_file, tmp_path_factory, quick):
+def studied(config_file, tmp_path_factory):
     """Interrupted, resumed, and a second seed later: the folder, and the first report."""
     out = tmp_path_factory.mktemp("study") / "out"
     command = ["study", str(config_file), "--out", str(out)]

@@ -90,7 +90,7 @@ def test_a_soup_is_the_weighted_mean_of_all_weights(world):
     np.testing.assert_allclose(soup.backbone.embed[...], one.backbone.embed[...], rtol=1e-6)
 
 
-def test_scores_are_the_cross_entropy_of_the_logits(model, quick):
+def test_scores_are_the_cross_entropy_of_the_logits(model):
     random = np.random.default_rng(0)
     tokens = random.integers(1, 500, (3, 17)).astype(np.int32)
     sizes = np.ones((3, 16), np.int32)
@@ -105,7 +105,7 @@ def test_scores_are_the_cross_entropy_of_the_logits(model, quick):
 
 
 @pytest.mark.parametrize("memory", [None, (0.8, 0.3)])
-def test_routing_shares_are_the_mean_weights(model, quick, memory):
+def test_routing_shares_are_the_mean_weights(model, memory):
     routed = models.routed(model, active=2, memory=memory)
     tokens = np.random.default_rng(1).integers(1, 500, (2, 9)).astype(np.int32)
     one = datasets.Sequences(tokens, np.ones((2, 8), np.int32), np.arange(2))
@@ -117,7 +117,7 @@ def test_routing_shares_are_the_mean_weights(model, quick, memory):
     assert (whole > 0).all() and not np.allclose(shares, whole)
 
 
-def test_a_bias_is_folded_into_the_row(world, make_expert, tmp_path, quick):
+def test_a_bias_is_folded_into_the_row(world, make_expert, tmp_path):
     """The logits of public text are about what they were with the bias."""
     packages = [make_expert(tmp_path / "shy", "shy", bias=-1.5), world.experts["math"]]
     model = load(models.merged(world.anchor, packages, tmp_path))

@@ -2,13 +2,9 @@
 
 import json
 
-import pytest
-
 from flexolmo_jax.data.sources import Document
 from flexolmo_jax.studies import usage_agreement
 from flexolmo_jax.usage import agreement
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_every_kind_of_answer_is_compared(world, study, tmp_path, monkeypatch):

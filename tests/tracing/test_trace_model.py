@@ -8,8 +8,6 @@ import flexolmo_jax as fo
 from flexolmo_jax.tracing.build import build_index
 from flexolmo_jax.tracing.index import Index
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture(scope="module")
 def folders(world, tmp_path_factory):

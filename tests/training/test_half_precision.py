@@ -25,8 +25,6 @@ from flexolmo_jax.training.stages.expert import train_expert
 from flexolmo_jax.training.stages.joint import train_jointly
 from flexolmo_jax.training.stages.router import train_router
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 RATE = 1e-5  # bfloat16 holds 8 bits: a step of so little moves nearly no weight of it
 FIELDS = {
     "model_type": "olmo2", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48,

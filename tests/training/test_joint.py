@@ -23,7 +23,7 @@ def distance(one, other) -> float:
     return max(float(np.abs(a - b).max()) for a, b in leaves)
 
 
-def test_an_anchor_goes_on_from_another(world, training, tmp_path, quick):
+def test_an_anchor_goes_on_from_another(world, training, tmp_path):
     slow = dataclasses.replace(
         training, optimizer=dataclasses.replace(training.optimizer, learning_rate=1e-5)
     )
@@ -43,7 +43,7 @@ def test_it_starts_from_nothing_that_does_not_fit(world, training, tmp_path):
         train_anchor(new, **where, start=world.anchor)
 
 
-def test_an_unrestricted_mixture_trains_everything(world, training, tmp_path, quick):
+def test_an_unrestricted_mixture_trains_everything(world, training, tmp_path):
     mixture = training.model.replace(num_experts=3, active_experts=2, expert_compute="grouped")
     config = dataclasses.replace(training, model=mixture)
     where = {"data": str(world.texts["math"]), "out": tmp_path / "out", "run": tmp_path / "run"}

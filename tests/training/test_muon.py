@@ -15,8 +15,6 @@ from flexolmo_jax.storage import tensors
 from flexolmo_jax.training.muon import COEFFICIENTS, kinds, newton_schulz
 from flexolmo_jax.training.optimizer import make_optimizer
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 MODEL = ModelConfig(
     vocab_size=40, width=16, num_layers=3, num_heads=4, num_kv_heads=2, ffn_width=24
 )

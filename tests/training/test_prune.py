@@ -9,7 +9,6 @@ from flexolmo_jax.federation.compress import compress
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.training.prune import prune, remove_units
 
-pytestmark = pytest.mark.usefixtures("quick")
 TOKENS = np.arange(60).reshape(3, 20)
 
 

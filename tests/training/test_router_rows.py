@@ -21,8 +21,6 @@ from flexolmo_jax.modeling.transformer import forward
 from flexolmo_jax.training.router_fit.rows import discriminate, separate
 from flexolmo_jax.training.stages.expert import train_expert
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def trained(world, out, public=None, **changes):
     """An expert of the math owner after two steps, beside the world's anchor."""

@@ -12,8 +12,6 @@ from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.training.run import LOCK, check_run, describe_run, record_run
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture(scope="module")
 def done(world, tmp_path_factory):

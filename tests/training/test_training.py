@@ -42,8 +42,6 @@ from flexolmo_jax.training.stages.expert import train_expert
 from flexolmo_jax.training.stages.router import train_router
 from flexolmo_jax.training.step import train_step
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 STAGES = ("alone", "pair", "router")
 
 

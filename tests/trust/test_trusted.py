@@ -12,8 +12,6 @@ from flexolmo_jax.trust import keys, log, registry_changes, signers
 from flexolmo_jax.trust.signatures import sign_package
 from flexolmo_jax.trust.trusted import Trusted
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture
 def own(signed_world):

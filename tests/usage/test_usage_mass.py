@@ -9,7 +9,6 @@ import flexolmo_jax as fo
 from flexolmo_jax.inference.mass import mass_by_name, shares_by_name
 from flexolmo_jax.modeling.transformer import forward
 
-pytestmark = pytest.mark.usefixtures("quick")
 PROMPTS = [[5, 6, 7], [9] * 40]
 MASK = np.array([True, True, False, True])
 

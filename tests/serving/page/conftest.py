@@ -39,14 +39,14 @@ def merged(world, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def site(quick, serving, merged):
+def site(serving, merged):
     """The address of a server without keys."""
     with serving(merged) as server:
         yield server.url
 
 
 @pytest.fixture(scope="module")
-def guarded(quick, serving, merged, tmp_path_factory):
+def guarded(serving, merged, tmp_path_factory):
     """A server with keys: its address, and the keys by the names of their owners."""
     file = tmp_path_factory.mktemp("keys") / "keys.json"
     policies = (

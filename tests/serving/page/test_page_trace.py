@@ -5,7 +5,7 @@ from playwright.sync_api import expect
 
 
 @pytest.fixture(scope="module")
-def traced(quick, serving, merged, owners):
+def traced(serving, merged, owners):
     with serving(merged, trace_owners=owners[0]) as server:
         yield server.url
 
