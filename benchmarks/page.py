@@ -8,23 +8,22 @@ from benchmarks.sizes import Size
 
 INTRODUCTION = """\
 Each side of a case runs in a process of its own, and the sides are interleaved; each timed run
-follows an untimed one, but in lines measured before 5e289b7. Decoding measured at a51c1e8 read its
-prompts of 64 tokens in a chunk of that length; today's chunk is of 128, and takes longer. Lines of
-7f7ee47 are of an older CPU (AMD Zen 4) than the others (Zen 5): compare their ratios, not their
-rates. The table shows medians; *spread* is the range of the runs over their median. *Speedup over
-PyTorch*: the rate of the line over that of the faster PyTorch line. *Fraction of peak*: the rate of
-needed FLOPs (`flexolmo_jax/modeling/flops.py`; no weight gradients of frozen weights) over the rate
-of a plain matrix product, or the rate of needed bytes of weights and cache over that of a
-matrix-vector product; both are measured interleaved with the case. *First run*: the first one with
-what comes before it, imports of the libraries too, but for JAX itself, which every process has
-imported by then; mostly compilation. *Memory*: the largest resident size of the process, without
-that once libraries are imported. *Layers in a loop*: as `flexolmo train` runs by default; the other
-training steps of ours are unrolled (`unroll`), which is faster, compiles longer and takes more
-memory. *Its products alone* are matmuls: the nine of a layer, forward and backward, each as one
-batched matmul with equally many rows for every expert; or all matmuls with weights of a training
-step, one after the other. `load` and `merge` read files that the system has cached in memory. A
-case whose sides need more memory than the machine has is missing: at 190M, moe_64_4 needs more than
-23 GB. [profile.md](profile.md) shows where the time of a run goes.
+follows an untimed one, but in lines measured before 5e289b7. Lines of 7f7ee47 and 3815971 are of an
+older CPU (AMD Zen 4) than the others (Zen 5): compare their ratios, not their rates. The table
+shows medians; *spread* is the range of the runs over their median. *Speedup over PyTorch*: the rate
+of the line over that of the faster PyTorch line. *Fraction of peak*: the rate of needed FLOPs
+(`flexolmo_jax/modeling/flops.py`; no weight gradients of frozen weights) over the rate of a plain
+matrix product, or the rate of needed bytes of weights and cache over that of a matrix-vector
+product; both are measured interleaved with the case. *First run*: the first one with what comes
+before it, imports of the libraries too, but for JAX itself, which every process has imported by
+then; mostly compilation. *Memory*: the largest resident size of the process, without that once
+libraries are imported. *Layers in a loop*: as `flexolmo train` runs by default; the other training
+steps of ours are unrolled (`unroll`), which is faster, compiles longer and takes more memory. *Its
+products alone* are matmuls: the nine of a layer, forward and backward, each as one batched matmul
+with equally many rows for every expert; or all matmuls with weights of a training step, one after
+the other. `load` and `merge` read files that the system has cached in memory. A case whose sides
+need more memory than the machine has is missing: at 190M, moe_64_4 needs more than 23 GB.
+[profile.md](profile.md) shows where the time of a run goes.
 
 **On a GPU** nothing has been measured yet: none could be had. `benchmarks/device.sh OUT` stands
 ready; so far only its toy run on a CPU was made (`--toy`, part of CI). On one bare machine it takes
