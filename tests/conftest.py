@@ -18,9 +18,6 @@ import pytest
 
 # Before the first use of JAX: with libtpu on a machine without a TPU, a profile would end it.
 jax.config.update("jax_platforms", "cpu")
-# Of this process and those that tests start; the fixture `optimized` compiles as in use.
-jax.config.update("jax_disable_most_optimizations", True)
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 from flexolmo_jax.commands.main import main  # noqa: E402
 from flexolmo_jax.config import AnchorTraining, ExpertTraining, RouterTraining, load_config  # noqa: E402
@@ -30,6 +27,15 @@ from flexolmo_jax.federation.expert import write_expert  # noqa: E402
 from flexolmo_jax.federation.merge import merge  # noqa: E402
 from flexolmo_jax.model import FlexOlmo, load  # noqa: E402
 from flexolmo_jax.training.stages.anchor import train_anchor  # noqa: E402
+
+
+def compile_quickly(on: bool) -> None:
+    """With or without most of LLVM's optimizations, in this process and those that tests start."""
+    jax.config.update("jax_disable_most_optimizations", on)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(on))
+
+
+compile_quickly(True)  # tests compile longer than they run, and so half as long
 
 PARTS = """from flexolmo_jax.config import *
 
@@ -142,7 +148,7 @@ def _slice_of_corpus(name: str, file: Path, count: int) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory) -> str:
+def compiled(tmp_path_factory):
     """A folder of compiled programs, for this process and those that tests start.
 
     Not for both workers: JAX writes its entries in place, and warns where it reads half of one.
@@ -153,33 +159,15 @@ def compiled(tmp_path_factory) -> str:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    return folder
-
-
-@contextlib.contextmanager
-def compiling(quickly: bool):
-    """Compiled programs of the other kind are forgotten: JAX would use them for the same code."""
-    before = jax.config.read("jax_disable_most_optimizations")
-
-    def switch(on: bool) -> None:
-        if on != jax.config.read("jax_disable_most_optimizations"):
-            jax.clear_caches()
-        jax.config.update("jax_disable_most_optimizations", on)
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(on))
-
-    switch(quickly)
-    yield
-    switch(before)
 
 
 @pytest.fixture(scope="module")
 def optimized():
-    """Programs as in use: for kernels, models of the reference, notebooks, and plans for TPUs.
-
-    Other tests compile longer than they run; without most of LLVM's optimizations, half as long.
-    """
-    with compiling(quickly=False):
-        yield
+    """Programs as in use: for kernels, models of the reference, notebooks, and plans for TPUs."""
+    jax.clear_caches()  # as at a file's end: JAX would use programs of the other kind
+    compile_quickly(False)
+    yield
+    compile_quickly(True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -216,15 +204,14 @@ def world(tmp_path_factory) -> World:
         where = ("--out", out, "--run", made.run(name), "--data", texts[name])
         flexolmo(name, "train", stage, made.config_file(config), *where, *more)
 
-    with compiling(quickly=True):
-        train("anchor", "anchor", "public", made.anchor)
-        for name, config in (("math", "alone"), ("code", "pair")):
-            owner = ("--anchor", made.anchor, "--name", name)
-            train("expert", config, name, made.experts[name], *owner)
-        flexolmo(
-            "merge", "merge", "--anchor", made.anchor, "--out", made.merged,
-            "--expert", *made.experts.values(),
-        )  # fmt: skip
+    train("anchor", "anchor", "public", made.anchor)
+    for name, config in (("math", "alone"), ("code", "pair")):
+        owner = ("--anchor", made.anchor, "--name", name)
+        train("expert", config, name, made.experts[name], *owner)
+    flexolmo(
+        "merge", "merge", "--anchor", made.anchor, "--out", made.merged,
+        "--expert", *made.experts.values(),
+    )  # fmt: skip
     return made
 
 
@@ -247,7 +234,7 @@ def learned_anchor(world, tmp_path_factory) -> Path:
     (folder / "config.py").write_text(LEARNED)
     out = folder / "anchor"
     words = ["train", "anchor", folder / "config.py", "--data", world.texts["public"], "--out", out]
-    with compiling(quickly=True), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()):
         assert main([str(word) for word in words]) == 0
     return out
 

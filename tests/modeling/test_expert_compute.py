@@ -21,8 +21,6 @@ from flexolmo_jax.modeling.low_rank import FeedForwardRanks, LowRankFeedForward,
 from flexolmo_jax.parallel import collectives
 from flexolmo_jax.storage.tensors import named
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 TOKENS = 1 + 63 + 65 + 257
 ROUTES = {  # tokens of each of four experts; those that are left use none
     "of all sizes": (1, 63, 65, 257),
@@ -36,8 +34,6 @@ SIZES = {  # D and F: each is the contracted axis of one matmul, and the last ax
     "K off the tile": (100, 136),
 }
 BOUNDS = {"float32": 2e-5, "bfloat16": 3e-2}  # of the largest number of an output or a gradient
-# Where compiling takes longer than running. On a GPU, the kernels of everyday use are tested.
-QUICK = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +157,7 @@ def with_gradients(add, trains=True):
         gradients = dict(zip(("experts", "x", "weights"), back(d_out), strict=True))
         return {"out": found, **gradients}
 
-    return jax.jit(run, compiler_options=QUICK)
+    return jax.jit(run)
 
 
 @functools.cache
@@ -252,6 +248,6 @@ def test_an_expert_without_tokens_may_be_nan(name, monkeypatch):
     weights = jnp.asarray(routed(ROUTES["one is empty"], rng, 1))
     if way.platform is not None:
         monkeypatch.setattr(collectives, "platform", lambda: way.platform)
-    add = jax.jit(functools.partial(way.add, active=1), compiler_options=QUICK)
+    add = jax.jit(functools.partial(way.add, active=1))
     poisoned: Any = jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), experts)
     np.testing.assert_array_equal(add(poisoned, base, x, weights), add(experts, base, x, weights))

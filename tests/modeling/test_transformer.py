@@ -15,7 +15,6 @@ from flexolmo_jax.modeling.transformer import abstract_model, forward, num_param
 BASE = ModelConfig(vocab_size=50, width=16, num_layers=2, num_heads=4, num_kv_heads=2, ffn_width=24)
 BATCH, LENGTH = 3, 9
 STEP = 1e-3  # of finite differences
-QUICK = {"xla_backend_optimization_level": 0}  # where compiling takes longer than running
 
 
 def random_model(config, seed=0):
@@ -145,7 +144,7 @@ def test_the_mixture_is_its_definition(active, renormalize):
     config = BASE.replace(num_experts=4, active_experts=active, renormalize=renormalize)
     layer, x = random_layer(config)
     allowed = jnp.array([[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 0, 1]], bool)
-    apply = jax.jit(lambda *args: moe(*args, config), compiler_options=QUICK)
+    apply = jax.jit(lambda *args: moe(*args, config))
     found, *_ = apply(x, (layer,), allowed)
     expected = naive_mixture(layer, x, allowed, active, renormalize)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
@@ -213,7 +212,7 @@ def split_model():
     return config, (select(experts, [2]), select(experts, [0, 1]), backbone, random_tokens(config))
 
 
-gradient = jax.jit(jax.value_and_grad(split_loss), static_argnames="config", compiler_options=QUICK)
+gradient = jax.jit(jax.value_and_grad(split_loss), static_argnames="config")
 
 
 def test_remat_and_bfloat16(split_model):
@@ -235,7 +234,7 @@ def test_remat_and_bfloat16(split_model):
 def test_gradients_are_finite_differences(split_model):
     config, (second, *rest) = split_model
     _, grads = gradient(second, *rest, config=config)
-    loss = jax.jit(split_loss, static_argnames="config", compiler_options=QUICK)
+    loss = jax.jit(split_loss, static_argnames="config")
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     assert len(leaves) == 5
     for number, (path, grad) in enumerate(leaves):

@@ -15,9 +15,7 @@ import pytest
 
 from flexolmo_jax.model import load
 
-SETTINGS = {
-    "JAX_NUM_CPU_DEVICES": "2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "COLUMNS": "200",
-}  # fmt: skip
+SETTINGS = {"JAX_NUM_CPU_DEVICES": "2", "COLUMNS": "200"}
 
 
 @pytest.fixture

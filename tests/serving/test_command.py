@@ -29,7 +29,7 @@ def process(world, tmp_path):
     started = subprocess.Popen(
         [sys.executable, "-m", "flexolmo_jax", "serve", *map(str, words)],
         stdout=subprocess.PIPE, stderr=log, text=True,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "COLUMNS": "200"},
+        env={**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
     try:
         line = started.stdout.readline()
