@@ -248,22 +248,27 @@ def test_training_runs_with_large_pages(world, tmp_path):
 def test_training_takes_no_more_memory_with_every_step(world, tmp_path):
     """glibc reuses or returns the buffers of a step, which are larger than all other memory."""
 
-    def start(steps):
+    def start(steps, run):
         words = world.expert_words(
-            tmp_path / f"after{steps}", "--steps", steps, "--data.batch-size", 256,
-            run=tmp_path / f"run{steps}",
+            run / f"after{steps}", "--steps", steps, "--data.batch-size", 256,
+            run=run / f"run{steps}",
         )  # fmt: skip
         return subprocess.Popen(
             [sys.executable, "-m", "flexolmo_jax", *map(str, words)], stdout=subprocess.DEVNULL
         )
 
-    short, long = running = [start(2), start(20)]
-    peaks = {}
-    while working := [process for process in running if process.poll() is None]:
-        for process in working:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            if found := re.search(r"VmHWM:\s*(\d+) kB", status):  # not once it has ended
-                peaks[process] = int(found[1])
-        time.sleep(0.01)
-    assert short.returncode == long.returncode == 0
-    assert peaks[long] < peaks[short] + 60_000
+    def growth(run):
+        run.mkdir()
+        short, long = running = [start(2, run), start(20, run)]
+        peaks = {}
+        while working := [process for process in running if process.poll() is None]:
+            for process in working:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                if found := re.search(r"VmHWM:\s*(\d+) kB", status):  # not once it has ended
+                    peaks[process] = int(found[1])
+            time.sleep(0.01)
+        assert short.returncode == long.returncode == 0
+        return peaks[long] - peaks[short]
+
+    # Now and then, on a busy machine, one process has an arena of glibc more: 64 MB.
+    assert growth(tmp_path / "first") < 60_000 or growth(tmp_path / "second") < 60_000

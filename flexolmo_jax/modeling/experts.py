@@ -373,7 +373,7 @@ def join(*stacks: Experts) -> Experts:
 
 def select(stack: Experts, indices: list[int]) -> Experts:
     """The stack of the experts at `indices`, in that order."""
-    return jax.tree.map(lambda leaf: leaf[:, jnp.asarray(indices)], stack)
+    return jax.tree.map(lambda leaf: leaf[:, np.asarray(indices)], stack)
 
 
 def split(experts: Experts) -> list[Experts]:

@@ -54,6 +54,12 @@ def test_unstacked_weights_are_the_memory_of_the_stacks(model):
     np.testing.assert_array_equal(own[0], stack[1, 2])
 
 
+@jax.jit  # each example is compiled: as two programs, not operation by operation
+def stored_and_product(near, x):
+    stored = quantize(near, int8=True)
+    return stored, jax.vmap(lambda x, one: one.matmul(x))(x, stored)
+
+
 @settings(deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)),
@@ -63,14 +69,13 @@ def test_unstacked_weights_are_the_memory_of_the_stacks(model):
 )
 def test_int8_is_off_by_half_a_step_at_most(shape, rows, scale, seed):
     rng = np.random.default_rng(seed)
-    weight = jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
-    x = jnp.asarray(rng.standard_normal((shape[0], rows, shape[1])), jnp.float32)
-    near = round_matrix(weight)
+    weight = (scale * rng.standard_normal(shape)).astype(np.float32)
+    x = rng.standard_normal((shape[0], rows, shape[1])).astype(np.float32)
+    near = np.asarray(jax.jit(round_matrix)(weight))
     step = np.abs(weight).max(axis=-2, keepdims=True) / 127
     assert (np.abs(near - weight) <= 0.5001 * step).all()
-    stored = quantize(near, int8=True)  # rounded numbers are stored as they are
+    stored, found = stored_and_product(near, x)  # rounded numbers are stored as they are
     assert stored.values.dtype == jnp.int8 and stored.shape == shape
-    found = jax.vmap(lambda x, one: one.matmul(x))(x, stored)
     np.testing.assert_allclose(found, x @ near, rtol=1e-5, atol=1e-5 * scale * shape[1])
 
 

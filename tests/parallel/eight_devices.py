@@ -70,7 +70,7 @@ def training_mesh(request):
 
 
 def weights(config, ranks=NO_HEADS):
-    """A backbone and a stack, with nothing left at 0 or 1."""
+    """A backbone and a stack in host memory, with nothing left at 0 or 1."""
     return drawn(abstract_model(config, ranks))
 
 
@@ -89,9 +89,7 @@ def drawn(shapes):
     def draw(path, leaf):
         name = jax.tree_util.keystr(path)
         drawn = 0.2 * rng.standard_normal(leaf.shape, np.float32)
-        return jnp.asarray(
-            1 + drawn if "norm" in name else -abs(drawn) if "bias" in name else drawn
-        )
+        return 1 + drawn if "norm" in name else -abs(drawn) if "bias" in name else drawn
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
@@ -265,13 +263,13 @@ RANKS_OF_MERGED = (None, FeedForwardRanks(3, 2, 4), FeedForwardRanks(5, 5, 5))
 @functools.cache
 def merged_of_sizes(full):
     """A backbone, and experts in stacks of one: the first are full, the others of two ranks."""
-    backbone, experts = weights(CONFIG)
+    backbone, experts = jax.device_put(weights(CONFIG))
     kinds = [RANKS_OF_MERGED[0 if e < full else 1 + e // 5] for e in range(CONFIG.num_experts)]
     stacks = [select(experts, [e]) for e in range(CONFIG.num_experts)]
     for stack, ranks in zip(stacks, kinds, strict=True):
         if ranks is not None:
             init = lambda key, ranks=ranks: Experts(CONFIG, 1, key, deltas=ranks)  # noqa: E731
-            low_rank = drawn(jax.eval_shape(init, jax.random.key(0)))
+            low_rank = jax.device_put(drawn(jax.eval_shape(init, jax.random.key(0))))
             shift = 0.1 * jnp.mean(stack.router.row[...])  # no two alike
             own = jax.tree.map(lambda x, shift=shift: x + shift, low_rank.feed_forward)
             stack.feed_forward = own
