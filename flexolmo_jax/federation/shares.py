@@ -185,7 +185,7 @@ def _first_batch(
 
 def _layer_of(number: int, x: Any) -> jax.Array:
     part = (slice(number, number + 1), *(slice(None) for _ in x.shape[1:]))
-    return jnp.asarray(np.asarray(x[part]))[0]
+    return jnp.asarray(np.asarray(x[part])[0])
 
 
 @functools.partial(jax.jit, static_argnames=("alone", "config"))

@@ -21,7 +21,8 @@ class Metrics:
 
     def __init__(self, run: Path, title: str, schedule: optax.Schedule, tokens_per_step: int):
         self._file, self._plot, self._title = run / "metrics.jsonl", run / "loss.png", title
-        self._schedule, self._tokens_per_step = schedule, tokens_per_step
+        # Compiled as one program, not operation by operation.
+        self._schedule, self._tokens_per_step = jax.jit(schedule), tokens_per_step
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
 
     def start(self, step: int) -> None:

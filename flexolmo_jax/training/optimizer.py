@@ -1,6 +1,7 @@
 """AdamW, or Muon for matrices and AdamW for the rest, with linear warm-up and cosine decay."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ NO_WEIGHT_DECAY = ("scale", "bias", "embed")  # norms, router biases, embeddings
 LOW_RANK_RATE = 0.5
 
 
+# Cached, so that a second run of the same kind in a process uses the compiled step of the first.
+@functools.cache
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: linear from 0 to its peak, then a cosine to 0."""
     return optax.warmup_cosine_decay_schedule(
@@ -25,6 +28,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
+@functools.cache
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer of every stage: gradient clipping, then AdamW, or Muon beside AdamW.
 

@@ -8,7 +8,7 @@ zero. Nothing of other owners is used.
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,40 +51,46 @@ def fit_router(
     pair = dataclasses.replace(config, num_experts=2, remat="none")
     tokens = jnp.concatenate([own.tokens, public.tokens])
     segments = jnp.concatenate([own.segments, public.segments])
-    positions = segment_positions(segments)
     real = np.asarray(segments).reshape(-1) > 0
     is_own = np.repeat([True, False], [own.tokens.size, public.tokens.size])[real]
     classify = functools.partial(separate, ridge=ridge) if router == "logistic" else discriminate
-
-    @jax.jit
-    def experts_input(x, layer):
-        out, _ = layer.attention(x, positions, segments, pair)
-        return x + layer.attention_norm(out, pair.norm_eps)
-
-    @jax.jit
-    def add_experts(x, layer, stacks):
-        out, *_ = moe(x, stacks, jnp.ones((len(tokens), 2), bool), pair)
-        return x + layer.experts_norm(out, pair.norm_eps)
 
     x = anchor.backbone.embed[...][tokens].astype(config.dtype)
     computed = with_base(expert, anchor.public)
     rows, biases = [], []
     for layer_index in range(config.num_layers):
-        layer, public_slice, own_slice = jax.tree.map(
-            lambda leaf, i=layer_index: leaf[i], (anchor.backbone.layers, anchor.public, computed)
+        layer, public_slice, own_slice = _layer_of(
+            (anchor.backbone.layers, anchor.public, computed), layer_index
         )
-        x = experts_input(x, layer)
+        x = _experts_input(x, layer, segments, pair)
         inputs = np.asarray(x, np.float64).reshape(-1, config.width)[real]
         row, bias = classify(inputs, is_own, prior=prior)
         own_slice.router.row[...] = jnp.asarray(row[None], jnp.float32)
         own_slice.router.bias[...] = jnp.asarray([bias], jnp.float32)
-        x = add_experts(x, layer, (public_slice, own_slice))
+        x = _add_experts(x, layer, (public_slice, own_slice), pair)
         rows.append(own_slice.router.row[...])
         biases.append(own_slice.router.bias[...])
     # The fitted logits are relative to the public expert's, so its row (often 0) is added.
     expert.router.row[...] = jnp.stack(rows) + anchor.public.router.row[...]
     expert.router.bias[...] = jnp.stack(biases)
     return expert
+
+
+@jax.jit
+def _layer_of(stacks: Any, layer: jax.Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf[layer], stacks)
+
+
+@functools.partial(jax.jit, static_argnames="pair")
+def _experts_input(x, layer, segments, pair: ModelConfig):
+    out, _ = layer.attention(x, segment_positions(segments), segments, pair)
+    return x + layer.attention_norm(out, pair.norm_eps)
+
+
+@functools.partial(jax.jit, static_argnames="pair")
+def _add_experts(x, layer, stacks, pair: ModelConfig):
+    out, *_ = moe(x, stacks, jnp.ones((len(x), 2), bool), pair)
+    return x + layer.experts_norm(out, pair.norm_eps)
 
 
 def separate(
