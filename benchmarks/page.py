@@ -8,12 +8,12 @@ from benchmarks.sizes import Size
 
 INTRODUCTION = """\
 Each side of a case runs in a process of its own, and the sides are interleaved; each timed run
-follows an untimed one, but in lines measured before 5e289b7. Lines of 7f7ee47 and 3815971 are of an
-older CPU (AMD Zen 4) than the others (Zen 5): compare their ratios, not their rates. The table
-shows medians; *spread* is the range of the runs over their median. *Speedup over PyTorch*: the rate
-of the line over that of the faster PyTorch line. *Fraction of peak*: the rate of needed FLOPs
-(`flexolmo_jax/modeling/flops.py`; no weight gradients of frozen weights) over the rate of a plain
-matrix product, or the rate of needed bytes of weights and cache over that of a matrix-vector
+follows an untimed one, but in lines measured before 5e289b7. Lines of 7f7ee47, 3815971 and afeddf0
+are of an older CPU (AMD Zen 4) than the others (Zen 5): compare their ratios, not their rates. The
+table shows medians; *spread* is the range of the runs over their median. *Speedup over PyTorch*:
+the rate of the line over that of the faster PyTorch line. *Fraction of peak*: the rate of needed
+FLOPs (`flexolmo_jax/modeling/flops.py`; no weight gradients of frozen weights) over the rate of a
+plain matrix product, or the rate of needed bytes of weights and cache over that of a matrix-vector
 product; both are measured interleaved with the case. *First run*: the first one with what comes
 before it, imports of the libraries too, but for JAX itself, which every process has imported by
 then; mostly compilation. *Memory*: the largest resident size of the process, without that once
