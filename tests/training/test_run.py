@@ -11,6 +11,8 @@ from flexolmo_jax.data.sources import fingerprint
 from flexolmo_jax.federation.package import read_manifest
 from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.training.run import LOCK, check_run, describe_run, record_run
+from flexolmo_jax.training.stages.expert import train_expert
+from flexolmo_jax.training.step import train_step
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +151,16 @@ def test_a_run_from_before_there_was_a_choice_of_optimizers_is_the_same_run(worl
     muon = dataclasses.replace(config, optimizer=optimizer)
     with pytest.raises(ValueError, match=r"another optimizer\.name: it was adamw, now muon"):
         check_run(tmp_path, describe_run(muon, **facts), True, muon)
+
+
+def test_a_second_run_of_the_same_kind_compiles_no_step(world, tmp_path):
+    """As in a notebook or a study, which trains the experts of several owners."""
+
+    def train(name):
+        train_expert(
+            world.config("alone", steps=2), anchor=world.anchor, data=str(world.texts[name]),
+            name=name, out=tmp_path / name, run=tmp_path / f"{name}.run",
+        )  # fmt: skip
+        return train_step._cache_size()
+
+    assert train("math") == train("code")
