@@ -158,8 +158,8 @@ def test_a_second_run_of_the_same_kind_compiles_no_step(world, tmp_path):
 
     def train(name):
         train_expert(
-            world.config("alone", steps=2), anchor=world.anchor, data=str(world.texts[name]),
-            name=name, out=tmp_path / name, run=tmp_path / f"{name}.run",
+            world.config("alone", steps=2), anchor=str(world.anchor), data=str(world.texts[name]),
+            name=name, out=str(tmp_path / name), run=str(tmp_path / f"{name}.run"),
         )  # fmt: skip
         return train_step._cache_size()
 

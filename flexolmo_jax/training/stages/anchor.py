@@ -40,10 +40,10 @@ def train_anchor(
     config: AnchorTraining,
     *,
     data: str,
-    out: Path,
-    run: Path,
+    out: str | Path,
+    run: str | Path,
     resume: bool = False,
-    start: Path | None = None,
+    start: str | Path | None = None,
 ) -> None:
     """Trains an anchor and writes its package.
 
@@ -62,7 +62,6 @@ def train_anchor(
 
     Examples:
       >>> import flexolmo_jax as fo
-      >>> from pathlib import Path
       >>> config = fo.AnchorTraining(
       ...     model=fo.ModelConfig(
       ...         vocab_size=512, width=32, num_layers=2, num_heads=2, ffn_width=48, max_length=64
@@ -72,11 +71,12 @@ def train_anchor(
       ...     steps=2,
       ...     public_tokens=2048,
       ... )
-      >>> fo.train_anchor(config, data="public.jsonl", out=Path("public"), run=Path("public.run"))
+      >>> fo.train_anchor(config, data="public.jsonl", out="public", run="public.run")
       >>> fo.load("public").expert_names
       ('public',)
     """
-    given = None if start is None else read_anchor(start)
+    out, run = Path(out), Path(run)
+    given = None if start is None else read_anchor(Path(start))
     mesh = mesh_of(config)
     wanted = describe_run(config, data, **({"start": given.identity} if given else {}))
     check_run(run, wanted, resume, config, out)

@@ -34,10 +34,10 @@ FACTS = ("licence", "contact", "tokens_seen", "heldout", "domain_embedding")
 def train_evidence(
     config: EvidenceTraining,
     *,
-    anchor: Path,
+    anchor: str | Path,
     data: str,
-    out: Path,
-    run: Path,
+    out: str | Path,
+    run: str | Path,
     resume: bool = False,
     separator: str | None = None,
     begin_as_public: bool = False,
@@ -65,7 +65,6 @@ def train_evidence(
 
     Examples:
       >>> import flexolmo_jax as fo
-      >>> from pathlib import Path
       >>> config = fo.EvidenceTraining(
       ...     data=fo.DataConfig(batch_size=4, length=32),
       ...     optimizer=fo.OptimizerConfig(learning_rate=3e-3),
@@ -73,12 +72,13 @@ def train_evidence(
       ...     evidence_rank=8,
       ... )
       >>> fo.train_evidence(
-      ...     config, anchor=Path("anchor"), data="public.jsonl", out=Path("with_evidence"),
-      ...     run=Path("with_evidence.run"),
+      ...     config, anchor="anchor", data="public.jsonl", out="with_evidence",
+      ...     run="with_evidence.run",
       ... )
       >>> fo.load("with_evidence").expert_names
       ('public',)
     """
+    anchor, out, run = Path(anchor), Path(out), Path(run)
     loaded, tokenizer = anchor_to_train_beside(anchor, config.data, separator)
     check_rank("evidence_rank", config.evidence_rank, loaded.config)
     mesh_of(config)  # raises if the batch cannot be divided among the devices

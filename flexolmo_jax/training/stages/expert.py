@@ -39,11 +39,11 @@ from flexolmo_jax.training.starting_point import (
 def train_expert(
     config: ExpertTraining,
     *,
-    anchor: Path,
+    anchor: str | Path,
     data: str,
     name: str,
-    out: Path,
-    run: Path,
+    out: str | Path,
+    run: str | Path,
     public: str | None = None,
     canaries: int = 0,
     resume: bool = False,
@@ -73,7 +73,6 @@ def train_expert(
 
     Examples:
       >>> import flexolmo_jax as fo
-      >>> from pathlib import Path
       >>> config = fo.ExpertTraining(
       ...     data=fo.DataConfig(batch_size=4, length=32),
       ...     optimizer=fo.OptimizerConfig(learning_rate=3e-3),
@@ -81,12 +80,13 @@ def train_expert(
       ...     fit_tokens=2048,
       ... )
       >>> fo.train_expert(
-      ...     config, anchor=Path("anchor"), data="math.jsonl", name="mine",
-      ...     out=Path("mine"), run=Path("mine.run"),
+      ...     config, anchor="anchor", data="math.jsonl", name="mine",
+      ...     out="mine", run="mine.run",
       ... )
       >>> fo.load("mine").expert_names
       ('public', 'mine')
     """
+    anchor, out, run = Path(anchor), Path(out), Path(run)
     check_name(name)
     loaded, tokenizer = anchor_to_train_beside(anchor, config.data, separator)
     texts = public_text_of(loaded, public, anchor, config)

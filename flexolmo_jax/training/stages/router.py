@@ -24,7 +24,13 @@ from flexolmo_jax.training.starting_point import check_length, check_room_for
 
 @alone_in_its_run
 def train_router(
-    config: RouterTraining, *, model: Path, data: str, out: Path, run: Path, resume: bool = False
+    config: RouterTraining,
+    *,
+    model: str | Path,
+    data: str,
+    out: str | Path,
+    run: str | Path,
+    resume: bool = False,
 ) -> None:
     """Tunes the router rows of a merged model and writes a merged model with them.
 
@@ -44,19 +50,19 @@ def train_router(
 
     Examples:
       >>> import flexolmo_jax as fo
-      >>> from pathlib import Path
       >>> config = fo.RouterTraining(
       ...     data=fo.DataConfig(batch_size=4, length=32),
       ...     optimizer=fo.OptimizerConfig(learning_rate=3e-3),
       ...     steps=2,
       ... )
       >>> fo.train_router(
-      ...     config, model=Path("ours"), data="public.jsonl",
-      ...     out=Path("tuned"), run=Path("tuned.run"),
+      ...     config, model="ours", data="public.jsonl",
+      ...     out="tuned", run="tuned.run",
       ... )
       >>> fo.load("tuned").expert_names
       ('public', 'math', 'code')
     """
+    model, out, run = Path(model), Path(out), Path(run)
     mesh = mesh_of(config)
     manifest = read_manifest(model, kind="merged")
     if not manifest["experts"]:
