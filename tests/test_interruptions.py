@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -248,18 +249,19 @@ def test_training_runs_with_large_pages(world, tmp_path):
 def test_training_takes_no_more_memory_with_every_step(world, tmp_path):
     """glibc reuses or returns the buffers of a step, which are larger than all other memory."""
 
-    def start(steps, run):
+    def start(steps, folder):
         words = world.expert_words(
-            run / f"after{steps}", "--steps", steps, "--data.batch-size", 256,
-            run=run / f"run{steps}",
+            folder / f"after{steps}", "--steps", steps, "--data.batch-size", 256,
+            run=folder / f"run{steps}",
         )  # fmt: skip
         return subprocess.Popen(
             [sys.executable, "-m", "flexolmo_jax", *map(str, words)], stdout=subprocess.DEVNULL
         )
 
-    def growth(run):
-        run.mkdir()
-        short, long = running = [start(2, run), start(20, run)]
+    def growth(number):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        short, long = running = [start(2, folder), start(20, folder)]
         peaks = {}
         while working := [process for process in running if process.poll() is None]:
             for process in working:
@@ -270,5 +272,5 @@ def test_training_takes_no_more_memory_with_every_step(world, tmp_path):
         assert short.returncode == long.returncode == 0
         return peaks[long] - peaks[short]
 
-    # Now and then, on a busy machine, one process has an arena of glibc more: 64 MB.
-    assert growth(tmp_path / "first") < 60_000 or growth(tmp_path / "second") < 60_000
+    # The median: now and then, on a busy machine, one process has an arena of glibc more, 64 MB.
+    assert statistics.median(map(growth, range(3))) < 60_000

@@ -16,7 +16,8 @@ NO_WEIGHT_DECAY = ("scale", "bias", "embed")  # norms, router biases, embeddings
 LOW_RANK_RATE = 0.5
 
 
-# Cached, so that a second run of the same kind in a process uses the compiled step of the first.
+# Both are cached: they are in the key of the compiled step, which a second run of the same kind in
+# a process then uses.
 @functools.cache
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: linear from 0 to its peak, then a cosine to 0."""
