@@ -27,6 +27,7 @@ PROFILED = (  # name, case and its option, the programs (a regular expression)
     ("anchor_step", "anchor_step", "", "train_step"),
     ("merged_forward, grouped", "merged_forward", "grouped", "whole_forward"),
     ("decode_1, float32", "decode_1", "float32", LAYERWISE),
+    ("decode_1, bfloat16", "decode_1", "bfloat16", LAYERWISE),
     ("decode_1, int8", "decode_1", "int8", LAYERWISE),
     ("moe_8_4, grouped", "moe_8_4", "grouped", "gradients"),
     ("moe_64_4, grouped", "moe_64_4", "grouped", "gradients"),
@@ -88,7 +89,7 @@ def _traced(run, folder: Path, program: str) -> dict:
                     continue
                 fused = stats["hlo_op"].startswith("ynn_fusion")  # XLA's library of matmuls
                 is_matmul = fused or opcode == "dot" or scope.endswith("dot_general")
-                scope = scope or f"jit({module.removeprefix('jit_')})"  # XLA drops some scopes
+                scope = scope or f"jit({module.removeprefix('jit_')})"
                 parts[_part(scope)][not is_matmul] += event.duration_ns / 1e9 / RUNS
     if not parts:
         raise RuntimeError(f"the trace holds no operation of jit_{program}: has it another name?")
@@ -99,15 +100,22 @@ def _operations(folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
     """The opcode and the traced scope of each operation of the compiled programs.
 
     A program that was compiled for several shapes counts as the last of them: in decoding, that is
-    the one for new tokens, not that of the prompt.
+    the one for new tokens, not that of the prompt. XLA drops the scopes of some operations, such as
+    matrix-vector products; they get what the scopes of their computation have in common.
     """
     found = {}
     for file in sorted(folder.glob("*after_optimizations.txt")):
         module = file.name.split(".")[1]
-        for line in file.open():
-            matched, scope = OPERATION.match(line), re.search(r'op_name="([^"]*)"', line)
-            if matched:
-                found[module, matched[1]] = (matched[2], scope[1] if scope else "")
+        for computation in file.read_text().split("\n}\n"):
+            operations = {}
+            for line in computation.splitlines():
+                matched, scope = OPERATION.match(line), re.search(r'op_name="([^"]*)"', line)
+                if matched:
+                    operations[matched[1]] = (matched[2], scope[1] if scope else "")
+            scopes = [scope for _, scope in operations.values() if scope]
+            common = os.path.commonprefix(scopes).rpartition("/")[0]
+            for name, (opcode, scope) in operations.items():
+                found[module, name] = (opcode, scope or common)
     return found
 
 
