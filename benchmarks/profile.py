@@ -75,7 +75,7 @@ def _traced(run, folder: Path, program: str) -> dict:
             run()
         seconds = (time.perf_counter() - start) / RUNS
     (file,) = (folder / "trace").rglob("*.xplane.pb")
-    known = _operations(folder / "hlo")
+    known = operations(folder / "hlo")
     parts: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         for line in plane.lines:
@@ -96,7 +96,7 @@ def _traced(run, folder: Path, program: str) -> dict:
     return {"seconds": seconds, "parts": dict(parts)}
 
 
-def _operations(folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
+def operations(folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
     """The opcode and the traced scope of each operation of the compiled programs.
 
     A program that was compiled for several shapes counts as the last of them: in decoding, that is
@@ -107,14 +107,14 @@ def _operations(folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
     for file in sorted(folder.glob("*after_optimizations.txt")):
         module = file.name.split(".")[1]
         for computation in file.read_text().split("\n}\n"):
-            operations = {}
+            own = {}
             for line in computation.splitlines():
                 matched, scope = OPERATION.match(line), re.search(r'op_name="([^"]*)"', line)
                 if matched:
-                    operations[matched[1]] = (matched[2], scope[1] if scope else "")
-            scopes = [scope for _, scope in operations.values() if scope]
+                    own[matched[1]] = (matched[2], scope[1] if scope else "")
+            scopes = [scope for _, scope in own.values() if scope]
             common = os.path.commonprefix(scopes).rpartition("/")[0]
-            for name, (opcode, scope) in operations.items():
+            for name, (opcode, scope) in own.items():
                 found[module, name] = (opcode, scope or common)
     return found
 
