@@ -8,21 +8,17 @@ product in 8 bits that decoding uses and the one in float32. The last way has sc
 for each output, as 4 bits need: of 64 weights at 50M (4.5 bits each) and 128 at 190M (4.25).
 """  # noqa: E501
 
-import argparse
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.machine import machine, versions
 from benchmarks.sizes import SUITES
-from flexolmo_jax.inference.layerwise import OPTIONS, REORDERED_SUMS
+from benchmarks.vector_products import BYTES, Table, begin
 from flexolmo_jax.modeling.kernels.quantized import Quantized
 
 NIBBLES = 8  # in an int32
-BYTES = 400 << 20  # of the matrices in float32
 
 
 def packed(values: np.ndarray) -> np.ndarray:
@@ -91,40 +87,20 @@ WAYS: dict[str, tuple[Callable, Callable, float]] = {  # the product, the weight
 }
 
 
-def microseconds(product: Callable, x: jax.Array, matrices: list[tuple]) -> float:
-    """Of one product: the median of nine passes over all matrices."""
-    jax.block_until_ready(product(x, *matrices[0]))
-    passes = []
-    for _ in range(9):
-        begun = time.perf_counter()
-        jax.block_until_ready([product(x, *matrix) for matrix in matrices])
-        passes.append((time.perf_counter() - begun) / len(matrices))
-    return 1e6 * float(np.median(passes))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.four_bits", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
-    print(f"{machine()}, {versions('jax')}, {time.strftime('%Y-%m-%d')}\n")
+    begin("four_bits", __doc__)
     rng = np.random.default_rng(0)
     for name, size in SUITES["cpu"].items():
         inner, outer = size.config.width, size.config.ffn_width
         count = BYTES // (4 * inner * outer)
         values = [rng.integers(-8, 8, (outer, inner), np.int8) for _ in range(count)]
         x = jnp.asarray(rng.standard_normal((1, inner), np.float32))
-        print(f"| {name}: {inner} x {outer} | us | GB/s | largest error |")
-        print("| --- | ---: | ---: | ---: |")
         expected = values[0].astype(np.float64) @ np.asarray(x[0], np.float64)
+        table = Table(f"{name}: {inner} x {outer}", x, expected)
         for way, (product, convert, weight_bytes) in WAYS.items():
-            compiled = jax.jit(product, compiler_options=OPTIONS | REORDERED_SUMS)
             shape = (outer, NIBBLES) if product is in_groups else (outer,)
             matrices = [(jax.device_put(convert(v)), jnp.ones(shape)) for v in values]
-            error = np.max(np.abs(compiled(x, *matrices[0]) - expected)) / np.max(np.abs(expected))
-            taken = microseconds(compiled, x, matrices)
-            rate = weight_bytes * inner * outer / taken / 1e3
-            print(f"| {way} | {taken:.0f} | {rate:.1f} | {error:.0e} |", flush=True)
+            table.add(way, product, matrices, weight_bytes * inner * outer)
         print()
 
 

@@ -7,18 +7,14 @@ in memory. Each product here is timed over more matrices than caches hold: with 
 matrices as they are stored; beside the product in float32, which shows what memory delivers.
 """
 
-import argparse
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.four_bits import BYTES, microseconds
-from benchmarks.machine import machine, versions
 from benchmarks.sizes import SUITES
-from flexolmo_jax.inference.layerwise import OPTIONS, REORDERED_SUMS
+from benchmarks.vector_products import BYTES, Table, begin
 from flexolmo_jax.modeling.kernels.quantized import Quantized
 
 BLOCK = 16  # rows that are added up at a time
@@ -61,11 +57,7 @@ WAYS: dict[str, tuple[Callable, Callable]] = {  # the product, and [inner, outer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.one_row", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
-    print(f"{machine()}, {versions('jax')}, {time.strftime('%Y-%m-%d')}\n")
+    begin("one_row", __doc__)
     rng = np.random.default_rng(0)
     for name, size in SUITES["cpu"].items():
         width, hidden = size.config.width, size.config.ffn_width
@@ -74,17 +66,11 @@ def main() -> None:
             drawn = rng.standard_normal((count, inner, outer), np.float32)
             values = drawn.astype(jnp.bfloat16).astype(np.float32)  # no way rounds them
             x = jnp.asarray(rng.standard_normal((1, inner), np.float32))
-            print(f"| {name}: {inner} x {outer} | us | GB/s | largest error |")
-            print("| --- | ---: | ---: | ---: |")
             expected = np.asarray(x[0], np.float64) @ values[0].astype(np.float64)
+            table = Table(f"{name}: {inner} x {outer}", x, expected)
             for way, (product, convert) in WAYS.items():
-                compiled = jax.jit(product, compiler_options=OPTIONS | REORDERED_SUMS)
                 matrices = [(jax.device_put(np.ascontiguousarray(convert(v))),) for v in values]
-                error = np.max(np.abs(compiled(x, *matrices[0]) - expected))
-                taken = microseconds(compiled, x, matrices)
-                rate = matrices[0][0].nbytes / taken / 1e3
-                relative = error / np.max(np.abs(expected))
-                print(f"| {way} | {taken:.0f} | {rate:.1f} | {relative:.0e} |", flush=True)
+                table.add(way, product, matrices, matrices[0][0].nbytes)
             print()
 
 

@@ -48,16 +48,17 @@ ms for 16 sequences and the 100,352 tokens of OLMo 2, where transformers takes 0
 0.02 and 0.6 beside 0.01 and 0.5 (`python -m benchmarks.sampling`, 2 cores, 2026-11-30). In float32,
 XLA's product of one row and 512 x 512 numbers runs on one core, at its bandwidth
 (`findings/jax_cpu_multiplies_a_row_by_a_small_matrix_on_one_core.sh`). In bfloat16, products with
-the copies of matrices that decoding makes read as many bytes in a second as those in float32 do (18
-beside 19 GB/s for 512 x 1408, 12 beside 12 for 512 x 512), and nothing that reads matrices as they
-are stored is reliably faster (`python -m benchmarks.one_row`, 2 cores, 2026-11-30). Of a run,
-products are 74% at 50M and 80% at 190M; the rest is the cache of keys and values, the router, and
-Python between programs. Batches of floats: XLA's matmul of a few rows reads weights more slowly
-than its product with one. All also count reading the prompt. Memory of decode_1: ours takes 0.1 to
-0.2 GB more than PyTorch at either size. Requests: `decode_16` reads prompts of 64 tokens only, and
-at the end of the requests few of them share a batch of 16. An unrolled training step holds more
-hidden activations than one with layers in a loop. Loading: every byte is hashed (SHA-256) and
-copied into stacks of experts; transformers maps its file, and checks nothing."""
+the copies of matrices that decoding makes read about as many bytes in a second as those in float32
+do (15 to 24 beside 19 to 22 GB/s for 512 x 1408, 11 to 14 beside 12 to 13 for 512 x 512), and
+nothing that reads matrices as they are stored is reliably faster (`python -m benchmarks.one_row`,
+four runs, 2 cores, 2026-11-30 and 2026-12-01). Of a run, products are 74% at 50M and 80% at 190M
+(profile.md); the rest is the cache of keys and values, the router, and Python between programs.
+Batches of floats: XLA's matmul of a few rows reads weights more slowly than its product with one.
+All also count reading the prompt. Memory of decode_1: ours takes 0.1 to 0.2 GB more than PyTorch at
+either size. Requests: `decode_16` reads prompts of 64 tokens only, and at the end of the requests
+few of them share a batch of 16. An unrolled training step holds more hidden activations than one
+with layers in a loop. Loading: every byte is hashed (SHA-256) and copied into stacks of experts;
+transformers maps its file, and checks nothing."""
 
 
 def page(about: dict[str, str], results: dict[str, dict[str, dict]], sizes: dict[str, Size]) -> str:
